@@ -160,12 +160,18 @@ def attention_map(
     kept_RQ = selected_BT[rows_R].gather(1, tokens_RQ)
     query = query_BHTD.transpose(1, 2)[rows_R[:, None], tokens_RQ]  # (R, Q, H, D)
     query = query.view(*tokens_RQ.shape, groups, heads // groups, width)
-    scores = torch.einsum("rqghd,rgvd->rghqv", query.float(), key_BGVD[rows_R].float()) * scaling
     visible = visibility.select(rows_R, tokens_RQ)
-    # A finite floor: packed tokens past the end of a row may see nothing, and are dropped by `kept` below.
-    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
     weights = (kept_RQ / (counts_R[:, None] * heads)).to(torch.float32)
-    return maps_BV.index_put((rows_R,), torch.einsum("rghqv,rq->rv", scores.softmax(-1), weights))
+    with torch.autocast(query.device.type, enabled=False):  # autocast would undo the casts to float32
+        scores = torch.einsum("rqghd,rgvd->rghqv", query.float(), key_BGVD[rows_R].float()) * scaling
+        # A finite floor: packed tokens past the end of a row may see nothing; `weights` drops them.
+        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
+        maps_RV = torch.einsum("rghqv,rq->rv", scores.softmax(-1), weights)
+    return maps_BV.index_put((rows_R,), maps_RV)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weights start at zero: the end of a residual branch that is closed at first."""
 
 
 class AgeVlmCrossAttention(nn.Module):
@@ -184,7 +190,8 @@ class AgeVlmCrossAttention(nn.Module):
         self.q_proj = nn.Linear(width, text_config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(text_config.num_attention_heads * self.head_dim, width, bias=bias)
+        output = nn.Linear if config.cross_attention_gate == "tanh" else ZeroLinear
+        self.o_proj = output(text_config.num_attention_heads * self.head_dim, width, bias=bias)
         norm = LlamaRMSNorm if config.cross_attention_qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, text_config.rms_norm_eps)
         self.k_norm = norm(self.head_dim, text_config.rms_norm_eps)
@@ -249,6 +256,9 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
             self.mlp_gate = nn.Parameter(torch.zeros(1))
         else:
             self.attn_gate = self.mlp_gate = None
+            self.mlp.down_proj = ZeroLinear(
+                text_config.intermediate_size, text_config.hidden_size, bias=text_config.mlp_bias
+            )
 
     def forward(
         self,
@@ -350,13 +360,13 @@ class AgeVlmTextModel(LlamaModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, AgeVlmCrossAttentionLayer):
-            if module.attn_gate is not None:
-                init.zeros_(module.attn_gate)
-                init.zeros_(module.mlp_gate)
-            else:
-                init.zeros_(module.cross_attn.o_proj.weight)
-                init.zeros_(module.mlp.down_proj.weight)
+        # Asked of the module that owns the parameter: for code outside of transformers, modules without parameters of
+        # their own are not visited.
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, AgeVlmCrossAttentionLayer) and module.attn_gate is not None:
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.mlp_gate)
 
     @merge_with_config_defaults
     @capture_outputs

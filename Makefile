@@ -1,0 +1,42 @@
+# Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up `.venv` first.
+# UV or other installers work as well; plain venv and pip are what every machine has.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install quickstart test test-slow check typecheck-links clean typecheck
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/agevlm quickstart
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
+
+# mypy does not see setuptools' folder mapping; it sees this tree of links.
+typecheck-links:
+	rm -rf .typecheck && mkdir -p .typecheck/agevlm
+	ln -s $(CURDIR)/src/agevlm/*.py .typecheck/agevlm/
+	for folder in analysis data evaluation hub_cards modeling_agevlm processing training; do \
+		ln -s $(CURDIR)/$$folder .typecheck/agevlm/$$folder; done
+
+typecheck: typecheck-links
+	$(BIN)/mypy -p agevlm
+
+check: install typecheck-links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p agevlm
+
+clean:
+	rm -rf .typecheck .mypy_cache .pytest_cache .ruff_cache build

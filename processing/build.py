@@ -1,0 +1,57 @@
+"""A processor around any tokenizer. Never shipped with a checkpoint."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from .image_processing_agevlm import AgeVlmImageProcessor
+from .processing_agevlm import AgeVlmProcessor
+
+
+IMAGE_TOKEN = "<|image|>"
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+RESERVED = "<|reserved_special_token_"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with the image placeholder and the chat template's tokens.
+
+    Where there are reserved special tokens (Llama-3), the last one is renamed, so that the vocabulary keeps its size and no
+    embedding is resized. Otherwise the tokens are added: resize the model's embeddings to `len(tokenizer)`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    reserved = sorted((token for token in vocabulary if token.startswith(RESERVED)), key=vocabulary.get)
+    if IMAGE_TOKEN not in vocabulary and reserved:
+        # Renamed in the serialised form: every place that names the token changes with it.
+        text = tokenizer.backend_tokenizer.to_str().replace(f'"{reserved[-1]}"', f'"{IMAGE_TOKEN}"')
+        settings = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(text), model_max_length=tokenizer.model_max_length, **settings
+        )
+    missing = [token for token in (IMAGE_TOKEN, *CHAT_TOKENS) if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast, image_size: int = 768, geometry: str = "pad"
+) -> AgeVlmProcessor:
+    """A processor for square pictures of `image_size` pixels (a multiple of 32), padding on the left.
+
+    Raises:
+        ValueError: an image size that is no multiple of 32, or an unknown geometry.
+    """
+    image_processor = AgeVlmImageProcessor(size={"height": image_size, "width": image_size}, geometry=geometry)
+    if image_size % image_processor.stride:
+        raise ValueError(f"`image_size` must be a multiple of {image_processor.stride}, got {image_size}.")
+    tokenizer = with_image_token(tokenizer)
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # what is saved
+    template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+    return AgeVlmProcessor(image_processor, tokenizer, chat_template=template)

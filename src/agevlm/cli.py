@@ -1,0 +1,69 @@
+"""The `agevlm` command: a table of verbs, each a module that is imported only when its verb is called.
+
+Every verb's module has a `main(argv)` with a parser and a `--help` of its own; this file only finds it. The list of
+verbs is frozen by `tests/test_cli.py`.
+"""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from agevlm import __version__
+
+
+VERBS = {
+    "quickstart": ("agevlm.quickstart", "Build data, train every variant through all stages, evaluate, write a report."),
+    "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
+    "train": ("agevlm.training.train", "Run one training stage: align, adapt-vision, ground or instruct."),
+    "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
+    "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
+    "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
+}
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="AGE-VLM: small vision-language models that look where they should.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"agevlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+    """AGE-VLM: small vision-language models that look where they should."""
+
+
+def _command(module: str):
+    def run(context: typer.Context) -> None:
+        import_module(module).main(context.args)
+
+    return run
+
+
+_groups: dict[str, typer.Typer] = {}
+for _verb, (_module, _help) in VERBS.items():
+    *_group, _name = _verb.split()
+    _target = app
+    if _group:
+        if _group[0] not in _groups:
+            _groups[_group[0]] = typer.Typer(no_args_is_help=True)
+            app.add_typer(_groups[_group[0]], name=_group[0], help=f"`agevlm {_group[0]} --help` lists what there is.")
+        _target = _groups[_group[0]]
+    # Without help options of its own, `--help` reaches the module's parser.
+    _target.command(_name, help=_help, context_settings=PASS_THROUGH, add_help_option=False)(_command(_module))
+
+
+def main() -> None:
+    """Entry point. A user's mistake prints as one line, not as a traceback."""
+    try:
+        app(prog_name="agevlm")
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"agevlm: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,37 @@
+"""`agevlm env`: versions and machine, as a bug report needs them."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import version
+
+
+PACKAGES = (
+    "agevlm",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "peft",
+    "safetensors",
+    "pillow",
+    "qtawesome",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="agevlm env", description=__doc__).parse_args(argv)
+    import torch
+
+    rows = {
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU cores": os.cpu_count(),
+        "accelerator": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "none",
+        **{package: version(package) for package in PACKAGES},
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,128 @@
+"""The one builder of everything tiny that the tests use: tokenizer, processor, model, pictures, rows."""
+
+import functools
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+from agevlm.processing.build import build_processor
+
+
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|pad|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+]
+CORPUS = [
+    "Is there a red apple in the image? Yes No",
+    "How many cars are in the image? Describe the image.",
+    "A blue car and a green tree on the left of a yellow house.",
+    "system user assistant",
+]
+IMAGE_SIZE = 96  # a grid of 3 x 3 visual tokens
+
+
+@functools.cache
+def _trained_tokenizer() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with Llama-3's special tokens, two of them reserved."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|pad|>",
+    )
+
+
+def tiny_processor(image_size: int = IMAGE_SIZE, geometry: str = "pad"):
+    """A processor around [`tiny_tokenizer`]."""
+    return build_processor(tiny_tokenizer(), image_size=image_size, geometry=geometry)
+
+
+def tiny_model(seed: int = 0, open_cross_blocks: bool = True, **config) -> AgeVlmForConditionalGeneration:
+    """A random model of some 90,000 parameters with 4 text layers and 2 cross blocks, in eval mode.
+
+    Args:
+        open_cross_blocks: give the zero-initialised output projections random weights, and the tower's LayerScale a
+            visible size. Closed (as built), pictures change nothing and a test of them proves nothing.
+    """
+    tokenizer = tiny_processor().tokenizer
+    torch.manual_seed(seed)
+    model = AgeVlmForConditionalGeneration(
+        AgeVlmConfig.tiny(
+            vocab_size=len(tokenizer),
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+            text_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 32]},
+            **config,
+        )
+    )
+    if open_cross_blocks:
+        with torch.no_grad():
+            for block in model.model.language_model.cross_attention_layers:
+                block.cross_attn.o_proj.weight.normal_(std=0.3)
+                block.mlp.down_proj.weight.normal_(std=0.3)
+            for name, parameter in model.model.vision_tower.named_parameters():
+                if name.endswith("layer_scale_parameter"):
+                    parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def picture(width: int = IMAGE_SIZE, height: int = IMAGE_SIZE, seed: int = 0) -> Image.Image:
+    """A picture of random noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def mask(width: int = IMAGE_SIZE, height: int = IMAGE_SIZE, box: tuple[int, int, int, int] = (0, 0, 40, 40)):
+    """A 1-bit mask that is set inside `box` (left, top, right, bottom)."""
+    image = Image.new("1", (width, height))
+    image.paste(1, box)
+    return image
+
+
+def row(row_id: str = "row-0", images: int = 1, guided: bool = False, seed: int = 0) -> dict:
+    """A valid row: one question and answer about `images` pictures."""
+    question = "Is there a red apple in the image?"
+    return {
+        "id": row_id,
+        "images": [picture(seed=seed + index) for index in range(images)],
+        "messages": [
+            {"role": "user", "content": "<|image|>" * images + question},
+            {"role": "assistant", "content": "Yes"},
+        ],
+        "guidance": {"query": question, "message_index": 0, "mask": mask(), "source": "test", "score": 1.0}
+        if guided
+        else None,
+    }

@@ -1,0 +1,344 @@
+"""The model against what it must equal: stock Llama, its own eager path, itself without a cache."""
+
+import pytest
+import torch
+from builders import tiny_model
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM
+
+from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
+
+
+LENGTH, CELLS = 10, 9
+
+
+def stock_llama(model) -> LlamaForCausalLM:
+    """The Llama inside `model`, loaded under Llama's own key names."""
+    llama = LlamaForCausalLM(model.config.text_config).eval()
+    llama.model.load_state_dict(
+        {k: v for k, v in model.model.language_model.state_dict().items() if "cross_attention_layers" not in k}
+    )
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    return llama
+
+
+@pytest.fixture
+def batch(model):
+    """Three rows: one picture with padded cells, text alone, two pictures."""
+    torch.manual_seed(1)
+    image = model.config.image_token_id
+    input_ids = torch.randint(20, 200, (3, LENGTH))
+    input_ids[0, 2] = input_ids[2, 1] = input_ids[2, 5] = image
+    visual_token_mask = torch.ones(3, 2, CELLS, dtype=torch.bool)
+    visual_token_mask[0, 0, :3] = False
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(3, 2, 3, 96, 96),
+        "image_mask": torch.tensor([[True, False], [False, False], [True, True]]),
+        "visual_token_mask": visual_token_mask,
+    }
+
+
+@pytest.fixture
+def query_mask():
+    mask = torch.zeros(3, LENGTH, dtype=torch.bool)
+    mask[0, 3:6] = mask[2, 4:8] = True
+    return mask
+
+
+def logits(model, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_text_only_logits_equal_stock_llama_bit_for_bit(model, batch, implementation):
+    llama = stock_llama(model)
+    model.set_attn_implementation(implementation)
+    llama.set_attn_implementation(implementation)
+    ids = batch["input_ids"]
+    padded = torch.ones_like(ids)
+    padded[1, :4] = 0
+    for attention_mask in (None, padded):
+        kwargs = {"input_ids": ids, "attention_mask": attention_mask}
+        assert torch.equal(logits(model, **kwargs), logits(llama, **kwargs))
+
+
+def test_closed_cross_blocks_leave_the_llama_unchanged(batch):
+    model = tiny_model(open_cross_blocks=False)
+    assert torch.equal(logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"]))
+
+
+def test_rows_without_pictures_and_tokens_before_a_picture_get_exactly_nothing(model, batch):
+    mixed, text = logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"])
+    assert torch.equal(mixed[1], text[1])
+    assert torch.equal(mixed[0, :2], text[0, :2])
+    assert torch.equal(mixed[2, :1], text[2, :1])
+    assert (mixed[0, 2:] - text[0, 2:]).abs().amax(-1).min() > 1e-3  # from the placeholder on, the picture is seen
+
+
+def test_pictures_that_do_not_exist_and_padded_cells_leave_no_trace(model, batch):
+    expected = logits(model, **batch)
+    pixels = batch["pixel_values"].clone()
+    pixels[1] = 50.0
+    pixels[0, 1] = -50.0
+    assert torch.equal(logits(model, **{**batch, "pixel_values": pixels}), expected)
+    features = model.model.get_image_features(batch["pixel_values"].flatten(0, 1)).pooler_output
+    changed = features.clone().view(3, 2, CELLS, -1)
+    changed[0, 0, :3] += 10.0
+    model.model.get_image_features = lambda *args, **kwargs: type("O", (), {"pooler_output": changed.flatten(0, 1)})
+    assert torch.allclose(logits(model, **batch), expected, atol=1e-6)
+
+
+def test_a_row_in_a_batch_equals_the_row_alone(model, batch):
+    together = logits(model, **batch)
+    for index, images in ((0, 1), (2, 2)):
+        alone = {name: value[index : index + 1] for name, value in batch.items()}
+        for name in ("pixel_values", "image_mask", "visual_token_mask"):
+            alone[name] = alone[name][:, :images]
+        assert torch.allclose(logits(model, **alone)[0], together[index], atol=1e-5)
+
+
+def test_a_token_sees_the_images_before_it_and_no_later_ones(model, batch):
+    pixels = batch["pixel_values"].clone()
+    pixels[2, 1] = torch.randn(3, 96, 96)
+    change = (logits(model, **{**batch, "pixel_values": pixels}) - logits(model, **batch)).abs().amax(-1)
+    assert change[2, :5].max() == 0
+    assert change[2, 5:].min() > 0
+    assert change[:2].max() == 0
+
+
+def test_explicit_cross_attention_mask_equals_the_default(model, batch):
+    ids = batch["input_ids"] == model.config.image_token_id
+    mask = ids.cumsum(-1)[..., None] > torch.arange(2)
+    assert torch.equal(logits(model, **batch, cross_attention_mask=mask), logits(model, **batch))
+
+
+@pytest.mark.parametrize("case", ["mixed", "unpadded"])
+def test_eager_equals_sdpa(batch, case, query_mask):
+    """`unpadded` runs SDPA without any mask: the case in which it would silently turn causal."""
+    results = {}
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model()
+        model.set_attn_implementation(implementation)
+        inputs = dict(batch)
+        if case == "unpadded":
+            inputs = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1, :1]}
+        output = model(**inputs, guidance_query_mask=query_mask[: len(inputs["input_ids"])], labels=inputs["input_ids"])
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results[implementation] = (output.logits, output.cross_attention_maps, *gradients)
+    for eager, sdpa in zip(*results.values(), strict=True):
+        assert torch.allclose(eager, sdpa, atol=2e-5)
+
+
+def test_maps_are_the_mean_of_the_eager_weights_with_the_same_gradients(batch, query_mask):
+    model = tiny_model().double()
+    model.set_attn_implementation("eager")
+    inputs = {**batch, "pixel_values": batch["pixel_values"].double()}
+    output = model(**inputs, guidance_query_mask=query_mask, output_attentions=True)
+    assert [a.shape for a in output.attentions] == [(3, 4, LENGTH, LENGTH)] * 4
+    assert [a.shape for a in output.cross_attentions] == [(3, 4, LENGTH, 2 * CELLS)] * 2
+    reference = torch.zeros(2, 3, 2 * CELLS, dtype=torch.float64)
+    for layer, weights in enumerate(output.cross_attentions):
+        for row in (0, 2):
+            reference[layer, row] = weights[row][:, query_mask[row]].mean((0, 1))
+    maps = output.cross_attention_maps
+    assert maps.dtype == torch.float32
+    assert torch.allclose(maps.double(), reference, atol=1e-6)
+    assert torch.allclose(maps.sum(-1), torch.tensor([1.0, 0.0, 1.0]).expand(2, 3), atol=1e-6)
+    assert maps[:, 0, :3].abs().max() == 0  # padded cells
+
+    weight = torch.randn(maps.shape, dtype=torch.float64)
+    parameters = [p for n, p in model.named_parameters() if "q_proj" in n or "k_proj" in n or "linear_1" in n]
+    ours = torch.autograd.grad((maps * weight).sum(), parameters, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad((reference * weight).sum(), parameters, allow_unused=True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_query_tokens_that_see_no_picture_are_left_out_of_the_map(model, batch):
+    mask = torch.zeros(3, LENGTH, dtype=torch.bool)
+    mask[:, :4] = True  # row 1 sees nothing, rows 0 and 2 only from their placeholder on
+    seeing = mask.clone()
+    seeing[0, :2] = seeing[2, :1] = False
+    with torch.no_grad():
+        first = model(**batch, guidance_query_mask=mask).cross_attention_maps
+        second = model(**batch, guidance_query_mask=seeing).cross_attention_maps
+    assert torch.equal(first, second)
+    assert first[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(batch, query_mask, reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        output = model(**batch, guidance_query_mask=query_mask, labels=batch["input_ids"], use_cache=False)
+        (output.loss + output.cross_attention_maps.square().sum()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def generate(model, batch, **kwargs):
+    return model.generate(**batch, max_new_tokens=8, do_sample=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"cache_implementation": "static"}, {"past_key_values": DynamicCache}], ids=["static", "own cache"]
+)
+def test_every_cache_generates_what_no_cache_generates(model, batch, kwargs):
+    kwargs = {name: value() if callable(value) else value for name, value in kwargs.items()}
+    assert torch.equal(generate(model, batch, **kwargs), generate(model, batch, use_cache=False))
+
+
+def test_beams_with_cache_equal_beams_without(model, batch):
+    assert torch.equal(generate(model, batch, num_beams=3), generate(model, batch, num_beams=3, use_cache=False))
+
+
+def test_prompt_lookup_equals_greedy(model, batch):
+    alone = {name: value[:1] for name, value in batch.items()}
+    alone["input_ids"] = alone["input_ids"].clone()
+    alone["input_ids"][0, 6:] = batch["input_ids"][0, 3:7].clone()  # a repeated phrase, so that candidates are found
+    assert torch.equal(generate(model, alone, prompt_lookup_num_tokens=3), generate(model, alone))
+
+
+def test_left_padded_batch_generates_what_rows_generate_alone(model, batch):
+    pad = model.config.text_config.pad_token_id
+    short = batch["input_ids"][:1, :6]
+    padded = torch.cat([torch.full((1, 4), pad), short], dim=1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(short)], dim=1)
+    together = generate(
+        model,
+        {
+            **batch,
+            "input_ids": torch.cat([padded, batch["input_ids"][1:]]),
+            "attention_mask": torch.cat([mask, batch["attention_mask"][1:]]),
+        },
+    )
+    alone = generate(
+        model,
+        {
+            "input_ids": short,
+            "attention_mask": torch.ones_like(short),
+            "pixel_values": batch["pixel_values"][:1, :1],
+            "visual_token_mask": batch["visual_token_mask"][:1, :1],
+        },
+    )
+    assert torch.equal(together[0, LENGTH:], alone[0, 6:])
+
+
+def test_cached_prefix_goes_on_like_one_pass(model, batch):
+    """A second turn over a kept cache, without sending the pictures again."""
+    ids = batch["input_ids"]
+    mask = (ids == model.config.image_token_id).cumsum(-1)[..., None] > torch.arange(2)
+    expected = logits(model, **batch)[:, 7:]
+    with torch.no_grad():
+        first = model(**{**batch, "input_ids": ids[:, :7], "attention_mask": None}, use_cache=True)
+        second = model(
+            input_ids=ids[:, 7:],
+            past_key_values=first.past_key_values,
+            cross_attention_mask=mask,
+            image_mask=batch["image_mask"],
+            visual_token_mask=batch["visual_token_mask"],
+        )
+    assert torch.allclose(second.logits, expected, atol=1e-5)
+
+
+def test_inputs_embeds_and_logits_to_keep(model, batch):
+    mask = (batch["input_ids"] == model.config.image_token_id).cumsum(-1)[..., None] > torch.arange(2)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    inputs = {k: v for k, v in batch.items() if k != "input_ids"}
+    whole = logits(model, **batch)
+    assert torch.equal(logits(model, **inputs, inputs_embeds=embeds, cross_attention_mask=mask), whole)
+    assert torch.equal(logits(model, **batch, logits_to_keep=2), whole[:, -2:])
+
+
+def test_mllama_preset_starts_as_the_llama_too(batch):
+    model = tiny_model(open_cross_blocks=False, cross_attention_gate="tanh", cross_attention_qk_norm=True)
+    assert torch.equal(logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"]))
+    with torch.no_grad():
+        for block in model.model.language_model.cross_attention_layers:
+            block.attn_gate.fill_(1.0)
+    assert not torch.equal(logits(model, **batch)[0], logits(stock_llama(model), input_ids=batch["input_ids"])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": torch.zeros(2, 1, 3, 96, 96)}, "2 rows and the text 3"),
+        ({"image_mask": torch.ones(3, 3)}, "`image_mask` has shape"),
+        ({"image_mask": torch.ones(3, 2)}, "placeholders"),
+        ({"visual_token_mask": torch.ones(3, 2, 4)}, "`visual_token_mask` has shape"),
+        ({"cross_attention_mask": torch.ones(3, LENGTH, 1)}, "`cross_attention_mask` has shape"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(model, batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, **change})
+
+
+def test_auto_classes_give_the_model_with_its_head(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(loaded, AgeVlmForConditionalGeneration)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_paper_sizes():
+    """Section 4 and reference counts: 16 + 4 layers, 576 visual tokens of width 1536 from 768 pixels."""
+    config = AgeVlmConfig.paper()
+    assert config.cross_attention_schedule == [2, 6, 10, 14]
+    assert spread_cross_attention_layers(16) == [2, 7, 12, 17]
+    with torch.device("meta"):
+        model = AgeVlmForConditionalGeneration(config)
+        features = model.model.vision_tower(torch.zeros(1, 3, 768, 768))
+    assert features.last_hidden_state.shape == (1, 576, 1536)
+
+    def millions(module):
+        return round(sum(p.numel() for p in module.parameters()) / 1e6, 1)
+
+    cross = model.model.language_model.cross_attention_layers
+    assert millions(model.model.vision_tower) == 196.2
+    assert millions(model.model.multi_modal_projector) == 7.3
+    assert round(millions(model.model.language_model) - millions(cross), 1) == 1235.8
+    assert millions(cross) == 243.3
+
+
+@pytest.mark.parametrize("layers", [[2, 2], [5, 1], [-1, 2], [1, 6]])
+def test_impossible_cross_layers_are_refused(layers):
+    with pytest.raises(StrictDataclassClassValidationError, match="cross_attention_layers"):
+        AgeVlmConfig.tiny(300, 299, cross_attention_layers=layers)
+
+
+def test_config_survives_saving(tmp_path):
+    config = AgeVlmConfig.tiny(300, 299, cross_attention_layers=[0, 3, 6])
+    config.save_pretrained(tmp_path)
+    again = AgeVlmConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.cross_attention_schedule == [0, 2, 4]
+    assert set(again.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+
+
+def test_assemble_copies_the_parts(model, batch):
+    from transformers import ConvNextModel
+
+    llama, tower = stock_llama(model), ConvNextModel(model.config.vision_config)
+    built = assemble(llama, tower, model.config.image_token_id, cross_attention_layers=[1, 4]).eval()
+    assert torch.equal(logits(built, **batch), logits(llama, input_ids=batch["input_ids"]))
+    grid = tower(batch["pixel_values"][0]).last_hidden_state.flatten(2).transpose(1, 2)
+    assert torch.equal(built.model.vision_tower(batch["pixel_values"][0]).last_hidden_state, grid)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        assemble(llama, tower, image_token_id=10_000)

@@ -1,0 +1,59 @@
+"""Rows to batches: chat text, pictures, labels on the answers, and guidance where a row has it (section 3.2.2)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agevlm.data.rows import open_image, validate_row
+from agevlm.processing import AgeVlmProcessor
+
+
+@dataclass
+class AgeVlmDataCollator:
+    """Turns a list of rows into one batch of tensors, padded on the right.
+
+    Args:
+        processor: of the model that is trained.
+        max_length: texts are cut after this many tokens; None keeps them whole.
+
+    `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
+    `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
+
+    Raises:
+        ValueError: a bad row; the message names the row, the field and the fix.
+    """
+
+    processor: AgeVlmProcessor
+    max_length: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in rows:
+            validate_row(row)
+        images = [[open_image(image, where=f"row {row['id']}") for image in row["images"]] for row in rows]
+        guided = [row.get("guidance") for row in rows]
+        spans = [
+            self.processor.message_span(row["messages"], guidance["message_index"], guidance["query"])
+            if guidance is not None
+            else None
+            for row, guidance in zip(rows, guided, strict=True)
+        ]
+        batch = self.processor.apply_chat_template(
+            [row["messages"] for row in rows],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+            processor_kwargs={
+                "images": images,
+                "guidance_spans": spans,
+                "guidance_masks": [None if guidance is None else guidance["mask"] for guidance in guided],
+                "padding": True,
+                "padding_side": "right",
+                "truncation": self.max_length is not None,
+                "max_length": self.max_length,
+            },
+        )
+        answers = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
+        return dict(batch)
