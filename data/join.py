@@ -1,0 +1,74 @@
+"""Joins a data set of guidance masks to a data set of rows by id, for all rows or for a stable share of them."""
+
+import hashlib
+
+import pyarrow as pa
+from datasets import Dataset, Features, concatenate_datasets
+
+from .rows import GUIDANCE
+
+
+def in_subset(row_id: str, fraction: float, seed: int = 0) -> bool:
+    """Whether a row belongs to the `fraction` (0 to 1) that `seed` selects: blake2b(seed/id) / 2^64 < fraction.
+
+    A larger fraction contains every row of a smaller one."""
+    digest = hashlib.blake2b(f"{seed}/{row_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
+
+
+def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int = 0) -> Dataset:
+    """`rows` with a column `guidance`: {query, message_index, mask, source, score}, null where a row has none.
+
+    Args:
+        rows: data set with a unique string column `id`.
+        masks: data set with the columns `id`, query, message_index, mask, source, score; ids are unique.
+        fraction: share of the masks to use, chosen by a hash of the row id and `seed`.
+
+    Raises ValueError for a fraction outside 0 to 1, missing columns, repeated ids, and masks that fit no row.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"mask fraction {fraction} is not between 0 and 1")
+    _check_columns("rows", rows, ["id"])
+    _check_columns("masks", masks, ["id", *GUIDANCE])
+    if "guidance" in rows.column_names:
+        raise ValueError("rows already have a column guidance; remove it before joining masks")
+    row_ids, mask_ids = list(rows["id"]), list(masks["id"])
+    place = _positions("masks", mask_ids)
+    unknown = place.keys() - _positions("rows", row_ids).keys()
+    if unknown:
+        raise ValueError(f"{len(unknown)} of {len(place)} masks fit no row, e.g. id {min(unknown)!r}; "
+                         "join the masks of the same data set")  # fmt: skip
+    taken = [place.get(i) if i in place and in_subset(i, fraction, seed) else None for i in row_ids]
+    features = Features({"guidance": {field: masks.features[field] for field in GUIDANCE}})
+    guidance = pa.nulls(len(rows), features.arrow_schema.field("guidance").type)
+    if place and len(rows):
+        guidance = _struct(_table(masks).take(pa.array([t or 0 for t in taken], pa.int64())), taken, features)
+    fingerprint = hashlib.blake2b(f"{rows._fingerprint}{masks._fingerprint}{fraction}{seed}".encode(), digest_size=8)
+    joined = Dataset(pa.table([guidance], schema=features.arrow_schema), fingerprint=fingerprint.hexdigest())
+    return concatenate_datasets([rows, joined], axis=1)
+
+
+def _table(masks: Dataset) -> pa.Table:
+    """The guidance columns as Arrow, in the data set's own order."""
+    return masks.select_columns(list(GUIDANCE)).with_format("arrow")[:]
+
+
+def _struct(table: pa.Table, taken: list[int | None], features: Features) -> pa.Array:
+    kind = features.arrow_schema.field("guidance").type
+    columns = [table.column(field.name).combine_chunks().cast(field.type) for field in kind]
+    mask = pa.array([t is None for t in taken])
+    return pa.StructArray.from_arrays(columns, fields=list(kind), mask=mask)
+
+
+def _check_columns(what: str, data: Dataset, wanted: list[str]) -> None:
+    missing = [name for name in wanted if name not in data.column_names]
+    if missing:
+        raise ValueError(f"{what} lack the column {', '.join(missing)}; they have {', '.join(data.column_names)}")
+
+
+def _positions(what: str, ids: list[str]) -> dict[str, int]:
+    positions = {row_id: index for index, row_id in enumerate(ids)}
+    if len(positions) != len(ids):
+        twice = next(row_id for index, row_id in enumerate(ids) if positions[row_id] != index)
+        raise ValueError(f"{what} have the id {twice!r} more than once; ids must be unique")
+    return positions

@@ -1,0 +1,303 @@
+"""Questions about a scene, their answers and what to look at, in the wording of the public benchmarks.
+
+Each generator takes (rng, scene, pool) and returns a `Question`, or None where the scene does not allow one. They use
+the scene's facts alone, so the same questions serve drawn pictures and scenes told in words.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .layout import Scene, order
+from .splits import Pool
+from .words import NUMBERS, plural, with_article
+
+
+LETTERS = "ABCDEF"
+YES_NO_SUFFIXES = (" Please answer yes or no.", "\nAnswer the question using a single word or phrase.")
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+WORD_SUFFIX = "\nPlease answer directly with a single word or number."
+OPTION_SUFFIX = "\nPlease answer directly with only the letter of the correct option and nothing else."
+
+
+@dataclass(frozen=True)
+class Question:
+    """`query`: the words that should steer the look, always part of `prompt`; `suffixes`: instructions that benchmarks
+    append. `look_at`: indices of objects, empty where the thing asked for is absent; `sign`: look at the sign.
+    `about`: (colour or None, name) pairs that question and options name."""
+
+    kind: str
+    query: str
+    prompt: str
+    answer: str
+    look_at: tuple[int, ...] = ()
+    sign: bool = False
+    about: tuple[tuple[str | None, str], ...] = ()
+    choices: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+
+
+Generator = Callable[[random.Random, Scene, Pool], Question | None]
+
+
+def _yes_no(kind: str, query: str, yes: bool, look_at: Sequence[int], about) -> Question:
+    answer = "Yes" if yes else "No"
+    return Question(kind, query, query, answer, tuple(look_at), about=tuple(about), suffixes=YES_NO_SUFFIXES)
+
+
+def _multiple_choice(kind: str, query: str, choices: Sequence[str], right: str, look_at, about) -> Question:
+    """CV-Bench's form: stem, "Select from the following choices.", one "(A) text" a line; the answer is "(A)"."""
+    lines = "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
+    prompt = f"{query} Select from the following choices.{lines}"
+    answer = f"({LETTERS[list(choices).index(right)]})"
+    look_at, about, choices = tuple(look_at), tuple(about), tuple(choices)
+    return Question(kind, query, prompt, answer, look_at, False, about, choices, (LETTER_SUFFIX,))
+
+
+# -- presence (POPE) --------------------------------------------------------------------------------------------------
+
+
+def presence_query(noun: str) -> str:
+    return f"Is there {with_article(noun)} in the image?"
+
+
+def present(rng: random.Random, scene: Scene, pool: Pool, with_colour: bool | None = None) -> Question:
+    """About something in the picture; looks at every object that fits the words."""
+    thing = rng.choice(scene.objects)
+    coloured = thing.colour is not None and (rng.random() < 0.5 if with_colour is None else with_colour)
+    colour = thing.colour if coloured else None
+    query = presence_query(thing.described if coloured else thing.name)
+    return _yes_no("presence", query, True, scene.find(thing.name, colour), [(colour, thing.name)])
+
+
+def absent_names(scene: Scene, pool: Pool, names: Sequence[str]) -> list[str]:
+    """`names` without those in the picture and without their near synonyms."""
+    groups = {thing.group for thing in scene.objects}
+    return [name for name in names if pool.kinds[name].group not in groups]
+
+
+def absent(rng: random.Random, scene: Scene, pool: Pool, strategy: str | None = None) -> Question | None:
+    """About something not in the picture, chosen at random, among the most frequent names, or to mislead
+    ("adversarial": the category of something present, its name in another colour, or another name in its colour)."""
+    strategy = strategy or rng.choice(("random", "popular", "adversarial"))
+    colour: str | None = None
+    if strategy == "adversarial":
+        thing = rng.choice(scene.objects)
+        way = rng.choice(("colour", "name", "category")) if thing.colour else "category"
+        if way == "colour":
+            taken = {o.colour for o in scene.objects if o.name == thing.name}
+            others = [c for c in colours_of(pool, thing.name) if c not in taken]
+            return _absent(rng.choice(others), thing.name) if others else None
+        names = _some(rng, pool.names)
+        if way == "category":
+            names = _some(rng, pool.by_category[thing.category]) + names
+        colour = thing.colour if way == "name" else None
+    else:
+        names = _some(rng, pool.popular if strategy == "popular" else pool.names)
+    for name in names:
+        if absent_names(scene, pool, [name]) and (colour is None or pool.allowed(colour, name)):
+            if strategy != "adversarial" and rng.random() < 0.5:
+                colour = rng.choice(pool.colours[name])
+            return _absent(colour, name)
+    return None
+
+
+def _some(rng: random.Random, names: Sequence[str]) -> list[str]:
+    return rng.sample(names, min(8, len(names)))
+
+
+def colours_of(pool: Pool, name: str) -> tuple[str, ...]:
+    return (*(c for c in pool.colours[name] if c), *pool.rare_colours[name])
+
+
+def _absent(colour: str | None, name: str) -> Question:
+    noun = name if colour is None else f"{colour} {name}"
+    return _yes_no("presence", presence_query(noun), False, (), [(colour, name)])
+
+
+# -- counting, relation, depth (CV-Bench) ----------------------------------------------------------------------------
+
+
+def count(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    thing = rng.choice(scene.objects)
+    name = thing.name
+    if rng.random() < 0.2:
+        names = absent_names(scene, pool, rng.sample(pool.names, min(4, len(pool.names))))
+        name = names[0] if names else name
+    found = scene.find(name)
+    start = rng.randint(max(0, len(found) - 3), min(2, len(found)))
+    choices = [str(number) for number in range(start, start + 4)]
+    query = f"How many {plural(name)} are in the image?"
+    return _multiple_choice("count", query, choices, str(len(found)), found, [(None, name)])
+
+
+def _referable(scene: Scene) -> list[int]:
+    return [index for index in range(len(scene.objects)) if scene.reference(index)]
+
+
+def _pair(rng: random.Random, scene: Scene, axis: str) -> tuple[int, int] | None:
+    """Two objects that words tell apart and that lie clearly apart along `axis`, in random order."""
+    named = _referable(scene)
+    pairs = [(a, b) for a in named for b in named if a != b and order(scene.objects[a], scene.objects[b], axis)]
+    return rng.choice(pairs) if pairs else None
+
+
+def _about(scene: Scene, *indices: int) -> list[tuple[str | None, str]]:
+    """The (colour, name) pairs that `Scene.reference` speaks of."""
+    things = [(scene.objects[i], scene.reference(i)) for i in indices]
+    return [(thing.colour if words != thing.name else None, thing.name) for thing, words in things]
+
+
+_WORDS = {"x": ("left", "right"), "y": ("above", "below")}
+
+
+def relation(rng: random.Random, scene: Scene, pool: Pool, axis: str | None = None) -> Question | None:
+    axis = axis or rng.choice("xxy")
+    pair = _pair(rng, scene, axis)
+    if pair is None:
+        return None
+    a, b = pair
+    first, second = scene.reference(a), scene.reference(b)
+    words = _WORDS[axis]
+    right = words[0] if order(scene.objects[a], scene.objects[b], axis) < 0 else words[1]
+    choices = list(words) if rng.random() < 0.5 else list(words[::-1])
+    query = (f"Considering the relative positions of the {first} and the {second} in the image provided, "
+             f"where is the {first} located with respect to the {second}?")  # fmt: skip
+    return _multiple_choice("relation", query, choices, right, pair, _about(scene, a, b))
+
+
+def depth(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    """Which of two overlapping objects is in front."""
+    pairs = [(f, b) for f, b in sorted(scene.in_front) if scene.reference(f) and scene.reference(b)]
+    if not pairs:
+        return None
+    front, back = rng.choice(pairs)
+    names = [scene.reference(front), scene.reference(back)]
+    shown = names if rng.random() < 0.5 else names[::-1]
+    query = f"Which object is closer to the camera taking this photo, the {shown[0]} or the {shown[1]}?"
+    return _multiple_choice("depth", query, shown, names[0], (front, back), _about(scene, front, back))
+
+
+# -- reading (OCRBench) ----------------------------------------------------------------------------------------------
+
+
+def read_sign(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    if scene.word is None:
+        return None
+    query = rng.choice(("what is written in the image?", "What is the word on the sign?"))
+    return Question("read", query, query, scene.word, sign=True)
+
+
+# -- statements to check (HallusionBench) ----------------------------------------------------------------------------
+
+
+def is_colour(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    single = [i for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
+    if not single:
+        return None
+    index = rng.choice(single)
+    thing = scene.objects[index]
+    colour = thing.colour
+    if rng.random() < 0.5:
+        others = [c for c in colours_of(pool, thing.name) if c != colour]
+        colour = rng.choice(others) if others else colour
+    query = f"Is the {thing.name} {colour}?"
+    return _yes_no("check", query, colour == thing.colour, (index,), [(colour, thing.name)])
+
+
+def is_beside(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    pair = _pair(rng, scene, "x")
+    if pair is None:
+        return None
+    a, b = pair
+    left = rng.random() < 0.5
+    query = f"Is the {scene.reference(a)} to the {'left' if left else 'right'} of the {scene.reference(b)}?"
+    yes = (order(scene.objects[a], scene.objects[b], "x") < 0) == left
+    return _yes_no("check", query, yes, pair, _about(scene, a, b))
+
+
+# -- free questions (RealWorldQA) ------------------------------------------------------------------------------------
+
+
+def _free(rng: random.Random, query: str, answer: str, look_at, about, distractors: Sequence[str]) -> Question:
+    """Half of them open, half with lettered options and the instruction that RealWorldQA keeps in the question."""
+    if rng.random() < 0.5 or not distractors:
+        return Question("free", query, query, answer, tuple(look_at), about=tuple(about), suffixes=(WORD_SUFFIX,))
+    choices = [answer, *distractors[:3]]
+    rng.shuffle(choices)
+    lines = "".join(f"\n{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))
+    letter = LETTERS[choices.index(answer)]
+    prompt = query + lines + OPTION_SUFFIX
+    return Question("free", query, prompt, letter, tuple(look_at), about=tuple(about), choices=tuple(choices))
+
+
+def what_colour(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    single = [i for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
+    if not single:
+        return None
+    index = rng.choice(single)
+    thing = scene.objects[index]
+    others = [c for c in colours_of(pool, thing.name) if c != thing.colour]
+    rng.shuffle(others)
+    return _free(rng, f"What color is the {thing.name}?", thing.colour, (index,), [(None, thing.name)], others)
+
+
+def what_is_coloured(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    colours = [o.colour for o in scene.objects]
+    single = [i for i, colour in enumerate(colours) if colour and colours.count(colour) == 1]
+    if not single:
+        return None
+    index = rng.choice(single)
+    thing = scene.objects[index]
+    others = [n for n in absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
+              if pool.allowed(thing.colour, n)]  # fmt: skip
+    about = [(thing.colour, thing.name)]
+    return _free(rng, f"What object is {thing.colour}?", thing.name, (index,), about, others)
+
+
+def how_many_objects(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    total = len(scene.objects)
+    others = [NUMBERS[number] for number in range(1, 6) if number != total]
+    rng.shuffle(others)
+    everything = tuple(range(total))
+    return _free(rng, "How many objects are in the image?", NUMBERS[total], everything, (), others)
+
+
+OTHERS: tuple[Generator, ...] = (
+    count, count, relation, relation, depth, depth, read_sign, read_sign,
+    is_colour, is_beside, what_colour, what_is_coloured, how_many_objects,
+)  # fmt: skip
+
+
+def presence(rng: random.Random, scene: Scene, pool: Pool) -> Question:
+    """Yes in half of the cases."""
+    if rng.random() < 0.5:
+        return present(rng, scene, pool)
+    return absent(rng, scene, pool) or absent(rng, scene, pool, "random") or present(rng, scene, pool)
+
+
+def _other(rng: random.Random, scene: Scene, pool: Pool) -> Question:
+    """Anything but presence, of a kind that the scene allows."""
+    while True:  # the number of objects can always be asked
+        question = rng.choice(OTHERS)(rng, scene, pool)
+        if question is not None:
+            return question
+
+
+def spoken(rng: random.Random, question: Question) -> str:
+    """The prompt as training rows have it: sometimes with an instruction of the benchmarks behind it."""
+    return question.prompt + (rng.choice(question.suffixes) if question.suffixes and rng.random() < 0.3 else "")
+
+
+def sample_questions(rng: random.Random, scene: Scene, pool: Pool, number: int) -> list[Question]:
+    """`number` different questions, about half of them on presence, at least one with something to look at."""
+    found: dict[str, Question] = {}
+    for _ in range(10 * number):
+        if len(found) == number:
+            break
+        question = presence(rng, scene, pool) if rng.random() < 0.5 else _other(rng, scene, pool)
+        found.setdefault(question.query, question)
+    questions = list(found.values())
+    if not any(question.look_at or question.sign for question in questions):
+        questions[rng.randrange(len(questions))] = present(rng, scene, pool)
+    return questions

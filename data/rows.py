@@ -1,0 +1,149 @@
+"""The row every data set of the project has, its validation, and guarded opening of pictures.
+
+A row is {id, images, messages, guidance}: `messages` hold plain strings in which the literal `<|image|>` marks each
+picture's place; `guidance` (or null) says which text (`query`, inside message `message_index`) should look at which
+part (`mask`) of the first picture.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+
+
+IMAGE_PLACEHOLDER = "<|image|>"
+ROLES = ("system", "user", "assistant")
+MAX_PIXELS = 64_000_000
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+GUIDANCE = {
+    "query": Value("string"),
+    "message_index": Value("int32"),
+    "mask": ImageFeature(),
+    "source": Value("string"),
+    "score": Value("float32"),
+}
+ROW_FEATURES = Features({"id": Value("string"), "images": List(ImageFeature()), "messages": MESSAGES})
+MASK_FEATURES = Features({"id": Value("string"), **GUIDANCE})
+
+
+def resolve_inside(root: str | Path, path: str | Path) -> Path:
+    """`path` below `root` as an absolute path; ValueError where it leaves `root` (absolute, `..`, symbolic link)."""
+    base = Path(root).resolve()
+    full = (base / path).resolve()
+    if not full.is_relative_to(base):
+        raise ValueError(f"path {str(path)!r} leaves its folder {base}; use a path inside it")
+    return full
+
+
+def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture completely and converts it to `mode`.
+
+    `image`: a PIL picture, a path, bytes, or the {"bytes", "path"} of an undecoded `datasets.Image`. Transparent
+    pixels become white, rotation tags are applied. Raises ValueError starting with `where` for a broken, truncated,
+    empty or oversized picture and for anything else that is no picture.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    fix = "replace the picture or drop the row"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            if isinstance(image, (bytes, bytearray, memoryview)):
+                opened = Image.open(io.BytesIO(image))
+            elif isinstance(image, (str, Path)):
+                opened = Image.open(image)
+            elif isinstance(image, Image.Image):
+                opened = image
+            else:
+                raise ValueError(f"{where}: expected a picture, got {type(image).__name__}; {fix}")
+            _check_size(opened, where, max_pixels)
+            opened.load()
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: the picture cannot be decoded ({error}); {fix}") from error
+    if opened is not image:
+        opened = ImageOps.exif_transpose(opened)
+    return _convert(opened, mode)
+
+
+def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{where}: {width} x {height} pixels exceed the limit of {max_pixels}; shrink the picture")
+    if width == 0 or height == 0:
+        raise ValueError(f"{where}: the picture is empty ({width} x {height}); drop the row")
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip everything above 255
+        image = image.point(lambda value: value / 256).convert("L")
+    if mode == "1":
+        return image.convert("L").point(lambda value: 255 * (value >= 128), "1")  # `convert` alone would dither
+    if mode == "RGB" and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    return image.convert(mode)
+
+
+def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
+    """Raises ValueError naming `where`, the row's id, the field, the value seen and the fix; returns None if valid."""
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        raise ValueError(f"{where}: field id is {row.get('id')!r}; give every row a non-empty string id")
+    name = f"{where} (id {row['id']!r})"
+    images, messages = row.get("images"), row.get("messages")
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"{name}: field images is {type(images).__name__}; use a list, empty for text-only rows")
+    _validate_messages(name, messages)
+    placeholders = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
+    if placeholders != len(images):
+        raise ValueError(
+            f"{name}: {placeholders} {IMAGE_PLACEHOLDER} in messages but {len(images)} pictures in images; "
+            f"write one {IMAGE_PLACEHOLDER} where each picture belongs"
+        )
+    opened = [open_image(image, f"{name}, images[{index}]") for index, image in enumerate(images)]
+    if row.get("guidance") is not None:
+        _validate_guidance(name, row["guidance"], messages, opened)
+
+
+def _validate_messages(name: str, messages: Any) -> None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"{name}: field messages is {messages!r}; use a non-empty list of {{role, content}}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
+            raise ValueError(f"{name}: messages[{index}].role is {role!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            kind = type(message.get("content")).__name__
+            raise ValueError(f"{name}: messages[{index}].content is {kind}; use one string with {IMAGE_PLACEHOLDER}")
+        if message["role"] != "user" and IMAGE_PLACEHOLDER in message["content"]:
+            raise ValueError(f"{name}: messages[{index}] ({message['role']}) holds {IMAGE_PLACEHOLDER}; "
+                             "only user messages can show a picture")  # fmt: skip
+
+
+def _validate_guidance(name: str, guidance: Any, messages: Any, images: list[Image.Image]) -> None:
+    if not isinstance(guidance, Mapping):
+        raise ValueError(f"{name}: field guidance is {type(guidance).__name__}; use a mapping or null")
+    missing = [field for field in GUIDANCE if field not in guidance]
+    if missing:
+        raise ValueError(f"{name}: guidance lacks {', '.join(missing)}; add them")
+    if not images:
+        raise ValueError(f"{name}: guidance on a row without pictures; set guidance to null")
+    index, query = guidance["message_index"], guidance["query"]
+    if not isinstance(index, int) or not 0 <= index < len(messages):
+        raise ValueError(f"{name}: guidance.message_index is {index!r}; use 0 to {len(messages) - 1}")
+    if not isinstance(query, str) or not query or query not in messages[index]["content"]:
+        content = messages[index]["content"]
+        raise ValueError(f"{name}: guidance.query {query!r} is not in messages[{index}] {content!r}; copy it")
+    mask = open_image(guidance["mask"], f"{name}, guidance.mask", mode="1")
+    if mask.size != images[0].size:
+        raise ValueError(f"{name}: guidance.mask is {mask.width} x {mask.height} but images[0] is "
+                         f"{images[0].width} x {images[0].height}; store the mask at the picture's size")  # fmt: skip
+    if mask.getbbox() is None:
+        raise ValueError(f"{name}: guidance.mask is empty; set guidance to null where nothing should be looked at")

@@ -1,0 +1,81 @@
+"""Joining masks: by id whatever the order, stable and nested subsets, and clear refusals."""
+
+import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from agevlm.data.join import in_subset, join_masks
+from agevlm.data.rows import MASK_FEATURES
+
+
+def rows_of(ids) -> Dataset:
+    return Dataset.from_dict({"id": list(ids), "text": [f"text {i}" for i in ids]})
+
+
+def masks_of(ids) -> Dataset:
+    ids = list(ids)
+    count = len(ids)
+    masks = [Image.new("1", (4, 4 + index), 1) for index in range(count)]
+    return Dataset.from_dict(
+        {"id": ids, "query": [f"query {i}" for i in ids], "message_index": [0] * count, "mask": masks,
+         "source": ["t"] * count, "score": [1.0] * count},
+        features=MASK_FEATURES,
+    )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 99), unique=True, max_size=12), st.randoms(use_true_random=False))
+def test_masks_find_their_rows(numbers, rng):
+    ids = [f"r{n}" for n in numbers]
+    chosen = rng.sample(ids, len(ids) // 2)
+    joined = join_masks(rows_of(ids), masks_of(chosen))
+    assert joined["id"] == ids
+    for row in joined:
+        if row["id"] in chosen:
+            assert row["guidance"]["query"] == f"query {row['id']}"
+            assert row["guidance"]["mask"].size == (4, 4 + chosen.index(row["id"]))
+        else:
+            assert row["guidance"] is None
+
+
+def test_shuffled_and_selected_data_sets_join_by_id():
+    ids = [f"r{n}" for n in range(20)]
+    rows, masks = rows_of(ids).shuffle(seed=1).select(range(10)), masks_of(ids).shuffle(seed=2)
+    masks = masks.filter(lambda i: i in set(rows["id"]), input_columns="id")
+    joined = join_masks(rows, masks)
+    assert [row["guidance"]["query"] for row in joined] == [f"query {i}" for i in rows["id"]]
+    assert isinstance(joined.features["guidance"]["mask"], ImageFeature)
+
+
+def test_fraction_is_stable_and_nested():
+    ids = [f"r{n}" for n in range(400)]
+    rows, masks = rows_of(ids), masks_of(ids)
+
+    def chosen(fraction, seed=0):
+        joined = join_masks(rows, masks, fraction, seed)
+        return {
+            i for i, guidance in zip(ids, joined.with_format("arrow")["guidance"], strict=True) if guidance.is_valid
+        }
+
+    assert chosen(0) == set()
+    assert chosen(1) == set(ids)
+    assert chosen(0.2) < chosen(0.5)
+    assert 150 < len(chosen(0.5)) < 250
+    assert chosen(0.5) == {i for i in ids if in_subset(i, 0.5)} != chosen(0.5, seed=1)
+
+
+def test_refusals():
+    rows, masks = rows_of(["a", "b"]), masks_of(["a"])
+    with pytest.raises(ValueError, match=r"1\.5 is not between"):
+        join_masks(rows, masks, 1.5)
+    with pytest.raises(ValueError, match=r"1 of 2 masks fit no row, e\.g\. id 'c'"):
+        join_masks(rows, masks_of(["a", "c"]))
+    with pytest.raises(ValueError, match="masks have the id 'a' more than once"):
+        join_masks(rows, masks_of(["a", "a"]))
+    with pytest.raises(ValueError, match="masks lack the column score"):
+        join_masks(rows, masks.remove_columns("score"))
+    with pytest.raises(ValueError, match="already have a column guidance"):
+        join_masks(join_masks(rows, masks), masks)

@@ -1,0 +1,164 @@
+"""Every answer and every place to look is found again from the question's words and the scene's objects alone."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agevlm.data.conversations import caption_messages, question_messages, sample_caption, tell, text_conversations
+from agevlm.data.layout import sample_scene
+from agevlm.data.objects import COLOURS
+from agevlm.data.questions import absent, presence, sample_questions
+from agevlm.data.words import NUMBERS, article, cell, join_phrases, plural, position
+
+
+SPLITS = st.sampled_from(["train", "composition", "name", "style", "text"])
+examples = settings(max_examples=150, deadline=None)
+
+
+def scene_of(icons, seed: int, split: str):
+    rng, pool = random.Random(seed), icons.pools[split]
+    return rng, pool, sample_scene(rng, pool, 1, 4, 0.5)
+
+
+@examples
+@given(st.integers(), SPLITS)
+def test_answers_and_places_to_look(icons, solve, seed, split):
+    rng, pool, scene = scene_of(icons, seed, split)
+    for question in sample_questions(rng, scene, pool, 6):
+        look_at = solve(scene, question.prompt, question.answer)
+        assert question.query in question.prompt
+        assert (set(question.look_at), question.sign) == ((look_at, False) if look_at is not None else (set(), True))
+
+
+@examples
+@given(st.integers(), SPLITS)
+def test_spoken_conversations_stay_true(icons, solve, seed, split):
+    rng, pool, scene = scene_of(icons, seed, split)
+    messages = question_messages(rng, sample_questions(rng, scene, pool, 4))
+    assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+    assert messages[0]["content"].startswith("<|image|>")
+    for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+        solve(scene, asked["content"].removeprefix("<|image|>"), answered["content"])
+
+
+@examples
+@given(st.integers(), SPLITS, st.sampled_from(["random", "popular", "adversarial"]))
+def test_absent_things_are_absent_and_no_synonym_is_present(icons, seed, split, strategy):
+    rng, pool, scene = scene_of(icons, seed, split)
+    question = absent(rng, scene, pool, strategy)
+    if question is None:
+        return
+    ((colour, name),) = question.about
+    assert question.answer == "No" and not question.look_at
+    assert not [o for o in scene.objects if o.name == name and colour in (None, o.colour)]
+    if any(o.name == name for o in scene.objects):
+        assert colour is not None and strategy == "adversarial"
+    else:
+        assert pool.kinds[name].group not in {o.group for o in scene.objects}
+    if strategy == "popular":
+        assert name in pool.popular
+
+
+def test_presence_is_balanced_and_every_kind_of_question_occurs(icons):
+    rng, pool = random.Random(0), icons.pools["train"]
+    scenes = [sample_scene(rng, pool, 1, 4, 0.3) for _ in range(600)]
+    yes = sum(presence(rng, scene, pool).answer == "Yes" for scene in scenes)
+    assert 250 < yes < 350
+    asked = [q for scene in scenes for q in sample_questions(rng, scene, pool, 4)]
+    kinds = [question.kind for question in asked]
+    assert set(kinds) == {"presence", "count", "relation", "depth", "read", "check", "free"}
+    assert 0.4 < kinds.count("presence") / len(kinds) < 0.6
+    letters = [q.answer for q in asked if q.kind in ("relation", "depth")]
+    assert 0.4 < letters.count("(A)") / len(letters) < 0.6
+
+
+@examples
+@given(st.integers(), SPLITS)
+def test_captions_mention_exactly_the_masked_objects(icons, seed, split):
+    rng, _, scene = scene_of(icons, seed, split)
+    caption = sample_caption(rng, scene)
+    user, assistant = caption_messages(caption)
+    assert user["content"] == f"<|image|>{caption.prompt}" and assistant["content"] == caption.text
+    told = [scene.objects[i].described for i in caption.objects]
+    if not caption.prompt.startswith("Name the "):  # words that fit several objects mean all of them
+        assert set(caption.objects) == {i for i, thing in enumerate(scene.objects) if thing.described in told}
+    words = caption.text[0].lower() + caption.text[1:]
+    placed = "where" in caption.prompt
+    for noun in set(told):
+        many = told.count(noun) > 1 and not placed
+        assert (f"{NUMBERS[told.count(noun)]} {plural(noun)}" if many else f"{article(noun)} {noun}") in words
+    mentions = sum(re.findall(r"\w+", words).count(colour) for colour in COLOURS)
+    assert mentions == (len(told) if placed else len(set(told)))
+
+
+def test_half_of_the_captions_mention_one_object(icons):
+    rng, pool = random.Random(3), icons.pools["train"]
+    captions = [sample_caption(rng, sample_scene(rng, pool, 1, 4, 0)) for _ in range(1500)]
+    assert 0.42 < sum(len(caption.objects) == 1 for caption in captions) / len(captions) < 0.6
+
+
+@examples
+@given(st.integers())
+def test_extreme_objects_are_extreme(icons, seed):
+    rng, _, scene = scene_of(icons, seed, "train")
+    caption = sample_caption(rng, scene)
+    axis_and_sign = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "lowest": ("y", -1)}
+    for word, (axis, sign) in axis_and_sign.items():
+        if word in caption.prompt:
+            (index,) = caption.objects
+            assert all(sign * getattr(scene.objects[index], axis) <= sign * getattr(o, axis) for o in scene.objects)
+
+
+@examples
+@given(st.integers())
+def test_told_scenes_hold_what_is_asked(icons, seed):
+    """A reader of the words alone can answer: objects, places, order in depth and the sign are all told."""
+    _, _, scene = scene_of(icons, seed, "text")
+    text = tell(scene)
+    for thing in scene.objects:
+        assert f"{article(thing.described)} {thing.described} {position(thing.x, thing.y)}" in text
+    assert (scene.word or "Scene") in text
+    if scene.word is None:
+        assert "sign says" not in text
+
+
+def test_text_conversations_have_no_pictures_and_are_reproducible(icons):
+    pool = icons.pools["text"]
+    first = list(text_conversations(random.Random("s"), pool, 200))
+    assert first == list(text_conversations(random.Random("s"), pool, 200))
+    assert all("<|image|>" not in m["content"] for messages in first for m in messages)
+    assert all(m["role"] == ("user", "assistant")[i % 2] for messages in first for i, m in enumerate(messages))
+
+
+@pytest.mark.parametrize(
+    ("singular", "many"),
+    [("apple", "apples"), ("bus", "buses"), ("pine tree", "pine trees"), ("knife", "knives"), ("fish", "fish"),
+     ("clownfish", "clownfish"), ("torch", "torches"), ("cherry", "cherries"), ("key", "keys"), ("box", "boxes")],
+)  # fmt: skip
+def test_plurals(singular, many):
+    assert plural(singular) == many
+
+
+@pytest.mark.parametrize(
+    ("noun", "word"),
+    [
+        ("apple", "an"),
+        ("red apple", "a"),
+        ("orange apple", "an"),
+        ("unicorn", "a"),
+        ("umbrella", "an"),
+        ("hourglass", "an"),
+    ],
+)
+def test_articles(noun, word):
+    assert article(noun) == word
+
+
+def test_lists_and_places():
+    assert [join_phrases("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert position(0.1, 0.1) == "at the top left" and position(0.5, 0.5) == "in the center"
+    assert [cell(v) for v in (0.0, 0.34, 1.0)] == [0, 1, 2]
+    assert NUMBERS[4] == "four"

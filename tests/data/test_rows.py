@@ -1,0 +1,124 @@
+"""Rows: every way to break one is refused with its id, field and fix; pictures are decoded completely and safely."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agevlm.data.rows import open_image, resolve_inside, validate_row
+
+
+def jpeg(size=(40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def mask(size=(40, 30)) -> Image.Image:
+    picture = Image.new("1", size)
+    picture.paste(1, (5, 5, 10, 10))
+    return picture
+
+
+def row(**changes) -> dict:
+    base = {
+        "id": "a-1",
+        "images": [{"bytes": jpeg(), "path": None}],
+        "messages": [
+            {"role": "user", "content": "<|image|>Is there a cat?"},
+            {"role": "assistant", "content": "Yes"},
+        ],
+        "guidance": {"query": "a cat", "message_index": 0, "mask": mask(), "source": "test", "score": 1.0},
+    }
+    return {**base, **changes}
+
+
+def guidance(**changes) -> dict:
+    return {**row()["guidance"], **changes}
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_valid_rows_pass():
+    validate_row(row())
+    validate_row(row(guidance=None))
+    validate_row(row(images=[], messages=user("hello"), guidance=None))
+    two = [Image.new("RGB", (40, 30)), Image.new("RGB", (9, 9))]
+    validate_row(row(images=two, messages=user("<|image|><|image|>a cat")))
+
+
+BROKEN = {
+    "no id": (row(id=""), "id is ''"),
+    "images no list": (row(images=jpeg()), "images is bytes"),
+    "no messages": (row(messages=[]), "messages is"),
+    "role": (row(messages=[{"role": "bot", "content": "<|image|>"}]), "role is 'bot'"),
+    "content": (row(messages=[{"role": "user", "content": None}]), "content is NoneType"),
+    "picture without placeholder": (row(messages=user("a cat")), "0 <|image|> in messages but 1 pictures"),
+    "placeholder without picture": (row(images=[], guidance=None), "1 <|image|> in messages but 0 pictures"),
+    "assistant shows a picture": (row(messages=[{"role": "assistant", "content": "<|image|>"}]), "only user messages"),
+    "truncated picture": (row(images=[{"bytes": jpeg()[:300], "path": None}]), "images[0]: the picture cannot"),
+    "no picture": (row(images=[{"bytes": b"text", "path": None}]), "cannot be decoded"),
+    "nothing": (row(images=[None]), "got NoneType"),
+    "guidance field": (row(guidance={"query": "a cat"}), "guidance lacks"),
+    "guidance without picture": (row(images=[], messages=user("a cat")), "without pictures"),
+    "message index": (row(guidance=guidance(message_index=2)), "message_index is 2; use 0 to 1"),
+    "query elsewhere": (row(guidance=guidance(message_index=1)), "'a cat' is not in messages[1]"),
+    "query empty": (row(guidance=guidance(query="")), "guidance.query ''"),
+    "mask size": (row(guidance=guidance(mask=mask((30, 40)))), "guidance.mask is 30 x 40 but images[0] is 40 x 30"),
+    "mask empty": (row(guidance=guidance(mask=Image.new("1", (40, 30)))), "mask is empty"),
+    "mask broken": (row(guidance=guidance(mask={"bytes": b"", "path": None})), "guidance.mask"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rows_are_refused(case):
+    broken, message = BROKEN[case]
+    with pytest.raises(ValueError) as caught:
+        validate_row(broken, where="row 17 of train.parquet")
+    text = str(caught.value)
+    assert message in text
+    assert text.startswith("row 17 of train.parquet")
+    assert case == "no id" or "'a-1'" in text
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode):
+    assert open_image(Image.new(mode, (4, 3)), "x").mode == "RGB"
+
+
+def test_transparent_becomes_white_and_16_bit_keeps_its_shades():
+    assert open_image(Image.new("RGBA", (1, 1), (200, 0, 0, 0)), "x").getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.array([[0, 256 * 128, 65535]], np.uint16))
+    assert [pixel[0] for pixel in np.asarray(open_image(grey, "x"))[0]] == [0, 128, 255]
+
+
+def test_rotation_tag_is_applied():
+    buffer, picture = io.BytesIO(), Image.new("RGB", (40, 30))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(buffer, "JPEG", exif=exif)
+    assert open_image(buffer.getvalue(), "x").size == (30, 40)
+
+
+def test_oversized_picture_is_refused_before_decoding():
+    with pytest.raises(ValueError, match="limit of 100"):
+        open_image(jpeg(), "row 3", max_pixels=100)
+
+
+def test_masks_are_not_dithered():
+    grey = Image.new("L", (8, 8), 120)
+    assert open_image(grey, "x", mode="1").getbbox() is None
+
+
+def test_paths_cannot_leave_their_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "secret"
+    root.mkdir()
+    outside.mkdir()
+    (root / "link").symlink_to(outside)
+    assert resolve_inside(root, "a/b.png") == root / "a/b.png"
+    for path in ("../secret", "a/../../secret", str(outside), "link/file"):
+        with pytest.raises(ValueError, match="leaves its folder"):
+            resolve_inside(root, path)

@@ -1,0 +1,206 @@
+"""Whole folders: deterministic for any number of processes, complete, never overwritten, with the public columns."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from agevlm.data.benchmarks import BENCHMARKS
+from agevlm.data.objects import COLOURS
+from agevlm.data.rows import open_image, validate_row
+from agevlm.data.scenes import build_scenes, load_benchmark, load_rows
+from agevlm.data.splits import SPLITS, is_held_out_pair
+
+
+SMALL = {"captions": 30, "instructions": 30, "test": 24, "size": 96, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_scenes(tmp_path_factory.mktemp("scenes") / "out", **SMALL)
+
+
+def tables(folder):
+    return {path.relative_to(folder): pq.read_table(path) for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_result_does_not_depend_on_the_number_of_processes(folder, tmp_path):
+    again = build_scenes(tmp_path / "again", num_proc=2, **SMALL)
+    first, second = tables(folder), tables(again)
+    assert first.keys() == second.keys()
+    assert all(first[name].equals(second[name]) for name in first)
+    assert (again / "contact_sheet.png").read_bytes() == (folder / "contact_sheet.png").read_bytes()
+
+
+def test_another_seed_gives_other_scenes(folder, tmp_path):
+    other = build_scenes(tmp_path / "other", **{**SMALL, "test": 0, "instructions": 0}, seed=1)
+    first, second = (list(load_rows(path, "captions")["messages"]) for path in (folder, other))
+    assert first != second
+
+
+def test_training_rows_are_valid_and_guided(folder):
+    for part in ("captions", "instructions"):
+        rows = load_rows(folder, part)
+        assert len(rows) == 30 and len(set(rows["id"])) == 30
+        for row in rows:
+            validate_row(row)
+            assert row["guidance"]["source"] == "scenes" and row["images"][0].size == (96, 96)
+            role = row["messages"][row["guidance"]["message_index"]]["role"]
+            assert role == ("assistant" if part == "captions" else "user")
+    some = load_rows(folder, "captions", mask_fraction=0.5)
+    assert 0 < sum(g is not None for g in some["guidance"]) < 30
+
+
+def test_manifest_describes_the_folder(folder):
+    manifest = json.loads((folder / "scenes.json").read_text())
+    for name, count in manifest["counts"].items():
+        path = folder / (f"{name}.parquet" if name.startswith("benchmarks") else f"{name}/train.parquet")
+        assert pq.read_metadata(path).num_rows == count
+    assert manifest["arguments"]["size"] == 96 and manifest["colours"] == list(COLOURS)
+    assert all(is_held_out_pair(*pair) for pair in manifest["held_out"]["pairs"])
+    assert Image.open(folder / "contact_sheet.png").width > 1000
+
+
+def test_identical_folder_is_reused_and_any_other_is_refused(folder, tmp_path):
+    before = (folder / "scenes.json").stat().st_mtime_ns
+    assert build_scenes(folder, **SMALL) == folder
+    assert (folder / "scenes.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="seed: 0 there, 5 asked"):
+        build_scenes(folder, **SMALL, seed=5)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="holds no scenes"):
+        build_scenes(tmp_path, **SMALL)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("agevlm.data.scenes.draw_contact_sheet", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_scenes(tmp_path / "out", **{**SMALL, "captions": 1, "instructions": 1, "test": 0})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": ["hous"] * 6}, "did you mean 'house'"),
+        ({"colours": ["gren"]}, "did you mean 'green'"),
+        ({"size": 8}, "size is 8"),
+        ({"max_objects": 9}, "max_objects is 9"),
+        ({"word_rate": 2}, "word_rate is 2"),
+        ({"cutouts": "nowhere"}, "cutouts.json"),
+        ({"backgrounds": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_bad_arguments(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build_scenes(tmp_path / "out", **{**SMALL, **changes})
+
+
+def test_unknown_parts_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="part is 'caption'"):
+        load_rows(folder, "caption")
+    with pytest.raises(ValueError, match="benchmark is 'pop'"):
+        load_benchmark(folder, "name", "pop")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_rows(tmp_path, "captions")
+
+
+def test_photographs_as_backgrounds(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(5):
+        Image.new("RGB", (150, 120), (40 * number, 200, 90)).save(photos / f"{number}.png")
+    out = build_scenes(tmp_path / "out", **{**SMALL, "test": 2, "instructions": 0}, backgrounds=photos)
+    rows = load_rows(out, "captions")
+    borders = {round(np.median(np.asarray(row["images"][0])[:, :3, 0]) / 40) for row in rows}
+    assert borders == {1, 2, 3}  # the first and fifth photograph are for tests
+    Image.new("RGB", (150, 120)).save(photos / "0.png")
+    (photos / "9.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"background 9\.png"):
+        build_scenes(tmp_path / "out", **{**SMALL, "test": 2, "instructions": 0}, backgrounds=photos)
+
+
+COLUMNS = {
+    "pope": {"question_id", "question", "answer", "image", "category", "image_source"},
+    "cvbench": {"idx", "type", "task", "image", "question", "choices", "answer", "prompt", "filename", "source",
+                "source_dataset", "source_filename"},
+    "ocrbench": {"dataset", "question", "question_type", "answer", "image"},
+    "hallusionbench": {"category", "subcategory", "visual_input", "set_id", "figure_id", "sample_note", "question_id",
+                       "question", "gt_answer_details", "gt_answer", "filename", "image"},
+    "realworldqa": {"image", "question", "answer", "image_path"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_benchmark_columns_and_masks(folder, split, benchmark):
+    rows = load_benchmark(folder, split, benchmark)
+    assert set(rows.column_names) == COLUMNS[benchmark] | {"id", "mask", "held_out_pair"}
+    assert len(rows) == 24 == len(set(rows["id"]))
+    for row in rows:
+        assert row["mask"] is None or (row["mask"].mode, row["mask"].size) == ("1", row["image"].size)
+        assert split == "composition" or not row["held_out_pair"]
+    if benchmark in ("ocrbench", "realworldqa"):
+        assert all(mask is not None for mask in rows["mask"])
+
+
+def test_pope_rows(folder):
+    for split in SPLITS:
+        rows = load_benchmark(folder, split, "pope")
+        assert Counter(rows["answer"]) == {"yes": 12, "no": 12}
+        assert set(rows["category"]) == {"random", "popular", "adversarial"}
+        for row in rows:
+            assert (row["mask"] is None) == (row["answer"] == "no")
+            assert re.fullmatch(r"Is there an? .+ in the image\?", row["question"])
+
+
+def test_cvbench_rows(folder):
+    for row in load_benchmark(folder, "style", "cvbench"):
+        assert row["prompt"].startswith(f"{row['question']} Select from the following choices.\n(A) ")
+        assert row["answer"] in [f"({letter})" for letter in "ABCDEF"[: len(row["choices"])]]
+        assert row["type"] == {"Count": "2D", "Relation": "2D", "Depth": "3D"}[row["task"]]
+        if row["task"] == "Count":
+            counted = row["choices"]["ABCD".index(row["answer"][1])]
+            assert (row["mask"] is None) == (counted == "0")
+
+
+def test_realworldqa_and_ocrbench_rows(folder):
+    for row in load_benchmark(folder, "name", "realworldqa"):
+        lettered = re.findall(r"^([A-D])\. ", row["question"], re.MULTILINE)
+        assert row["question"].endswith("nothing else." if lettered else "single word or number.")
+        assert not lettered or row["answer"] in lettered
+    for row in load_benchmark(folder, "name", "ocrbench"):
+        assert row["answer"][0].isupper() and row["question_type"]
+
+
+def test_hallusionbench_pairs_follow_from_their_descriptions(folder):
+    """gt_answer_details lists the objects from left to right; every answer is found again from it."""
+    for split in SPLITS:
+        rows = load_benchmark(folder, split, "hallusionbench").to_list()
+        for start in range(0, len(rows), 4):
+            original, edited = rows[start : start + 2], rows[start + 2 : start + 4]
+            assert [r["question"] for r in original] == [r["question"] for r in edited]
+            assert original[0]["gt_answer"] != edited[0]["gt_answer"]
+            assert len({(r["subcategory"], r["set_id"]) for r in original + edited}) == 1
+            assert original[0]["image"]["bytes"] != edited[0]["image"]["bytes"]
+        for row in rows:
+            text = row["gt_answer_details"].lower()
+            if found := re.fullmatch(r"is there an? (.+) in the image\?", row["question"].lower()):
+                yes = re.search(rf"\b{found[1]} (at|on|in) the", text) is not None
+                assert (row["mask"] is None) == (not yes)
+            elif found := re.fullmatch(r"is the (.+) to the (left|right) of the (.+)\?", row["question"].lower()):
+                first, second = (re.search(rf"\b{name} (at|on|in) the", text).start() for name in (found[1], found[3]))
+                yes = (first < second) == (found[2] == "left")
+            else:
+                name, colour = re.fullmatch(r"is the (.+) (\w+)\?", row["question"].lower()).groups()
+                yes = f"{colour} {name}" in text
+            assert row["gt_answer"] == str(int(yes)), row
+
+
+def test_stored_pictures_decode(folder):
+    table = pq.read_table(folder / "captions/train.parquet").to_pylist()
+    assert all(open_image(row["images"][0], row["id"]).size == (96, 96) for row in table)
