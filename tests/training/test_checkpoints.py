@@ -1,0 +1,176 @@
+"""A checkpoint is complete or not there, under failures at any point of saving."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_worker import make_trainer
+from transformers import AutoConfig
+from transformers.trainer import TRAINER_STATE_NAME
+
+from agevlm.training.checkpoints import (
+    STAGING,
+    newest_checkpoint,
+    publish_files,
+    publish_folder,
+    remove_leftovers,
+    staging_folder,
+)
+from agevlm.training.trainer import AgeVlmSFTTrainer
+
+
+SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_a_complete_folder_that_loads_without_the_package(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVING)
+    trainer.lineage = {"name": "stage3_ground", "stage": 3}
+    trainer.train()
+    assert visible(tmp_path) == ["README.md", "checkpoint-2", "checkpoint-4"]
+    checkpoint = tmp_path / "checkpoint-4"
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "configuration_agevlm.py",
+        "modeling_agevlm.py",
+        "processor_config.json",
+        "processing_agevlm.py",
+        "image_processing_agevlm.py",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        TRAINER_STATE_NAME,
+        "agevlm_stage.json",
+        "README.md",
+    }
+    assert expected <= set(visible(checkpoint))
+    assert "training_args.bin" not in visible(checkpoint)
+    assert "Intermediate checkpoint" in (checkpoint / "README.md").read_text()
+    assert json.loads((checkpoint / "agevlm_stage.json").read_text()) == trainer.lineage
+    script = (
+        "import sys; sys.modules['agevlm'] = None\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        f"model = AutoModel.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)\n"
+        f"AutoProcessor.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)\n"
+        "print(float(sum(p.double().sum() for p in model.parameters())))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    total = sum(p.double().sum() for p in trainer.model.parameters()).item()
+    assert float(run.stdout) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save"])
+def test_a_failure_while_saving_leaves_no_visible_checkpoint(tmp_path, monkeypatch, method):
+    stock = getattr(AgeVlmSFTTrainer, method)
+
+    def fail_after_writing(self, output_dir, *arguments):
+        stock(self, output_dir, *arguments)
+        if self.state.global_step == 4:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(AgeVlmSFTTrainer, method, fail_after_writing)
+    trainer = make_trainer(tmp_path, **SAVING)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert [name for name in visible(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-2"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert (tmp_path / STAGING / "checkpoint-4").is_dir()
+
+    monkeypatch.undo()
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert STAGING not in visible(tmp_path)
+
+
+def test_old_checkpoints_are_removed_and_the_best_is_kept(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="in_mask_mass",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        guidance_weight=5.0,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_in_mask_mass" in entry]
+    best = min(entries, key=lambda entry: entry["eval_in_mask_mass"])["step"]
+    assert best != 6, "the test needs a best checkpoint that is not the last one"
+    kept = [name for name in visible(tmp_path) if name.startswith("checkpoint-")]
+    assert kept == sorted({f"checkpoint-{best}", "checkpoint-6"})
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    state = json.loads((tmp_path / "checkpoint-6" / TRAINER_STATE_NAME).read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+
+
+def test_pushing_reads_the_checkpoint_under_its_final_name(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(Path(folder)))
+    monkeypatch.setattr(AgeVlmSFTTrainer, "init_hf_repo", lambda self, *_, **__: None)
+    monkeypatch.setattr(AgeVlmSFTTrainer, "_finish_current_push", lambda self: None)
+    make_trainer(tmp_path, push_to_hub=True, hub_model_id="someone/agevlm", **SAVING).train()
+    assert pushed == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
+
+
+# ---- Folder operations ----
+
+
+def test_newest_checkpoint_counts_steps_and_ignores_everything_else(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.tmp", "my-checkpoint-99", f"{STAGING}/checkpoint-50"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "checkpoint-20").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_publishing_replaces_a_folder_whole(tmp_path):
+    new, old = staging_folder(tmp_path) / "checkpoint-2", tmp_path / "checkpoint-2"
+    for folder, name in ((new, "new"), (old, "old")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    publish_folder(new, old)
+    assert visible(old) == ["new"]
+    remove_leftovers(tmp_path)
+    assert visible(tmp_path) == ["checkpoint-2"]
+
+
+def test_publishing_files_moves_the_decisive_one_last(tmp_path, monkeypatch):
+    source, target, moved = tmp_path / "source", tmp_path / "target", []
+    for folder in (source, target):
+        folder.mkdir()
+        for name in ("a.json", "b.json", "c.json"):
+            (folder / name).write_text(folder.name)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    publish_files(source, target, last="a.json")
+    assert moved == ["b.json", "c.json", "a.json"]
+    assert {path.read_text() for path in target.iterdir()} == {"source"}
+
+
+def test_resuming_restores_weights_and_optimizer(tmp_path):
+    """Interrupted between steps in the middle of an epoch, dropout-free, shuffled data: the same weights."""
+    shuffled = {**SAVING, "max_steps": 6, "train_sampling_strategy": "random", "lr_scheduler_type": "cosine"}
+    whole = make_trainer(tmp_path / "whole", **shuffled)
+    whole.train()
+    resumed = make_trainer(tmp_path / "whole", **shuffled)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, first), second in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(first, second), name
+    assert AutoConfig.from_pretrained(tmp_path / "whole" / "checkpoint-6").model_type == "agevlm"

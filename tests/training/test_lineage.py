@@ -1,0 +1,82 @@
+"""Fingerprints notice what matters and nothing else."""
+
+import json
+
+import pytest
+from training_worker import make_arguments, make_rows
+
+from agevlm.training.lineage import (
+    changed_fields,
+    data_fingerprint,
+    identity_hash,
+    read_lineage,
+    training_identity,
+    weights_fingerprint,
+    write_lineage,
+)
+from builders import tiny_model
+
+
+def test_equal_rows_have_equal_fingerprints_and_every_change_shows(tmp_path):
+    rows = make_rows("gitg")
+    base = data_fingerprint(rows)
+    assert (base["rows"], base["guided_rows"]) == (4, 2)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert data_fingerprint(type(rows).from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))) == base
+
+    items = list(make_rows("gitg"))
+    answer = dict(items[2], messages=[items[2]["messages"][0], {"role": "assistant", "content": "No"}])
+    query = dict(items[0], guidance={**items[0]["guidance"], "query": "red apple"})
+    unguided = dict(items[0], guidance=None)
+    variants = [
+        [items[1], items[0], *items[2:]],
+        [*items[:2], answer, items[3]],
+        [query, *items[1:]],
+        [unguided, *items[1:]],
+        items[:3],
+    ]
+    seen = {base["fingerprint"]}
+    for variant in variants:
+        seen.add(data_fingerprint(type(rows).from_list(variant, features=rows.features))["fingerprint"])
+    assert len(seen) == 1 + len(variants)
+
+
+def test_rows_without_any_guidance_are_counted(tmp_path):
+    assert data_fingerprint(make_rows("iit"))["guided_rows"] == 0
+
+
+def test_weights_are_hashed_by_content(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert weights_fingerprint(model) == weights_fingerprint(type(model).from_pretrained(tmp_path))
+    assert weights_fingerprint(model) != weights_fingerprint(tiny_model(seed=1))
+
+
+def test_the_identity_is_the_batch_however_it_is_divided(tmp_path):
+    one = training_identity(make_arguments(tmp_path, per_device_train_batch_size=8))
+    many = make_arguments(
+        tmp_path / "other", per_device_train_batch_size=1, gradient_accumulation_steps=8, logging_steps=7, save_steps=3
+    )
+    assert one == training_identity(many)
+    assert identity_hash(one) == identity_hash(json.loads(json.dumps(one)))
+    assert identity_hash(one) != identity_hash(training_identity(make_arguments(tmp_path, seed=1)))
+
+
+def test_changed_fields_are_named_with_both_values():
+    old = {"a": 1, "training": {"lr": 0.1, "gone": True}, "trains": ["x"]}
+    new = {"a": 1, "training": {"lr": 0.2}, "trains": ["x", "y"]}
+    assert changed_fields(old, old) == []
+    assert changed_fields(old, new) == [
+        "training.lr: 0.1 -> 0.2",
+        "trains: ['x'] -> ['x', 'y']",
+        "training.gone: True -> None",
+    ]
+
+
+def test_a_damaged_lineage_file_is_named(tmp_path):
+    assert read_lineage(tmp_path) is None
+    write_lineage(tmp_path, {"stage": 1})
+    assert read_lineage(tmp_path) == {"stage": 1}
+    (tmp_path / "agevlm_stage.json").write_text('{"stage": ')
+    with pytest.raises(ValueError, match=r"agevlm_stage\.json is no valid JSON"):
+        read_lineage(tmp_path)

@@ -1,0 +1,150 @@
+"""Eq. 3 against a naive float64 reference, and its properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agevlm.training.losses import (
+    NORMALISATIONS,
+    guidance_loss,
+    in_mask_mass,
+    normalise_maps,
+    pointing_accuracy,
+)
+
+
+def random_case(layers=3, rows=4, cells=10, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(layers, rows, cells, generator=generator, dtype=torch.float64).softmax(dim=-1).to(dtype)
+    mask = torch.rand(rows, cells, generator=generator) < 0.4
+    mask[:, 0] = True
+    return maps, mask
+
+
+def naive_loss(maps, mask, normalisation):
+    """Eq. 3 with loops over rows, layers and cells; float64 scalars, so that autograd gives its gradient."""
+    losses = []
+    for row in range(mask.shape[0]):
+        of_layers = []
+        for layer in range(maps.shape[0]):
+            cells = [maps[layer, row, cell] for cell in range(maps.shape[2])]
+            scale = sum(cells) if normalisation == "sum" else max(cells)
+            attention = [cell / scale for cell in cells]
+            overlap = sum(p for p, inside in zip(attention, mask[row].tolist(), strict=True) if inside)
+            total = sum(mask[row].tolist()) + sum(attention)
+            of_layers.append(-torch.log(2 * overlap / total))
+        losses.append(sum(of_layers) / len(of_layers))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_loss_and_gradient_equal_a_naive_float64_reference(normalisation):
+    maps, mask = random_case()
+    exact = maps.double().requires_grad_()
+    maps.requires_grad_()
+
+    loss, reference = guidance_loss(maps, mask, normalisation), naive_loss(exact, mask, normalisation)
+    torch.testing.assert_close(loss.double(), reference, atol=1e-6, rtol=1e-6)
+
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    (loss * weights).sum().backward()
+    (reference * weights.double()).sum().backward()
+    torch.testing.assert_close(maps.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_gradient_equals_finite_differences(normalisation):
+    maps, mask = random_case(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda maps: guidance_loss(maps, mask, normalisation), maps.requires_grad_())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30))
+def test_sum_normalised_loss_is_the_log_of_the_mass_inside_plus_a_constant(seed, layers, cells):
+    maps, mask = random_case(layers, 3, cells, seed, torch.float64)
+    mass = (maps * mask).sum(dim=-1)
+    constant = torch.log((mask.sum(dim=-1) + 1) / 2)
+    torch.testing.assert_close(guidance_loss(maps, mask, "sum"), -mass.log().mean(dim=0) + constant)
+    torch.testing.assert_close(in_mask_mass(maps, mask), mass.mean(dim=0))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.floats(1e-3, 1e3), st.sampled_from(NORMALISATIONS))
+def test_loss_ignores_the_scale_of_the_maps_and_the_order_of_the_cells(seed, scale, normalisation):
+    maps, mask = random_case(seed=seed, dtype=torch.float64)
+    loss = guidance_loss(maps, mask, normalisation)
+    torch.testing.assert_close(guidance_loss(maps * scale, mask, normalisation), loss)
+    order = torch.randperm(maps.shape[-1], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(guidance_loss(maps[..., order], mask[:, order], normalisation), loss)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 0.5, 1.0]), min_size=4, max_size=4), min_size=1),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.sampled_from(NORMALISATIONS),
+)
+def test_loss_and_gradient_are_finite_for_any_map_and_mask(cells, mask, normalisation):
+    maps = torch.tensor([cells]).requires_grad_()
+    mask = torch.tensor([mask] * len(cells))
+    loss = guidance_loss(maps, mask, normalisation)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(maps.grad).all()
+
+
+def test_the_gradient_reaches_attention_that_has_almost_left_the_mask():
+    """A softmax that puts 1e-9 inside the mask still gets the full pull: the gradient of the logit is -(1 - mass)."""
+    logits = torch.tensor([[[20.7, 0.0]]], requires_grad=True)
+    guidance_loss(logits.softmax(dim=-1), torch.tensor([[False, True]])).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[[1.0, -1.0]]]), atol=1e-2, rtol=0)
+
+
+def test_a_perfect_map_has_no_loss_with_max_normalisation_and_all_its_mass_inside():
+    _, mask = random_case()
+    maps = mask.float().expand(3, -1, -1) * 0.2
+    torch.testing.assert_close(guidance_loss(maps, mask, "max"), torch.zeros(4))
+    torch.testing.assert_close(in_mask_mass(maps, mask), torch.ones(4))
+
+
+def test_pointing_accuracy_is_the_share_of_layers_that_peak_inside():
+    maps = torch.tensor([[[0.1, 0.9, 0.0]], [[0.8, 0.1, 0.1]], [[0.0, 0.4, 0.6]], [[0.0, 0.6, 0.4]]])
+    assert pointing_accuracy(maps, torch.tensor([[False, True, False]])).tolist() == [0.5]
+
+
+def test_half_precision_maps_are_computed_in_float32():
+    maps, mask = random_case()
+    loss = guidance_loss(maps.bfloat16(), mask)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, guidance_loss(maps.bfloat16().float(), mask))
+
+
+def test_normalised_maps_sum_or_peak_at_one_and_zeros_stay():
+    maps, _ = random_case()
+    maps[0, 0] = 0
+    total, peak = normalise_maps(maps, "sum").sum(dim=-1), normalise_maps(maps, "max").amax(dim=-1)
+    for value in (total, peak):
+        assert value[0, 0] == 0
+        torch.testing.assert_close(value.flatten()[1:], torch.ones(11))
+
+
+def test_wrong_shapes_and_names_are_refused():
+    maps, mask = random_case()
+    with pytest.raises(ValueError, match="same processor"):
+        guidance_loss(maps, mask[:, :-1])
+    with pytest.raises(ValueError, match=r"cross-attention layers >= 1"):
+        in_mask_mass(maps[:0], mask)
+    with pytest.raises(ValueError, match="one of sum, max, got 'minmax'"):
+        guidance_loss(maps, mask, "minmax")
+
+
+def test_the_literal_example_of_the_paper():
+    """32 heads, 10 query tokens, 576 cells of uniform attention: mass |M| / 576 in every layer."""
+    attention = torch.full((32, 10, 576), 1 / 576)
+    mask = torch.zeros(1, 576)
+    mask[0, :36] = 1
+    loss = guidance_loss(attention.mean(dim=(0, 1)).expand(4, 1, -1), mask)
+    assert loss.item() == pytest.approx(-math.log(2 * (36 / 576) / (36 + 1)), rel=1e-5)

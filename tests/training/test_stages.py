@@ -1,0 +1,320 @@
+"""Stages: Table 1's freezing and losses, the paper's numbers, and folders that know what they are."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_worker
+from rich.console import Console
+from training_worker import make_rows, run_small_stage
+from transformers import AutoProcessor
+
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.training.checkpoints import STAGING
+from agevlm.training.freezing import part_of
+from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
+from agevlm.training.stages.base import SIZES, VARIANTS, build_recipe, run_stage
+from builders import tiny_model, tiny_processor
+
+
+STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+
+
+def weights(folder):
+    return dict(AgeVlmForConditionalGeneration.from_pretrained(folder).named_parameters())
+
+
+def group_of(name: str) -> str:
+    """The columns of Table 1, with the vision encoder divided at its last stage."""
+    if part_of(name) == "vision":
+        return "vision stage 4" if ".stages.3." in name else "vision before stage 4"
+    return part_of(name)
+
+
+def dry_run(recipe, output_dir, **arguments) -> str:
+    console = Console(record=True, width=200, file=io.StringIO())
+    result = run_stage(recipe, output_dir, dry_run=True, console=console, **arguments)
+    assert result.status == "dry run"
+    return console.export_text()
+
+
+# ---- Table 1 ----
+
+MOVES = {
+    1: {"projector", "cross_attention"},
+    2: {"projector", "cross_attention", "vision stage 4"},
+    3: {"projector", "cross_attention", "vision stage 4"},
+    4: {"projector", "cross_attention", "vision stage 4", "vision before stage 4", "language_model"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
+    recipe = (
+        STAGES[stage]
+        .recipe(size="tiny", variant="agevlm-lm")
+        .override(global_batch_size=4, per_device_train_batch_size=4, weight_decay=0.0, max_steps=2, disable_tqdm=True)
+    )
+    model, before = tiny_model(), dict(tiny_model().named_parameters())
+    run_stage(recipe, tmp_path / "run", data=make_rows(), model=model, processor=tiny_processor())
+    after = weights(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {group_of(name) for name in moved} == MOVES[stage]
+    still = [name for name in before if group_of(name) in MOVES[stage] and name not in moved]
+    assert not still
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights_of_stages"),
+    [("agevlm", [0, 0, 1, 0]), ("agevlm-lm", [0, 0, 1, 1]), ("ca-baseline", [0, 0, 0, 0])],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_variants_differ_in_the_guidance_weight_alone(size, variant, weights_of_stages):
+    for (stage, module), weight in zip(STAGES.items(), weights_of_stages, strict=True):
+        recipe, reference = module.recipe(size, variant), module.recipe(size, "agevlm")
+        assert recipe.training["guidance_weight"] == weight
+        assert recipe.stage == stage
+        same = {"variant": "agevlm", "guidance_weight": reference.training["guidance_weight"]}
+        assert recipe.override(**same) == reference
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_change_only_what_they_may(size, stage):
+    paper, recipe = STAGES[stage].recipe("paper"), STAGES[stage].recipe(size)
+    for name in ("name", "stage", "trains", "frozen", "data", "paper_rows", "goal"):
+        assert getattr(recipe, name) == getattr(paper, name)
+    for name in ("adam_beta1", "adam_beta2", "weight_decay", "warmup_steps", "lr_scheduler_type", "guidance_weight"):
+        assert recipe.training[name] == paper.training[name]
+
+
+def test_the_papers_numbers_are_the_defaults(tmp_path):
+    numbers = {
+        1: ("2,500,000", "19,532", "0"),
+        3: ("2,500,000", "19,532", "77,000"),
+        4: ("10,000,000", "78,125", "150,000"),
+    }
+    for stage, (rows, steps, masks) in numbers.items():
+        text = dry_run(STAGES[stage].recipe(), tmp_path / "never")
+        lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+        assert "learning_rate 1e-05 appendix B" in lines
+        assert "adam_beta1 0.9 not stated in the paper" in lines
+        assert "adam_beta2 0.95 appendix B" in lines
+        assert "weight_decay 0.1 appendix B" in lines
+        assert "warmup_steps 0.03 appendix B" in lines
+        assert "lr_scheduler_type cosine not stated in the paper" in lines
+        assert "num_train_epochs 1 appendix B" in lines
+        assert "global_batch_size 128 section 4: 16 on each of 8 GPUs" in lines
+        assert "rows per step 128 = 16 x 1 device(s) x 8 accumulated" in lines
+        assert "bf16 True not stated in the paper" in lines
+        assert f"rows {rows}" in lines
+        assert f"rows with a mask {masks}" in lines
+        assert f"steps {steps}" in lines
+    assert "vision stage 4 61,612,032 61,612,032" in " ".join(
+        dry_run(stage2_adapt_vision.recipe(), tmp_path / "n").replace("│", " ").split()
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_recipe_dry_runs(tmp_path, stage, size, variant):
+    text = dry_run(STAGES[stage].recipe(size, variant), tmp_path / "never", model=tiny_model(), data=make_rows())
+    assert f"stage {stage}, {variant}, size {size}" in text
+    assert "frozen" in text or stage == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_what_differs_from_the_paper(tmp_path):
+    text = dry_run(stage1_align.recipe().override(learning_rate=3e-4), tmp_path / "never")
+    assert "1e-05 (appendix B)" in text
+
+
+def test_switches_of_the_ambiguous_readings():
+    assert "vision_all" in stage2_adapt_vision.recipe(vision="vision_all").trains
+    assert stage4_instruct.recipe(freeze_self_attention=True).frozen == ("self_attention",)
+
+
+def test_the_batch_of_a_step_does_not_depend_on_the_devices(monkeypatch):
+    recipe = stage1_align.recipe()
+    for devices, accumulated in ((1, 8), (2, 4), (8, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(devices))
+        assert recipe.training_arguments()["gradient_accumulation_steps"] == accumulated
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 device\(s\).*do not divide the recipe's batch of 128"):
+        recipe.training_arguments()
+    assert recipe.training_arguments(gradient_accumulation_steps=5)["gradient_accumulation_steps"] == 5
+
+
+def test_wrong_recipes_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown size 'huge'\. Choose from paper, small, tiny"):
+        stage1_align.recipe(size="huge")
+    with pytest.raises(ValueError, match="Unknown variant 'lm'"):
+        build_recipe(size="tiny", variant="lm")
+    with pytest.raises(ValueError, match="has the fields lerning_rate"):
+        stage1_align.recipe().override(lerning_rate=1.0)
+
+
+# ---- Finished folders ----
+
+
+def test_a_finished_folder_is_complete_and_the_next_stage_starts_from_it(tmp_path):
+    first = run_small_stage(tmp_path / "first", max_steps=2)
+    lineage = json.loads((tmp_path / "first" / "agevlm_stage.json").read_text())
+    assert lineage == first.lineage
+    assert lineage["status"] == "finished"
+    assert (lineage["name"], lineage["stage"], lineage["variant"]) == ("stage3_ground", 3, "agevlm")
+    assert lineage["data"]["rows"] == 12
+    assert lineage["data"]["guided_rows"] == 6
+    assert {"loss", "guidance_loss", "in_mask_mass", "pointing_accuracy", "guided_share"} <= lineage["metrics"].keys()
+    assert {"torch", "transformers", "trl"} <= lineage["versions"].keys()
+    assert STAGING not in os.listdir(tmp_path / "first")
+    AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
+
+    recipe = stage4_instruct.recipe(size="tiny").override(
+        global_batch_size=4, per_device_train_batch_size=4, max_steps=1, disable_tqdm=True
+    )
+    second = run_stage(recipe, tmp_path / "second", data=make_rows(), init_from=tmp_path / "first")
+    assert second.lineage["parent"] == {"init_from": str(tmp_path / "first"), "revision": None, "repo": None}
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "stage4_instruct" in card
+    assert "Intermediate checkpoint" not in card
+    assert "Intermediate checkpoint" in (tmp_path / "first" / "README.md").read_text()
+
+
+def test_the_same_command_again_finds_the_stage_finished(tmp_path):
+    first = run_small_stage(tmp_path / "run", max_steps=2)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    again = run_small_stage(tmp_path / "run", max_steps=2, logging_steps=2)  # logging decides nothing
+    assert again.status == "already finished"
+    assert again.lineage == first.lineage
+    assert again.log_history == first.log_history
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
+
+
+def test_the_folder_of_another_recipe_is_refused_by_naming_what_changed(tmp_path):
+    run_small_stage(tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match=r"another recipe.*training\.learning_rate: 0\.001 -> 0\.5") as error:
+        run_small_stage(tmp_path / "run", max_steps=2, learning_rate=0.5)
+    assert "max_steps" not in str(error.value)
+    recipe = stage3_ground.recipe(size="tiny").override(
+        max_steps=2, global_batch_size=2, per_device_train_batch_size=2
+    )
+    with pytest.raises(ValueError, match=r"data\.rows: 12 -> 8"):
+        run_stage(recipe, tmp_path / "run", data=make_rows(), model=tiny_model(), processor=tiny_processor())
+    with pytest.raises(ValueError, match=r"parent_weights"):
+        run_stage(
+            recipe,
+            tmp_path / "run",
+            data=make_rows("gigtgiiggitg"),
+            model=tiny_model(seed=1),
+            processor=tiny_processor(),
+        )
+
+
+def test_a_folder_with_a_model_of_another_origin_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="another origin"):
+        run_small_stage(tmp_path / "model")
+
+
+def test_nothing_to_start_from_and_no_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Nothing to start from: give `init_from`"):
+        run_stage(stage1_align.recipe("tiny"), tmp_path, data=make_rows())
+    with pytest.raises(ValueError, match="No data: give `data`"):
+        run_stage(stage1_align.recipe("tiny"), tmp_path, model=tiny_model(), processor=tiny_processor())
+
+
+def test_pushing_a_finished_stage_uses_trainers_own_code(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, *_, **__: setattr(self, "hub_model_id", "me/m")
+    )
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda *_: None)
+    monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda *_: None)
+
+    class Api:
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            pushed.append((repo_id, set(os.listdir(folder_path))))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    run_small_stage(tmp_path / "run", max_steps=2, push_to_hub=True, hub_model_id="me/m")
+    ((repo, files),) = pushed
+    assert repo == "me/m"
+    assert {"model.safetensors", "modeling_agevlm.py", "processing_agevlm.py", "processor_config.json"} <= files
+    assert {"README.md", "agevlm_stage.json"} <= files
+    assert STAGING not in files
+    assert "training_args.bin" not in files
+
+
+# ---- Interrupted runs ----
+
+
+def killed_run(folder, *flags):
+    worker = Path(training_worker.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(worker.parent)}
+    command = [sys.executable, str(worker), "stage", str(folder), *flags]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        (["--kill_at_step", "5"], {"checkpoint-2", "checkpoint-4"}),
+        (["--kill_while_saving", "4"], {"checkpoint-2", STAGING}),
+        (["--kill_at_step", "1"], set()),
+    ],
+)
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left):
+    killed_run(tmp_path / "run", *flags)
+    found = set(os.listdir(tmp_path / "run"))
+    assert left | {"agevlm_stage.json"} <= found
+    assert {name for name in found if name.startswith("checkpoint-")} == left - {STAGING}
+    assert json.loads((tmp_path / "run" / "agevlm_stage.json").read_text())["status"] == "unfinished"
+
+    resumed = run_small_stage(tmp_path / "run")
+    whole = run_small_stage(tmp_path / "whole")
+    assert resumed.status == "trained"
+    first, second = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
+    assert STAGING not in os.listdir(tmp_path / "run")
+
+
+def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch):
+    class Death(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Death
+
+    monkeypatch.setattr("agevlm.training.stages.base.publish_files", die)
+    with pytest.raises(Death):
+        run_small_stage(tmp_path / "run")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run" / "agevlm_stage.json").read_text())["status"] == "unfinished"
+    assert "model.safetensors" not in os.listdir(tmp_path / "run")
+    result = run_small_stage(tmp_path / "run")
+    assert result.lineage["status"] == "finished"
+    assert result.lineage["metrics"]["loss"] > 0
+
+
+def test_without_resume_an_unfinished_run_starts_again(tmp_path):
+    killed = tmp_path / "run"
+    run_small_stage(tmp_path / "whole")
+    run_small_stage(killed)
+    lineage = json.loads((killed / "agevlm_stage.json").read_text())
+    (killed / "agevlm_stage.json").write_text(json.dumps({**lineage, "status": "unfinished"}))
+    result = run_small_stage(killed, resume=False)
+    assert result.log_history[0]["step"] == 1
+    first, second = weights(killed), weights(tmp_path / "whole")
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,80 @@
+"""The command line: recipes set the defaults, flags win."""
+
+import pytest
+
+from agevlm.training.train import STAGES, main, parse
+
+
+def test_a_stage_without_flags_is_its_recipe():
+    for number, stage in enumerate(STAGES, start=1):
+        recipe, arguments, training = parse([stage])
+        assert (recipe.stage, recipe.variant, recipe.size) == (number, "agevlm", "paper")
+        assert (arguments.dry_run, arguments.resume) == (False, True)
+        assert training.learning_rate == 1e-5
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 128
+        assert training.guidance_weight == (1.0 if number == 3 else 0.0)
+        assert training.output_dir == f"runs/agevlm/{stage}"
+
+
+def test_flags_win_over_the_recipe_and_the_batch_is_kept():
+    recipe, arguments, training = parse(
+        [
+            "stage4_instruct",
+            "--variant",
+            "agevlm-lm",
+            "--size",
+            "tiny",
+            "--freeze_self_attention",
+            "--dry_run",
+            "--mask_fraction",
+            "0.25",
+            "--per_device_train_batch_size",
+            "4",
+            "--learning_rate",
+            "2e-3",
+            "--vision_learning_rate",
+            "1e-4",
+            "--seed",
+            "7",
+            "--output_dir",
+            "out",
+            "--no_resume",
+            "--init_from",
+            "a/b",
+        ]
+    )
+    assert recipe.frozen == ("self_attention",)
+    assert recipe.mask_fraction == 0.25
+    assert recipe.training["guidance_weight"] == training.guidance_weight == 1.0
+    assert (arguments.dry_run, arguments.resume, arguments.init_from) == (True, False, "a/b")
+    assert training.per_device_train_batch_size == 4
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == recipe.global_batch_size
+    assert (training.learning_rate, training.vision_learning_rate, training.seed) == (2e-3, 1e-4, 7)
+    assert training.output_dir == "out"
+
+
+def test_a_config_file_stands_between_recipe_and_flags(tmp_path):
+    (tmp_path / "run.yaml").write_text("size: tiny\nlearning_rate: 0.5\nseed: 3\n")
+    recipe, _, training = parse(["stage1_align", "--config", str(tmp_path / "run.yaml"), "--seed", "9"])
+    assert recipe.size == "tiny"
+    assert (training.learning_rate, training.seed) == (0.5, 9)
+    assert training.lr_scheduler_type == "cosine"
+
+
+def test_dry_run_from_the_command_line(tmp_path, capsys):
+    result = main(["stage3_ground", "--dry_run", "--output_dir", str(tmp_path / "never")])
+    assert result.status == "dry run"
+    assert "77,000" in capsys.readouterr().out
+    assert not (tmp_path / "never").exists()
+
+
+def test_wrong_commands_are_refused(capsys):
+    with pytest.raises(ValueError, match=r"Unknown stage 'stage5'. Choose from stage1_align"):
+        parse(["stage5"])
+    with pytest.raises(ValueError, match=r"`--vision` does not exist for stage1_align"):
+        parse(["stage1_align", "--vision", "vision_all"])
+    with pytest.raises(ValueError, match="--no_such_flag"):
+        parse(["stage1_align", "--no_such_flag", "1"])
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "stage2_adapt_vision" in capsys.readouterr().out

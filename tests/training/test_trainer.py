@@ -1,0 +1,266 @@
+"""The guidance trainer: exactly stock SFT at weight 0, the plain objective otherwise, however a step is divided."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_worker
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from training_worker import KINDS, TWO_PROCESS_KINDS, make_arguments, make_rows, make_trainer, step_gradients
+from trl import SFTConfig, SFTTrainer
+
+from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.freezing import part_of, set_trainable
+from agevlm.training.losses import guidance_loss, in_mask_mass, pointing_accuracy
+from agevlm.training.trainer import AgeVlmSFTTrainer, guided_rows
+from builders import tiny_model, tiny_processor
+
+
+def assert_same_tensors(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    assert first
+    for name in first:
+        torch.testing.assert_close(
+            first[name], second[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def batch_of(kinds, model):
+    """The labels, guided rows and masks of one batch of `kinds`, and the model's output on it."""
+    batch = AgeVlmDataCollator(tiny_processor(), max_length=1024)(list(make_rows(kinds)))
+    guided, masks, labels = guided_rows(batch), batch.pop("guidance_mask").flatten(1), batch.pop("labels")
+    return labels, guided, masks, model(**batch)
+
+
+def plain_objective_gradients(kinds=KINDS, weight=1.0, normalisation="sum"):
+    """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows."""
+    model = tiny_model().train()
+    set_trainable(model, ("projector", "cross_attention"))
+    labels, guided, masks, output = batch_of(kinds, model)
+    loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    guidance = guidance_loss(output.cross_attention_maps, masks, normalisation)[guided].mean()
+    (loss + weight * guidance).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- The objective ----
+
+
+def test_weight_zero_is_stock_sft(tmp_path):
+    """The same parameters, bit for bit, after 10 steps."""
+
+    class WithoutGuidance(AgeVlmDataCollator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            return {name: value for name, value in batch.items() if not name.startswith("guidance")}
+
+    model, processor = tiny_model(), tiny_processor()
+    set_trainable(model, ("projector", "cross_attention"))
+    stock = SFTTrainer(
+        model=model,
+        args=make_arguments(tmp_path / "stock", config=SFTConfig, max_steps=10),
+        data_collator=WithoutGuidance(processor, max_length=1024),
+        train_dataset=make_rows("giiggiig"),  # stock SFT cannot train text rows through frozen weights
+        processing_class=processor,
+    )
+    stock.train()
+    ours = make_trainer(tmp_path / "ours", "giiggiig", guidance_weight=0.0, max_steps=10)
+    ours.train()
+
+    before = dict(tiny_model().named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert_same_tensors(dict(ours.model.named_parameters()), dict(model.named_parameters()), atol=0, rtol=0)
+    assert "guidance_loss" not in ours.state.log_history[0]
+
+
+@pytest.mark.parametrize(("weight", "normalisation"), [(1.0, "sum"), (0.3, "max")])
+def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalisation):
+    gradients = step_gradients(tmp_path, batch_size=8, guidance_weight=weight, guidance_normalisation=normalisation)
+    reference = plain_objective_gradients(weight=weight, normalisation=normalisation)
+    assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, batch_size):
+    """Some of the small batches have no guided row, some no picture at all."""
+    divided = step_gradients(tmp_path, batch_size, accumulation=8 // batch_size)
+    assert_same_tensors(divided, step_gradients(tmp_path, batch_size=8), atol=1e-6, rtol=1e-4)
+
+
+def test_two_processes_give_the_gradients_of_one_batch(tmp_path):
+    worker = Path(training_worker.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
+    run = subprocess.run(
+        [*command, str(worker), "gradients", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for kinds in TWO_PROCESS_KINDS:
+        single = step_gradients(tmp_path, batch_size=8, kinds=kinds)
+        for rank in range(2):
+            assert_same_tensors(torch.load(tmp_path / f"{kinds}-{rank}.pt"), single, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_of_text_alone_trains_nothing_but_runs(tmp_path):
+    gradients = step_gradients(tmp_path, batch_size=1, accumulation=2, kinds="tt")
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_one_forward_pass_per_batch_and_no_logits(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    calls = {"backbone": 0, "head": 0}
+    trainer.model.model.register_forward_hook(lambda *_: calls.update(backbone=calls["backbone"] + 1))
+    trainer.model.lm_head.register_forward_hook(lambda *_: calls.update(head=calls["head"] + 1))
+    trainer.train()
+    assert calls == {"backbone": 2, "head": 0}
+
+
+def test_second_forward_passes_of_trl_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor.*guidance_weight=0"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_guidance_stays_in_float32_under_bf16_autocast(tmp_path):
+    maps = []
+    trainer = make_trainer(tmp_path, max_steps=1, bf16=True, per_device_train_batch_size=8)
+    trainer.model.model.register_forward_hook(lambda module, args, output: maps.append(output.cross_attention_maps))
+    trainer.train()
+    assert maps[0].dtype == torch.float32
+    # in bfloat16 the sums would be off by some 1e-3
+    guided = [index for index, kind in enumerate(KINDS) if kind == "g"]
+    torch.testing.assert_close(maps[0].sum(dim=-1)[:, guided], torch.ones(2, len(guided)), atol=1e-6, rtol=0)
+    assert trainer.state.log_history[0]["guidance_loss"] > 0
+
+
+def test_a_released_model_is_like_new(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    trainer.release_model()
+    trainer.model.eval()
+    output, expected = batch_of("gi", trainer.model)[-1], batch_of("gi", tiny_model())[-1]
+    torch.testing.assert_close(output.logits, expected.logits, atol=0, rtol=0)
+    assert "forward" not in trainer.model.__dict__
+    assert not trainer.model.model._forward_hooks
+
+
+def test_rows_that_cannot_be_guided_do_not_count():
+    """Row 1: the query was cut off. Row 2: the mask is empty. Row 3: the query comes before the picture."""
+    batch = {
+        "input_ids": torch.zeros(4, 2),
+        "guidance_mask": torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]], [[0.0, 1.0]]]),
+        "guidance_query_mask": torch.tensor([[False, True], [False, False], [True, True], [True, False]]),
+        "cross_attention_mask": torch.tensor([[[False], [True]]] * 4),
+    }
+    assert guided_rows(batch).tolist() == [True, False, False, False]
+    assert guided_rows({"input_ids": torch.zeros(3, 2)}).tolist() == [False, False, False]
+
+
+# ---- Metrics ----
+
+
+def expected_metrics(kinds, model):
+    _, guided, masks, output = batch_of(kinds, model)
+    maps, masks = output.cross_attention_maps[:, guided], masks[guided]
+    return {
+        "guidance_loss": guidance_loss(maps, masks).mean().item(),
+        "in_mask_mass": in_mask_mass(maps, masks).mean().item(),
+        "pointing_accuracy": pointing_accuracy(maps, masks).mean().item(),
+        "guided_share": guided.float().mean().item(),
+    }
+
+
+def test_training_metrics_are_averages_over_rows_not_batches(tmp_path):
+    """8 rows in batches of 3, 3 and 2 with 2, 0 and 1 guided rows; the weights do not move."""
+    trainer = make_trainer(
+        tmp_path, "gtgiitig", per_device_train_batch_size=3, logging_steps=3, max_steps=3, learning_rate=0.0
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for name, value in expected_metrics("gtgiitig", tiny_model()).items():
+        assert logged[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_evaluation_measures_guidance_at_any_weight(tmp_path, weight):
+    trainer = make_trainer(tmp_path, "gtgiitig", per_device_eval_batch_size=3, guidance_weight=weight)
+    metrics = trainer.evaluate()
+    for name, value in expected_metrics("gtgiitig", tiny_model()).items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_window_without_guided_rows_logs_a_share_of_zero_and_no_loss(tmp_path):
+    trainer = make_trainer(tmp_path, "iiit", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["guided_share"] == 0
+    assert "guidance_loss" not in trainer.state.log_history[0]
+
+
+# ---- Optimizer and arguments ----
+
+
+def test_parts_have_their_own_learning_rates(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        parts=("projector", "cross_attention", "vision_all", "language_model"),
+        learning_rate=1e-3,
+        projector_learning_rate=2e-3,
+        vision_learning_rate=0.0,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+        max_steps=1,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    stock = make_trainer(tmp_path, parts=("projector", "cross_attention", "vision_all", "language_model"))
+    decayed = stock.get_decay_parameter_names(stock.model)
+    trainer.train()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {"projector": 2e-3, "vision": 0.0, "cross_attention": 1e-3, "language_model": 1e-3}
+    seen = set()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            assert group["lr"] == rates[part_of(name)], name
+            assert group["weight_decay"] == (0.1 if name in decayed else 0.0), name
+    assert seen == set(before)
+    for name, parameter in trainer.model.named_parameters():
+        if part_of(name) == "vision":
+            assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_normalisation": "softmax"}, "one of sum, max, got 'softmax'"),
+        ({"guidance_weight": -1.0}, "must be 0 .off. or positive, got -1.0"),
+        ({"vision_learning_rate": -1e-3}, "`vision_learning_rate` must not be negative"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_arguments(tmp_path, **arguments)
+
+
+def test_lora_adapters_are_guided(tmp_path):
+    """The maps come from the backbone inside PEFT's wrapper."""
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=r".*cross_attn\.(q|k)_proj", r=2))
+    processor = tiny_processor()
+    trainer = AgeVlmSFTTrainer(
+        model=model,
+        args=make_arguments(tmp_path, max_steps=2, per_device_train_batch_size=8),
+        data_collator=AgeVlmDataCollator(processor, max_length=1024),
+        train_dataset=make_rows("g" * 8),
+        processing_class=processor,
+    )
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert second["guidance_loss"] < first["guidance_loss"]

@@ -1,0 +1,167 @@
+"""Rows, arguments and runs that the training tests share.
+
+Also a script, for what needs a process of its own: `gradients` under torchrun, and `stage` runs that kill themselves.
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features
+from transformers import TrainerCallback
+
+from agevlm.data.rows import GUIDANCE, ROW_FEATURES
+from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.freezing import set_trainable
+from agevlm.training.stages import stage3_ground
+from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.trainer import AgeVlmSFTTrainer
+from builders import mask, row, tiny_model, tiny_processor
+
+
+# Guided rows (g), pictures without a mask (i), text alone (t), unevenly spread over batches and processes.
+KINDS = "tgittiig"
+# For two processes, which take turns. First: text alone in the last batch of both, where gradients are exchanged, and
+# one guided row each. Second: one process has all pictures and masks, the other one text alone.
+TWO_PROCESS_KINDS = ("ggitiitt", "gtgtitit")
+
+
+def make_rows(kinds: str = KINDS) -> Dataset:
+    """A row per letter of `kinds`; answers and masks differ in size."""
+    rows = []
+    for index, kind in enumerate(kinds):
+        item = row(f"row-{index}", images=0 if kind == "t" else 1, guided=kind == "g", seed=index)
+        item["messages"][1]["content"] = " ".join(["Yes"] * (1 + index % 4))
+        if item["guidance"] is not None:
+            item["guidance"]["mask"] = mask(box=(0, 0, 30 + 10 * index, 40))
+        rows.append(item)
+    return Dataset.from_list(rows, features=Features({**ROW_FEATURES, "guidance": GUIDANCE}))
+
+
+def make_arguments(output_dir: str | os.PathLike, config=AgeVlmSFTConfig, **overrides):
+    """Training arguments of a quiet run of a few steps on the CPU."""
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "assistant_only_loss": True,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return config(output_dir=str(output_dir), **{**defaults, **overrides})
+
+
+def make_trainer(
+    output_dir, kinds=KINDS, parts=("projector", "cross_attention"), model=None, callbacks=(), **overrides
+):
+    """A trainer for a tiny model on `make_rows(kinds)`."""
+    model = tiny_model() if model is None else model
+    set_trainable(model, parts)
+    processor = tiny_processor()
+    args = make_arguments(output_dir, **overrides)
+    return AgeVlmSFTTrainer(
+        model=model,
+        args=args,
+        data_collator=AgeVlmDataCollator(processor, max_length=args.max_length),
+        train_dataset=make_rows(kinds),
+        eval_dataset=make_rows(kinds),
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step, before anything changes them."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step_gradients(output_dir, batch_size, accumulation=1, **overrides) -> dict[str, torch.Tensor]:
+    """The gradients of one optimizer step."""
+    keep = KeepGradients()
+    trainer = make_trainer(
+        output_dir,
+        callbacks=[keep],
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0,
+        **overrides,
+    )
+    trainer.train()
+    return keep.gradients
+
+
+class KillAtStep(TrainerCallback):
+    """Kills this process in the middle of a run, with no chance to clean up."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_saving(step: int) -> None:
+    """Kills this process when checkpoint `step` has its weights but neither optimizer nor state."""
+    stock = AgeVlmSFTTrainer._save_optimizer_and_scheduler
+
+    def save(self, output_dir):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        stock(self, output_dir)
+
+    AgeVlmSFTTrainer._save_optimizer_and_scheduler = save
+
+
+def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **changes) -> StageResult:
+    """Stage 3 on a tiny model: 6 steps, a checkpoint every 2."""
+    changes = {"save_steps": 2, "logging_steps": 1, "disable_tqdm": True, **changes}
+    recipe = stage3_ground.recipe(size="tiny").override(global_batch_size=2, per_device_train_batch_size=2, **changes)
+    return run_stage(
+        recipe,
+        output_dir,
+        data=make_rows("gigtgiiggitg"),
+        model=tiny_model(),
+        processor=tiny_processor(),
+        callbacks=callbacks,
+        resume=resume,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["gradients", "stage"])
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--kill_at_step", type=int)
+    parser.add_argument("--kill_while_saving", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.what == "stage":
+        if arguments.kill_while_saving is not None:
+            kill_while_saving(arguments.kill_while_saving)
+        callbacks = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
+        run_small_stage(arguments.output_dir, callbacks)
+    else:
+        for kinds in TWO_PROCESS_KINDS:
+            gradients = step_gradients(arguments.output_dir, batch_size=1, accumulation=4, kinds=kinds)
+            torch.save(gradients, arguments.output_dir / f"{kinds}-{os.environ['RANK']}.pt")
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

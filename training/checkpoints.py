@@ -1,0 +1,61 @@
+"""Checkpoint folders that are either complete or invisible.
+
+Trainer writes `checkpoint-N` file by file; a run killed meanwhile leaves a folder that looks like a checkpoint and is
+none. Here everything is written below `.incomplete` in the run's folder and renamed when nothing is missing. The
+promise is against killed processes; a power cut may still lose what the operating system has not written to disk.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+STAGING = ".incomplete"
+
+
+def staging_folder(run_folder: str | os.PathLike) -> Path:
+    """Where `run_folder` collects what is not complete yet."""
+    return Path(run_folder) / STAGING
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Rename the finished folder `source` to `target`; a folder that is already there is replaced."""
+    if target.exists():
+        retired = staging_folder(target.parent) / f"replaced-{target.name}"
+        retired.parent.mkdir(exist_ok=True)
+        os.rename(target, retired)
+    os.rename(source, target)
+
+
+def publish_files(source: Path, target: Path, last: str) -> None:
+    """Move every file of `source` into the existing folder `target`, each in one step, the one named `last` last.
+
+    Readers that wait for `last` therefore never see a part of the rest.
+    """
+    names = sorted((path.name for path in source.iterdir()), key=lambda name: (name == last, name))
+    for name in names:
+        os.replace(source / name, target / name)
+
+
+def remove_leftovers(run_folder: str | os.PathLike) -> None:
+    """Delete what killed runs have left unfinished in `run_folder`."""
+    shutil.rmtree(staging_folder(run_folder), ignore_errors=True)
+
+
+def newest_checkpoint(run_folder: str | os.PathLike) -> Path | None:
+    """The complete checkpoint with the most steps in `run_folder`, None without one."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [
+        (int(match.group(1)), path)
+        for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := pattern.fullmatch(path.name))
+    ]
+    return max(found)[1] if found else None

@@ -1,0 +1,96 @@
+"""Training arguments of AGE-VLM: TRL's, with the guidance loss (paper section 3.2.2) and a learning rate per part.
+
+Deviations from TRL's defaults, each because of what a row of ours is:
+- `assistant_only_loss=True`: the answers of all turns are learned, nothing else.
+- `remove_unused_columns=False`, and it stays so: the collator reads `id` and `guidance`, which no model takes as
+  inputs.
+- `activation_checkpointing=True`: TRL's `gradient_checkpointing=True` under the name that is not deprecated.
+- `report_to="none"`: a run reports to its own folder; trackers are opt-in.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from agevlm.training.losses import NORMALISATIONS
+
+
+@dataclass
+class AgeVlmSFTConfig(SFTConfig):
+    """Arguments of [`AgeVlmSFTTrainer`].
+
+    Args:
+        guidance_weight (`float`): weight of the guidance loss beside the language-modelling loss. The paper's is 1.
+            With 0 a training step is exactly that of TRL's `SFTTrainer`.
+        guidance_normalisation (`"sum"` or `"max"`): how attention becomes the distribution of Eq. 3.
+        projector_learning_rate, cross_attention_learning_rate, vision_learning_rate, language_model_learning_rate
+            (`float`, *optional*): learning rate of one part; `learning_rate` where not given.
+
+    Raises:
+        ValueError: an unknown normalisation, a negative weight or rate, or `remove_unused_columns=True`.
+    """
+
+    guidance_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the guidance loss (paper: 1). 0 is exactly stock SFT."}
+    )
+    guidance_normalisation: str = field(
+        default="sum",
+        metadata={
+            "help": "How attention becomes a distribution: `sum` (cells sum to 1) or `max` (true soft dice).",
+            "choices": list(NORMALISATIONS),
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector. Default: `learning_rate`."}
+    )
+    cross_attention_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the cross-attention blocks. Default: `learning_rate`."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: `learning_rate`."}
+    )
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the language model. Default: `learning_rate`."}
+    )
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "Learn the answers of all assistant turns and nothing else."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, some 20%% slower."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not take."}
+    )
+    # HfArgumentParser reads this type only in TrainingArguments' own order.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Trackers to report to, such as `trackio`, `tensorboard` or `wandb`."}
+    )
+
+    def __post_init__(self):
+        if self.guidance_normalisation not in NORMALISATIONS:
+            raise ValueError(
+                f"`guidance_normalisation` must be one of {', '.join(NORMALISATIONS)}, got "
+                f"'{self.guidance_normalisation}'."
+            )
+        if self.guidance_weight < 0:
+            raise ValueError(f"`guidance_weight` must be 0 (off) or positive, got {self.guidance_weight}.")
+        for part, rate in self.part_learning_rates.items():
+            if rate < 0:
+                raise ValueError(f"`{part}_learning_rate` must not be negative, got {rate}.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must stay False: the collator reads the columns `id` and `guidance`, which "
+                "would be removed because the model does not take them."
+            )
+        super().__post_init__()
+
+    @property
+    def part_learning_rates(self) -> dict[str, float]:
+        """The parts that have a learning rate of their own."""
+        rates = {
+            "projector": self.projector_learning_rate,
+            "cross_attention": self.cross_attention_learning_rate,
+            "vision": self.vision_learning_rate,
+            "language_model": self.language_model_learning_rate,
+        }
+        return {part: rate for part, rate in rates.items() if rate is not None}

@@ -1,0 +1,183 @@
+"""What a run leaves behind about itself: recipe, parent, data, code, libraries and metrics in `agevlm_stage.json`.
+
+The *identity* of a run is everything that decides its result. It is hashed, stored when the run starts, and compared
+when the same folder is used again: same identity means resume or done, another one is refused by naming what changed.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+import trl
+from transformers import PreTrainedModel
+
+import agevlm
+from agevlm.training.config import AgeVlmSFTConfig
+
+
+LINEAGE_FILE = "agevlm_stage.json"
+WHOLE_TEXTS = 20_000
+
+# The training arguments that decide the result. The batch counts as one number, however it is divided among devices
+# and accumulated batches; logging, saving and worker settings are free to change.
+RESULT_FIELDS = (
+    "learning_rate",
+    "projector_learning_rate",
+    "cross_attention_learning_rate",
+    "vision_learning_rate",
+    "language_model_learning_rate",
+    "guidance_weight",
+    "guidance_normalisation",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "max_length",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+
+
+def training_identity(args: AgeVlmSFTConfig) -> dict[str, Any]:
+    """The part of the training arguments that decides the result, JSON-ready."""
+    values = args.to_dict()
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"global_batch_size": batch, **{name: values[name] for name in RESULT_FIELDS}}
+
+
+def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
+    """`rows`, `guided_rows` and a `fingerprint` of the content.
+
+    The fingerprint covers all ids in their order, which of them are guided, and the whole texts of up to 20,000 evenly
+    spaced rows; pictures are not decoded.
+    """
+    table = rows.with_format("arrow")
+    digest = hashlib.blake2b(digest_size=16)
+    guided_rows = 0
+    for batch in table.select_columns(["id", "guidance"]).iter(batch_size=10_000):
+        guided = [guidance is not None for guidance in _queries(batch)]
+        guided_rows += sum(guided)
+        digest.update(json.dumps([batch["id"].to_pylist(), guided]).encode())
+    stride = max(1, -(-len(rows) // WHOLE_TEXTS))
+    texts = rows.select(range(0, len(rows), stride)).with_format("arrow").select_columns(["messages", "guidance"])
+    for batch in texts.iter(batch_size=1_000):
+        digest.update(json.dumps([batch["messages"].to_pylist(), _queries(batch)]).encode())
+    return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": digest.hexdigest()}
+
+
+def _queries(batch: Any) -> list[str | None]:
+    """The guidance query of each row of an arrow table, None where a row is not guided."""
+    guidance = batch["guidance"].combine_chunks()
+    if str(guidance.type) == "null":
+        return [None] * len(guidance)
+    return [
+        query if valid else None
+        for query, valid in zip(guidance.field("query").to_pylist(), guidance.is_valid().to_pylist(), strict=True)
+    ]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of all weights and their names: equal for equal models, wherever they were loaded from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """A short hash of an identity."""
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`field: old -> new` for all values that differ, fields of nested mappings joined with a dot."""
+    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    names = [*flat_new, *(name for name in flat_old if name not in flat_new)]
+    return [
+        f"{name}: {flat_old.get(name)!r} -> {flat_new.get(name)!r}"
+        for name in names
+        if flat_old.get(name) != flat_new.get(name)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def as_json(value: Any) -> Any:
+    """`value` as it reads back from JSON: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The lineage of a folder, None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / LINEAGE_FILE
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no valid JSON ({error}). Delete the folder, or train into another one."
+        ) from error
+
+
+def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:
+    """Write the lineage of a folder, replacing an older one in one step."""
+    folder = Path(folder)
+    temporary = folder / f".{LINEAGE_FILE}.tmp"
+    temporary.write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / LINEAGE_FILE)
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that a result depends on."""
+    modules = {
+        "agevlm": agevlm,
+        "torch": torch,
+        "transformers": transformers,
+        "trl": trl,
+        "accelerate": accelerate,
+        "datasets": datasets,
+    }
+    return {name: module.__version__ for name, module in modules.items()}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed package or without git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

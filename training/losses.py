@@ -1,0 +1,96 @@
+"""The guidance loss (paper section 3.2.2, Eq. 3) as pure functions on attention maps.
+
+Shape suffixes:
+    K  cross-attention layers
+    B  rows of the batch
+    V  visual cells, those of all images of a row side by side (images x grid height x grid width)
+
+`maps_KBV` is what the model returns as `cross_attention_maps`: the softmax weights of each cross-attention layer,
+averaged over heads and query tokens, zero on cells that no token may see. `mask_BV` is the mask on the same grid, in
+{0, 1}.
+
+Readings of the paper:
+- "Normalized to obtain an attention distribution" is read literally as `sum`: P adds up to 1. Then Eq. 3 is
+  -log(attention inside the mask) + log((|M| + 1) / 2). `max` divides by the largest cell instead, which makes Eq. 3
+  the negative log of the usual soft dice, with pressure to cover the whole mask.
+- "Applied to all the cross-attention layers" is read as their mean, so that the weight does not depend on their
+  number.
+"""
+
+from typing import Literal
+
+import torch
+
+
+Normalisation = Literal["sum", "max"]
+NORMALISATIONS: tuple[Normalisation, ...] = ("sum", "max")
+
+# Keeps divisions and the logarithm finite when a row's attention (inside its mask, or at all) is exactly zero. Far
+# below any ratio that a float32 softmax produces otherwise, so that it changes neither the loss nor its gradient.
+EPSILON = 1e-12
+
+
+def normalise_maps(maps_KBV: torch.Tensor, normalisation: Normalisation = "sum") -> torch.Tensor:
+    """P of Eq. 3: `maps_KBV` scaled per layer and row so that the cells sum to 1 (`sum`) or peak at 1 (`max`).
+
+    Computed in float32 at least; a row of zeros stays zero.
+
+    Raises:
+        ValueError: `normalisation` is neither `sum` nor `max`.
+    """
+    maps_KBV = maps_KBV.to(torch.promote_types(maps_KBV.dtype, torch.float32))
+    if normalisation == "sum":
+        scale_KB1 = maps_KBV.sum(dim=-1, keepdim=True)
+    elif normalisation == "max":
+        scale_KB1 = maps_KBV.amax(dim=-1, keepdim=True)
+    else:
+        raise ValueError(f"`normalisation` must be one of {', '.join(NORMALISATIONS)}, got '{normalisation}'.")
+    return maps_KBV / scale_KB1.clamp(min=EPSILON)
+
+
+def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalisation: Normalisation = "sum") -> torch.Tensor:
+    """Eq. 3 per row: -log(2 <M, P> / (sum M + sum P)), averaged over the layers.
+
+    Args:
+        maps_KBV (`torch.Tensor`): floating point, non-negative.
+        mask_BV (`torch.Tensor`): bool or {0, 1}.
+        normalisation (`"sum"` or `"max"`): how P is made of the maps.
+
+    Returns:
+        `torch.Tensor` of shape (B,), float32 at least and finite. It is meaningful for guided rows only (those with a
+        query and a mask): the caller selects them and divides by their global count.
+
+    Raises:
+        ValueError: shapes that do not belong together, or an unknown normalisation.
+    """
+    _check_shapes(maps_KBV, mask_BV)
+    attention_KBV = normalise_maps(maps_KBV, normalisation)
+    mask_BV = mask_BV.to(attention_KBV.dtype)
+    overlap_KB = (attention_KBV * mask_BV).sum(dim=-1)
+    total_KB = mask_BV.sum(dim=-1) + attention_KBV.sum(dim=-1)
+    dice_KB = 2 * overlap_KB / total_KB.clamp(min=EPSILON)
+    return -torch.log(dice_KB + EPSILON).mean(dim=0)
+
+
+def in_mask_mass(maps_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """The share of a row's attention that lies inside its mask, averaged over the layers: (B,) in [0, 1]."""
+    _check_shapes(maps_KBV, mask_BV)
+    attention_KBV = normalise_maps(maps_KBV, "sum")
+    return (attention_KBV * mask_BV.to(attention_KBV.dtype)).sum(dim=-1).mean(dim=0)
+
+
+def pointing_accuracy(maps_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """The share of layers whose most attended cell lies inside the row's mask: (B,) in [0, 1]."""
+    _check_shapes(maps_KBV, mask_BV)
+    peak_KB1 = maps_KBV.argmax(dim=-1, keepdim=True)
+    mask_KBV = mask_BV.to(torch.promote_types(maps_KBV.dtype, torch.float32)).expand_as(maps_KBV)
+    return mask_KBV.gather(-1, peak_KB1).squeeze(-1).mean(dim=0)
+
+
+def _check_shapes(maps_KBV: torch.Tensor, mask_BV: torch.Tensor) -> None:
+    if maps_KBV.dim() != 3 or maps_KBV.shape[0] == 0 or maps_KBV.shape[1:] != mask_BV.shape:
+        raise ValueError(
+            "The attention maps must have the shape (cross-attention layers >= 1, rows, visual cells) and the mask "
+            f"(rows, visual cells), got {tuple(maps_KBV.shape)} and {tuple(mask_BV.shape)}. Masks and images must go "
+            "through the same processor."
+        )

@@ -1,0 +1,44 @@
+"""Stage 4, visually grounded instruction tuning (paper section 3.2.3, Table 1).
+
+Goal: answer instructions about pictures; "end-to-end instruction fine-tuning for the entire model".
+Trains: everything. `freeze_self_attention=True` reads "the self-attention layers of the LLM are kept intact" literally
+instead; Table 1 marks them as trained, which is followed.
+Data: instructions (the paper: Cambrian 10M), 150K of them with a mask.
+Starts from: stage 3.
+Variants: `agevlm` and `ca-baseline` train the language-modelling loss alone, `agevlm-lm` adds the guidance loss.
+"""
+
+import sys
+
+from .base import CAMBRIAN_INSTRUCTIONS, INSTRUCTION_MASKS, StageRecipe, build_recipe
+
+
+NAME = "stage4_instruct"
+
+
+def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: bool = False) -> StageRecipe:
+    """The recipe."""
+    return build_recipe(
+        name=NAME,
+        stage=4,
+        goal="answer instructions about pictures",
+        size=size,
+        variant=variant,
+        guided_variants=("agevlm-lm",),
+        trains=("projector", "cross_attention", "vision_all", "language_model"),
+        frozen=("self_attention",) if freeze_self_attention else (),
+        data="instructions",
+        paper_rows=CAMBRIAN_INSTRUCTIONS,
+        mask_fraction=INSTRUCTION_MASKS / CAMBRIAN_INSTRUCTIONS,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m agevlm.training.stages.stage4_instruct [flags]`: those of `agevlm train`."""
+    from agevlm.training.train import main as train
+
+    train([NAME, *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    main()

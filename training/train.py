@@ -1,0 +1,122 @@
+"""`agevlm train STAGE [flags]`: run one training stage from the command line.
+
+    agevlm train stage3_ground --data scenes --init_from runs/agevlm/stage2_adapt_vision --size tiny
+    accelerate launch -m agevlm.training.train stage1_align --data DATA --init_from REPO
+
+The stage's recipe sets the defaults of all training flags (TRL's parser, so `--config FILE.yaml` works too); whatever
+is given on the command line wins. `--push_to_hub` and `--hub_model_id` push model, code, processor and card to the
+Hub.
+"""
+
+import argparse
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import TrlParser
+
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.stages.base import StageRecipe, StageResult, run_stage
+
+
+STAGES = ("stage1_align", "stage2_adapt_vision", "stage3_ground", "stage4_instruct")
+
+
+@dataclass
+class StageArguments:
+    """Flags of `agevlm train` beside those of the trainer."""
+
+    variant: Literal["agevlm", "agevlm-lm", "ca-baseline"] = field(
+        default="agevlm", metadata={"help": "Which losses train: guidance in stage 3, in stages 3 and 4, or nowhere."}
+    )
+    size: Literal["paper", "small", "tiny"] = field(
+        default="paper",
+        metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
+    )
+    data: str | None = field(default=None, metadata={"help": "Folder of the data set (`agevlm data scenes`)."})
+    init_from: str | None = field(default=None, metadata={"help": "Repository or folder of the model to start from."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
+    mask_fraction: float | None = field(
+        default=None, metadata={"help": "Share of rows that bring their mask. Default: the recipe's."}
+    )
+    vision: Literal["vision_last_stage", "vision_last_block", "vision_all"] | None = field(
+        default=None,
+        metadata={"help": "Stages 2 and 3: which end of the vision tower trains. Default: the last stage."},
+    )
+    freeze_self_attention: bool = field(
+        default=False, metadata={"help": "Stage 4: keep the language model's self-attention frozen."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print configuration, trainable parameters, counts and steps, and stop."}
+    )
+    resume: bool = field(
+        default=True, metadata={"help": "Go on from the newest checkpoint of an unfinished run, if there is one."}
+    )
+
+
+def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
+    """The recipe that the flags ask for.
+
+    Raises:
+        ValueError: an unknown stage, or a switch that the stage does not have.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"Unknown stage '{stage}'. Choose from {', '.join(STAGES)}.")
+    recipe = importlib.import_module(f"agevlm.training.stages.{stage}").recipe
+    switches = {"vision": arguments.vision, "freeze_self_attention": arguments.freeze_self_attention or None}
+    switches = {name: value for name, value in switches.items() if value is not None}
+    unknown = [name for name in switches if name not in inspect.signature(recipe).parameters]
+    if unknown:
+        raise ValueError(f"`--{unknown[0]}` does not exist for {stage}. Leave it out.")
+    built = recipe(size=arguments.size, variant=arguments.variant, **switches)
+    return built if arguments.mask_fraction is None else built.override(mask_fraction=arguments.mask_fraction)
+
+
+def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig]:
+    """Recipe, stage flags and training arguments of a command line that begins with a stage's name.
+
+    Raises:
+        ValueError: see `build_stage`.
+    """
+    if argv and argv[0] not in ("-h", "--help"):
+        stage, flags = argv[0], argv[1:]
+    else:
+        stage, flags = STAGES[0], argv  # only to print the help; a missing stage ends in it as well
+    # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
+    first = TrlParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
+    first.add_argument("--per_device_train_batch_size", type=int)
+    arguments, namespace, *_ = first.parse_args_and_config(flags, return_remaining_strings=True)
+    recipe = build_stage(stage, arguments)
+    defaults = {"output_dir": f"runs/{arguments.variant}/{stage}"}
+    if namespace.per_device_train_batch_size is not None:
+        defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
+    parser = TrlParser(
+        (StageArguments, AgeVlmSFTConfig),  # type: ignore[arg-type]  # as above
+        prog=f"agevlm train {{{','.join(STAGES)}}}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults_with_config(**recipe.training_arguments(**defaults))
+    arguments, training = parser.parse_args_and_config(flags or (["--help"] if not argv else []))
+    return recipe, arguments, training
+
+
+def main(argv: list[str] | None = None) -> StageResult:
+    """Parse `argv` (default: the command line) and run the stage it names."""
+    recipe, arguments, training = parse(list(sys.argv[1:] if argv is None else argv))
+    return run_stage(
+        recipe,
+        str(training.output_dir),
+        data=arguments.data,
+        init_from=arguments.init_from,
+        revision=arguments.revision,
+        args=training,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+    )
+
+
+if __name__ == "__main__":
+    main()

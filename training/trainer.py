@@ -1,0 +1,237 @@
+"""SFT with attention guidance (paper section 3.2.2): the standard LM loss plus L_g, "trained with equal weights".
+
+`AgeVlmSFTTrainer` is TRL's `SFTTrainer` plus:
+- The guidance loss, taken from the attention maps that the backbone returns in the same forward pass. TRL's fused LM
+  head keeps only the backbone's hidden states, so a forward hook keeps the maps. Full logits are never built.
+- Its scale: TRL divides the language-modelling loss by the answer tokens of the whole optimizer step (all accumulated
+  micro-batches, all processes); guidance is divided by the guided rows of the whole step in the same way. One batch of
+  8, 8 accumulated batches of 1 and 2 processes give the same gradients, however the masks are spread.
+- Metrics averaged over rows, learning rates per part, checkpoints that are complete or invisible (`checkpoints.py`), a
+  model card and a lineage file in every saved folder.
+
+A row is guided if its mask has a cell and its query a token that sees a picture. With `guidance_weight=0` a training
+step is stock SFT; evaluation still measures where the model looks.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
+from trl import SFTTrainer
+
+from agevlm.hub_cards.render import write_card
+from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.freezing import part_of
+from agevlm.training.lineage import write_lineage
+from agevlm.training.losses import guidance_loss, in_mask_mass, pointing_accuracy
+
+
+class AgeVlmSFTTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` for AGE-VLM, with the guidance loss.
+
+    Batches are those of `AgeVlmDataCollator`: the model's inputs, `labels`, and where rows are guided
+    `guidance_query_mask` (batch, text) and `guidance_mask` (batch, images, cells).
+
+    Args:
+        args (`AgeVlmSFTConfig`): see there.
+        lineage (`dict`, *optional*): JSON-ready facts about the run (`training/stages/base.py`). Every saved folder
+            gets them as `agevlm_stage.json`, and a model card made of them.
+        **kwargs: those of `SFTTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "agevlm"]  # noqa: RUF012 - the attribute TRL reads
+    args: AgeVlmSFTConfig
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, args: AgeVlmSFTConfig, lineage: dict | None = None, **kwargs):
+        if args.guidance_weight > 0 and (kwargs.get("compute_loss_func") or args.label_smoothing_factor > 0):
+            raise ValueError(
+                "`compute_loss_func` and `label_smoothing_factor` need a second forward pass, which guidance does not "
+                "follow. Leave them out, or set `guidance_weight=0`."
+            )
+        self.lineage = lineage or {}
+        self._staging: Path | None = None
+        self._cross_attention_maps: torch.Tensor | None = None
+        self._guided_rows: torch.Tensor | None = None
+        self._guidance_sums: dict[str, Any] = defaultdict(float)
+        super().__init__(model=model, args=args, **kwargs)
+        self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
+
+    def release_model(self) -> None:
+        """Take the hook and TRL's fused head off the model, so that it can be used or trained again like a new one."""
+        self._backbone_hook.remove()
+        unwrap_peft_model(self.accelerator.unwrap_model(self.model)).__dict__.pop("forward", None)
+
+    # ---- Loss ----
+
+    def _on_backbone_output(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
+        """Keep the attention maps of the forward pass that is running."""
+        self._cross_attention_maps = output.cross_attention_maps
+        if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
+            # Rows without pictures meet only frozen weights in stages 1 to 3. A zero from a trainable weight lets
+            # their backward pass run; inside the forward pass, where DistributedDataParallel looks for the weights in
+            # use.
+            anchor = next((p for p in backbone.parameters() if p.requires_grad), None)
+            if anchor is not None:
+                zero = 0.0 * anchor.flatten()[0]
+                output.last_hidden_state = output.last_hidden_state + zero.to(output.last_hidden_state.dtype)
+        return output
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's, and the number of guided rows of the whole optimizer step, counted like TRL's answer tokens."""
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.zeros((), device=device)
+        if self.args.guidance_weight > 0:
+            for batch in batch_samples:
+                count += guided_rows(batch).sum().to(device)
+            # Tensor-parallel ranks read the same rows.
+            count = self.accelerator.gather(count).sum() / self.get_tp_size()
+        self._guided_rows = count
+        return batch_samples, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss plus `guidance_weight` times the mean guidance loss of the guided rows."""
+        training = self.model.training
+        guided = guided_rows(inputs)
+        mask = inputs.pop("guidance_mask", None)
+        if training and self.args.guidance_weight == 0:
+            inputs.pop("guidance_query_mask", None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        maps, self._cross_attention_maps = self._cross_attention_maps, None
+        # Per row: loss, mass and pointing if guided, whether it is, and 1.
+        stats_B5 = torch.zeros(inputs["input_ids"].shape[0], 5, device=self.args.device)
+        stats_B5[:, 4] = 1
+        if mask is not None:
+            mask = mask.flatten(1)
+            loss = guidance_loss(maps, mask, self.args.guidance_normalisation).masked_fill(~guided, 0)
+            with torch.no_grad():
+                stats = (loss, in_mask_mass(maps, mask), pointing_accuracy(maps, mask), torch.ones_like(loss))
+                stats_B5[:, :4] = torch.stack(stats, dim=-1).masked_fill(~guided[:, None], 0)
+            if training:
+                # DDP averages the gradients of the processes, and `_guided_rows` counts the rows of all of them.
+                count = self._guided_rows / (self.accelerator.num_processes // self.get_tp_size())
+            else:
+                count = guided.sum()
+            guidance = self.args.guidance_weight * loss.sum() / torch.where(count > 0, count, 1)
+            result = (result[0] + guidance, result[1]) if return_outputs else result + guidance
+        if training:
+            self._guidance_sums["train"] += stats_B5.sum(dim=0)
+        else:
+            # The last batch of an evaluation may repeat rows to fill all processes; this gather leaves them out.
+            self._guidance_sums["eval"] += self.accelerator.gather_for_metrics(stats_B5).sum(dim=0)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the guidance metrics since the last call: averages over guided rows (the share: over all)."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._guidance_sums.pop(mode, None)
+        if sums is not None:
+            if mode == "train":
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            loss, mass, pointing, guided, rows = sums.tolist()
+            metrics = {"guided_share": guided / rows}
+            if guided > 0:
+                metrics["guidance_loss"] = loss / guided
+                metrics["in_mask_mass"] = mass / guided
+                metrics["pointing_accuracy"] = pointing / guided
+            for name, value in metrics.items():
+                self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
+
+    # ---- Optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, its groups (with or without weight decay) divided by parts with own rates."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rates = self.args.part_learning_rates
+        if is_new and rates:
+            names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                by_rate = defaultdict(list)
+                for parameter in group["params"]:
+                    by_rate[rates.get(part_of(names[id(parameter)]), group["lr"])].append(parameter)
+                groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+            optimizer.param_groups = groups
+        return optimizer
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's checkpoint, written to a temporary place and renamed to `checkpoint-N` when complete."""
+        run_folder = Path(self._get_output_dir(trial))
+        staging = staging_folder(run_folder)
+        staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
+        if self.args.should_save:
+            remove_leftovers(run_folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._staging = staging
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_global_step:
+            # Trainer has looked for it among the temporary folders.
+            best = run_folder / checkpoint_name(self.state.best_global_step)
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            publish_folder(staged, final)
+            remove_leftovers(run_folder)
+            rotate_checkpoints(
+                str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads run in the background, so they must read the final name; `_save_checkpoint` calls again with that.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's (model, code, processor), with the model card and the lineage file."""
+        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
+        if not self.args.should_save:
+            return
+        # A pickle that only this package can read; the lineage file says the same in JSON.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.lineage:
+            write_lineage(folder, self.lineage)
+        write_card(folder, self.lineage)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's hook, called at each checkpoint and push: our card, made of the lineage."""
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self.lineage)
+
+
+def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which rows of a batch are guided: (batch,) bool.
+
+    A row needs a mask with a cell and a query with a token that sees a picture. Truncation may have cut the query off,
+    and tokens before the picture have no attention.
+    """
+    if "guidance_mask" not in batch:
+        return torch.zeros(batch["input_ids"].shape[0], dtype=torch.bool, device=batch["input_ids"].device)
+    query = batch["guidance_query_mask"].bool()
+    if "cross_attention_mask" in batch:
+        query = query & batch["cross_attention_mask"].any(dim=-1)
+    return batch["guidance_mask"].flatten(1).any(dim=-1) & query.any(dim=-1)
