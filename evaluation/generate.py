@@ -1,0 +1,178 @@
+"""Batched greedy answers to benchmark rows, kept row by row in `predictions.jsonl` and resumed from there.
+
+A line is {id, prompt, output, parsed, verdict, error}; verdict is correct, wrong, unparsed or skipped. Lines are
+appended batch by batch and synced. A run that was cut off goes on behind its last whole line; skipped rows are tried
+again. The file must hold answers to the same questions, and `run.json` beside it says of which model and settings.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from .benchmark import Benchmark, Row, verdict
+from .inputs import RowError, encode, row_image
+
+
+PREDICTIONS = "predictions.jsonl"
+RUN = "run.json"
+Prediction = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` under a temporary name and renames it: the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def generate_predictions(
+    model: Any,
+    processor: Any,
+    benchmark: Benchmark,
+    rows: Dataset,
+    folder: str | Path,
+    *,
+    identity: Mapping[str, Any],
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    strict: bool = False,
+    progress: bool = True,
+) -> list[Prediction]:
+    """Answers `rows` and returns one prediction per row, in their order.
+
+    Args:
+        rows: pictures undecoded (`datasets.Image(decode=False)`) or decoded.
+        folder: receives `predictions.jsonl` and `run.json`.
+        identity: what the answers depend on (model, settings); compared when the folder is used again.
+        strict: a bad row raises ValueError. Otherwise it is recorded with its error and skipped.
+
+    Raises:
+        ValueError: the folder holds answers to other questions or of another model; two rows share an id.
+    """
+    folder = Path(folder)
+    prompts = {row["id"]: benchmark.prompt(row) for row in without_pictures(rows)}
+    if len(prompts) != len(rows):
+        raise ValueError(f"{benchmark.NAME}: {len(rows)} rows have {len(prompts)} different ids; make ids unique")
+    _claim(folder, {**identity, "protocol": benchmark.PROTOCOL, "max_new_tokens": max_new_tokens})
+    path = folder / PREDICTIONS
+    done = {line["id"]: line for line in resume_predictions(path, prompts)}
+    pending = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
+    with (
+        tqdm(total=len(rows), initial=len(done), desc=benchmark.NAME, unit="row", disable=not progress) as bar,
+        path.open("a", encoding="utf-8") as file,
+    ):
+        for start in range(0, len(pending), batch_size):
+            chosen = rows.select(pending[start : start + batch_size])
+            lines = _answer(model, processor, benchmark, chosen, max_new_tokens, strict)
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+            done.update((line["id"], line) for line in lines)
+            bar.update(len(lines))
+    return [done[row_id] for row_id in prompts]
+
+
+def without_pictures(rows: Dataset) -> Iterator[Row]:
+    """The rows without their `image` and `mask` columns: scoring needs neither."""
+    return iter(rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names]))
+
+
+def _answer(
+    model: Any, processor: Any, benchmark: Benchmark, rows: Dataset, max_new_tokens: int, strict: bool
+) -> list[Prediction]:
+    usable, images, lines = [], [], []
+    for row in rows:
+        try:
+            images.append(row_image(row))
+            usable.append(row)
+        except RowError as error:
+            if strict:
+                raise
+            lines.append(_line(row["id"], benchmark.prompt(row), error=str(error)))
+    if usable:
+        outputs = answer_batch(model, processor, images, [benchmark.prompt(row) for row in usable], max_new_tokens)
+        for row, output in zip(usable, outputs, strict=True):
+            parsed = benchmark.parse(row, output)
+            lines.append(_line(row["id"], benchmark.prompt(row), output, parsed, verdict(benchmark, row, parsed)))
+    return lines
+
+
+def _line(
+    row_id: str,
+    prompt: str,
+    output: str | None = None,
+    parsed: str | None = None,
+    verdict: str = "skipped",
+    error: str | None = None,
+) -> Prediction:
+    return {"id": row_id, "prompt": prompt, "output": output, "parsed": parsed, "verdict": verdict, "error": error}
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: Any, processor: Any, images: Sequence, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, special tokens removed."""
+    batch = encode(processor, images, prompts, model)
+    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Records what the answers in `folder` depend on, or compares it with what was recorded."""
+    path, identity = folder / RUN, json.loads(json.dumps(identity))
+    if not path.is_file():
+        if (folder / PREDICTIONS).exists():
+            raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
+        write_json(path, identity)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name}: {found.get(name)!r} there, {identity.get(name)!r} now"
+        for name in sorted({*found, *identity})
+        if found.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{folder} holds another run ({'; '.join(changed)}); choose another folder or delete it")
+
+
+def resume_predictions(path: Path, prompts: Mapping[str, str]) -> list[Prediction]:
+    """The finished lines of an earlier run; what cannot be kept (a cut-off last line, skipped rows) leaves the file.
+
+    Raises:
+        ValueError: a line that is no prediction, or one for a question that is not among `prompts`.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole, _, tail = text.rpartition("\n")
+    kept: dict[str, Prediction] = {}
+    lines = whole.split("\n") if whole else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prediction = json.loads(line)
+            row_id, prompt, outcome = prediction["id"], prediction["prompt"], prediction["verdict"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}; delete the file") from error
+        if prompts.get(row_id) != prompt:
+            raise ValueError(
+                f"{path}, line {number} answers {prompt!r} (id {row_id!r}), which is not asked here; choose another "
+                "folder or delete the file"
+            )
+        if outcome != "skipped":
+            kept[row_id] = prediction
+    if tail or len(kept) != len(lines):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept.values()), encoding="utf-8"
+        )
+        os.replace(temporary, path)
+    return list(kept.values())
