@@ -1,16 +1,19 @@
 """`agevlm quickstart`: the whole method on the embedded data, from composing pictures to a report (sections 3 and 4).
 
-    scenes -> pretrained parts -> stages 1 and 2 -> stage 3, guided and unguided -> stage 4 per variant -> evaluation -> report
+    scenes -> pretrained parts -> stages 1, 2 -> stage 3, guided and unguided -> stage 4 per variant -> evaluation -> report
 
-Every variant sees the same data for the same number of steps. Stages that are the same computation for several variants
-(1 and 2 for all; 3 for the two guided ones) are run once and shared. Everything resumes: run the same command again.
+All variants see the same rows in the same order for the same number of steps. Stages that are one and the same computation
+for several variants (1 and 2 for all, 3 for the two guided ones) run once and are shared. Everything resumes: the same
+command again goes on where it was stopped.
 """
 
 import argparse
 import json
+import math
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,41 +22,45 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import ConvNextModel, LlamaForCausalLM, TrainerCallback, set_seed
-from transformers.utils import logging
 
-from agevlm.analysis.attention import write_examples
 from agevlm.analysis.report import write_report
 from agevlm.data.scenes import build_scenes
-from agevlm.evaluation.run import evaluate_scenes
-from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.processing import AgeVlmProcessor
+from agevlm.training.lineage import git_commit, library_versions
+from agevlm.training.parts import NAMES, load_parts
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import StageRecipe, StageResult, run_stage
+from agevlm.training.stages.base import StageRecipe, run_stage
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
 
 
+# In the order in which the report shows them: without guidance first.
 VARIANTS = ("ca-baseline", "agevlm", "agevlm-lm")
+SPLIT = "composition"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: rows of each part, benchmark questions, and where the pretrained parts come from."""
+    """Training rows of each part, questions of each benchmark, pixels of a picture and the objects in them."""
 
     captions: int
     instructions: int
     questions: int
+    pixels: int
+    names: tuple[str, ...] | None
 
 
 SIZES = {
-    "tiny": Size(captions=6_000, instructions=4_000, questions=600),
-    "small": Size(captions=20_000, instructions=20_000, questions=1_000),
+    "tiny": Size(captions=6_000, instructions=4_000, questions=400, pixels=224, names=tuple(NAMES)),
+    "small": Size(captions=16_000, instructions=16_000, questions=800, pixels=224, names=None),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a stage: its folder's name, recipe, and the run it starts from (None: the assembled parts)."""
+    """One run of a stage: its folder, its recipe and the run it starts from (None: the assembled parts)."""
 
     name: str
     recipe: StageRecipe
@@ -63,16 +70,139 @@ class Run:
 def plan(size: str, seed: int) -> list[Run]:
     """All stage runs of one seed, parents before children."""
 
-    def run(stage: ModuleType, variant: str, parent: str | None, name: str) -> Run:
-        recipe = stage.recipe(size=size, variant=variant).override(seed=seed, disable_tqdm=True)
-        return Run(name, recipe, parent)
+    def run(name: str, stage: ModuleType, variant: str, parent: str | None) -> Run:
+        recipe = stage.recipe(size=size, variant=variant)
+        return Run(name, recipe.override(seed=seed, disable_tqdm=True), parent)
 
     return [
-        run(stage1_align, "agevlm", None, "stage1"),
-        run(stage2_adapt_vision, "agevlm", "stage1", "stage2"),
-        run(stage3_ground, "agevlm", "stage2", "stage3-guided"),
-        run(stage3_ground, "ca-baseline", "stage2", "stage3-unguided"),
-        run(stage4_instruct, "agevlm", "stage3-guided", "stage4-agevlm"),
-        run(stage4_instruct, "agevlm-lm", "stage3-guided", "stage4-agevlm-lm"),
-        run(stage4_instruct, "ca-baseline", "stage3-unguided", "stage4-ca-baseline"),
+        run("stage1", stage1_align, "agevlm", None),
+        run("stage2", stage2_adapt_vision, "agevlm", "stage1"),
+        run("stage3-guided", stage3_ground, "agevlm", "stage2"),
+        run("stage3-unguided", stage3_ground, "ca-baseline", "stage2"),
+        run("stage4-ca-baseline", stage4_instruct, "ca-baseline", "stage3-unguided"),
+        run("stage4-agevlm", stage4_instruct, "agevlm", "stage3-guided"),
+        run("stage4-agevlm-lm", stage4_instruct, "agevlm-lm", "stage3-guided"),
     ]
+
+
+def path_of(variant: str, runs: Sequence[Run]) -> list[Run]:
+    """The stage runs that lead to a variant, first stage first."""
+    by_name = {run.name: run for run in runs}
+    path = [by_name[f"stage4-{variant}"]]
+    while path[0].parent is not None:
+        path.insert(0, by_name[path[0].parent])
+    return path
+
+
+def steps_of(recipe: StageRecipe, size: Size) -> int:
+    """Optimizer steps of a stage."""
+    rows = getattr(size, recipe.data)
+    return math.ceil(rows / recipe.global_batch_size) * int(recipe.training["num_train_epochs"])
+
+
+def save_start(parts: Path, folder: Path, seed: int) -> None:
+    """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
+    if (folder / "config.json").exists():
+        return
+    language_model, vision_tower, processor = load_parts(parts)
+    set_seed(seed)
+    model = assemble(language_model, vision_tower, processor.image_token_id)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.rename(folder)
+
+
+class StepProgress(TrainerCallback):
+    """Moves one bar over the optimizer steps of all stages."""
+
+    def __init__(self, progress: Progress, task: Any, done_before: int):
+        self.progress, self.task, self.done_before = progress, task, done_before
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.update(self.task, completed=self.done_before + state.global_step)
+
+
+def train(runs: Sequence[Run], folder: Path, scenes: Path, size: Size, progress: Progress, task: Any, done: int) -> int:
+    """All stage runs of one seed; `done` steps came before. Returns the steps done after."""
+    for run in runs:
+        progress.update(task, description=f"{folder.name}: {run.name}")
+        parent = folder / (run.parent or "start")
+        seconds_file = folder / run.name / "seconds.json"
+        start = time.monotonic()
+        result = run_stage(
+            run.recipe,
+            folder / run.name,
+            data=scenes,
+            init_from=parent,
+            callbacks=[StepProgress(progress, task, done)],
+            console=Console(quiet=True),
+        )
+        if result.status == "trained":
+            seconds_file.write_text(json.dumps(time.monotonic() - start), encoding="utf-8")
+        done += steps_of(run.recipe, size)
+        progress.update(task, completed=done)
+    return done
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="agevlm quickstart",
+        description="Build data, train every variant through all stages, evaluate on unseen scenes, write a report.",
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="tiny: minutes on 2 CPU cores (default)")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed")
+    parser.add_argument("--parts", type=Path, help="pretrained parts (default: checkpoints/tiny-parts for tiny)")
+    parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console, size, started = Console(), SIZES[args.size], time.monotonic()
+    workers = min(2, os.cpu_count() or 1)
+
+    console.rule("Data")
+    scenes = build_scenes(
+        args.output / "scenes",
+        captions=size.captions,
+        instructions=size.instructions,
+        test=size.questions,
+        size=size.pixels,
+        names=size.names,
+        cutouts=args.cutouts,
+        num_proc=workers,
+    )
+    console.rule("Parts")
+    parts = args.parts or build_parts(args.size, args.output / "parts", cutouts=args.cutouts)
+    console.print(f"Pretrained language model and vision tower: {parts}")
+
+    console.rule("Training")
+    plans = {seed: plan(args.size, seed) for seed in args.seeds}
+    total = sum(steps_of(run.recipe, size) for runs in plans.values() for run in runs)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    done = 0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=total)
+        for seed, runs in plans.items():
+            folder = args.output / f"seed-{seed}"
+            save_start(parts, folder / "start", seed)
+            done = train(runs, folder, scenes, size, progress, task, done)
+
+    console.rule("Evaluation on unseen scenes")
+    metrics: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in VARIANTS}
+    for seed in args.seeds:
+        for variant in VARIANTS:
+            folder = args.output / f"seed-{seed}"
+            model, processor = load_checkpoint(str(folder / f"stage4-{variant}"))
+            metrics[variant][seed] = evaluate_scenes(model, processor, scenes, SPLIT, folder / "evaluation" / variant)
+    return None

