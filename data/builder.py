@@ -5,6 +5,7 @@ drawing or on the number of processes.
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,17 @@ class SceneArguments:
             raise ValueError(f"max_objects is {self.max_objects}; use 1 to 4")
         if not 0 <= self.word_rate <= 1:
             raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
-        if self.cutouts and self.colours:
-            raise ValueError("cut-outs keep their own colours; leave out colours")
+
+
+def make_source(
+    cutouts: str | Path | None, names: Collection[str] | None, colours: Collection[str] | None
+) -> IconSource | CutoutSource:
+    """The objects to draw: cut-outs from a folder, or icons; ValueError for unknown names and colours."""
+    if cutouts is None:
+        return IconSource(names, colours)
+    if colours is not None:
+        raise ValueError("cut-outs keep their own colours; leave out colours")
+    return CutoutSource(cutouts, names)
 
 
 class SceneBuilder:
@@ -54,10 +64,7 @@ class SceneBuilder:
 
     def __init__(self, arguments: SceneArguments):
         self.arguments = arguments
-        if arguments.cutouts:
-            self.source: IconSource | CutoutSource = CutoutSource(arguments.cutouts, arguments.names)
-        else:
-            self.source = IconSource(arguments.names, arguments.colours)
+        self.source = make_source(arguments.cutouts, arguments.names, arguments.colours)
         self.pools = make_pools(self.source.kinds, self.source.colours)
         photos, self.backgrounds_digest = (
             _load_backgrounds(arguments.backgrounds) if arguments.backgrounds else ([], "")

@@ -5,6 +5,7 @@ benchmarks/<split>/<benchmark>.parquet, scenes.json (what it was built from) and
 on the arguments alone, not on the number of processes.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -24,11 +25,10 @@ from datasets import Dataset, Features
 from tqdm import tqdm
 
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
-from .builder import SceneArguments, SceneBuilder
+from .builder import SceneArguments, SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message, text_conversations
 from .join import join_masks
-from .objects import IconSource
 from .rows import MASK_FEATURES, ROW_FEATURES
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
 
@@ -74,7 +74,7 @@ def build_scenes(
     """
     arguments = SceneArguments(
         captions, instructions, test, size, max_objects, turns, seed,
-        str(cutouts) if cutouts else None, str(backgrounds) if backgrounds else None,
+        str(cutouts) if cutouts is not None else None, str(backgrounds) if backgrounds is not None else None,
         tuple(sorted(names)) if names is not None else None,
         tuple(sorted(colours)) if colours is not None else None, word_rate,
     )  # fmt: skip
@@ -116,13 +116,18 @@ def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:
 
 
 def text_corpus(
-    n: int, seed: int = 0, names: Collection[str] | None = None, colours: Collection[str] | None = None
+    n: int,
+    seed: int = 0,
+    names: Collection[str] | None = None,
+    colours: Collection[str] | None = None,
+    cutouts: str | Path | None = None,
 ) -> Iterator[list[Message]]:
     """`n` conversations without pictures in the wording of the picture rows, for training a language model alone.
 
-    Held-out names occur (a model must know a word to be asked about it), held-out (colour, name) pairs do not.
+    `names`, `colours` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
+    about it), held-out (colour, name) pairs do not.
     """
-    source = IconSource(names, colours)
+    source = make_source(cutouts, names, colours)
     pool = make_pools(source.kinds, source.colours)["text"]
     return text_conversations(random.Random(f"{seed}/text"), pool, n)
 
@@ -136,6 +141,41 @@ def _read(path: Path) -> Dataset:
     return Dataset(pq.read_table(path), fingerprint=hashlib.blake2b(identity, digest_size=8).hexdigest())
 
 
+def main(argv: list[str] | None = None) -> None:
+    """`agevlm data scenes OUT`: the arguments of `build_scenes` as flags."""
+    parser = argparse.ArgumentParser(
+        prog="agevlm data scenes", description="Compose grounded scenes: pictures, questions, exact masks, benchmarks."
+    )
+    parser.add_argument("out", type=Path, help="folder to write; a finished one of the same arguments is kept")
+    for name, text in _FLAGS.items():
+        value = getattr(SceneArguments(), name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--cutouts", type=Path, help="folder made by `python -m agevlm.data.fetch_cutouts`, else icons"
+    )
+    parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
+    parser.add_argument("--names", nargs="+", help="use these object names alone")
+    parser.add_argument("--colours", nargs="+", help="use these colours alone")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    options = vars(parser.parse_args(argv))
+    out = build_scenes(options.pop("out"), **options)
+    print(f"Scenes in {out}: look at {out / 'contact_sheet.png'}")
+
+
+_FLAGS = {
+    "captions": "training pictures with a caption",
+    "instructions": "training pictures with questions",
+    "test": "questions of each benchmark in each split",
+    "size": "side of a picture in pixels",
+    "max_objects": "most objects in a picture, 1 to 4",
+    "turns": "questions per instruction row",
+    "seed": "another seed gives other pictures, not other splits",
+    "word_rate": "share of instruction pictures with a sign",
+}
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +183,7 @@ def _manifest(builder: SceneBuilder) -> dict:
     source, arguments, kinds = builder.source, builder.arguments, builder.source.kinds
     manifest = {
         "format": FORMAT,
-        "arguments": dataclasses.asdict(arguments),
+        "arguments": {k: v for k, v in dataclasses.asdict(arguments).items() if k not in ("cutouts", "backgrounds")},
         "source": {"kind": source.name, "table": source.digest, "backgrounds": builder.backgrounds_digest},
         "counts": {
             **{part: getattr(arguments, part) for part in PARTS},
@@ -157,7 +197,7 @@ def _manifest(builder: SceneBuilder) -> dict:
             "styles": {n: style for n, kind in sorted(kinds.items()) if (style := held_out_style(kind))},
         },
     }
-    return json.loads(json.dumps(manifest))  # tuples as the file will have them
+    return json.loads(json.dumps(manifest))  # tuples as the file will have them; folders count by content, not by path
 
 
 def _is_finished(out: Path, manifest: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -156,15 +157,19 @@ def folder(tmp_path):
 
 
 def test_scenes_of_cutouts(folder, tmp_path):
-    out = build_scenes(
-        tmp_path / "out", captions=20, instructions=20, test=12, size=96, cutouts=folder, progress=False
-    )
+    arguments = {"captions": 20, "instructions": 20, "test": 12, "size": 96, "progress": False}
+    out = build_scenes(tmp_path / "out", cutouts=folder, **arguments)
     rows = load_rows(out, "instructions")
     assert not any(colour in str(rows["messages"]) for colour in ("purple", "What color"))
     assert len(load_benchmark(out, "style", "hallusionbench")) == 12
-    assert json.loads((out / "scenes.json").read_text())["held_out"]["styles"] == {
-        n: "photo" for n in sorted(NAMES[1::2])
-    }
+    held_out = json.loads((out / "scenes.json").read_text())["held_out"]
+    assert held_out["styles"] == {name: "photo" for name in sorted(NAMES[1::2])}
+
+    copied = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
+    assert build_scenes(out, cutouts=copied, **arguments) == out  # the content counts, not the path
+    disc(size=120).save(copied / "drawing-cat.png")
+    with pytest.raises(ValueError, match="holds other scenes"):
+        build_scenes(out, cutouts=copied, **arguments)
 
 
 def test_cutout_pixels_and_mask(folder):

@@ -12,7 +12,7 @@ from PIL import Image
 from agevlm.data.benchmarks import BENCHMARKS
 from agevlm.data.objects import COLOURS
 from agevlm.data.rows import open_image, validate_row
-from agevlm.data.scenes import build_scenes, load_benchmark, load_rows
+from agevlm.data.scenes import build_scenes, load_benchmark, load_rows, main
 from agevlm.data.splits import SPLITS, is_held_out_pair
 
 
@@ -98,6 +98,28 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
 def test_bad_arguments(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build_scenes(tmp_path / "out", **{**SMALL, **changes})
+
+
+def test_command_line_gives_the_same_scenes(folder, tmp_path, capsys):
+    flags = [text for name in ("captions", "instructions", "test", "size") for text in (f"--{name}", str(SMALL[name]))]
+    main([str(tmp_path / "out"), *flags, "--num-proc", "1"])
+    assert "contact_sheet.png" in capsys.readouterr().out
+    assert (tmp_path / "out/scenes.json").read_text() == (folder / "scenes.json").read_text()
+
+
+def test_few_names_and_one_object(tmp_path):
+    """What a tower is trained on: no benchmarks, one object in every picture, a handful of names."""
+    names = ["apple", "car", "star", "key", "bus", "bell", "tree", "cup"]
+    out = build_scenes(
+        tmp_path / "out", captions=20, instructions=0, test=0, max_objects=1, names=names, colours=["red", "blue"],
+        word_rate=0, size=64, progress=False,
+    )  # fmt: skip
+    rows = load_rows(out, "captions")
+    for row in rows:
+        assert re.search(
+            r"\ba (red|blue) (apple|car|star|key|bus|bell|tree|cup)\b", row["messages"][1]["content"].lower()
+        )
+    assert len(load_rows(out, "instructions")) == 0 == len(load_benchmark(out, "name", "pope"))
 
 
 def test_unknown_parts_are_refused(folder, tmp_path):
