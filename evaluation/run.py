@@ -187,13 +187,11 @@ def load_checkpoint(name: str) -> tuple[AgeVlmForConditionalGeneration, AgeVlmPr
         model_type = AgeVlmConfig.get_config_dict(name)[0].get("model_type")
         if model_type != AgeVlmConfig.model_type:
             raise ValueError(f"{name} is a checkpoint of type {model_type!r}, not {AgeVlmConfig.model_type!r}")
-        model = AgeVlmForConditionalGeneration.from_pretrained(name, dtype="auto")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        model = AgeVlmForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device)
         processor = AgeVlmProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"{name} is no checkpoint: {error}; give a folder or a Hub id of an AGE-VLM") from error
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        model.to(device=device)
     return model.eval(), processor
 
 

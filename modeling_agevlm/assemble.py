@@ -6,10 +6,10 @@ Never shipped with a checkpoint.
 from collections.abc import Sequence
 
 import torch
+from transformers import ConvNextModel, LlamaForCausalLM
 
 from agevlm.modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-from transformers import ConvNextModel, LlamaForCausalLM
 
 
 def spread_cross_attention_layers(num_hidden_layers: int) -> list[int]:

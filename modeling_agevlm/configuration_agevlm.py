@@ -11,7 +11,6 @@ Readings of the paper that the fields encode:
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -576,7 +575,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             num_images = image_hidden_states.shape[1]
         elif past_key_values is not None and len(past_key_values.layers) > num_text_layers:
             num_visual = past_key_values.layers[num_text_layers].keys.shape[2]
-            given = [mask.shape[axis] for mask, axis in ((image_mask, 1), (cross_attention_mask, 2)) if mask is not None]
+            given = [
+                mask.shape[axis] for mask, axis in ((image_mask, 1), (cross_attention_mask, 2)) if mask is not None
+            ]
             num_images = given[0] if given else 1
         else:
             return None

@@ -1,7 +1,7 @@
 """Image processor and processor, registered with the Auto classes.
 
-Only `image_processing_agevlm.py` and `processing_agevlm.py` travel with a checkpoint; this file does not, and is the one
-place of the folder that knows the configuration (the Auto classes are keyed by it).
+Only `image_processing_agevlm.py` and `processing_agevlm.py` travel with a checkpoint; this file does not, and is the
+one place of the folder that knows the configuration (the Auto classes are keyed by it).
 """
 
 from transformers import AutoImageProcessor, AutoProcessor

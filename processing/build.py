@@ -18,8 +18,8 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer with the image placeholder and the chat template's tokens.
 
-    Where there are reserved special tokens (Llama-3), the last one is renamed, so that the vocabulary keeps its size and no
-    embedding is resized. Otherwise the tokens are added: resize the model's embeddings to `len(tokenizer)`.
+    Where there are reserved special tokens (Llama-3), the last one is renamed, so that the vocabulary keeps its size
+    and no embedding is resized. Otherwise the tokens are added: resize the model's embeddings to `len(tokenizer)`.
     """
     vocabulary = tokenizer.get_vocab()
     reserved = sorted((token for token in vocabulary if token.startswith(RESERVED)), key=vocabulary.get)

@@ -2,20 +2,20 @@
 
 A picture is fitted onto a square canvas (768 pixels, a grid of 24 x 24 visual cells) in one of three ways:
 - `pad` (default): the whole picture, centred on CLIP's mean colour. Cells that show no picture are reported in
-  `visual_token_mask`, so that the model never attends to them. The paper leaves its own policy open and blames unmasked
-  padding for stray attention.
+  `visual_token_mask`, so that the model never attends to them. The paper leaves its own policy open and blames
+  unmasked padding for stray attention.
 - `stretch`: the whole picture, aspect ratio given up.
 - `crop`: the centre, filling the canvas.
 
-`mask_to_grid` takes a mask of the original picture through the same fit, and `grid_to_pixels` takes a map on the grid back
-to the original pixels.
+`mask_to_grid` takes a mask of the original picture through the same fit, and `grid_to_pixels` takes a map on the grid
+back to the original pixels.
 """
 
+import os
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
@@ -61,8 +61,24 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
     raise ValueError(f"`geometry` must be one of {', '.join(GEOMETRIES)}, got '{geometry}'.")
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on `background`."""
+def covered(cells: int, stride: int, source: tuple[float, float], target: tuple[int, int], length: int) -> np.ndarray:
+    """Along one axis, the share of every cell that every pixel of the picture fills: float32 `(cells, length)`.
+
+    Exact lengths, because a box filter may lose a pixel whose centre lies on the border of two of its windows.
+
+    Args:
+        source, target: the axis of a `Fit`, as (start, end).
+        length: pixels of the picture.
+    """
+    scale = (source[1] - source[0]) / (target[1] - target[0])
+    edges = (np.arange(cells + 1) * stride - target[0]) * scale + source[0]
+    inside, pixels = edges.clip(*source), np.arange(length)
+    overlap = np.minimum(inside[1:, None], pixels + 1) - np.maximum(inside[:-1, None], pixels)
+    return (overlap.clip(0) / (stride * scale)).astype(np.float32)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
@@ -70,8 +86,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(below, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -114,32 +129,51 @@ class AgeVlmImageProcessor(PilBackend):
     def _canvas(self) -> tuple[int, int]:
         return self.size["height"], self.size["width"]
 
-    def process_image(self, image, max_pixels: int, image_mean, **kwargs) -> Image.Image:
+    def fetch_images(self, image_url_or_urls):
+        """Local files are opened as they are: the base class would lay transparency on black and cut 16 bits off.
+
+        Raises:
+            ValueError: a file that is no picture.
+        """
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            try:
+                return Image.open(image_url_or_urls)
+            except (OSError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{image_url_or_urls} cannot be opened: {error}. Replace the file.") from error
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(self, image, max_pixels: int, do_rescale: bool, input_data_format=None, **kwargs) -> Image.Image:
         """Any picture (Pillow, NumPy, torch) as an RGB Pillow picture.
 
         Raises:
-            ValueError: more than `max_pixels` pixels, or a file that cannot be read to its end.
+            ValueError: no pixels or more than `max_pixels`, a file that cannot be read to its end, or a floating-point
+                array with `do_rescale=False`.
         """
         if not isinstance(image, Image.Image):
-            channels_first = super().process_image(image, do_convert_rgb=False)
-            if channels_first.dtype != np.uint8:
-                scale = 255 if channels_first.max(initial=0) <= 1 else 1
-                channels_first = (channels_first * scale).round().clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(np.moveaxis(channels_first, 0, -1).squeeze())
+            pixels = np.moveaxis(
+                super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format), 0, -1
+            )
+            if pixels.dtype != np.uint8:
+                if not do_rescale:
+                    raise ValueError(
+                        f"A picture of {pixels.dtype} with `do_rescale=False`. Leave `do_rescale` on: floating-point "
+                        "pictures are brought to 0..255 first, because pictures are resized in 8 bits."
+                    )
+                scale = 255 if pixels.max(initial=0) <= 1 else 1
+                pixels = (pixels * scale).round().clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        if not image.width * image.height:
+            raise ValueError(f"A picture of {image.width} x {image.height} pixels has none. Drop it.")
         if image.width * image.height > max_pixels:
             raise ValueError(
                 f"A picture of {image.width} x {image.height} pixels is over the limit of {max_pixels:,} pixels. "
                 "Scale it down, or raise `max_pixels` if you trust where it comes from."
             )
         try:
-            return to_rgb(image, self._background(image_mean))
+            return to_rgb(image)
         except (OSError, SyntaxError) as error:
-            name = getattr(image, "filename", "") or "a picture"
+            name = getattr(image, "filename", "") or "A picture"
             raise ValueError(f"{name} cannot be decoded: {error}. Replace the file or drop the row.") from error
-
-    @staticmethod
-    def _background(image_mean) -> tuple[int, int, int]:
-        return tuple(int(value * 255) for value in image_mean)
 
     def _preprocess(
         self,
@@ -159,13 +193,14 @@ class AgeVlmImageProcessor(PilBackend):
         height, width = size["height"], size["width"]
         if height % stride or width % stride:
             raise ValueError(f"`size` {height} x {width} is no multiple of the cell size {stride} (`stride`).")
+        background = [int(value * 255) for value in image_mean]
         canvases = np.empty((len(images), height, width, 3), dtype=np.uint8)
         visible = np.zeros((len(images), height // stride, width // stride), dtype=bool)
         for canvas, cells, image in zip(canvases, visible, images, strict=True):
             source, (left, top, right, bottom) = fit((image.height, image.width), (height, width), geometry)
             if source != (0, 0, right - left, bottom - top):
                 image = image.resize((right - left, bottom - top), resample, box=source)
-            canvas[:] = self._background(image_mean)
+            canvas[:] = background
             canvas[top:bottom, left:right] = np.asarray(image)
             cells[top // stride : -(-bottom // stride), left // stride : -(-right // stride)] = True
         # One multiplication and one addition for rescaling and normalising together.
@@ -186,25 +221,25 @@ class AgeVlmImageProcessor(PilBackend):
             mask: non-zero where the object is; Pillow picture or array `(height, width)`.
 
         Returns:
-            bool `(rows, columns)`: cells covered by half or more; where there is none, the cell with the largest overlap, so
-            that a small object never vanishes. All False if `crop` cut the whole object away.
+            bool `(rows, columns)`: cells covered by half or more; where there is none, the cell with the largest
+            overlap, so that a small object never vanishes. All False if `crop` cut the whole object away.
 
         Raises:
-            ValueError: the mask is empty.
+            ValueError: the mask is empty, or has channels.
         """
         mask = np.asarray(mask) != 0
+        if mask.ndim != 2:
+            raise ValueError(f"A mask has the shape (height, width), got {mask.shape}. Take one channel of it.")
         if not mask.any():
             raise ValueError("The mask is empty: it marks no pixel. Drop it, or leave the row unguided.")
-        source, (left, top, right, bottom) = fit(mask.shape, self._canvas, self.geometry)
-        shown = Image.fromarray(mask.astype(np.float32)).resize(
-            (right - left, bottom - top), Image.Resampling.BOX, box=source
+        source, target = fit(mask.shape, self._canvas, self.geometry)
+        rows, columns = (
+            covered(cells, self.stride, source[axis::2], target[axis::2], mask.shape[1 - axis])
+            for axis, cells in ((1, self.grid[0]), (0, self.grid[1]))
         )
-        canvas = np.zeros(self._canvas, dtype=np.float32)
-        canvas[top:bottom, left:right] = np.asarray(shown)
-        rows, columns = self.grid
-        coverage = canvas.reshape(rows, self.stride, columns, self.stride).mean((1, 3))
-        cells = coverage >= 0.5
-        if not cells.any() and coverage.any():
+        coverage = rows @ mask.astype(np.float32) @ columns.T
+        cells = coverage >= 0.5 - 1e-6  # float32 sums that should be one half may be a little less
+        if not cells.any() and coverage.max() > 1e-12:  # below: the rounding of the crop's border
             cells.flat[coverage.argmax()] = True
         return cells
 

@@ -1,7 +1,7 @@
 """The processor of AGE-VLM: text and row-aligned pictures to tensors, and the guidance of a row onto tokens and grid.
 
-One `<|image|>` placeholder marks the place of each picture; it stays one token, because the visual tokens never enter the
-text (paper section 3.2.1). Besides the usual tensors the model gets, for every batch with a picture:
+One `<|image|>` placeholder marks the place of each picture; it stays one token, because the visual tokens never enter
+the text (paper section 3.2.1). Besides the usual tensors the model gets, for every batch with a picture:
 - `image_mask (B, N)`: which of the N places of a row hold a picture;
 - `visual_token_mask (B, N, L)`: which cells show picture, not padding;
 - `cross_attention_mask (B, T, N)`: token t sees image n once its placeholder has come.
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -71,15 +70,16 @@ class AgeVlmProcessor(ProcessorMixin):
             **kwargs: of the tokenizer and the image processor.
 
         Raises:
-            ValueError: placeholders and pictures of a row do not fit; the message names the row and both counts.
+            ValueError: placeholders and pictures of a row do not fit; a guided row has no picture; only some of the
+                texts start with the beginning-of-text token. The message names the row.
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
         single = isinstance(text, str)
         text = [text] if single else list(text)
         images = _rows_of_images(images, text, self.image_token)
-        if kwargs.get("add_special_tokens") is None and self.tokenizer.bos_token is not None:
-            kwargs["add_special_tokens"] = not all(sample.startswith(self.tokenizer.bos_token) for sample in text)
+        if "add_special_tokens" not in {**(kwargs.get("text_kwargs") or {}), **kwargs}:
+            kwargs["add_special_tokens"] = not self._have_special_tokens(text)
         return_tensors = kwargs.pop("return_tensors", None)
         return_offsets = kwargs.pop("return_offsets_mapping", False)
         flat = [image for row in images for image in row]
@@ -90,9 +90,21 @@ class AgeVlmProcessor(ProcessorMixin):
         offsets = data["offset_mapping"] if return_offsets else data.pop("offset_mapping")
         if flat:
             data |= self._align(data, [len(row) for row in images])
-        if guidance_spans is not None and any(span is not None for span in guidance_spans):
+        if guidance_spans is not None:
             data |= self._guidance(data, offsets, guidance_spans, guidance_masks)
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["offset_mapping"])
+        no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)
+
+    def _have_special_tokens(self, text: list[str]) -> bool:
+        """Whether the texts bring their beginning-of-text token along, so that the tokenizer must not add one."""
+        bos = self.tokenizer.bos_token
+        starts = [bos is not None and sample.startswith(bos) for sample in text]
+        if len(set(starts)) > 1:
+            raise ValueError(
+                f"Row {starts.index(True)} starts with '{bos}' and row {starts.index(False)} does not. Render all "
+                "rows with the chat template, or none, or say `add_special_tokens` yourself."
+            )
+        return all(starts)
 
     def _align(self, data: dict[str, Any], counts: list[int]) -> dict[str, np.ndarray]:
         """The flat pictures and their cells, packed into rows of the same number of places."""
@@ -119,35 +131,49 @@ class AgeVlmProcessor(ProcessorMixin):
         spans: Sequence[tuple[int, int] | None],
         masks: Sequence[Image.Image | None] | None,
     ) -> dict[str, np.ndarray]:
-        """Query tokens and grid masks of the rows that have a span and a mask; zeros for the others."""
+        """Query tokens and grid masks of the rows that have a span and a mask; zeros for the others.
+
+        Nothing where no row has both.
+        """
         if masks is None or len(masks) != len(spans) or len(spans) != len(offsets):
             raise ValueError(
                 f"{len(offsets)} rows need as many `guidance_spans` and `guidance_masks` (None where a row is not "
                 f"guided), got {len(spans)} and {0 if masks is None else len(masks)}."
             )
+        guided = [row for row in range(len(spans)) if spans[row] is not None and masks[row] is not None]
+        if not guided:
+            return {}
+        for row in guided:
+            if "image_mask" not in data or not data["image_mask"][row, 0]:
+                raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
         query_mask = np.zeros((len(spans), len(offsets[0])), dtype=bool)
         grid_mask = np.zeros(np.shape(data["visual_token_mask"]), dtype=np.float32)
         special = np.isin(np.asarray(data["input_ids"]), self.tokenizer.all_special_ids)
-        for row, (span, mask) in enumerate(zip(spans, masks, strict=True)):
-            if span is None or mask is None:
-                continue
-            cells = self.image_processor.mask_to_grid(mask)
+        for row in guided:
+            cells = self.image_processor.mask_to_grid(masks[row])
             if not cells.any():
                 continue  # the geometry `crop` has cut the object away: nothing to look at
             grid_mask[row, 0] = cells.reshape(-1)
             start, end = np.asarray(offsets[row]).T
-            query_mask[row] = (start < span[1]) & (end > span[0]) & ~special[row]
+            query_mask[row] = (start < spans[row][1]) & (end > spans[row][0]) & ~special[row]
         return {"guidance_query_mask": query_mask, "guidance_mask": grid_mask}
 
     def message_span(self, messages: Sequence[dict], message_index: int, query: str) -> tuple[int, int]:
-        """Where `query` stands in the chat text of `messages`: (start, end) in characters.
+        """Where `query` first stands in the content of one message: (start, end) in characters of the chat text.
 
         Raises:
             ValueError: the message does not contain the query.
         """
-        before = self.apply_chat_template(list(messages[:message_index])) if message_index else ""
-        text = self.apply_chat_template(list(messages[: message_index + 1]))
-        start = text.find(query, len(before))
+        before, message = list(messages[:message_index]), messages[message_index]
+        text = self.apply_chat_template([*before, message])
+        # The same with a mark as content shows where the content lies: a query like "user" or "image" must be
+        # found neither in the header nor in a placeholder.
+        frame = self.apply_chat_template([*before, {**message, "content": "\0"}])
+        content_start = frame.rindex("\0")
+        content_end = len(text) - (len(frame) - content_start - 1)
+        if self.image_token not in query:
+            text = text.replace(self.image_token, "\0" * len(self.image_token))
+        start = text.find(query, content_start, content_end)
         if start < 0 or not query:
             raise ValueError(
                 f"The query {query!r} does not occur in message {message_index}: "
@@ -181,20 +207,23 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
         images = [[] for _ in text]
     elif is_valid_image(images) or isinstance(images, str):
         images = [images]
-    if not any(isinstance(row, (list, tuple)) for row in images) and len(images) == sum(wanted):
-        flat = iter(images)
-        return [[next(flat) for _ in range(count)] for count in wanted]
+    if not any(isinstance(row, (list, tuple)) for row in images):
+        if len(images) == sum(wanted):
+            flat = iter(images)
+            return [[next(flat) for _ in range(count)] for count in wanted]
+        images = [images] if len(text) == 1 else images
     rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
     if len(rows) != len(text):
+        missing = "text" if len(rows) > len(text) else "list of pictures"
         raise ValueError(
-            f"{len(rows)} lists of pictures for {len(text)} texts with {sum(wanted)} placeholders '{image_token}'. "
-            "Give one list of pictures per text ([] where there is none)."
+            f"Row {min(len(rows), len(text))} has no {missing}: {len(rows)} lists of pictures for {len(text)} texts "
+            f"with {sum(wanted)} placeholders '{image_token}'. Give one list of pictures per text ([] for none)."
         )
     for index, (row, count) in enumerate(zip(rows, wanted, strict=True)):
         if len(row) != count:
             raise ValueError(
-                f"Row {index} has {len(row)} picture(s) but {count} placeholder(s) '{image_token}' in its text. Put one "
-                "placeholder where each picture belongs, or drop the pictures."
+                f"Row {index} has {len(row)} picture(s) but {count} placeholder(s) '{image_token}' in its text. Put "
+                "one placeholder where each picture belongs, or drop the pictures."
             )
     return rows
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from builders import tiny_model, tiny_processor
 
 

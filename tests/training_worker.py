@@ -59,11 +59,21 @@ def make_arguments(output_dir: str | os.PathLike, config=AgeVlmSFTConfig, **over
     return config(output_dir=str(output_dir), **{**defaults, **overrides})
 
 
+def sharp_model(seed: int = 0):
+    """A tiny model whose attention is far from uniform: gradients of uniform attention are the same for any loss."""
+    model = tiny_model(seed)
+    with torch.no_grad():
+        for block in model.model.language_model.cross_attention_layers:
+            block.cross_attn.q_proj.weight.mul_(15)
+            block.cross_attn.k_proj.weight.mul_(15)
+    return model
+
+
 def make_trainer(
     output_dir, kinds=KINDS, parts=("projector", "cross_attention"), model=None, callbacks=(), **overrides
 ):
-    """A trainer for a tiny model on `make_rows(kinds)`."""
-    model = tiny_model() if model is None else model
+    """A trainer for `sharp_model()` on `make_rows(kinds)`."""
+    model = sharp_model() if model is None else model
     set_trainable(model, parts)
     processor = tiny_processor()
     args = make_arguments(output_dir, **overrides)
@@ -103,6 +113,16 @@ def step_gradients(output_dir, batch_size, accumulation=1, **overrides) -> dict[
     )
     trainer.train()
     return keep.gradients
+
+
+class CountSteps(TrainerCallback):
+    """Counts the optimizer steps that a process really makes."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
 
 
 class KillAtStep(TrainerCallback):

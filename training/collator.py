@@ -9,6 +9,9 @@ from agevlm.data.rows import open_image, validate_row
 from agevlm.processing import AgeVlmProcessor
 
 
+PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
+
+
 @dataclass
 class AgeVlmDataCollator:
     """Turns a list of rows into one batch of tensors, padded on the right.
@@ -32,6 +35,12 @@ class AgeVlmDataCollator:
             validate_row(row)
         images = [[open_image(image, where=f"row {row['id']}") for image in row["images"]] for row in rows]
         guided = [row.get("guidance") for row in rows]
+        masks = [
+            open_image(guidance["mask"], where=f"row {row['id']}, guidance.mask", mode="1")
+            if guidance is not None
+            else None
+            for row, guidance in zip(rows, guided, strict=True)
+        ]
         spans = [
             self.processor.message_span(row["messages"], guidance["message_index"], guidance["query"])
             if guidance is not None
@@ -47,13 +56,24 @@ class AgeVlmDataCollator:
             processor_kwargs={
                 "images": images,
                 "guidance_spans": spans,
-                "guidance_masks": [None if guidance is None else guidance["mask"] for guidance in guided],
+                "guidance_masks": masks,
                 "padding": True,
                 "padding_side": "right",
-                "truncation": self.max_length is not None,
-                "max_length": self.max_length,
             },
         )
         answers = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
-        return dict(batch)
+        return self._cut(dict(batch), rows)
+
+    def _cut(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The first `max_length` tokens. Cut here and not by the tokenizer, to know which row would lose a picture."""
+        if self.max_length is None:
+            return batch
+        lost = batch["input_ids"][:, self.max_length :] == self.processor.image_token_id
+        for row, placeholders in zip(rows, lost.sum(1).tolist(), strict=True):
+            if placeholders:
+                raise ValueError(
+                    f"row {row['id']}: {placeholders} of its picture placeholders lie behind the first "
+                    f"{self.max_length} tokens. Raise `max_length`, or shorten what comes before them."
+                )
+        return {name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()}

@@ -13,7 +13,10 @@ from agevlm import __version__
 
 
 VERBS = {
-    "quickstart": ("agevlm.quickstart", "Build data, train every variant through all stages, evaluate, write a report."),
+    "quickstart": (
+        "agevlm.quickstart",
+        "Build data, train every variant through all stages, evaluate, write a report.",
+    ),
     "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
     "train": ("agevlm.training.train", "Run one training stage: align, adapt-vision, ground or instruct."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
@@ -36,7 +39,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+) -> None:
     """AGE-VLM: small vision-language models that look where they should."""
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
 
 from agevlm.analysis.report import write_report
 from agevlm.data.scenes import build_scenes
@@ -29,16 +31,15 @@ from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.lineage import git_commit, library_versions
-from agevlm.training.parts import NAMES, load_parts
+from agevlm.training.parts import NAMES, load_parts, make_small
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.base import StageRecipe, run_stage
-from transformers import TrainerCallback, set_seed
-from transformers.utils import logging
 
 
 # In the order in which the report shows them: without guidance first.
 VARIANTS = ("ca-baseline", "agevlm", "agevlm-lm")
 SPLIT = "composition"
+TINY_PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ def steps_of(recipe: StageRecipe, size: Size) -> int:
     return math.ceil(rows / recipe.global_batch_size) * int(recipe.training["num_train_epochs"])
 
 
+def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | None) -> Path:
+    """The folder of the pretrained parts: given, committed (tiny), or made now (small)."""
+    if parts is not None:
+        return parts
+    if size == "tiny":
+        return TINY_PARTS
+    folder = output / "parts"
+    if not folder.exists():
+        make_small(folder, output / "parts-work", cutouts, scenes=20_000, epochs=6, seed=1000)
+    return folder
+
+
 def save_start(parts: Path, folder: Path, seed: int) -> None:
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
@@ -125,7 +138,9 @@ class StepProgress(TrainerCallback):
         self.progress.update(self.task, completed=self.done_before + state.global_step)
 
 
-def train(runs: Sequence[Run], folder: Path, scenes: Path, size: Size, progress: Progress, task: Any, done: int) -> int:
+def train(
+    runs: Sequence[Run], folder: Path, scenes: Path, size: Size, progress: Progress, task: Any, done: int
+) -> int:
     """All stage runs of one seed; `done` steps came before. Returns the steps done after."""
     for run in runs:
         progress.update(task, description=f"{folder.name}: {run.name}")
@@ -158,6 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", type=Path, help="pretrained parts (default: checkpoints/tiny-parts for tiny)")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
     args = parser.parse_args(argv)
+    if args.size == "small" and args.cutouts is None:
+        raise ValueError(
+            "The size `small` is made of real cut-out pictures: python -m agevlm.data.fetch_cutouts cutouts, then "
+            "--cutouts cutouts."
+        )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, size, started = Console(), SIZES[args.size], time.monotonic()
@@ -175,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         num_proc=workers,
     )
     console.rule("Parts")
-    parts = args.parts or build_parts(args.size, args.output / "parts", cutouts=args.cutouts)
+    parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
     console.print(f"Pretrained language model and vision tower: {parts}")
 
     console.rule("Training")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from builders import tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
+from builders import tiny_model
 
 
 LENGTH, CELLS = 10, 9
@@ -126,7 +126,9 @@ def test_eager_equals_sdpa(batch, case, query_mask):
         inputs = dict(batch)
         if case == "unpadded":
             inputs = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1, :1]}
-        output = model(**inputs, guidance_query_mask=query_mask[: len(inputs["input_ids"])], labels=inputs["input_ids"])
+        output = model(
+            **inputs, guidance_query_mask=query_mask[: len(inputs["input_ids"])], labels=inputs["input_ids"]
+        )
         output.loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results[implementation] = (output.logits, output.cross_attention_maps, *gradients)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import training_worker
 from rich.console import Console
-from training_worker import make_rows, run_small_stage
+from training_worker import CountSteps, make_rows, run_small_stage
 from transformers import AutoProcessor
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -90,6 +90,7 @@ def test_sizes_change_only_what_they_may(size, stage):
     paper, recipe = STAGES[stage].recipe("paper"), STAGES[stage].recipe(size)
     for name in ("name", "stage", "trains", "frozen", "data", "paper_rows", "goal"):
         assert getattr(recipe, name) == getattr(paper, name)
+    assert (recipe.mask_fraction > 0) == (stage >= 3)
     for name in ("adam_beta1", "adam_beta2", "weight_decay", "warmup_steps", "lr_scheduler_type", "guidance_weight"):
         assert recipe.training[name] == paper.training[name]
 
@@ -266,21 +267,22 @@ def killed_run(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "left"),
+    ("flags", "left", "steps"),
     [
-        (["--kill_at_step", "5"], {"checkpoint-2", "checkpoint-4"}),
-        (["--kill_while_saving", "4"], {"checkpoint-2", STAGING}),
-        (["--kill_at_step", "1"], set()),
+        (["--kill_at_step", "5"], {"checkpoint-2", "checkpoint-4"}, 2),
+        (["--kill_while_saving", "4"], {"checkpoint-2", STAGING}, 4),
     ],
 )
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left):
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left, steps):
     killed_run(tmp_path / "run", *flags)
     found = set(os.listdir(tmp_path / "run"))
     assert left | {"agevlm_stage.json"} <= found
     assert {name for name in found if name.startswith("checkpoint-")} == left - {STAGING}
     assert json.loads((tmp_path / "run" / "agevlm_stage.json").read_text())["status"] == "unfinished"
 
-    resumed = run_small_stage(tmp_path / "run")
+    count = CountSteps()
+    resumed = run_small_stage(tmp_path / "run", callbacks=[count])
+    assert count.steps == steps
     whole = run_small_stage(tmp_path / "whole")
     assert resumed.status == "trained"
     first, second = weights(tmp_path / "run"), weights(tmp_path / "whole")
@@ -303,7 +305,11 @@ def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert json.loads((tmp_path / "run" / "agevlm_stage.json").read_text())["status"] == "unfinished"
     assert "model.safetensors" not in os.listdir(tmp_path / "run")
-    result = run_small_stage(tmp_path / "run")
+    (tmp_path / "run" / STAGING / "final" / "leftover").touch()
+    count = CountSteps()
+    result = run_small_stage(tmp_path / "run", callbacks=[count])
+    assert count.steps == 0
+    assert "leftover" not in os.listdir(tmp_path / "run")
     assert result.lineage["status"] == "finished"
     assert result.lineage["metrics"]["loss"] > 0
 
@@ -314,7 +320,8 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path):
     run_small_stage(killed)
     lineage = json.loads((killed / "agevlm_stage.json").read_text())
     (killed / "agevlm_stage.json").write_text(json.dumps({**lineage, "status": "unfinished"}))
-    result = run_small_stage(killed, resume=False)
-    assert result.log_history[0]["step"] == 1
+    count = CountSteps()
+    run_small_stage(killed, callbacks=[count], resume=False)
+    assert count.steps == 6
     first, second = weights(killed), weights(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)

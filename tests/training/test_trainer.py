@@ -10,14 +10,22 @@ import torch
 import training_worker
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from training_worker import KINDS, TWO_PROCESS_KINDS, make_arguments, make_rows, make_trainer, step_gradients
+from training_worker import (
+    KINDS,
+    TWO_PROCESS_KINDS,
+    make_arguments,
+    make_rows,
+    make_trainer,
+    sharp_model,
+    step_gradients,
+)
 from trl import SFTConfig, SFTTrainer
 
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.freezing import part_of, set_trainable
 from agevlm.training.losses import guidance_loss, in_mask_mass, pointing_accuracy
 from agevlm.training.trainer import AgeVlmSFTTrainer, guided_rows
-from builders import tiny_model, tiny_processor
+from builders import tiny_processor
 
 
 def assert_same_tensors(first, second, **tolerance):
@@ -36,15 +44,19 @@ def batch_of(kinds, model):
     return labels, guided, masks, model(**batch)
 
 
-def plain_objective_gradients(kinds=KINDS, weight=1.0, normalisation="sum"):
-    """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows."""
-    model = tiny_model().train()
+def plain_objective(kinds=KINDS, weight=1.0, normalisation="sum"):
+    """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows.
+
+    Returns the loss and its gradients.
+    """
+    model = sharp_model().train()
     set_trainable(model, ("projector", "cross_attention"))
     labels, guided, masks, output = batch_of(kinds, model)
     loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     guidance = guidance_loss(output.cross_attention_maps, masks, normalisation)[guided].mean()
-    (loss + weight * guidance).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss = loss + weight * guidance
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ---- The objective ----
@@ -58,7 +70,7 @@ def test_weight_zero_is_stock_sft(tmp_path):
             batch = super().__call__(rows)
             return {name: value for name, value in batch.items() if not name.startswith("guidance")}
 
-    model, processor = tiny_model(), tiny_processor()
+    model, processor = sharp_model(), tiny_processor()
     set_trainable(model, ("projector", "cross_attention"))
     stock = SFTTrainer(
         model=model,
@@ -71,7 +83,7 @@ def test_weight_zero_is_stock_sft(tmp_path):
     ours = make_trainer(tmp_path / "ours", "giiggiig", guidance_weight=0.0, max_steps=10)
     ours.train()
 
-    before = dict(tiny_model().named_parameters())
+    before = dict(sharp_model().named_parameters())
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert_same_tensors(dict(ours.model.named_parameters()), dict(model.named_parameters()), atol=0, rtol=0)
     assert "guidance_loss" not in ours.state.log_history[0]
@@ -80,7 +92,7 @@ def test_weight_zero_is_stock_sft(tmp_path):
 @pytest.mark.parametrize(("weight", "normalisation"), [(1.0, "sum"), (0.3, "max")])
 def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalisation):
     gradients = step_gradients(tmp_path, batch_size=8, guidance_weight=weight, guidance_normalisation=normalisation)
-    reference = plain_objective_gradients(weight=weight, normalisation=normalisation)
+    _, reference = plain_objective(weight=weight, normalisation=normalisation)
     assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
 
 
@@ -145,7 +157,7 @@ def test_a_released_model_is_like_new(tmp_path):
     trainer.train()
     trainer.release_model()
     trainer.model.eval()
-    output, expected = batch_of("gi", trainer.model)[-1], batch_of("gi", tiny_model())[-1]
+    output, expected = batch_of("gi", trainer.model)[-1], batch_of("gi", sharp_model())[-1]
     torch.testing.assert_close(output.logits, expected.logits, atol=0, rtol=0)
     assert "forward" not in trainer.model.__dict__
     assert not trainer.model.model._forward_hooks
@@ -184,15 +196,26 @@ def test_training_metrics_are_averages_over_rows_not_batches(tmp_path):
     )
     trainer.train()
     logged = trainer.state.log_history[0]
-    for name, value in expected_metrics("gtgiitig", tiny_model()).items():
+    for name, value in expected_metrics("gtgiitig", sharp_model()).items():
         assert logged[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_logged_loss_is_the_plain_objective(tmp_path, accumulation):
+    batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, guidance_weight=0.3, max_steps=1, learning_rate=0.0, **batches)
+    trainer.train()
+    expected, _ = plain_objective(weight=0.3)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    metrics = make_trainer(tmp_path, guidance_weight=0.3, per_device_eval_batch_size=8).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_evaluation_measures_guidance_at_any_weight(tmp_path, weight):
     trainer = make_trainer(tmp_path, "gtgiitig", per_device_eval_batch_size=3, guidance_weight=weight)
     metrics = trainer.evaluate()
-    for name, value in expected_metrics("gtgiitig", tiny_model()).items():
+    for name, value in expected_metrics("gtgiitig", sharp_model()).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
 
 
@@ -252,7 +275,7 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, message):
 
 def test_lora_adapters_are_guided(tmp_path):
     """The maps come from the backbone inside PEFT's wrapper."""
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=r".*cross_attn\.(q|k)_proj", r=2))
+    model = get_peft_model(sharp_model(), LoraConfig(target_modules=r".*cross_attn\.(q|k)_proj", r=2))
     processor = tiny_processor()
     trainer = AgeVlmSFTTrainer(
         model=model,

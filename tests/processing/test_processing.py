@@ -1,0 +1,462 @@
+"""The processor: row-aligned pictures, who sees what, the query's tokens, the chat template, saving."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+from agevlm.processing import AgeVlmProcessor
+from agevlm.processing.build import build_processor
+from builders import mask, picture, tiny_processor, tiny_tokenizer
+
+
+IMAGE = "<|image|>"
+IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
+TEXT_KEYS = {"input_ids", "attention_mask"}
+QUESTION = "Is there a red apple in the image?"
+CHAT = [
+    {"role": "system", "content": "A blue car"},
+    {"role": "user", "content": IMAGE + QUESTION},
+    {"role": "assistant", "content": "No"},
+    {"role": "user", "content": "And now? " + QUESTION},
+    {"role": "assistant", "content": "Yes\n\nThere is."},
+]
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As Llama-3's: the beginning-of-text token is added to every text."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Rows and pictures
+
+
+@pytest.mark.parametrize("images", [None, [], [[], []]])
+def test_text_only_batches_carry_no_image_keys(processor, images):
+    texts = ["How many", "A blue car and a green tree"]
+    batch = processor(images=images, text=texts, return_tensors="pt")
+    assert set(batch) == TEXT_KEYS
+    assert same(batch, processor.tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mixed_batches_equal_their_rows_alone(processor, side):
+    images = [[picture()], [], [picture(40, 90, seed=1), picture(200, 30, seed=2)]]
+    texts = [f"{IMAGE}How many cars?", "A house", f"Yes {IMAGE} and {IMAGE} No, a long text after both"]
+    batch = processor(images=images, text=texts, padding_side=side, return_tensors="pt")
+    assert set(batch) == TEXT_KEYS | IMAGE_KEYS
+    length = batch["input_ids"].shape[1]
+    assert {name: (tuple(batch[name].shape), batch[name].dtype) for name in IMAGE_KEYS} == {
+        "pixel_values": ((3, 2, 3, 96, 96), torch.float32),
+        "image_mask": ((3, 2), torch.bool),
+        "visual_token_mask": ((3, 2, 9), torch.bool),
+        "cross_attention_mask": ((3, length, 2), torch.bool),
+    }
+    assert batch["image_mask"].tolist() == [[True, False], [False, False], [True, True]]
+    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
+        alone = processor(images=[pictures], text=[text], return_tensors="pt")
+        size = alone["input_ids"].shape[1]
+        part = slice(length - size, None) if side == "left" else slice(0, size)
+        assert torch.equal(batch["input_ids"][row, part], alone["input_ids"][0])
+        assert batch["attention_mask"][row].sum() == size == batch["attention_mask"][row, part].sum()
+        count = len(pictures)
+        for name in ("pixel_values", "visual_token_mask"):
+            if count:
+                assert torch.equal(batch[name][row, :count], alone[name][0])
+            assert not batch[name][row, count:].any()
+        if count:
+            assert torch.equal(batch["cross_attention_mask"][row, part, :count], alone["cross_attention_mask"][0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_token_sees_the_images_whose_placeholder_has_come(processor, side):
+    texts = ["no picture at all", f"Yes {IMAGE} and {IMAGE} No", f"{IMAGE}Yes"]
+    images = [[], [picture(), picture()], [picture()]]
+    batch = processor(images=images, text=texts, padding_side=side, return_tensors="pt")
+    expected = torch.zeros_like(batch["cross_attention_mask"])
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        seen = 0
+        for token, token_id in enumerate(ids):
+            seen += token_id == processor.image_token_id
+            if batch["attention_mask"][row, token]:
+                expected[row, token, :seen] = True
+    assert torch.equal(batch["cross_attention_mask"], expected)
+    assert expected[1].any() and not expected[0].any() and not expected.all()
+
+
+def test_flat_lists_follow_the_placeholders(processor):
+    one, two, three = (picture(seed=seed) for seed in range(3))
+    texts = [f"{IMAGE}{IMAGE}Yes", "No", f"{IMAGE}No"]
+    nested = processor(images=[[one, two], [], [three]], text=texts, return_tensors="pt")
+    assert same(processor(images=[one, two, three], text=texts, return_tensors="pt"), nested)
+    single = processor(images=[[one]], text=[f"{IMAGE}Yes"], return_tensors="pt")
+    assert same(processor(images=one, text=f"{IMAGE}Yes", return_tensors="pt"), single)
+    assert same(processor(images=[one], text=f"{IMAGE}Yes", return_tensors="pt"), single)
+
+
+def test_images_may_be_files(processor, tmp_path):
+    picture().save(tmp_path / "picture.png")
+    texts = [f"{IMAGE}Yes", "No"]
+    from_files = processor(images=[[str(tmp_path / "picture.png")], []], text=texts, return_tensors="pt")
+    assert same(from_files, processor(images=[[picture()], []], text=texts, return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        ([[], [picture()]], [f"{IMAGE}Yes", "No"], r"Row 0 has 0 picture\(s\) but 1 placeholder\(s\).*Put one"),
+        ([[picture()], [picture()]], [f"{IMAGE}Yes", "No"], r"Row 1 has 1 picture\(s\) but 0 placeholder\(s\)"),
+        (None, ["No", f"{IMAGE}Yes"], r"Row 1 has 0 picture\(s\) but 1 placeholder\(s\)"),
+        ([picture(), picture()], f"{IMAGE}Yes", r"Row 0 has 2 picture\(s\) but 1 placeholder\(s\)"),
+        ([picture(), picture()], [f"{IMAGE}{IMAGE}{IMAGE}", "No"], r"Row 0 has 1 picture\(s\) but 3"),
+        ([[picture()]], [f"{IMAGE}Yes", "No"], r"Row 1 has no list of pictures: 1 lists .* 2 texts .*Give one list"),
+        ([[], [picture()]], f"{IMAGE}Yes", r"Row 1 has no text: 2 lists of pictures for 1 texts .*Give one list"),
+    ],
+)
+def test_pictures_and_placeholders_that_do_not_fit_are_refused(processor, images, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, text=text)
+
+
+# Special tokens
+
+
+def test_there_is_no_second_beginning_of_text():
+    processor = build_processor(adding_bos(tiny_tokenizer()), image_size=96)
+    bos = processor.tokenizer.bos_token_id
+    rendered = processor.apply_chat_template(CHAT[:1])
+    for text in ("A blue car", rendered, ["A blue car"], [rendered, rendered]):
+        ids = processor(text=text, return_tensors="pt")["input_ids"]
+        assert ids[:, 0].eq(bos).all() and (ids == bos).sum() == len(ids)
+    assert bos not in processor(text=["A blue car"], add_special_tokens=False)["input_ids"][0]
+    assert bos not in processor(text=["A blue car"], text_kwargs={"add_special_tokens": False})["input_ids"][0]
+    with pytest.raises(ValueError, match=r"Row 1 starts with '<\|begin_of_text\|>' and row 0 does not. Render all"):
+        processor(text=["A blue car", rendered])
+
+
+def test_tokenizers_with_reserved_tokens_keep_their_size():
+    tokenizer = adding_bos(tiny_tokenizer())
+    before, ids = len(tokenizer), tokenizer("A blue car").input_ids
+    last_reserved = tokenizer.convert_tokens_to_ids("<|reserved_special_token_1|>")
+    processor = build_processor(tokenizer, image_size=96)
+    assert len(processor.tokenizer) == before
+    assert processor.image_token_id == last_reserved
+    assert processor.tokenizer("A blue car").input_ids == ids
+    assert processor.tokenizer.tokenize(f"a{IMAGE}b") == ["a", IMAGE, "b"]
+    assert "<|reserved_special_token_0|>" in processor.tokenizer.get_vocab()
+
+
+def test_tokenizers_without_reserved_tokens_grow():
+    description = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    special = {token["content"] for token in description["added_tokens"]}
+    description["added_tokens"] = []
+    vocabulary = [token for token in description["model"]["vocab"] if token not in special]
+    description["model"]["vocab"] = {token: index for index, token in enumerate(vocabulary)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)))
+    tokenizer.add_special_tokens({"eos_token": AddedToken("</s>", special=True)})
+    before = len(tokenizer)
+    processor = build_processor(tokenizer, image_size=96)
+    assert len(processor.tokenizer) == before + 4  # the placeholder, the header's two and the end of turn
+    assert processor.image_token_id >= before
+    assert processor.tokenizer.pad_token == "</s>"
+    batch = processor.apply_chat_template(
+        [CHAT, CHAT[1:2]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images": [[picture()], [picture()]]},
+    )
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 1]
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused(processor):
+    with pytest.raises(ValueError, match=r"no token '<\|image\|>'. Use `agevlm.processing.build.build_processor`"):
+        AgeVlmProcessor(processor.image_processor, tiny_tokenizer())
+    with pytest.raises(ValueError, match="multiple of 32, got 100"):
+        build_processor(tiny_tokenizer(), image_size=100)
+
+
+# Guidance
+
+
+def selected(processor, batch, row: int = 0) -> str:
+    return processor.tokenizer.decode(batch["input_ids"][row][batch["guidance_query_mask"][row]])
+
+
+WORDS = ["Is", "a", "red", "apple", "image", "user", "Yes", "No,", "eot_id", "grün", "木", "cars.", "|>", "<|"]
+
+
+@settings(max_examples=80, deadline=None, database=None)
+@given(
+    words=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8), min_size=1, max_size=4),
+    place=st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_the_selected_tokens_are_the_query(words, place, side):
+    """For a query of whole words anywhere in a conversation, also words that headers and placeholders hold."""
+    processor = tiny_processor()
+    messages = [
+        {"role": "assistant" if turn % 2 else "user", "content": " ".join(turn_words)}
+        for turn, turn_words in enumerate(words)
+    ]
+    index = place[0] % len(messages)
+    start = place[1] % len(words[index])
+    query = " ".join(words[index][start : start + 1 + place[2] % (len(words[index]) - start)])
+    messages[0]["content"] = IMAGE + messages[0]["content"]
+    span = processor.message_span(messages, index, query)
+    text = processor.apply_chat_template(messages)
+    assert text[slice(*span)] == query
+    header = processor.apply_chat_template([*messages[:index], {"role": messages[index]["role"], "content": ""}])
+    content_start = len(header) - len("<|eot_id|>")
+    content_end = content_start + len(messages[index]["content"])
+    assert content_start + len(IMAGE) * (index == 0) <= span[0] and span[1] <= content_end
+    batch = processor(
+        images=[[], [picture()]],
+        text=["A blue car and a green tree on the left of a yellow house. " * 3, text],
+        guidance_spans=[None, span],
+        guidance_masks=[None, mask()],
+        add_special_tokens=False,
+        padding_side=side,
+        return_tensors="pt",
+    )
+    assert query in selected(processor, batch, 1)
+    assert selected(processor, batch, 1).strip() == query or not_at_token_borders(processor, text, span)
+    assert not batch["guidance_query_mask"][0].any() and not batch["guidance_mask"][0].any()
+
+
+def not_at_token_borders(processor, text: str, span: tuple[int, int]) -> bool:
+    """Whether a token holds characters of the query and of its neighbourhood, as in "cars.|>"."""
+    offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return any(start < edge < end for start, end in offsets for edge in span)
+
+
+def test_guidance_tensors(processor):
+    texts = [f"{IMAGE}{QUESTION}", f"{IMAGE}{IMAGE}{QUESTION}", "text alone"]
+    start = len(IMAGE) + QUESTION.index("red apple")
+    batch = processor(
+        images=[[picture()], [picture(), picture()], []],
+        text=texts,
+        guidance_spans=[(start, start + len("red apple")), None, None],
+        guidance_masks=[mask(box=(0, 0, 30, 60)), mask(), None],
+        return_tensors="pt",
+    )
+    assert batch["guidance_query_mask"].dtype == torch.bool
+    assert batch["guidance_mask"].dtype == torch.float32
+    assert batch["guidance_query_mask"].shape == batch["input_ids"].shape
+    assert batch["guidance_mask"].shape == batch["visual_token_mask"].shape
+    assert selected(processor, batch) == " red apple"
+    assert batch["guidance_mask"][0, 0].view(3, 3).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert not batch["guidance_mask"][0, 1].any()
+    assert not batch["guidance_query_mask"][1:].any() and not batch["guidance_mask"][1:].any()
+
+
+def test_batches_in_which_no_row_is_guided_carry_no_guidance(processor):
+    for spans, masks in (([None], [None]), ([(0, 3)], [None]), ([None], [mask()])):
+        batch = processor(
+            images=[[picture()]], text=[f"{IMAGE}Yes"], guidance_spans=spans, guidance_masks=masks, return_tensors="pt"
+        )
+        assert set(batch) == TEXT_KEYS | IMAGE_KEYS
+
+
+def test_an_object_that_crop_cuts_away_leaves_the_row_unguided():
+    processor = tiny_processor(geometry="crop")
+    batch = processor(
+        images=[[picture(300, 96)], [picture(300, 96)]],
+        text=[f"{IMAGE}Yes"] * 2,
+        guidance_spans=[(len(IMAGE), len(IMAGE) + 3)] * 2,
+        guidance_masks=[mask(300, 96, box=(0, 0, 50, 96)), mask(300, 96, box=(150, 0, 200, 96))],
+        return_tensors="pt",
+    )
+    assert batch["guidance_mask"].flatten(1).any(1).tolist() == [False, True]
+    assert batch["guidance_query_mask"].any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("spans", "masks", "message"),
+    [
+        ([(9, 12)], [mask()], "2 rows need as many `guidance_spans` and `guidance_masks`.*got 1 and 1"),
+        ([(9, 12), None], None, "2 rows need as many.*got 2 and 0"),
+        ([None, (0, 2)], [None, mask()], "Row 1 is guided but has no picture. Give it one, or None"),
+    ],
+)
+def test_guidance_that_does_not_fit_is_refused(processor, spans, masks, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[[picture()], []], text=[f"{IMAGE}Yes", "No"], guidance_spans=spans, guidance_masks=masks)
+
+
+def test_guidance_in_a_batch_without_any_picture_is_refused(processor):
+    with pytest.raises(ValueError, match="Row 0 is guided but has no picture"):
+        processor(text=["Yes"], guidance_spans=[(0, 3)], guidance_masks=[mask()])
+
+
+def test_each_turn_has_its_own_span_where_the_same_question_comes_twice(processor):
+    text = processor.apply_chat_template(CHAT)
+    first, second = (processor.message_span(CHAT, index, QUESTION) for index in (1, 3))
+    assert first == (text.index(QUESTION), text.index(QUESTION) + len(QUESTION))
+    assert second == (text.rindex(QUESTION), text.rindex(QUESTION) + len(QUESTION))
+    assert first != second
+    # within one message, the first occurrence
+    twice = [{"role": "user", "content": f"Yes Yes {IMAGE}"}]
+    assert processor.message_span(twice, 0, "Yes")[0] == processor.apply_chat_template(twice).index("Yes")
+
+
+@pytest.mark.parametrize("query", ["user", "image", "eot_id", "|", "end"])
+def test_a_query_is_never_found_in_headers_and_placeholders(processor, query):
+    messages = [{"role": "user", "content": f"{IMAGE} What does the {query} say?"}]
+    text = processor.apply_chat_template(messages)
+    expected = text.index("What does the ") + len("What does the ")
+    assert processor.message_span(messages, 0, query) == (expected, expected + len(query))
+    with pytest.raises(ValueError, match="does not occur in message 0"):
+        processor.message_span([{"role": "user", "content": f"{IMAGE}What?"}], 0, query)
+
+
+def test_queries_that_hold_the_placeholder_and_structured_content(processor):
+    content = f"{IMAGE}What is it?"
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    assert text[slice(*processor.message_span([{"role": "user", "content": content}], 0, content))] == content
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    assert text[slice(*processor.message_span([{"role": "user", "content": parts}], 0, "is it"))] == "is it"
+
+
+@pytest.mark.parametrize("query", ["a green apple", ""])
+def test_a_query_that_is_not_in_its_message_is_refused(processor, query):
+    with pytest.raises(ValueError, match=r"query '.*' does not occur in message 1: .*must be a part of the message"):
+        processor.message_span(CHAT, 1, query)
+
+
+# Chat template
+
+
+def test_the_template_preserves_prefixes(processor):
+    texts = [processor.apply_chat_template(CHAT[:turns]) for turns in range(1, len(CHAT) + 1)]
+    for shorter, longer in itertools.pairwise(texts):
+        assert longer.startswith(shorter)
+    prompt = processor.apply_chat_template(CHAT[:2], add_generation_prompt=True)
+    assert texts[2].startswith(prompt)
+    assert prompt == texts[1] + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert texts[2] == prompt + "No<|eot_id|>"
+    assert texts[-1].count(processor.tokenizer.bos_token) == 1
+
+
+def structured(message: dict) -> dict:
+    """The same message with its content in parts."""
+    pieces = message["content"].split(IMAGE)
+    parts = [part for piece in pieces for part in ({"type": "text", "text": piece}, {"type": "image"})][:-1]
+    return {**message, "content": parts}
+
+
+def test_strings_and_parts_render_the_same(processor):
+    chat = [*CHAT, {"role": "user", "content": f"  Yes {IMAGE}\n{IMAGE}  No \n"}]
+    parts = [structured(message) for message in chat]
+    assert processor.apply_chat_template(parts) == processor.apply_chat_template(chat)
+    assert processor.tokenizer.apply_chat_template(chat, tokenize=False) == processor.apply_chat_template(chat)
+    with pytest.raises(TemplateError, match=r"part of type 'video'. Give text and image parts"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_generation_mask_covers_answers_and_their_end(processor, side):
+    chats = [CHAT, CHAT[1:3], CHAT[:2]]
+    batch = processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"images": [[picture()]] * 3, "padding_side": side},
+    )
+    answers = batch["assistant_masks"].bool()
+    for row, chat in enumerate(chats):
+        expected = "".join(turn["content"] + "<|eot_id|>" for turn in chat if turn["role"] == "assistant")
+        assert processor.tokenizer.decode(batch["input_ids"][row][answers[row]]) == expected
+    assert not (answers & ~batch["attention_mask"].bool()).any()
+
+
+@pytest.mark.parametrize("first", ["text", "image"])
+def test_the_assistant_mask_does_not_depend_on_which_row_comes_first(processor, first):
+    """A row without pictures has no placeholder to shift, whatever transformers keeps for that per row."""
+    rows, images = [CHAT, [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]], [[picture()], []]
+    if first == "text":
+        rows, images = rows[::-1], images[::-1]
+    batch = processor.apply_chat_template(
+        rows,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"images": images},
+    )
+    assert batch["assistant_masks"].shape == batch["input_ids"].shape
+    assert batch["assistant_masks"].any(1).all()
+
+
+def test_one_call_equals_two(processor):
+    one, two = picture(), picture(50, 20, seed=1)
+    chats = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": one},
+                    {"type": "text", "text": "and"},
+                    {"type": "image", "image": two},
+                ],
+            }
+        ],
+        [{"role": "user", "content": QUESTION}],
+    ]
+    at_once = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    assert texts[0].count(IMAGE) == 2
+    assert same(at_once, processor(images=[[one, two], []], text=texts, return_tensors="pt"))
+
+
+# Saving
+
+
+def test_saving_and_loading_changes_nothing(tmp_path):
+    processor = tiny_processor(image_size=64, geometry="stretch")
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, AgeVlmProcessor)
+    assert again.to_dict() == processor.to_dict()
+    assert again.chat_template == processor.chat_template == again.tokenizer.chat_template
+    assert again.image_token_id == processor.image_token_id
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.tokenizer.padding_side == "left"
+    assert again.image_processor.grid == (2, 2)
+    kwargs = {
+        "images": [[picture(50, 20)], []],
+        "text": [f"{IMAGE}{QUESTION}", processor.apply_chat_template(CHAT[:1])[len("<|begin_of_text|>") :]],
+        "guidance_spans": [(20, 30), None],
+        "guidance_masks": [mask(50, 20, box=(3, 3, 9, 9)), None],
+        "return_tensors": "pt",
+    }
+    before, after = processor(**kwargs), again(**kwargs)
+    assert same(before, after)
+    assert before["attention_mask"][:, -1].all() and not before["attention_mask"][:, 0].all()  # padded on the left
+    again.save_pretrained(tmp_path / "again")
+    for name in ("processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text(), name
+
+
+def test_numpy_is_returned_as_numpy(processor):
+    batch = processor(images=[[picture()]], text=[f"{IMAGE}Yes"], return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in batch.values())

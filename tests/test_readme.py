@@ -1,0 +1,77 @@
+"""Every code block of the README and of CONTRIBUTING is executed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return [code for tag, code in BLOCK.findall((ROOT / name).read_text(encoding="utf-8")) if tag == language]
+
+
+def commands(name: str) -> list[str]:
+    """The shell commands of a file, comments and line continuations taken out."""
+    text = "\n".join(blocks(name, "bash")).replace("\\\n", " ")
+    return [line for line in (re.sub(r"\s+#.*$", "", line).strip() for line in text.splitlines()) if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder in which the commands find what a clone has, and write what they write."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("checkpoints", "docs", "Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command: list[str], folder: Path, code: str | None = None) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    return subprocess.run(
+        command, cwd=folder, input=code, capture_output=True, text=True, timeout=280, env=environment
+    )
+
+
+def test_only_known_languages():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        languages = {tag for tag, _ in BLOCK.findall((ROOT / name).read_text(encoding="utf-8"))}
+        assert languages <= {"python", "bash"}, f"{name}: a block that no test executes"
+
+
+@pytest.mark.parametrize("code", blocks("README.md", "python"), ids=range(len(blocks("README.md", "python"))))
+def test_python_blocks(code, folder):
+    result = run([sys.executable, "-"], folder, code)
+    assert result.returncode == 0, result.stderr
+    expected = re.findall(r"print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+    assert expected, "a block of the README prints something and says what"
+    assert result.stdout.splitlines() == expected
+
+
+def test_shell_blocks(folder):
+    """In the order of the README. `make` targets are only resolved: they install and train for minutes."""
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for command in commands(name):
+            words = shlex.split(command)
+            if words[0] == "make":
+                words.insert(1, "-n")
+            elif words[0] == "accelerate":
+                words = [sys.executable, "-m", *words[words.index("-m") + 1 :], "--dry_run"]
+            result = run(words, folder)
+            assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def test_files_that_are_mentioned_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("http"):
+                assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"

@@ -1,0 +1,106 @@
+"""Checkpoint folders in the hands of users: complete, free of pickles, and loadable without this repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from remote_code_worker import conversation
+from safetensors.torch import save_file
+
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.processing import AgeVlmProcessor
+from builders import picture, tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = {
+    "configuration_agevlm.py": ROOT / "modeling_agevlm",
+    "modeling_agevlm.py": ROOT / "modeling_agevlm",
+    "image_processing_agevlm.py": ROOT / "processing",
+    "processing_agevlm.py": ROOT / "processing",
+}
+FILES = {
+    *CODE,
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+PICKLES = {".bin", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The model saved first, the processor second."""
+    folder = tmp_path_factory.mktemp("model-first")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(folder, tmp_path):
+    tiny_processor().save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    assert contents(folder) == contents(tmp_path)
+    assert contents(folder).keys() == FILES
+    for name, source in CODE.items():
+        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def load_without_the_repository(folder: Path, tmp_path: Path) -> None:
+    """Runs `remote_code_worker.py` on `folder`, and compares what it has saved again."""
+    image = tmp_path / "picture.png"
+    picture(50, 90).save(image)
+    model = AgeVlmForConditionalGeneration.from_pretrained(folder)
+    processor = AgeVlmProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        conversation(str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    save_file({**inputs, "logits": logits, "generated": generated}, tmp_path / "expected.safetensors")
+
+    resaved = tmp_path / "resaved"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    worker = Path(__file__).with_name("remote_code_worker.py")
+    arguments = [folder, image, tmp_path / "expected.safetensors", resaved]
+    result = subprocess.run(
+        [sys.executable, "-I", worker, *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+    before, after = contents(folder), contents(resaved)
+    assert after.keys() == FILES
+    for name in (*CODE, "model.safetensors", "processor_config.json", "chat_template.jinja"):
+        assert after[name] == before[name], name
+
+
+def test_a_user_without_the_repository_loads_asks_and_saves(folder, tmp_path):
+    load_without_the_repository(folder, tmp_path)
+
+
+def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path):
+    shipped = ROOT / "checkpoints" / "agevlm-tiny"
+    if not shipped.is_dir():
+        pytest.skip("checkpoints/agevlm-tiny is not in this clone")
+    present = contents(shipped)
+    assert present.keys() >= FILES
+    assert not {Path(name).suffix for name in present} & PICKLES
+    load_without_the_repository(shipped, tmp_path)

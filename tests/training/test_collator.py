@@ -1,0 +1,190 @@
+"""The collator: labels on answers only, guidance of the right rows, and errors that name the row."""
+
+import io
+
+import pytest
+import torch
+
+from agevlm.training.collator import AgeVlmDataCollator
+from builders import mask, picture, row, tiny_model, tiny_processor
+
+
+IMAGE = "<|image|>"
+QUESTION = "Is there a red apple in the image?"
+IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
+GUIDANCE_KEYS = {"guidance_query_mask", "guidance_mask"}
+
+
+@pytest.fixture(scope="module")
+def collator():
+    return AgeVlmDataCollator(tiny_processor())
+
+
+def conversation(**changes) -> dict:
+    """Two questions, a system turn, answers of different lengths."""
+    messages = [
+        {"role": "system", "content": "A house"},
+        {"role": "user", "content": IMAGE + QUESTION},
+        {"role": "assistant", "content": "No"},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "Yes, a red apple on the left."},
+    ]
+    return {"id": "talk", "images": [picture(50, 30)], "messages": messages, "guidance": None, **changes}
+
+
+def text_row(**changes) -> dict:
+    return {**row("text", images=0), **changes}
+
+
+def guide(base: dict, **changes) -> dict:
+    width, height = base["images"][0].size
+    guidance = {"query": "red apple", "message_index": 1, "mask": mask(width, height, box=(0, 0, 9, 9))}
+    return {**base, "guidance": {**guidance, "source": "test", "score": 1.0, **changes}}
+
+
+def encoded(image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def decode(collator, ids: torch.Tensor) -> str:
+    return collator.processor.tokenizer.decode(ids)
+
+
+def test_labels_are_the_answers_of_every_turn_with_their_end(collator):
+    rows = [conversation(), row(), text_row()]
+    batch = collator(rows)
+    assert batch["labels"].dtype == torch.int64
+    for index, one in enumerate(rows):
+        learned = batch["labels"][index] != -100
+        assert torch.equal(batch["labels"][index][learned], batch["input_ids"][index][learned])
+        answers = [turn["content"] + "<|eot_id|>" for turn in one["messages"] if turn["role"] == "assistant"]
+        assert decode(collator, batch["labels"][index][learned]) == "".join(answers)
+
+
+def test_rows_are_padded_on_the_right_and_padding_is_not_learned(collator):
+    rows = [conversation(), row(), text_row()]
+    batch = collator(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
+    for index, one in enumerate(rows):
+        text = collator.processor.apply_chat_template(one["messages"])
+        length = int(batch["attention_mask"][index].sum())
+        assert batch["attention_mask"][index, :length].all()
+        assert decode(collator, batch["input_ids"][index, :length]) == text
+        assert (batch["labels"][index, length:] == -100).all()
+        assert not batch["cross_attention_mask"][index, length:].any()
+    assert batch["image_mask"].tolist() == [[True], [True], [False]]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]])
+def test_a_row_in_a_batch_is_what_it_is_alone(collator, order):
+    rows = [guide(conversation()), text_row(), row(images=2), row(guided=True)]
+    rows = [rows[index] for index in order]
+    batch = collator(rows)
+    for index, one in enumerate(rows):
+        alone = collator([one])
+        length = alone["input_ids"].shape[1]
+        for name in ("input_ids", "labels", "guidance_query_mask"):
+            if name in alone:
+                assert torch.equal(batch[name][index, :length], alone[name][0]), name
+        for name in ("pixel_values", "visual_token_mask", "guidance_mask"):
+            if name in alone:
+                assert torch.equal(batch[name][index, : len(alone[name][0])], alone[name][0]), name
+
+
+def test_text_only_batches_have_neither_pictures_nor_guidance(collator):
+    assert set(collator([text_row(), text_row()])) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_guidance_marks_the_query_of_guided_rows_only(collator):
+    rows = [row(), guide(conversation()), guide(conversation(), message_index=3, query=QUESTION), text_row()]
+    batch = collator(rows)
+    assert set(batch) >= GUIDANCE_KEYS
+    assert batch["guidance_query_mask"].dtype == torch.bool and batch["guidance_mask"].dtype == torch.float32
+    assert batch["guidance_query_mask"].any(1).tolist() == [False, True, True, False]
+    assert batch["guidance_mask"].flatten(1).any(1).tolist() == [False, True, True, False]
+    first, second = (batch["input_ids"][index][batch["guidance_query_mask"][index]] for index in (1, 2))
+    assert decode(collator, first) == " red apple"
+    assert decode(collator, second) == QUESTION
+    # the question stands in both user turns; the guided one is the second
+    text = collator.processor.apply_chat_template(rows[2]["messages"])
+    before = collator.processor.tokenizer(text[: text.rindex(QUESTION)])["input_ids"]
+    assert batch["guidance_query_mask"][2].nonzero()[0].item() == len(before)
+    assert not (batch["guidance_mask"].bool() & ~batch["visual_token_mask"]).any()
+    assert not set(collator([row(), text_row()])) & GUIDANCE_KEYS
+
+
+def test_masks_may_be_encoded(collator):
+    plain = guide(conversation(), mask=mask(50, 30, box=(5, 5, 25, 25)))
+    expected = collator([plain])
+    for kind in ("1", "L", "RGB"):
+        stored = {"bytes": encoded(plain["guidance"]["mask"].convert(kind), "PNG"), "path": None}
+        batch = collator([guide(conversation(), mask=stored)])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_pictures_may_be_encoded(collator):
+    one = row(guided=True)
+    stored = {**one, "images": [{"bytes": encoded(one["images"][0], "PNG"), "path": None}]}
+    before, after = collator([one]), collator([stored])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_long_texts_are_cut(collator):
+    rows = [guide(conversation(), message_index=3), row(guided=True), text_row()]
+    whole = collator(rows)
+    length = whole["input_ids"].shape[1]
+    cut_collator = AgeVlmDataCollator(collator.processor, max_length=40)
+    cut = cut_collator(rows)
+    assert length > 40 and cut.keys() == whole.keys()
+    for name, value in whole.items():
+        per_token = value.dim() > 1 and value.shape[1] == length
+        assert torch.equal(cut[name], value[:, :40] if per_token else value), name
+    assert not cut["guidance_query_mask"][0].any()  # its query was cut off: the trainer counts it as unguided
+    assert same(AgeVlmDataCollator(collator.processor, max_length=length)(rows), whole)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_cutting_a_picture_off_is_refused(collator):
+    late = conversation(id="late")
+    late["messages"][1]["content"], late["messages"][3]["content"] = QUESTION, QUESTION + IMAGE
+    with pytest.raises(ValueError, match=r"row late: 1 of its picture placeholders lie behind the first 40 tokens"):
+        AgeVlmDataCollator(collator.processor, max_length=40)([row(), late])
+
+
+def test_the_model_takes_what_comes_out(collator):
+    model = tiny_model()
+    batch = collator([guide(conversation()), text_row(), row(images=2)])
+    batch.pop("guidance_mask")
+    output = model(**batch)
+    assert output.loss.isfinite()
+    assert output.cross_attention_maps.shape == (2, 3, 18)
+    assert output.cross_attention_maps.sum(-1).gt(0.99).tolist() == [[True, False, False]] * 2
+
+
+JPEG = encoded(picture(200, 200), "JPEG")
+BROKEN = {
+    "broken bytes": (row("bad", images=1) | {"images": [{"bytes": b"no picture", "path": None}]}, "decoded"),
+    "truncated JPEG": (row("bad") | {"images": [{"bytes": JPEG[:2000], "path": None}]}, "truncated"),
+    "mask of another size": (
+        guide(conversation(id="bad"), mask=mask(30, 50)),
+        "mask is 30 x 50 but .* is 50 x 30",
+    ),
+    "empty mask": (guide(conversation(id="bad"), mask=mask(50, 30, box=(0, 0, 0, 0))), "mask is empty"),
+    "broken mask": (guide(conversation(id="bad"), mask={"bytes": b"no picture", "path": None}), "mask.*decoded"),
+    "query elsewhere": (guide(conversation(id="bad"), message_index=2), "'red apple' is not in messages.2. 'No'"),
+    "no placeholder": (row("bad") | {"messages": text_row()["messages"]}, r"0 <\|image\|> in messages but 1 picture"),
+    "no picture": (row("bad") | {"images": []}, r"1 <\|image\|> in messages but 0 picture"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_rows_are_named(collator, case):
+    bad, message = BROKEN[case]
+    with pytest.raises(ValueError, match=rf"(?s)id 'bad'.*{message}"):
+        collator([row("good"), bad, text_row()])
