@@ -1,1 +1,1 @@
-
+"""Card templates (package data)."""

@@ -177,6 +177,29 @@ def test_maps_stay_in_their_range_and_outside_the_crop_they_are_zero(geometry, s
     assert np.isin(constant, [0, np.float32(0.25)]).all() and (geometry == "crop" or constant.all())
 
 
+@geometries
+@pytest.mark.parametrize("size", [(96, 96), (96, 192), (192, 96), (300, 130), (97, 400)])
+def test_maps_are_interpolated_between_the_centres_of_their_cells(geometry, size):
+    processor = make(geometry)
+    values = np.random.default_rng(0).random(processor.grid)
+    source, target = fit(size, (96, 96), geometry)
+
+    def along(axis: int) -> np.ndarray:
+        """For each pixel of the picture, the share that each cell has in it: `(pixels, cells)`."""
+        scale = (target[axis + 2] - target[axis]) / (source[axis + 2] - source[axis])
+        centres = (np.arange(size[1 - axis]) + 0.5 - source[axis]) * scale + target[axis]
+        distance = np.abs(centres[:, None] / STRIDE - 0.5 - np.arange(3))
+        distance[centres < STRIDE / 2] = np.arange(3)
+        distance[centres > 96 - STRIDE / 2] = np.arange(2, -1, -1)
+        return (1 - distance).clip(0)
+
+    back = processor.grid_to_pixels(values, size)
+    left, top, right, bottom = (round(edge) for edge in source)
+    shown = np.s_[top:bottom, left:right]
+    # A pixel of the canvas is 1 / 32 of the way from one cell to the next.
+    np.testing.assert_allclose(back[shown], (along(1) @ values @ along(0).T)[shown], atol=1.5 / STRIDE)
+
+
 def test_masks_that_mark_nothing_or_have_channels_are_refused():
     with pytest.raises(ValueError, match=r"mask is empty.*unguided"):
         make().mask_to_grid(Image.new("1", (9, 9)))
@@ -206,6 +229,12 @@ def test_a_picture_of_the_target_size_is_not_resampled(geometry):
     larger.paste(image, (7, 7))
     again = larger.resize((96, 96), Image.Resampling.BICUBIC, box=(7, 7, 103, 103))
     np.testing.assert_array_equal(values, pixels(again, geometry))
+
+
+def test_crop_shows_the_centre():
+    image = picture(192, 96)
+    np.testing.assert_allclose(pixels(image, "crop"), plain(image.crop((48, 0, 144, 96))), atol=1e-6)
+    assert make("crop")(image)["visual_token_mask"].all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 30), (200, 31), (20, 33), (2000, 3)])

@@ -310,6 +310,8 @@ def test_each_turn_has_its_own_span_where_the_same_question_comes_twice(processo
     assert first == (text.index(QUESTION), text.index(QUESTION) + len(QUESTION))
     assert second == (text.rindex(QUESTION), text.rindex(QUESTION) + len(QUESTION))
     assert first != second
+    odd = [{"role": "user", "content": "\0"}, *CHAT]  # whatever came before
+    assert processor.apply_chat_template(odd)[slice(*processor.message_span(odd, 4, QUESTION))] == QUESTION
     # within one message, the first occurrence
     twice = [{"role": "user", "content": f"Yes Yes {IMAGE}"}]
     assert processor.message_span(twice, 0, "Yes")[0] == processor.apply_chat_template(twice).index("Yes")
@@ -328,7 +330,12 @@ def test_a_query_is_never_found_in_headers_and_placeholders(processor, query):
 def test_queries_that_hold_the_placeholder_and_structured_content(processor):
     content = f"{IMAGE}What is it?"
     text = processor.apply_chat_template([{"role": "user", "content": content}])
-    assert text[slice(*processor.message_span([{"role": "user", "content": content}], 0, content))] == content
+    span = processor.message_span([{"role": "user", "content": content}], 0, content)
+    assert text[slice(*span)] == content
+    batch = processor(
+        images=[[picture()]], text=[text], guidance_spans=[span], guidance_masks=[mask()], return_tensors="pt"
+    )
+    assert selected(processor, batch) == "What is it?"  # a placeholder asks for nothing
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     assert text[slice(*processor.message_span([{"role": "user", "content": parts}], 0, "is it"))] == "is it"
 

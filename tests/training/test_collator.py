@@ -125,6 +125,14 @@ def test_masks_may_be_encoded(collator):
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
+def test_masks_with_soft_edges_are_cut_at_one_half(collator):
+    soft = mask(50, 30, box=(5, 5, 25, 25)).convert("L")
+    expected = collator([guide(conversation(), mask=soft)])
+    soft.paste(100, (25, 0, 50, 30))
+    batch = collator([guide(conversation(), mask=soft)])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
 def test_pictures_may_be_encoded(collator):
     one = row(guided=True)
     stored = {**one, "images": [{"bytes": encoded(one["images"][0], "PNG"), "path": None}]}
