@@ -66,9 +66,7 @@ def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_
             opened.load()
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: the picture cannot be decoded ({error}); {fix}") from error
-    if opened is not image:
-        opened = ImageOps.exif_transpose(opened)
-    return _convert(opened, mode)
+    return _convert(ImageOps.exif_transpose(opened), mode)
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:

@@ -47,8 +47,8 @@ def build_processor(
         ValueError: an image size that is no multiple of 32, or an unknown geometry.
     """
     image_processor = AgeVlmImageProcessor(size={"height": image_size, "width": image_size}, geometry=geometry)
-    if image_size % image_processor.stride:
-        raise ValueError(f"`image_size` must be a multiple of {image_processor.stride}, got {image_size}.")
+    if image_size % image_processor.cell_size:
+        raise ValueError(f"`image_size` must be a multiple of {image_processor.cell_size}, got {image_size}.")
     tokenizer = with_image_token(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # what is saved

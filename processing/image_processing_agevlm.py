@@ -61,7 +61,7 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
     raise ValueError(f"`geometry` must be one of {', '.join(GEOMETRIES)}, got '{geometry}'.")
 
 
-def covered(cells: int, stride: int, source: tuple[float, float], target: tuple[int, int], length: int) -> np.ndarray:
+def covered(cells: int, cell_size: int, source: tuple[float, float], target: tuple[int, int], length: int) -> np.ndarray:
     """Along one axis, the share of every cell that every pixel of the picture fills: float32 `(cells, length)`.
 
     Exact lengths, because a box filter may lose a pixel whose centre lies on the border of two of its windows.
@@ -71,10 +71,10 @@ def covered(cells: int, stride: int, source: tuple[float, float], target: tuple[
         length: pixels of the picture.
     """
     scale = (source[1] - source[0]) / (target[1] - target[0])
-    edges = (np.arange(cells + 1) * stride - target[0]) * scale + source[0]
-    inside, pixels = edges.clip(*source), np.arange(length)
-    overlap = np.minimum(inside[1:, None], pixels + 1) - np.maximum(inside[:-1, None], pixels)
-    return (overlap.clip(0) / (stride * scale)).astype(np.float32)
+    edges = (np.arange(cells + 1) * cell_size - target[0]) * scale + source[0]
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (overlap.clip(0) / (cell_size * scale)).astype(np.float32)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -93,12 +93,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):
     """
     geometry (`str`): `pad`, `stretch` or `crop`.
-    stride (`int`): pixels of the canvas per visual cell; 32 for a four-stage ConvNeXt.
+    cell_size (`int`): pixels of the canvas per visual cell; 32 for a four-stage ConvNeXt.
     max_pixels (`int`): pictures with more pixels are refused (decompression bombs).
     """
 
     geometry: Literal["pad", "stretch", "crop"]
-    stride: int
+    cell_size: int
     max_pixels: int
 
 
@@ -115,7 +115,7 @@ class AgeVlmImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
     geometry = "pad"
-    stride = 32
+    cell_size = 32
     max_pixels = 89_478_485
     valid_kwargs = AgeVlmImageProcessorKwargs
     model_input_names = ["pixel_values", "visual_token_mask"]  # noqa: RUF012
@@ -123,7 +123,7 @@ class AgeVlmImageProcessor(PilBackend):
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of visual cells."""
-        return self.size["height"] // self.stride, self.size["width"] // self.stride
+        return self.size["height"] // self.cell_size, self.size["width"] // self.cell_size
 
     @property
     def _canvas(self) -> tuple[int, int]:
@@ -180,7 +180,7 @@ class AgeVlmImageProcessor(PilBackend):
         images: list[Image.Image],
         size,
         geometry: str,
-        stride: int,
+        cell_size: int,
         resample,
         do_rescale: bool,
         rescale_factor: float,
@@ -191,18 +191,18 @@ class AgeVlmImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         height, width = size["height"], size["width"]
-        if height % stride or width % stride:
-            raise ValueError(f"`size` {height} x {width} is no multiple of the cell size {stride} (`stride`).")
+        if height % cell_size or width % cell_size:
+            raise ValueError(f"`size` {height} x {width} is no multiple of the cell size {cell_size} (`cell_size`).")
         background = [int(value * 255) for value in image_mean]
         canvases = np.empty((len(images), height, width, 3), dtype=np.uint8)
-        visible = np.zeros((len(images), height // stride, width // stride), dtype=bool)
+        visible = np.zeros((len(images), height // cell_size, width // cell_size), dtype=bool)
         for canvas, cells, image in zip(canvases, visible, images, strict=True):
             source, (left, top, right, bottom) = fit((image.height, image.width), (height, width), geometry)
             if source != (0, 0, right - left, bottom - top):
                 image = image.resize((right - left, bottom - top), resample, box=source)
             canvas[:] = background
             canvas[top:bottom, left:right] = np.asarray(image)
-            cells[top // stride : -(-bottom // stride), left // stride : -(-right // stride)] = True
+            cells[top // cell_size : -(-bottom // cell_size), left // cell_size : -(-right // cell_size)] = True
         # One multiplication and one addition for rescaling and normalising together.
         scale = np.full(3, rescale_factor if do_rescale else 1.0)
         shift = np.zeros(3)
@@ -234,7 +234,7 @@ class AgeVlmImageProcessor(PilBackend):
             raise ValueError("The mask is empty: it marks no pixel. Drop it, or leave the row unguided.")
         source, target = fit(mask.shape, self._canvas, self.geometry)
         rows, columns = (
-            covered(cells, self.stride, source[axis::2], target[axis::2], mask.shape[1 - axis])
+            covered(cells, self.cell_size, source[axis::2], target[axis::2], mask.shape[1 - axis])
             for axis, cells in ((1, self.grid[0]), (0, self.grid[1]))
         )
         coverage = rows @ mask.astype(np.float32) @ columns.T

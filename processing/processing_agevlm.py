@@ -78,7 +78,7 @@ class AgeVlmProcessor(ProcessorMixin):
         single = isinstance(text, str)
         text = [text] if single else list(text)
         images = _rows_of_images(images, text, self.image_token)
-        if "add_special_tokens" not in {**(kwargs.get("text_kwargs") or {}), **kwargs}:
+        if {**(kwargs.get("text_kwargs") or {}), **kwargs}.get("add_special_tokens") is None:
             kwargs["add_special_tokens"] = not self._have_special_tokens(text)
         return_tensors = kwargs.pop("return_tensors", None)
         return_offsets = kwargs.pop("return_offsets_mapping", False)
@@ -119,9 +119,8 @@ class AgeVlmProcessor(ProcessorMixin):
         if len(lengths) == 1:  # ragged token lists (no padding asked for) cannot carry a mask per token
             ids = np.asarray(data["input_ids"])
             seen = (ids == self.image_token_id).cumsum(1)
-            mask = seen[..., None] > np.arange(places)
             attended = np.asarray(data.get("attention_mask", np.ones_like(ids)), dtype=bool)
-            aligned["cross_attention_mask"] = mask & attended[..., None] & image_mask[:, None]
+            aligned["cross_attention_mask"] = (seen[..., None] > np.arange(places)) & attended[..., None]
         return aligned
 
     def _guidance(
@@ -148,14 +147,15 @@ class AgeVlmProcessor(ProcessorMixin):
                 raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
         query_mask = np.zeros((len(spans), len(offsets[0])), dtype=bool)
         grid_mask = np.zeros(np.shape(data["visual_token_mask"]), dtype=np.float32)
-        special = np.isin(np.asarray(data["input_ids"]), self.tokenizer.all_special_ids)
+        # A query may hold the placeholder, which asks for nothing.
+        placeholder = np.asarray(data["input_ids"]) == self.image_token_id
         for row in guided:
             cells = self.image_processor.mask_to_grid(masks[row])
             if not cells.any():
                 continue  # the geometry `crop` has cut the object away: nothing to look at
             grid_mask[row, 0] = cells.reshape(-1)
             start, end = np.asarray(offsets[row]).T
-            query_mask[row] = (start < spans[row][1]) & (end > spans[row][0]) & ~special[row]
+            query_mask[row] = (start < spans[row][1]) & (end > spans[row][0]) & ~placeholder[row]
         return {"guidance_query_mask": query_mask, "guidance_mask": grid_mask}
 
     def message_span(self, messages: Sequence[dict], message_index: int, query: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ ALLOWED = {
     "evaluation": {"modeling_agevlm", "processing", "data"},
     "analysis": {"modeling_agevlm", "processing", "data"},
 }
+CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
 # What is copied, flat, into every checkpoint.
 SHIPPED = (
     "modeling_agevlm/configuration_agevlm.py",
@@ -50,6 +51,8 @@ def imported_modules(path: Path) -> set[str]:
 def test_import_direction(folder):
     for path in python_files(folder):
         for name in imported_modules(path):
+            if path == ROOT / "processing" / "__init__.py" and name.startswith(CONFIGURATION):
+                continue  # it registers the processor, and the Auto classes are keyed by the configuration
             if name.startswith("agevlm."):
                 target = name.split(".")[1]
                 if target in FOLDERS:

@@ -1,14 +1,13 @@
 """`agevlm quickstart`: the whole method on the embedded data, from composing pictures to a report (sections 3 and 4).
 
-    scenes -> pretrained parts -> stages 1, 2 -> stage 3, guided and unguided -> stage 4 per variant -> evaluation -> report
+    scenes -> pretrained parts -> stages 1, 2 -> stage 3 (guided, unguided) -> stage 4 (variants) -> evaluation -> report
 
-All variants see the same rows in the same order for the same number of steps. Stages that are one and the same computation
-for several variants (1 and 2 for all, 3 for the two guided ones) run once and are shared. Everything resumes: the same
-command again goes on where it was stopped.
+All variants see the same rows in the same order for the same number of steps. Stages that are one and the same
+computation for several variants (1 and 2 for all, 3 for the two guided ones) run once and are shared. Everything
+resumes: the same command again goes on where it was stopped.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -19,17 +18,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from agevlm.analysis.attention import write_examples
 from agevlm.analysis.report import write_report
-from agevlm.data.scenes import build_scenes
+from agevlm.analysis.results import Example, Variant
+from agevlm.data.scenes import build_scenes, load_benchmark
+from agevlm.evaluation import cvbench, pope
 from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
 from agevlm.modeling_agevlm.assemble import assemble
-from agevlm.processing import AgeVlmProcessor
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import NAMES, load_parts, make_small
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
@@ -38,7 +39,9 @@ from agevlm.training.stages.base import StageRecipe, run_stage
 
 # In the order in which the report shows them: without guidance first.
 VARIANTS = ("ca-baseline", "agevlm", "agevlm-lm")
+TITLES = {"ca-baseline": "CA-baseline", "agevlm": "AGE-VLM", "agevlm-lm": "AGE-VLM-LM"}
 SPLIT = "composition"
+BENCHMARKS = (pope.NAME, cvbench.NAME)
 TINY_PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 
 
@@ -144,22 +147,66 @@ def train(
     """All stage runs of one seed; `done` steps came before. Returns the steps done after."""
     for run in runs:
         progress.update(task, description=f"{folder.name}: {run.name}")
-        parent = folder / (run.parent or "start")
-        seconds_file = folder / run.name / "seconds.json"
-        start = time.monotonic()
-        result = run_stage(
+        run_stage(
             run.recipe,
             folder / run.name,
             data=scenes,
-            init_from=parent,
+            init_from=folder / (run.parent or "start"),
             callbacks=[StepProgress(progress, task, done)],
             console=Console(quiet=True),
         )
-        if result.status == "trained":
-            seconds_file.write_text(json.dumps(time.monotonic() - start), encoding="utf-8")
         done += steps_of(run.recipe, size)
         progress.update(task, completed=done)
     return done
+
+
+def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes: Path) -> Variant:
+    """Evaluation and training log of one variant over all seeds, as the report wants them."""
+    runs = []
+    for seed, stage_runs in plans.items():
+        folder = output / f"seed-{seed}"
+        path = path_of(name, stage_runs)
+        model, processor = load_checkpoint(str(folder / path[-1].name))
+        evaluation = evaluate_scenes(
+            model, processor, scenes, SPLIT, folder / "evaluation" / name, benchmarks=BENCHMARKS, batch_size=50
+        )
+        stages = [
+            {
+                "name": run.recipe.name,
+                "log": TrainerState.load_from_json(str(folder / run.name / TRAINER_STATE_NAME)).log_history,
+                "guidance_weight": run.recipe.training["guidance_weight"],
+            }
+            for run in path
+        ]
+        runs.append({"seed": seed, "evaluations": {SPLIT: evaluation}, "stages": stages})
+    return {"name": name, "title": TITLES[name], "runs": runs}
+
+
+def draw_examples(folder: Path, scenes: Path, output: Path, count: int = 6) -> list[Example]:
+    """The first `count` presence questions with something to look at, drawn for every variant. Not selected."""
+    rows = load_benchmark(scenes, SPLIT, pope.NAME)
+    marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
+    models = {TITLES[name]: load_checkpoint(str(folder / f"stage4-{name}")) for name in VARIANTS}
+    return write_examples(
+        models,
+        [rows[index] for index in marked],
+        output,
+        prompt=pope.prompt,
+        correct=lambda row, answer: pope.is_correct(row, pope.parse(row, answer)),
+    )
+
+
+def settings(size: str, seeds: Sequence[int], plans: dict[int, list[Run]]) -> dict[str, Any]:
+    """What the report says about how the numbers came about."""
+    told: dict[str, Any] = {"size": size, "seeds": ", ".join(map(str, seeds))}
+    for run in path_of("agevlm-lm", next(iter(plans.values()))):
+        recipe, steps = run.recipe, steps_of(run.recipe, SIZES[size])
+        told[recipe.name] = (
+            f"{getattr(SIZES[size], recipe.data):,} {recipe.data}, {steps} steps of {recipe.global_batch_size}, "
+            f"learning rate {recipe.training['learning_rate']:g}, masks on {100 * recipe.mask_fraction:g} %"
+        )
+    told["shared work"] = "stages 1 and 2 ran once for all variants, guided stage 3 once for the two guided ones"
+    return told
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,8 +228,6 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, size, started = Console(), SIZES[args.size], time.monotonic()
-    workers = min(2, os.cpu_count() or 1)
-
     console.rule("Data")
     scenes = build_scenes(
         args.output / "scenes",
@@ -192,10 +237,12 @@ def main(argv: list[str] | None = None) -> None:
         size=size.pixels,
         names=size.names,
         cutouts=args.cutouts,
-        num_proc=workers,
+        num_proc=min(2, os.cpu_count() or 1),
     )
+    timings = {"scenes": time.monotonic() - started}
     console.rule("Parts")
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
+    timings["parts"] = time.monotonic() - started - sum(timings.values())
     console.print(f"Pretrained language model and vision tower: {parts}")
 
     console.rule("Training")
@@ -219,10 +266,21 @@ def main(argv: list[str] | None = None) -> None:
             done = train(runs, folder, scenes, size, progress, task, done)
 
     console.rule("Evaluation on unseen scenes")
-    metrics: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in VARIANTS}
-    for seed in args.seeds:
-        for variant in VARIANTS:
-            folder = args.output / f"seed-{seed}"
-            model, processor = load_checkpoint(str(folder / f"stage4-{variant}"))
-            metrics[variant][seed] = evaluate_scenes(model, processor, scenes, SPLIT, folder / "evaluation" / variant)
-    return None
+    timings["training"] = time.monotonic() - started - sum(timings.values())
+    variants = [variant_results(name, plans, args.output, scenes) for name in VARIANTS]
+    examples = draw_examples(args.output / f"seed-{args.seeds[0]}", scenes, args.output / "examples")
+    timings["evaluation"] = time.monotonic() - started - sum(timings.values())
+    write_report(
+        args.output / "report.html",
+        args.output / "report.json",
+        {
+            "title": f"AGE-VLM quickstart, size {args.size}",
+            "variants": variants,
+            "examples": examples,
+            "settings": settings(args.size, args.seeds, plans),
+            "versions": library_versions(),
+            "commit": git_commit(),
+            "seconds": timings,
+        },
+    )
+    console.print(f"Report: {args.output / 'report.html'} ({(time.monotonic() - started) / 60:.1f} minutes)")

@@ -388,13 +388,13 @@ def test_a_batch_is_what_its_pictures_are_alone():
 
 def test_saving_keeps_every_attribute(tmp_path):
     processor = make(
-        "crop", (64, 128), stride=16, max_pixels=50_000, resample=2, image_mean=[0.5, 0.4, 0.3], do_normalize=False
+        "crop", (64, 128), cell_size=16, max_pixels=50_000, resample=2, image_mean=[0.5, 0.4, 0.3], do_normalize=False
     )
     processor.save_pretrained(tmp_path)
     again = AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(again, AgeVlmImageProcessor)
     assert again.to_dict() == processor.to_dict()
-    assert (again.geometry, again.stride, again.grid, again.max_pixels) == ("crop", 16, (4, 8), 50_000)
+    assert (again.geometry, again.cell_size, again.grid, again.max_pixels) == ("crop", 16, (4, 8), 50_000)
     image = picture(70, 50)
     before, after = processor(image), again(image)
     for name in ("pixel_values", "visual_token_mask"):

@@ -1,0 +1,1 @@
+"""Attention maps on pictures, and the report of a run."""

@@ -1,0 +1,164 @@
+"""The report of a run: one HTML file that needs nothing else, and the same as JSON.
+
+What it says follows from `results.py`; this file turns files into inline pictures and logs into curves, and renders.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from .charts import Line, Point, line_chart
+from .results import Example, Results, Run, Variant, claims, splits, summary, tables
+
+
+PICTURE_SIDE = 448
+TEMPLATE = "report.html.jinja"
+_VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
+
+
+def write_report(path_html: str | Path, path_json: str | Path, results: Results) -> None:
+    """Writes both files.
+
+    Args:
+        results: see `results.Results`. Pictures of the examples are read from their files; the JSON names them
+            relative to its own folder.
+
+    Raises:
+        ValueError: no variant, a variant without a run, or no split that all runs share.
+        FileNotFoundError: a picture of an example is missing.
+    """
+    path_html, path_json = Path(path_html), Path(path_json)
+    names = splits(results)
+    found = claims(results)
+    by_split = {split: tables(results, split) for split in names}
+    page = {
+        "results": results,
+        "commit": results.get("commit"),
+        "summary": summary(found),
+        "claims": [{**dataclasses.asdict(claim), "verdict": _VERDICTS[claim.holds]} for claim in found],
+        "seeds": sorted({run["seed"] for variant in results["variants"] for run in variant["runs"]}),
+        "splits": names,
+        "tables": by_split,
+        "charts": charts(results),
+        "classes": {variant["title"]: _css_class(index) for index, variant in enumerate(results["variants"])},
+        "examples": [_inline(example) for example in results["examples"]],
+        "total_seconds": sum(results["seconds"].values()),
+    }
+    environment = Environment(
+        loader=PackageLoader("agevlm.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["duration"] = duration
+    _write(path_html, environment.get_template(TEMPLATE).render(page))
+    data = {
+        **results,
+        "examples": [_relative(example, path_json.parent) for example in results["examples"]],
+        "summary": page["summary"],
+        "claims": page["claims"],
+        "tables": {split: [dataclasses.asdict(table) for table in made] for split, made in by_split.items()},
+    }
+    _write(path_json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def charts(results: Results) -> list[dict[str, Any]]:
+    """{title, svg} of the losses and the in-mask mass over the optimizer steps of all stages."""
+    drawn = []
+    for title, read, percent in (
+        ("Language-model loss", language_model_loss, False),
+        ("Guidance loss (Eq. 3)", lambda entry, _: entry.get("guidance_loss"), False),
+        ("Attention inside the mask", lambda entry, _: entry.get("in_mask_mass"), True),
+    ):
+        lines = [
+            Line(variant["title"], _css_class(index), [timeline(run, read) for run in variant["runs"]])
+            for index, variant in enumerate(results["variants"])
+        ]
+        if any(line.statistics for line in lines):
+            svg = line_chart(title, lines, _stage_starts(results["variants"]), percent)
+            drawn.append({"title": title, "svg": svg})
+    return drawn
+
+
+def language_model_loss(entry: Mapping[str, Any], guidance_weight: float) -> float | None:
+    """The logged `loss` without its guidance term, so that guided and unguided variants compare."""
+    if "loss" not in entry:
+        return None
+    return entry["loss"] - guidance_weight * entry.get("guidance_loss", 0.0)
+
+
+def timeline(run: Run, read: Callable[[Mapping[str, Any], float], float | None]) -> list[Point]:
+    """(step, value) over all stages of a run, each stage's steps counted on from the last one's."""
+    points, start = [], 0
+    for stage in run["stages"]:
+        for entry in stage["log"]:
+            value = read(entry, stage["guidance_weight"])
+            if value is not None:
+                points.append((start + entry["step"], float(value)))
+        start += _length(stage)
+    return points
+
+
+def _length(stage: Mapping[str, Any]) -> int:
+    return max((entry["step"] for entry in stage["log"]), default=0)
+
+
+def _stage_starts(variants: list[Variant]) -> dict[str, float]:
+    starts, start = {}, 0
+    for stage in variants[0]["runs"][0]["stages"]:
+        starts[stage["name"]] = float(start)
+        start += _length(stage)
+    return starts
+
+
+def _css_class(index: int) -> str:
+    return f"v{index}"
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min 5 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _inline(example: Example) -> dict[str, Any]:
+    return {
+        **example,
+        "image": data_uri(example["image"]),
+        "panels": [{**panel, "overlay": data_uri(panel["overlay"])} for panel in example["panels"]],
+    }
+
+
+def data_uri(path: str | Path) -> str:
+    """The picture as a WebP data URI of at most `PICTURE_SIDE` pixels a side."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=82)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _relative(example: Example, folder: Path) -> dict[str, Any]:
+    def relative(path: str) -> str:
+        return Path(os.path.relpath(path, folder)).as_posix()
+
+    panels = [{**panel, "overlay": relative(panel["overlay"])} for panel in example["panels"]]
+    return {**example, "image": relative(example["image"]), "panels": panels}
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
