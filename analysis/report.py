@@ -38,13 +38,15 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
     path_html, path_json = Path(path_html), Path(path_json)
     names = splits(results)
     found = claims(results)
+    seeds = sorted({run["seed"] for variant in results["variants"] for run in variant["runs"]})
     by_split = {split: tables(results, split) for split in names}
     page = {
         "results": results,
         "commit": results.get("commit"),
         "summary": summary(found),
         "claims": [{**dataclasses.asdict(claim), "verdict": _VERDICTS[claim.holds]} for claim in found],
-        "seeds": sorted({run["seed"] for variant in results["variants"] for run in variant["runs"]}),
+        "seeds": seeds,
+        "settings": {"seeds": ", ".join(map(str, seeds)), **results["settings"]},
         "splits": names,
         "tables": by_split,
         "charts": charts(results),

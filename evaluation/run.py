@@ -57,7 +57,7 @@ def evaluate_scenes(
     """Evaluates one model on one split and writes `output_dir`.
 
     Args:
-        model: anything with `generate`, `base_model` and `device`, answering to `processor`'s inputs.
+        model: a torch module with `generate`, `base_model`, `device` and `dtype`, taking `processor`'s inputs.
         benchmarks: names out of `BENCHMARKS`.
         limit: first rows of each benchmark only.
         strict: stop at a bad row instead of counting it as skipped.
@@ -186,12 +186,14 @@ def load_checkpoint(name: str) -> tuple[AgeVlmForConditionalGeneration, AgeVlmPr
     try:
         model_type = AgeVlmConfig.get_config_dict(name)[0].get("model_type")
         if model_type != AgeVlmConfig.model_type:
-            raise ValueError(f"{name} is a checkpoint of type {model_type!r}, not {AgeVlmConfig.model_type!r}")
+            raise ValueError(
+                f"{name} is no AGE-VLM checkpoint: its model type is {model_type!r}, not {AgeVlmConfig.model_type!r}"
+            )
         device = torch.accelerator.current_accelerator(check_available=True)
         model = AgeVlmForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device)
         processor = AgeVlmProcessor.from_pretrained(name)
     except OSError as error:
-        raise ValueError(f"{name} is no checkpoint: {error}; give a folder or a Hub id of an AGE-VLM") from error
+        raise ValueError(f"{name} is no AGE-VLM checkpoint: {error}; give its folder or Hub id") from error
     return model.eval(), processor
 
 

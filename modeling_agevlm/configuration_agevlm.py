@@ -148,6 +148,7 @@ class AgeVlmConfig(PreTrainedConfig):
             "num_key_value_heads": 2,
             "head_dim": 32,
             "max_position_embeddings": 1024,
+            "initializer_range": 128**-0.5,  # 0.02 is for widths of 2048: here it would drown what passes through
             "tie_word_embeddings": True,
         }
         vision = {"depths": [1, 1, 3, 1], "hidden_sizes": [24, 48, 96, 192], "layer_norm_eps": 1e-6}

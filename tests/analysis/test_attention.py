@@ -1,0 +1,119 @@
+"""Attention maps of a random model: on the picture's pixels, from the question's tokens, written whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from agevlm.analysis.attention import attend, in_mask_mass, main, write_attention, write_examples
+from builders import mask, picture, tiny_model, tiny_processor
+
+
+QUESTION = "Is there a red apple in the image?"
+
+
+@pytest.mark.parametrize("geometry", ["pad", "stretch", "crop"])
+@pytest.mark.parametrize("size", [(96, 96), (150, 60)])
+def test_maps_lie_on_the_pictures_pixels(geometry, size):
+    processor = tiny_processor(geometry=geometry)
+    result = attend(tiny_model(), processor, picture(*size), QUESTION, max_new_tokens=3)
+    assert result.layers == [1, 4]
+    assert result.grid.shape == (2, 3, 3)
+    np.testing.assert_allclose(result.grid.sum((1, 2)), 1, rtol=1e-5)
+    assert result.maps.shape == (2, size[1], size[0])
+    assert result.mean.shape == (size[1], size[0])
+    expected = processor.image_processor.grid_to_pixels(result.grid[1], (size[1], size[0]))
+    np.testing.assert_array_equal(result.maps[1], expected)
+
+
+def test_the_map_is_of_the_questions_tokens_alone():
+    """What the prompt adds behind the question changes the answer's context, not the look: attention is causal."""
+    model, processor = tiny_model(), tiny_processor()
+    alone = attend(model, processor, picture(), QUESTION, max_new_tokens=2)
+    suffixed = attend(model, processor, picture(), QUESTION, prompt=QUESTION + " Please answer.", max_new_tokens=2)
+    np.testing.assert_allclose(alone.grid, suffixed.grid, rtol=1e-5)
+    other = attend(model, processor, picture(), "How many cars are there?", max_new_tokens=2)
+    assert np.abs(alone.grid - other.grid).max() > 1e-7
+
+
+def test_the_answer_is_what_generate_says():
+    model, processor = tiny_model(), tiny_processor()
+    answer = attend(model, processor, picture(), QUESTION, max_new_tokens=5).answer
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": "<|image|>" + QUESTION}], add_generation_prompt=True, tokenize=False
+    )
+    batch = processor(images=[[picture()]], text=[text], return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    new = tokens[0, batch["input_ids"].shape[1] :]
+    assert answer == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt", "message"),
+    [("  ", None, "question is empty"), (QUESTION, "Something else", "does not occur")],
+)
+def test_bad_questions(question, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        attend(tiny_model(), tiny_processor(), picture(), question, prompt=prompt)
+
+
+def test_mass_inside_everything_is_one():
+    processor = tiny_processor()
+    result = attend(tiny_model(), processor, picture(), QUESTION, max_new_tokens=2)
+    left, right = mask(box=(0, 0, 32, 96)), mask(box=(32, 0, 96, 96))
+    assert in_mask_mass(result, mask(box=(0, 0, 96, 96)), processor) == pytest.approx(1)
+    assert in_mask_mass(result, left, processor) + in_mask_mass(result, right, processor) == pytest.approx(1)
+
+
+def test_written_files(tmp_path):
+    models = {name: (tiny_model(seed=seed), tiny_processor()) for seed, name in enumerate(("a/first", "second"))}
+    summary = write_attention(models, picture(120, 80), QUESTION, tmp_path, mask(120, 80))
+    assert json.loads((tmp_path / "attention.json").read_text(encoding="utf-8")) == summary
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "attention.json", "maps.npz", "panels.png", "overlay-a-first.png", "overlay-second.png",
+    }  # fmt: skip
+    with np.load(tmp_path / "maps.npz", allow_pickle=False) as maps:
+        assert {name: maps[name].shape for name in maps.files} == {"a/first": (2, 80, 120), "second": (2, 80, 120)}
+    assert all(0 < result["in_mask_mass"] < 1 for result in summary["models"].values())
+    with pytest.raises(ValueError, match="mask is 96 x 96 but the picture is 120 x 80"):
+        write_attention(models, picture(120, 80), QUESTION, tmp_path, mask())
+
+
+def test_examples_for_the_report(tmp_path):
+    models = {"One": (tiny_model(), tiny_processor()), "Two": (tiny_model(seed=1), tiny_processor())}
+    rows = [
+        {"id": "q/1", "image": picture(), "mask": mask(), "question": QUESTION + "\nA. yes", "answer": "yes"},
+        {"id": "q/2", "image": picture(seed=1), "mask": None, "question": QUESTION, "answer": "no"},
+    ]
+    asked = []
+    examples = write_examples(
+        models, rows, tmp_path, prompt=lambda row: asked.append(row["id"]) or row["question"], correct=lambda *_: True
+    )
+    assert asked == ["q/1", "q/2"]
+    assert [example["has_mask"] for example in examples] == [True, False]
+    assert examples[0]["question"] == QUESTION
+    for example in examples:
+        assert [panel["title"] for panel in example["panels"]] == ["One", "Two"]
+        assert all(panel["correct"] for panel in example["panels"])
+        assert all((panel["in_mask_mass"] is not None) == example["has_mask"] for panel in example["panels"])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {f"q-{i}{end}.png" for i in (1, 2) for end in ("", "-One", "-Two")}
+
+
+def test_command_line(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    tiny_processor().save_pretrained(tmp_path / "checkpoint")
+    picture(100, 70).save(tmp_path / "photo.png")
+    mask(100, 70).save(tmp_path / "mask.png")
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "photo.png"), QUESTION]
+    main([*arguments, "--output", str(tmp_path / "out"), "--mask", str(tmp_path / "mask.png")])
+    assert (tmp_path / "out" / "overlay-checkpoint.png").is_file()
+    assert "in-mask attention mass" in capsys.readouterr().out
+
+
+def test_command_line_names_a_broken_picture(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"photo\.png: the picture cannot be decoded"):
+        main(["anything", str(tmp_path / "photo.png"), QUESTION, "--output", str(tmp_path)])

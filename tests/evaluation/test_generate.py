@@ -1,0 +1,140 @@
+"""Generation: batches equal single rows, runs go on where they stopped, bad rows are recorded."""
+
+import io
+import json
+
+import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from agevlm.evaluation import pope
+from agevlm.evaluation.generate import generate_predictions
+from builders import picture
+
+
+NOUNS = ["apple", "red car", "very small yellow house on the left", "tree", "cup", "blue cup"]
+IDENTITY = {"model": "tiny"}
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed=seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(broken: tuple[int, ...] = (), nouns=NOUNS) -> Dataset:
+    pictures = [png(index)[: 200 if index in broken else None] for index in range(len(nouns))]
+    data = {
+        "id": [f"row-{index}" for index in range(len(nouns))],
+        "image": [{"bytes": content, "path": None} for content in pictures],
+        "question": [f"Is there a {noun} in the image?" for noun in nouns],
+        "answer": ["yes", "no"] * (len(nouns) // 2),
+        "category": ["random"] * len(nouns),
+    }
+    return Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
+
+
+def generate(model, processor, data, folder, **settings):
+    settings = {"identity": IDENTITY, "batch_size": 2, "max_new_tokens": 4, "progress": False, **settings}
+    return generate_predictions(model, processor, pope, data, folder, **settings)
+
+
+class Stopping:
+    """A model that dies at its n-th batch."""
+
+    def __init__(self, model, batches):
+        self.model, self.left, self.rows = model, batches, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def generate(self, **batch):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.rows += len(batch["input_ids"])
+        return self.model.generate(**batch)
+
+
+def test_batches_equal_single_rows(model, processor, tmp_path):
+    single = generate(model, processor, rows(), tmp_path / "single", batch_size=1)
+    batched = generate(model, processor, rows(), tmp_path / "batched", batch_size=len(NOUNS))
+    assert single == batched
+    assert len({line["output"] for line in single}) > 1, "all outputs equal: the test shows nothing"
+    assert [line["id"] for line in single] == rows()["id"]
+    assert single[0]["prompt"] == "Is there a apple in the image? Please answer yes or no."
+
+
+def test_predictions_are_on_disk_as_returned(model, processor, tmp_path):
+    predictions = generate(model, processor, rows(), tmp_path)
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == predictions
+
+
+@pytest.mark.parametrize("tail", ["", '{"id": "row-4", "prom'], ids=["clean", "cut-off"])
+def test_a_stopped_run_goes_on(model, processor, tmp_path, tail):
+    whole = generate(model, processor, rows(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        generate(Stopping(model, batches=2), processor, rows(), tmp_path / "stopped")
+    path = tmp_path / "stopped" / "predictions.jsonl"
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+    with path.open("a", encoding="utf-8") as file:
+        file.write(tail)
+    second = Stopping(model, batches=99)
+    assert generate(second, processor, rows(), tmp_path / "stopped") == whole
+    assert second.rows == 2
+    assert path.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+
+
+def test_a_finished_run_asks_nothing(model, processor, tmp_path):
+    whole = generate(model, processor, rows(), tmp_path)
+    assert generate(Stopping(model, batches=0), processor, rows(), tmp_path) == whole
+
+
+def test_a_broken_picture_is_recorded_and_tried_again(model, processor, tmp_path):
+    predictions = generate(model, processor, rows(broken=(1, 4)), tmp_path)
+    assert [line["verdict"] == "skipped" for line in predictions] == [False, True, False, False, True, False]
+    assert "row-1" in predictions[1]["error"] and "cannot be decoded" in predictions[1]["error"]
+    repaired = Stopping(model, batches=99)
+    predictions = generate(repaired, processor, rows(), tmp_path)
+    assert repaired.rows == 2
+    assert not any(line["verdict"] == "skipped" for line in predictions)
+
+
+def test_strict_stops_at_a_broken_picture(model, processor, tmp_path):
+    with pytest.raises(ValueError, match="row row-1, field image"):
+        generate(model, processor, rows(broken=(1,)), tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identity": {"model": "other"}}, "'tiny' there, 'other' now"),
+        ({"max_new_tokens": 5}, "max_new_tokens: 4 there"),
+    ],
+)
+def test_another_runs_folder_is_refused(model, processor, tmp_path, change, message):
+    generate(model, processor, rows(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        generate(model, processor, rows(), tmp_path, **change)
+
+
+def test_answers_to_other_questions_are_refused(model, processor, tmp_path):
+    generate(model, processor, rows(), tmp_path)
+    with pytest.raises(ValueError, match="line 1 answers 'Is there a apple in the image"):
+        generate(model, processor, rows(nouns=["pear", *NOUNS[1:]]), tmp_path)
+
+
+def test_a_damaged_line_is_named(model, processor, tmp_path):
+    generate(model, processor, rows(), tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], "?" + lines[1], *lines[2:]]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        generate(model, processor, rows(), tmp_path)
+
+
+def test_ids_must_be_unique(model, processor, tmp_path):
+    data = rows().remove_columns("id").add_column("id", ["same"] * len(NOUNS))
+    with pytest.raises(ValueError, match="6 rows have 1 different ids"):
+        generate(model, processor, data, tmp_path)

@@ -1,0 +1,186 @@
+"""Grounding: a model that is made to look at a known cell scores what it must, in every geometry."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from agevlm.evaluation import pope
+from agevlm.evaluation.grounding import centre_prior, mass_and_pointing, measure_grounding
+from builders import tiny_processor
+
+
+# A picture of 192 x 96 on a canvas of 96 x 96 with 3 x 3 cells, and the box of the picture that fills one cell.
+WIDTH, HEIGHT = 192, 96
+CELLS = {
+    "stretch": ((0, 0, 64, 32), (0, 0)),
+    "crop": ((48, 0, 80, 32), (0, 0)),
+    "pad": ((64, 16, 128, 80), (1, 1)),
+}
+
+
+class Looking:
+    """Stands in for a model: every layer looks at the given grid, whatever it is asked."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, *grids: np.ndarray):
+        self.grids = [torch.tensor(grid, dtype=torch.float32).flatten() for grid in grids]
+        self.config = SimpleNamespace(cross_attention_layers=list(range(len(grids))))
+        self.batches: list[dict] = []
+
+    def base_model(self, **batch):
+        self.batches.append(batch)
+        rows = len(batch["input_ids"])
+        return SimpleNamespace(cross_attention_maps=torch.stack([grid.expand(rows, -1) for grid in self.grids]))
+
+
+def png(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def box_mask(box, size=(WIDTH, HEIGHT)) -> Image.Image:
+    mask = Image.new("1", size)
+    mask.paste(1, box)
+    return mask
+
+
+def rows(*masks: Image.Image | None) -> Dataset:
+    data = {
+        "id": [f"row-{index}" for index in range(len(masks))],
+        "image": [png(Image.new("RGB", (WIDTH, HEIGHT), "grey")) for _ in masks],
+        "mask": [None if mask is None else png(mask) for mask in masks],
+        "question": ["Is there a red apple in the image?"] * len(masks),
+        "answer": ["yes"] * len(masks),
+        "category": ["random"] * len(masks),
+    }
+    data = Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
+    return data.cast_column("mask", ImageFeature(decode=False))
+
+
+def at(row: int, column: int) -> np.ndarray:
+    grid = np.zeros((3, 3))
+    grid[row, column] = 1
+    return grid
+
+
+def measure(model, data, geometry="pad", **settings):
+    processor = tiny_processor(geometry=geometry)
+    return measure_grounding(model, processor, pope, data, progress=False, **settings)
+
+
+@pytest.mark.parametrize("geometry", CELLS)
+def test_looking_at_the_mask_and_beside_it(geometry):
+    box, cell = CELLS[geometry]
+    beside = (2 - cell[0], 2) if geometry != "pad" else (1, 2)
+    metrics, records = measure(Looking(at(*cell), at(*beside)), rows(box_mask(box)), geometry)
+    assert metrics["in_mask_mass"] == {"mean": 0.5, "per_layer": [1, 0]}
+    assert metrics["pointing_accuracy"] == {"mean": 0.5, "per_layer": [1, 0]}
+    assert metrics["layers"] == [0, 1] and metrics["n"] == 1 and metrics["skipped"] == 0
+    assert records[0]["id"] == "row-0"
+
+
+@pytest.mark.parametrize("geometry", CELLS)
+def test_looking_everywhere_equals_the_uniform_baseline(geometry):
+    box, _ = CELLS[geometry]
+    metrics, _ = measure(Looking(np.full((3, 3), 1 / 9)), rows(box_mask(box)), geometry)
+    # The picture reaches into all 9 cells in every geometry: under `pad` it covers canvas rows 24 to 72.
+    assert metrics["uniform"]["in_mask_mass"] == pytest.approx(1 / 9)
+    assert metrics["in_mask_mass"]["mean"] == pytest.approx(metrics["uniform"]["in_mask_mass"])
+    assert metrics["mass_over_uniform"] == pytest.approx(1)
+
+
+def test_padding_is_no_part_of_the_uniform_baseline():
+    """192 x 32 on the canvas is 96 x 16 in the middle row of cells: 3 cells show picture."""
+    data = rows(box_mask((0, 0, 64, 32), size=(192, 32)))
+    data = data.remove_columns("image").add_column("image", [png(Image.new("RGB", (192, 32)))])
+    metrics, _ = measure(Looking(at(1, 0)), data.cast_column("image", ImageFeature(decode=False)))
+    assert metrics["uniform"] == {"in_mask_mass": pytest.approx(1 / 3), "pointing_accuracy": pytest.approx(1 / 3)}
+    assert metrics["in_mask_mass"]["mean"] == 1
+
+
+def test_what_the_crop_cuts_away_is_skipped():
+    data = rows(box_mask((0, 0, 40, 40)), box_mask(CELLS["crop"][0]), None)
+    metrics, records = measure(Looking(at(0, 0)), data, "crop")
+    assert (metrics["n"], metrics["skipped"]) == (1, 1)
+    assert [record["id"] for record in records] == ["row-1"]
+    with pytest.raises(ValueError, match="row row-0, field mask"):
+        measure(Looking(at(0, 0)), data, "crop", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (box_mask((0, 0, 4, 4), size=(96, 96)), "96 x 96 but the picture is 192 x 96"),
+        (box_mask((0, 0, 0, 0)), "no pixel"),
+    ],
+)
+def test_bad_masks_are_counted_or_stop(mask, message):
+    data = rows(box_mask(CELLS["pad"][0]), mask)
+    metrics, _ = measure(Looking(at(1, 1)), data)
+    assert (metrics["n"], metrics["skipped"]) == (1, 1)
+    with pytest.raises(ValueError, match=f"row row-1, field mask.*{message}"):
+        measure(Looking(at(1, 1)), data, strict=True)
+
+
+def test_rows_without_masks_measure_nothing():
+    metrics, records = measure(Looking(at(1, 1)), rows(None, None))
+    assert (metrics["n"], records) == (0, [])
+    metrics, records = measure(Looking(at(1, 1)), rows(None).remove_columns("mask"))
+    assert (metrics["n"], records) == (0, [])
+
+
+def test_only_the_questions_tokens_are_asked_for():
+    model = Looking(at(1, 1))
+    measure(model, rows(box_mask(CELLS["pad"][0])))
+    batch = model.batches[0]
+    chosen = tiny_processor().tokenizer.decode(batch["input_ids"][0][batch["guidance_query_mask"][0]])
+    assert chosen == "Is there a red apple in the image?"
+
+
+def test_the_models_own_maps_are_read(model, processor):
+    """The metric equals one computed by hand from eager attention weights."""
+    mask = box_mask((0, 0, 96, 96))
+    metrics, _ = measure_grounding(model, processor, pope, rows(mask), progress=False)
+    model.set_attn_implementation("eager")
+    batch = Looking(at(0, 0))
+    measure(batch, rows(mask))
+    inputs = batch.batches[0]
+    chosen = inputs.pop("guidance_query_mask")[0]
+    with torch.no_grad():
+        weights = model.base_model(**inputs, output_attentions=True).cross_attentions
+    cells = processor.image_processor.mask_to_grid(mask).reshape(-1)
+    expected = [layer[0][:, chosen][..., cells].sum(-1).mean().item() for layer in weights]
+    assert metrics["in_mask_mass"]["per_layer"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_centre_prior_is_a_symmetric_distribution_on_the_visible_cells():
+    visible = np.zeros((6, 6), dtype=bool)
+    visible[1:5] = True
+    prior = centre_prior(visible)
+    assert prior.sum() == pytest.approx(1)
+    assert not prior[~visible].any()
+    np.testing.assert_allclose(prior, prior[::-1, ::-1])
+    assert prior[2, 2] == prior.max() > prior[1, 0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=9, max_size=9), st.lists(st.booleans(), min_size=9, max_size=9))
+def test_mass_is_a_share_and_splits_between_mask_and_rest(weights, inside):
+    maps, mask = np.array(weights), np.array(inside)
+    mass, pointing = mass_and_pointing(maps, mask)
+    rest, pointing_rest = mass_and_pointing(maps, ~mask)
+    if maps.sum() > 0:
+        assert 0 <= mass <= 1 + 1e-12
+        assert mass + rest == pytest.approx(1)
+        assert pointing != pointing_rest
+    else:
+        assert not (mass or rest or pointing or pointing_rest)

@@ -1,0 +1,119 @@
+"""Parsers: the known verdicts of the public harnesses, and properties that hold for any text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agevlm.evaluation.parsing import LETTERS, NUMBER_WORDS, parse_choice, parse_yes_no
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("Yes", "yes"),
+        ("no.", "no"),
+        ("NO!", "no"),
+        ("No, there is no cup in the image.", "no"),
+        ("There is no person visible in the image.", "no"),
+        ("Yes, there is an apple.", "yes"),
+        # what VLMEvalKit cannot read, and therefore neither do we
+        ("The image does not contain a chair.", None),
+        ("Yes, there is an apple. There are no other fruits.", None),
+        ("Answer:Yes", None),
+        ("**Yes**", None),
+        ("No:", None),
+        ("Yes,it is, as", None),
+        ("", None),
+        ("yes no", None),
+        ("nothing, yesterday", None),
+        ("a. " * 31 + "yes.", "yes"),
+        ("a. " * 32 + "yes.", None),
+    ],
+)
+def test_yes_no_verdicts(output, expected):
+    assert parse_yes_no(output) == expected
+
+
+@given(st.text())
+def test_yes_no_reads_any_text(text):
+    assert parse_yes_no(text) in {"yes", "no", None}
+
+
+@given(st.sampled_from(["yes", "no"]), st.lists(st.sampled_from(["there", "is", "an", "apple", "in", "it"])))
+def test_yes_no_finds_the_word_among_others(word, others):
+    middle = len(others) // 2
+    assert parse_yes_no(" ".join([*others[:middle], word.capitalize(), *others[middle:]])) == word
+
+
+@given(st.text())
+def test_yes_no_ignores_case(text):
+    assert parse_yes_no(text) == parse_yes_no(text.lower())
+
+
+NUMBERS = ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("output", "choices", "expected"),
+    [
+        ("(B)", NUMBERS, "B"),
+        ("B", NUMBERS, "B"),
+        ("b", NUMBERS, "B"),
+        ("B.", NUMBERS, "B"),
+        ("**C**", NUMBERS, "C"),
+        ("B) 1", NUMBERS, "B"),
+        ("D: 3", NUMBERS, "D"),
+        ("The correct answer is (B) 1.", NUMBERS, "B"),
+        ("The correct answer is (B) 1. The image shows one lamp.", NUMBERS, "B"),
+        ("Answer: C", NUMBERS, "C"),
+        ("It is (A) or (B). The answer is B.", NUMBERS, "B"),
+        ("(A) or (B)", NUMBERS, None),
+        ("three", NUMBERS, "D"),
+        ("There are 3 lamps.", NUMBERS, "D"),
+        ("13", NUMBERS, None),
+        ("3.5", NUMBERS, None),
+        ("2 or 3", NUMBERS, None),
+        ("(E)", NUMBERS, None),
+        ("left", ("right", "left"), "B"),
+        ("It is on the left.", ("right", "left"), "B"),
+        ("leftover", ("right", "left"), None),
+        ("the coffee table", ("table", "coffee table"), "B"),
+        ("the table", ("table", "coffee table"), "A"),
+        ("A red car is closer.", ("bed", "car"), "B"),
+        ("The answer is A car.", ("bed", "car"), "B"),
+        ("bookcase", ("apple", "bookcase"), "B"),
+        ("", ("right", "left"), None),
+    ],
+)
+def test_choice_verdicts(output, choices, expected):
+    assert parse_choice(output, choices) == expected
+
+
+words = st.text(alphabet="bcdfghklmnprstvw", min_size=3, max_size=8)
+options = st.lists(words, min_size=2, max_size=6, unique=True)
+
+
+@given(st.text(), options)
+def test_choice_reads_any_text(text, choices):
+    assert parse_choice(text, choices) in {*LETTERS[: len(choices)], None}
+
+
+@given(options, st.data())
+def test_choice_reads_every_way_to_give_a_letter(choices, data):
+    letter = data.draw(st.sampled_from(LETTERS[: len(choices)]))
+    text = choices[LETTERS.index(letter)]
+    for output in (letter, letter.lower(), f"({letter})", f"{letter}. {text}", f"The answer is ({letter}) {text}."):
+        assert parse_choice(output, choices) == letter
+
+
+@given(options, st.data())
+def test_choice_reads_the_options_own_text(choices, data):
+    index = data.draw(st.integers(0, len(choices) - 1))
+    assert parse_choice(f"  {choices[index].upper()}. ", choices) == LETTERS[index]
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=4, unique=True), st.data())
+def test_number_words_equal_digits(numbers, data):
+    choices = [str(number) for number in numbers]
+    word, digits = data.draw(st.sampled_from([pair for pair in NUMBER_WORDS.items() if int(pair[1]) in numbers]))
+    assert parse_choice(word, choices) == parse_choice(f"{digits} of them", choices) == LETTERS[choices.index(digits)]
