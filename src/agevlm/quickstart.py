@@ -1,6 +1,6 @@
 """`agevlm quickstart`: the whole method on the embedded data, from composing pictures to a report (sections 3 and 4).
 
-    scenes -> pretrained parts -> stages 1, 2 -> stage 3 (guided, unguided) -> stage 4 (variants) -> evaluation -> report
+    scenes -> pretrained parts -> stages 1, 2 -> stage 3 (guided, unguided) -> stage 4 (variants) -> evaluation, report
 
 All variants see the same rows in the same order for the same number of steps. Stages that are one and the same
 computation for several variants (1 and 2 for all, 3 for the two guided ones) run once and are shared. Everything
