@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("size", choices=["tiny", "small"])
     parser.add_argument("output", type=Path, help="folder to make: the processor, `language_model/`, `vision_tower/`")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
-    parser.add_argument("--conversations", type=int, default=12_000, help="tiny: texts for the language model")
+    parser.add_argument("--conversations", type=int, default=24_000, help="tiny: texts for the language model")
     parser.add_argument("--scenes", type=int, default=20_000, help="pictures for the tower")
     parser.add_argument("--epochs", type=float, default=6, help="passes over the pictures")
     parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")

@@ -32,7 +32,7 @@ from agevlm.evaluation import cvbench, pope
 from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.training.lineage import git_commit, library_versions
-from agevlm.training.parts import NAMES, load_parts, make_small
+from agevlm.training.parts import load_parts, make_small
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.base import StageRecipe, run_stage
 
@@ -47,18 +47,30 @@ TINY_PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 
 @dataclass(frozen=True)
 class Size:
-    """Training rows of each part, questions of each benchmark, pixels of a picture and the objects in them."""
+    """Training rows of each part, questions of each benchmark, what is in the pictures (None: everything there is),
+    and where the cross blocks sit (None: every fourth layer)."""
 
     captions: int
     instructions: int
     questions: int
-    pixels: int
-    names: tuple[str, ...] | None
+    max_objects: int
+    names: tuple[str, ...] | None = None
+    colours: tuple[str, ...] | None = None
+    cross_attention_layers: tuple[int, ...] | None = None
 
 
 SIZES = {
-    "tiny": Size(captions=6_000, instructions=4_000, questions=400, pixels=224, names=tuple(NAMES)),
-    "small": Size(captions=16_000, instructions=16_000, questions=800, pixels=224, names=None),
+    # Few enough kinds of things to be learned in minutes.
+    "tiny": Size(
+        captions=4_000,
+        instructions=3_000,
+        questions=600,
+        max_objects=3,
+        names=("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree"),
+        colours=("red", "orange", "yellow", "green", "blue", "purple"),
+        cross_attention_layers=(1, 4),
+    ),
+    "small": Size(captions=16_000, instructions=16_000, questions=800, max_objects=4),
 }
 
 
@@ -116,13 +128,13 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     return folder
 
 
-def save_start(parts: Path, folder: Path, seed: int) -> None:
+def save_start(parts: Path, folder: Path, seed: int, cross_attention_layers: Sequence[int] | None) -> None:
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
         return
     language_model, vision_tower, processor = load_parts(parts)
     set_seed(seed)
-    model = assemble(language_model, vision_tower, processor.image_token_id)
+    model = assemble(language_model, vision_tower, processor.image_token_id, cross_attention_layers)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -234,8 +246,9 @@ def main(argv: list[str] | None = None) -> None:
         captions=size.captions,
         instructions=size.instructions,
         test=size.questions,
-        size=size.pixels,
+        max_objects=size.max_objects,
         names=size.names,
+        colours=size.colours,
         cutouts=args.cutouts,
         num_proc=min(2, os.cpu_count() or 1),
     )
@@ -262,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         task = progress.add_task("training", total=total)
         for seed, runs in plans.items():
             folder = args.output / f"seed-{seed}"
-            save_start(parts, folder / "start", seed)
+            save_start(parts, folder / "start", seed, size.cross_attention_layers)
             done = train(runs, folder, scenes, size, progress, task, done)
 
     console.rule("Evaluation on unseen scenes")

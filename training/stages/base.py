@@ -96,10 +96,10 @@ SMALLER: dict[str, dict[str, Any]] = {
         "save_steps": 200,
     },
     "tiny": {
-        "global_batch_size": 32,
+        "global_batch_size": 16,
         "mask_fraction": 1.0,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 16,
         "bf16": False,
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,
