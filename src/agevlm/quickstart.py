@@ -63,7 +63,7 @@ SIZES = {
     # Few enough kinds of things to be learned in minutes.
     "tiny": Size(
         captions=4_000,
-        instructions=3_000,
+        instructions=2_000,
         questions=600,
         max_objects=3,
         names=("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree"),
