@@ -68,5 +68,5 @@ def assemble(
         raise ValueError(f"The language model does not fit: missing {missing}, unexpected {loaded.unexpected_keys}.")
     if not text_config.tie_word_embeddings:
         model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    model.generation_config = language_model.generation_config
+    model.generation_config.update(**language_model.generation_config.to_diff_dict())
     return model

@@ -88,6 +88,10 @@ class AgeVlmCrossCacheLayer(DynamicLayer):
     text tokens (assisted decoding), leaves them alone.
     """
 
+    # Of fixed size once written. A static cache counts as static only if all of its layers do; otherwise its unused
+    # places would not be masked out of self-attention.
+    is_compileable = True
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -635,6 +639,8 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         self.model = AgeVlmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # An answer that held a placeholder would speak of a picture that is not there.
+        self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AgeVlmModel.get_image_features`]."""

@@ -10,7 +10,8 @@ from .processing_agevlm import AgeVlmProcessor
 
 
 IMAGE_TOKEN = "<|image|>"
-CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+END_OF_TURN = "<|eot_id|>"
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", END_OF_TURN)
 RESERVED = "<|reserved_special_token_"
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -20,6 +21,9 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
     Where there are reserved special tokens (Llama-3), the last one is renamed, so that the vocabulary keeps its size
     and no embedding is resized. Otherwise the tokens are added: resize the model's embeddings to `len(tokenizer)`.
+
+    The end-of-sequence token becomes the one that ends the template's turns. Trainer passes it on to the generation
+    config; with the tokenizer's own one, generation would run past the end of every answer.
     """
     vocabulary = tokenizer.get_vocab()
     reserved = sorted((token for token in vocabulary if token.startswith(RESERVED)), key=vocabulary.get)
@@ -34,7 +38,8 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
+    tokenizer.eos_token = END_OF_TURN
     return tokenizer
 
 

@@ -66,7 +66,7 @@ def test_the_whole_chain_and_once_more(minute, tmp_path, capsys):
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     page = (output / "report.html").read_text(encoding="utf-8")
     for variant in quickstart.VARIANTS:
-        assert variant in page
+        assert quickstart.TITLES[variant] in page
         folder = output / "seed-0" / f"stage4-{variant}"
         assert {"config.json", "model.safetensors", "modeling_agevlm.py", "processing_agevlm.py", "README.md"} <= {
             path.name for path in folder.iterdir()

@@ -19,6 +19,7 @@ class AgeVlmDataCollator:
     Args:
         processor: of the model that is trained.
         max_length: texts are cut after this many tokens; None keeps them whole.
+        pad_to_multiple_of: rounds the padded length up, at most to `max_length`.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
@@ -29,6 +30,7 @@ class AgeVlmDataCollator:
 
     processor: AgeVlmProcessor
     max_length: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in rows:
@@ -59,6 +61,7 @@ class AgeVlmDataCollator:
                 "guidance_masks": masks,
                 "padding": True,
                 "padding_side": "right",
+                "pad_to_multiple_of": self.pad_to_multiple_of,
             },
         )
         answers = torch.as_tensor(batch.pop("assistant_masks")).bool()

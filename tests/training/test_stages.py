@@ -202,7 +202,7 @@ def test_the_same_command_again_finds_the_stage_finished(tmp_path):
 
 def test_the_folder_of_another_recipe_is_refused_by_naming_what_changed(tmp_path):
     run_small_stage(tmp_path / "run", max_steps=2)
-    with pytest.raises(ValueError, match=r"another recipe.*training\.learning_rate: 0\.001 -> 0\.5") as error:
+    with pytest.raises(ValueError, match=r"another recipe.*training\.learning_rate: 0\.003 -> 0\.5") as error:
         run_small_stage(tmp_path / "run", max_steps=2, learning_rate=0.5)
     assert "max_steps" not in str(error.value)
     recipe = stage3_ground.recipe(size="tiny").override(
