@@ -4,9 +4,10 @@ Never shipped with a checkpoint.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import ConvNextModel, LlamaForCausalLM
+from transformers import ConvNextModel, LlamaForCausalLM, PreTrainedConfig
 
 from agevlm.modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -18,6 +19,11 @@ def spread_cross_attention_layers(num_hidden_layers: int) -> list[int]:
     16 layers give the paper's [2, 7, 12, 17] (indices of the interleaved stack).
     """
     return [after + index for index, after in enumerate(range(min(2, num_hidden_layers), num_hidden_layers, 4))]
+
+
+def _without_path(config: PreTrainedConfig) -> dict[str, Any]:
+    """The configuration as a dictionary, without the folder it was loaded from."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def assemble(
@@ -51,10 +57,10 @@ def assemble(
         cross_attention_layers = spread_cross_attention_layers(text_config.num_hidden_layers)
     model = AgeVlmForConditionalGeneration(
         AgeVlmConfig(
-            vision_config=vision_tower.config.to_dict(),
+            vision_config=_without_path(vision_tower.config),
             # Fresh weights keep the size of what passes through them at any width. At Llama-1B's 2048 this is the
             # usual 0.02; at 128 that would let a picture arrive at a hundredth of its size.
-            text_config={**text_config.to_dict(), "initializer_range": text_config.hidden_size**-0.5},
+            text_config={**_without_path(text_config), "initializer_range": text_config.hidden_size**-0.5},
             cross_attention_layers=list(cross_attention_layers),
             image_token_id=image_token_id,
             **config,

@@ -47,15 +47,6 @@ def test_only_known_languages():
         assert languages <= {"python", "bash"}, f"{name}: a block that no test executes"
 
 
-@pytest.mark.parametrize("code", blocks("README.md", "python"), ids=range(len(blocks("README.md", "python"))))
-def test_python_blocks(code, folder):
-    result = run([sys.executable, "-"], folder, code)
-    assert result.returncode == 0, result.stderr
-    expected = re.findall(r"print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
-    assert expected, "a block of the README prints something and says what"
-    assert result.stdout.splitlines() == expected
-
-
 def test_shell_blocks(folder):
     """In the order of the README. `make` targets are only resolved: they install and train for minutes."""
     for name in ("README.md", "CONTRIBUTING.md"):
@@ -67,6 +58,16 @@ def test_shell_blocks(folder):
                 words = [sys.executable, "-m", *words[words.index("-m") + 1 :], "--dry_run"]
             result = run(words, folder)
             assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("code", blocks("README.md", "python"), ids=range(len(blocks("README.md", "python"))))
+def test_python_blocks(code, folder):
+    """After the shell blocks: they make the scenes that the Python blocks read."""
+    result = run([sys.executable, "-"], folder, code)
+    assert result.returncode == 0, result.stderr
+    expected = re.findall(r"print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+    assert expected, "a block of the README prints something and says what"
+    assert result.stdout.splitlines()[-len(expected) :] == expected
 
 
 def test_files_that_are_mentioned_exist():

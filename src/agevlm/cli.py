@@ -18,7 +18,7 @@ VERBS = {
         "Build data, train every variant through all stages, evaluate, write a report.",
     ),
     "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
-    "train": ("agevlm.training.train", "Run one training stage: align, adapt-vision, ground or instruct."),
+    "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),

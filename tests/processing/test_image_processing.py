@@ -252,6 +252,19 @@ def test_other_sizes_are_resampled_bicubically_into_their_place(width, height):
     assert padding.any() and np.abs(values[:, padding]).max() < 1 / 255 / min(make().image_std)
 
 
+@geometries
+@QUICK
+@given(size=SIZES, canvas=CANVASES)
+def test_visible_cells_are_those_that_hold_a_pixel_of_the_picture(geometry, size, canvas):
+    """A white picture is nowhere of the background's colour."""
+    processor = make(geometry, canvas)
+    batch = processor(Image.new("RGB", size[::-1], "white"), return_tensors="np", do_normalize=False)
+    white = (batch["pixel_values"][0] == 1).all(0)
+    rows, columns = processor.grid
+    cells = white.reshape(rows, STRIDE, columns, STRIDE).any((1, 3))
+    np.testing.assert_array_equal(batch["visual_token_mask"][0], cells.reshape(-1))
+
+
 def test_cells_are_visible_where_any_picture_is():
     visible = make()(Image.new("RGB", (96, 40)), return_tensors="pt")["visual_token_mask"]
     assert visible.dtype == torch.bool  # 40 rows in the middle of 96 reach into all three rows of cells

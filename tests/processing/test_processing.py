@@ -6,15 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.trainer_utils import align_special_tokens
 
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
-from builders import mask, picture, tiny_processor, tiny_tokenizer
+from builders import mask, picture, tiny_model, tiny_processor, tiny_tokenizer
 
 
 IMAGE = "<|image|>"
@@ -174,6 +173,8 @@ def test_tokenizers_without_reserved_tokens_grow():
     assert len(processor.tokenizer) == before + 4  # the placeholder, the header's two and the end of turn
     assert processor.image_token_id >= before
     assert processor.tokenizer.pad_token == "</s>"
+    # Generation stops where the template ends a turn, whatever ended texts before
+    assert processor.tokenizer.eos_token == processor.apply_chat_template(CHAT[:3])[-len("<|eot_id|>") :]
     batch = processor.apply_chat_template(
         [CHAT, CHAT[1:2]],
         tokenize=True,
@@ -184,166 +185,32 @@ def test_tokenizers_without_reserved_tokens_grow():
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 1]
 
 
+def test_tokenizers_without_padding_and_end_can_pad():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    assert tokenizer.pad_token is None and tokenizer.eos_token is None
+    processor = build_processor(tokenizer, image_size=96)
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token == "<|eot_id|>"
+    assert processor(text=["A", "A blue car"], return_tensors="pt")["attention_mask"].sum(1).unique().numel() == 2
+
+
+def test_training_tells_the_model_where_an_answer_ends():
+    """With a tokenizer of another end token, as SmolLM2's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    old = tokenizer.eos_token_id
+    processor = build_processor(tokenizer, image_size=96)
+    model = tiny_model()
+    model.generation_config.eos_token_id = old
+    align_special_tokens(model, processor)
+    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert end != old and end in model.generation_config.eos_token_id
+
+
 def test_a_tokenizer_without_the_placeholder_is_refused(processor):
     with pytest.raises(ValueError, match=r"no token '<\|image\|>'. Use `agevlm.processing.build.build_processor`"):
         AgeVlmProcessor(processor.image_processor, tiny_tokenizer())
     with pytest.raises(ValueError, match="multiple of 32, got 100"):
         build_processor(tiny_tokenizer(), image_size=100)
-
-
-# Guidance
-
-
-def selected(processor, batch, row: int = 0) -> str:
-    return processor.tokenizer.decode(batch["input_ids"][row][batch["guidance_query_mask"][row]])
-
-
-WORDS = ["Is", "a", "red", "apple", "image", "user", "Yes", "No,", "eot_id", "grün", "木", "cars.", "|>", "<|"]
-
-
-@settings(max_examples=80, deadline=None, database=None)
-@given(
-    words=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8), min_size=1, max_size=4),
-    place=st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)),
-    side=st.sampled_from(["left", "right"]),
-)
-def test_the_selected_tokens_are_the_query(words, place, side):
-    """For a query of whole words anywhere in a conversation, also words that headers and placeholders hold."""
-    processor = tiny_processor()
-    messages = [
-        {"role": "assistant" if turn % 2 else "user", "content": " ".join(turn_words)}
-        for turn, turn_words in enumerate(words)
-    ]
-    index = place[0] % len(messages)
-    start = place[1] % len(words[index])
-    query = " ".join(words[index][start : start + 1 + place[2] % (len(words[index]) - start)])
-    messages[0]["content"] = IMAGE + messages[0]["content"]
-    span = processor.message_span(messages, index, query)
-    text = processor.apply_chat_template(messages)
-    assert text[slice(*span)] == query
-    header = processor.apply_chat_template([*messages[:index], {"role": messages[index]["role"], "content": ""}])
-    content_start = len(header) - len("<|eot_id|>")
-    content_end = content_start + len(messages[index]["content"])
-    assert content_start + len(IMAGE) * (index == 0) <= span[0] and span[1] <= content_end
-    batch = processor(
-        images=[[], [picture()]],
-        text=["A blue car and a green tree on the left of a yellow house. " * 3, text],
-        guidance_spans=[None, span],
-        guidance_masks=[None, mask()],
-        add_special_tokens=False,
-        padding_side=side,
-        return_tensors="pt",
-    )
-    assert query in selected(processor, batch, 1)
-    assert selected(processor, batch, 1).strip() == query or not_at_token_borders(processor, text, span)
-    assert not batch["guidance_query_mask"][0].any() and not batch["guidance_mask"][0].any()
-
-
-def not_at_token_borders(processor, text: str, span: tuple[int, int]) -> bool:
-    """Whether a token holds characters of the query and of its neighbourhood, as in "cars.|>"."""
-    offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return any(start < edge < end for start, end in offsets for edge in span)
-
-
-def test_guidance_tensors(processor):
-    texts = [f"{IMAGE}{QUESTION}", f"{IMAGE}{IMAGE}{QUESTION}", "text alone"]
-    start = len(IMAGE) + QUESTION.index("red apple")
-    batch = processor(
-        images=[[picture()], [picture(), picture()], []],
-        text=texts,
-        guidance_spans=[(start, start + len("red apple")), None, None],
-        guidance_masks=[mask(box=(0, 0, 30, 60)), mask(), None],
-        return_tensors="pt",
-    )
-    assert batch["guidance_query_mask"].dtype == torch.bool
-    assert batch["guidance_mask"].dtype == torch.float32
-    assert batch["guidance_query_mask"].shape == batch["input_ids"].shape
-    assert batch["guidance_mask"].shape == batch["visual_token_mask"].shape
-    assert selected(processor, batch) == " red apple"
-    assert batch["guidance_mask"][0, 0].view(3, 3).tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
-    assert not batch["guidance_mask"][0, 1].any()
-    assert not batch["guidance_query_mask"][1:].any() and not batch["guidance_mask"][1:].any()
-
-
-def test_batches_in_which_no_row_is_guided_carry_no_guidance(processor):
-    for spans, masks in (([None], [None]), ([(0, 3)], [None]), ([None], [mask()])):
-        batch = processor(
-            images=[[picture()]], text=[f"{IMAGE}Yes"], guidance_spans=spans, guidance_masks=masks, return_tensors="pt"
-        )
-        assert set(batch) == TEXT_KEYS | IMAGE_KEYS
-
-
-def test_an_object_that_crop_cuts_away_leaves_the_row_unguided():
-    processor = tiny_processor(geometry="crop")
-    batch = processor(
-        images=[[picture(300, 96)], [picture(300, 96)]],
-        text=[f"{IMAGE}Yes"] * 2,
-        guidance_spans=[(len(IMAGE), len(IMAGE) + 3)] * 2,
-        guidance_masks=[mask(300, 96, box=(0, 0, 50, 96)), mask(300, 96, box=(150, 0, 200, 96))],
-        return_tensors="pt",
-    )
-    assert batch["guidance_mask"].flatten(1).any(1).tolist() == [False, True]
-    assert batch["guidance_query_mask"].any(1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("spans", "masks", "message"),
-    [
-        ([(9, 12)], [mask()], "2 rows need as many `guidance_spans` and `guidance_masks`.*got 1 and 1"),
-        ([(9, 12), None], None, "2 rows need as many.*got 2 and 0"),
-        ([None, (0, 2)], [None, mask()], "Row 1 is guided but has no picture. Give it one, or None"),
-    ],
-)
-def test_guidance_that_does_not_fit_is_refused(processor, spans, masks, message):
-    with pytest.raises(ValueError, match=message):
-        processor(images=[[picture()], []], text=[f"{IMAGE}Yes", "No"], guidance_spans=spans, guidance_masks=masks)
-
-
-def test_guidance_in_a_batch_without_any_picture_is_refused(processor):
-    with pytest.raises(ValueError, match="Row 0 is guided but has no picture"):
-        processor(text=["Yes"], guidance_spans=[(0, 3)], guidance_masks=[mask()])
-
-
-def test_each_turn_has_its_own_span_where_the_same_question_comes_twice(processor):
-    text = processor.apply_chat_template(CHAT)
-    first, second = (processor.message_span(CHAT, index, QUESTION) for index in (1, 3))
-    assert first == (text.index(QUESTION), text.index(QUESTION) + len(QUESTION))
-    assert second == (text.rindex(QUESTION), text.rindex(QUESTION) + len(QUESTION))
-    assert first != second
-    odd = [{"role": "user", "content": "\0"}, *CHAT]  # whatever came before
-    assert processor.apply_chat_template(odd)[slice(*processor.message_span(odd, 4, QUESTION))] == QUESTION
-    # within one message, the first occurrence
-    twice = [{"role": "user", "content": f"Yes Yes {IMAGE}"}]
-    assert processor.message_span(twice, 0, "Yes")[0] == processor.apply_chat_template(twice).index("Yes")
-
-
-@pytest.mark.parametrize("query", ["user", "image", "eot_id", "|", "end"])
-def test_a_query_is_never_found_in_headers_and_placeholders(processor, query):
-    messages = [{"role": "user", "content": f"{IMAGE} What does the {query} say?"}]
-    text = processor.apply_chat_template(messages)
-    expected = text.index("What does the ") + len("What does the ")
-    assert processor.message_span(messages, 0, query) == (expected, expected + len(query))
-    with pytest.raises(ValueError, match="does not occur in message 0"):
-        processor.message_span([{"role": "user", "content": f"{IMAGE}What?"}], 0, query)
-
-
-def test_queries_that_hold_the_placeholder_and_structured_content(processor):
-    content = f"{IMAGE}What is it?"
-    text = processor.apply_chat_template([{"role": "user", "content": content}])
-    span = processor.message_span([{"role": "user", "content": content}], 0, content)
-    assert text[slice(*span)] == content
-    batch = processor(
-        images=[[picture()]], text=[text], guidance_spans=[span], guidance_masks=[mask()], return_tensors="pt"
-    )
-    assert selected(processor, batch) == "What is it?"  # a placeholder asks for nothing
-    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    assert text[slice(*processor.message_span([{"role": "user", "content": parts}], 0, "is it"))] == "is it"
-
-
-@pytest.mark.parametrize("query", ["a green apple", ""])
-def test_a_query_that_is_not_in_its_message_is_refused(processor, query):
-    with pytest.raises(ValueError, match=r"query '.*' does not occur in message 1: .*must be a part of the message"):
-        processor.message_span(CHAT, 1, query)
 
 
 # Chat template

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from PIL import Image
 
 from agevlm.training.collator import AgeVlmDataCollator
 from builders import mask, picture, row, tiny_model, tiny_processor
@@ -154,6 +155,28 @@ def test_long_texts_are_cut(collator):
     assert same(AgeVlmDataCollator(collator.processor, max_length=length)(rows), whole)
 
 
+@pytest.mark.parametrize("multiple", [7, 16])
+def test_lengths_are_rounded_up_to_a_multiple(collator, multiple):
+    rows = [guide(conversation()), row(images=2), text_row()]
+    plain = collator(rows)
+    length = plain["input_ids"].shape[1]
+    batch = AgeVlmDataCollator(collator.processor, pad_to_multiple_of=multiple)(rows)
+    assert batch.keys() == plain.keys()
+    padded = batch["input_ids"].shape[1]
+    assert padded % multiple == 0 and 0 <= padded - length < multiple
+    for name, value in plain.items():
+        if value.dim() > 1 and value.shape[1] == length:
+            assert torch.equal(batch[name][:, :length], value), name
+            assert batch[name].shape[1] == padded, name
+        else:
+            assert torch.equal(batch[name], value), name
+    assert (batch["labels"][:, length:] == -100).all()
+    for name in ("attention_mask", "cross_attention_mask", "guidance_query_mask"):
+        assert not batch[name][:, length:].any(), name
+    cut = AgeVlmDataCollator(collator.processor, max_length=length, pad_to_multiple_of=length - 1)(rows)
+    assert same(cut, plain)  # never above `max_length`
+
+
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -196,3 +219,9 @@ def test_bad_rows_are_named(collator, case):
     bad, message = BROKEN[case]
     with pytest.raises(ValueError, match=rf"(?s)id 'bad'.*{message}"):
         collator([row("good"), bad, text_row()])
+
+
+def test_decompression_bombs_are_refused(collator):
+    bomb = {"bytes": encoded(Image.new("1", (10_000, 9_000)), "PNG"), "path": None}
+    with pytest.raises(ValueError, match=r"id 'bad'.*10000 x 9000 pixels exceed the limit of 64000000; shrink"):
+        collator([row("good"), {**row("bad"), "images": [bomb]}])

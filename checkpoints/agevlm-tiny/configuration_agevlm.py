@@ -1,0 +1,166 @@
+"""Configuration of AGE-VLM (paper section 3.2.1).
+
+A ConvNeXt tower, a projector of two linear layers and a Llama decoder with interleaved cross-attention blocks.
+
+Readings of the paper that the fields encode:
+- `cross_attention_layers` counts the interleaved stack (Llama's own layers plus the cross blocks), as Mllama does:
+  with 16 + 4 = 20 layers the paper's 2, 7, 12 and 17 exist. `text_config` stays the untouched Llama configuration.
+- Eq. 2 has no gate on the cross block and no norm on queries and keys; both exist as switches (`mllama()` sets them).
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# Everything that `trust_remote_code=True` may ask a checkpoint folder for. `save_pretrained` alone would only name the
+# class that was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_agevlm.AgeVlmConfig",
+    "AutoModel": "modeling_agevlm.AgeVlmForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_agevlm.AgeVlmForConditionalGeneration",
+    "AutoProcessor": "processing_agevlm.AgeVlmProcessor",
+}
+
+
+@strict
+class AgeVlmConfig(PreTrainedConfig):
+    """Configuration of [`AgeVlmForConditionalGeneration`].
+
+    Args:
+        vision_config (`ConvNextConfig` or `dict`): the tower; defaults to the ConvNeXt-L of LAION's CLIP.
+        text_config (`LlamaConfig` or `dict`): any Llama-family decoder; defaults to the sizes of Llama-3.2-1B.
+        cross_attention_layers (`list[int]`): indices of the cross blocks in the interleaved stack, ascending.
+            Defaults to the paper's `[2, 7, 12, 17]`.
+        image_token_id (`int`): id of the placeholder token that marks the place of an image. Defaults to Llama-3's
+            last reserved special token.
+        cross_attention_gate (`"none"` or `"tanh"`): `"tanh"` scales both branches of a cross block by the tanh of a
+            learned scalar that starts at 0 (Mllama). `"none"` (Eq. 2) starts the output projections at 0 instead.
+        cross_attention_qk_norm (`bool`): RMSNorm on the heads of queries and keys, as Mllama.
+        projector_hidden_act (`str`): the activation between the projector's two linear layers.
+
+    Raises:
+        ValueError: a sub-configuration of another architecture, or cross-attention layers that do not fit the stack.
+    """
+
+    model_type = "agevlm"
+    sub_configs_defaults = {  # noqa: RUF012 - the attribute transformers reads
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="convnext",
+            init_kwargs={"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536], "layer_norm_eps": 1e-6},
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="llama",
+            init_kwargs={
+                "vocab_size": 128256,
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 16,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+                "tie_word_embeddings": True,
+                "bos_token_id": 128000,
+                "eos_token_id": [128001, 128008, 128009],
+                "pad_token_id": 128004,
+            },
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    cross_attention_layers: list[int] | tuple[int, ...] = (2, 7, 12, 17)
+    image_token_id: int = 128255
+    cross_attention_gate: Literal["none", "tanh"] = "none"
+    cross_attention_qk_norm: bool = False
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        self.cross_attention_layers = list(self.cross_attention_layers)
+        super().__post_init__(**kwargs)
+        # The head belongs to the decoder: whether it is tied is the decoder's decision.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if self.vision_config.model_type != "convnext":
+            raise ValueError(f"`vision_config` must be of type 'convnext', got '{self.vision_config.model_type}'.")
+        if self.text_config.model_type != "llama":
+            raise ValueError(f"`text_config` must be of type 'llama', got '{self.text_config.model_type}'.")
+        layers = list(self.cross_attention_layers)
+        depth = self.text_config.num_hidden_layers + len(layers)
+        if layers != sorted(set(layers)) or any(not 0 <= layer < depth for layer in layers):
+            raise ValueError(
+                f"`cross_attention_layers` must be ascending, distinct and inside the interleaved stack of "
+                f"{self.text_config.num_hidden_layers} + {len(layers)} = {depth} layers (0 to {depth - 1}), "
+                f"got {layers}."
+            )
+
+    @property
+    def cross_attention_schedule(self) -> list[int]:
+        """For each cross block, the number of Llama layers that run before it: [2, 6, 10, 14] for the paper."""
+        return [layer - index for index, layer in enumerate(self.cross_attention_layers)]
+
+    @classmethod
+    def paper(cls, **kwargs) -> "AgeVlmConfig":
+        """The paper's model: ConvNeXt-L, Llama-3.2-1B, cross blocks at 2, 7, 12 and 17."""
+        return cls(**kwargs)
+
+    @classmethod
+    def mllama(cls, **kwargs) -> "AgeVlmConfig":
+        """The paper's sizes with Mllama's cross block: tanh gates and norms on queries and keys."""
+        return cls(cross_attention_gate="tanh", cross_attention_qk_norm=True, **kwargs)
+
+    @classmethod
+    def tiny(cls, vocab_size: int, image_token_id: int, **kwargs) -> "AgeVlmConfig":
+        """A model of about 2 million parameters that trains in minutes on two CPU cores.
+
+        Args:
+            vocab_size (`int`): size of the tokenizer's vocabulary.
+            image_token_id (`int`): id of the image placeholder in that tokenizer.
+        """
+        text = {
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "initializer_range": 128**-0.5,  # 0.02 is for widths of 2048: here it would drown what passes through
+            "tie_word_embeddings": True,
+        }
+        vision = {"depths": [1, 1, 3, 1], "hidden_sizes": [24, 48, 96, 192], "layer_norm_eps": 1e-6}
+        return cls(
+            text_config={"model_type": "llama", **text, **kwargs.pop("text_config", {})},
+            vision_config={"model_type": "convnext", **vision, **kwargs.pop("vision_config", {})},
+            cross_attention_layers=kwargs.pop("cross_attention_layers", [1, 4]),
+            image_token_id=image_token_id,
+            **kwargs,
+        )
+
+
+AgeVlmConfig.register_for_auto_class()
+
+__all__ = ["AgeVlmConfig"]

@@ -1,0 +1,709 @@
+"""AGE-VLM (paper section 3.2): ConvNeXt tower, projector, Llama with interleaved, guidable cross-attention blocks.
+
+What runs, from picture to logits:
+- Vision: the raw stage-4 map of ConvNeXt, before the final LayerNorm (that norm only ever saw the pooled vector, so
+  the tower leaves it out), flattened and projected by Linear-GELU-Linear.
+- Text: `AgeVlmTextModel` is `LlamaModel` under its own module names, plus a list of cross blocks. A Llama checkpoint
+  loads without renaming; PEFT targets and parallel plans made for Llama apply.
+- Cross block (Eq. 2): RMSNorm on the query side (Eq. 2 leaves it out; raw residual norms saturate the softmax),
+  grouped-query cross-attention without rotary positions, residual, RMSNorm + SwiGLU MLP, residual. Output projections
+  start at zero, so an untrained model is the Llama.
+- Guidance (section 3.2.2): with `guidance_query_mask` the model also returns `cross_attention_maps`, the softmax
+  weights averaged over heads and the selected query tokens. Only the selected rows and tokens are recomputed; the main
+  path stays on the chosen attention kernel.
+
+Where this differs from transformers' Mllama: a token that may see no image gets exactly nothing from a cross block
+(attention and MLP branch), `is_causal=False` is said to every kernel, and the picture's keys and values live in cache
+layers of their own behind Llama's.
+
+Shapes: B batch, T text tokens, N images per row, L visual tokens per image, V = N * L, C vision width, D text width,
+H query heads, G key/value heads, K cross blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.convnext.modeling_convnext import ConvNextModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_agevlm import AgeVlmConfig
+
+
+@dataclass
+class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of [`AgeVlmModel`]. Next to the usual fields:
+
+    cross_attentions (tuple of K tensors `(B, H, T, V)`): weights of each cross block, with `output_attentions=True`
+        under eager attention.
+    cross_attention_maps (`torch.FloatTensor` `(K, B, V)`): float32 mean of the weights over heads and over the tokens
+        of `guidance_query_mask`; sums to 1 over the visible cells, 0 everywhere in a row without a selected token.
+    image_hidden_states (`torch.FloatTensor` `(B, N, L, D)`): the projected visual tokens.
+    """
+
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attention_maps: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class AgeVlmCausalLMOutputWithPast(ModelOutput):
+    """Output of [`AgeVlmForConditionalGeneration`]: `loss`, `logits (B, T, vocabulary)` and the fields of
+    [`AgeVlmModelOutputWithPast`]."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attention_maps: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class AgeVlmCrossCacheLayer(DynamicLayer):
+    """The keys and values of a row's pictures in one cross block.
+
+    They are written once and read at every later step, so new ones replace the old ones, and `crop`, which takes back
+    text tokens (assisted decoding), leaves them alone.
+    """
+
+    # Of fixed size once written. A static cache counts as static only if all of its layers do; otherwise its unused
+    # places would not be masked out of self-attention.
+    is_compileable = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+
+def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmCrossCacheLayer:
+    """The cache layer of cross block `index`, appended behind the text layers on first use."""
+    while len(cache.layers) < num_text_layers:  # a `DynamicCache()` made without a config creates its layers lazily
+        cache.layers.append(cache.layer_class_to_replicate())
+    while len(cache.layers) <= num_text_layers + index:
+        cache.layers.append(AgeVlmCrossCacheLayer())
+    return cache.layers[num_text_layers + index]
+
+
+@dataclass
+class Visibility:
+    """Which visual tokens each text token may look at.
+
+    Attributes:
+        image_BTN: bool; token t sees image n.
+        cells_BNL: bool; the cell shows picture, not padding.
+    """
+
+    image_BTN: torch.Tensor
+    cells_BNL: torch.Tensor
+
+    @property
+    def text_BT(self) -> torch.Tensor:
+        """bool `(B, T)`: the token sees any image."""
+        return self.image_BTN.any(-1)
+
+    def select(self, rows_R: torch.Tensor, tokens_RQ: torch.Tensor) -> torch.Tensor:
+        """bool `(R, Q, V)`: the visual tokens that tokens `tokens_RQ` of rows `rows_R` see."""
+        image_RQN = self.image_BTN[rows_R[:, None], tokens_RQ]
+        return (image_RQN[..., None] & self.cells_BNL[rows_R][:, None]).flatten(2)
+
+
+def attention_map(
+    query_BHTD: torch.Tensor,
+    key_BGVD: torch.Tensor,
+    query_mask_BT: torch.Tensor,
+    visibility: Visibility,
+    scaling: float,
+) -> torch.Tensor:
+    """Softmax weights averaged over heads and selected query tokens (section 3.2.2, the A_q of Eq. 3).
+
+    Args:
+        query_BHTD, key_BGVD: queries and keys as the attention uses them.
+        query_mask_BT: bool, the selected tokens. Tokens that see no image are left out.
+
+    Returns:
+        float32 `(B, V)`: each row with a selected token sums to 1; other rows are 0.
+    """
+    batch, heads, _, width = query_BHTD.shape
+    groups, num_visual = key_BGVD.shape[1], key_BGVD.shape[2]
+    maps_BV = query_BHTD.new_zeros(batch, num_visual, dtype=torch.float32)
+    selected_BT = query_mask_BT & visibility.text_BT
+    rows_R = selected_BT.any(-1).nonzero()[:, 0]
+    if rows_R.numel() == 0:
+        return maps_BV
+    # Pack the selected tokens of each guided row to the front: R x Q tokens instead of B x T.
+    counts_R = selected_BT[rows_R].sum(-1)
+    tokens_RQ = selected_BT[rows_R].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : counts_R.max()]
+    kept_RQ = selected_BT[rows_R].gather(1, tokens_RQ)
+    query = query_BHTD.transpose(1, 2)[rows_R[:, None], tokens_RQ]  # (R, Q, H, D)
+    query = query.view(*tokens_RQ.shape, groups, heads // groups, width)
+    visible = visibility.select(rows_R, tokens_RQ)
+    weights = (kept_RQ / (counts_R[:, None] * heads)).to(torch.float32)
+    with torch.autocast(query.device.type, enabled=False):  # autocast would undo the casts to float32
+        scores = torch.einsum("rqghd,rgvd->rghqv", query.float(), key_BGVD[rows_R].float()) * scaling
+        # A finite floor: packed tokens past the end of a row may see nothing; `weights` drops them.
+        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
+        maps_RV = torch.einsum("rghqv,rq->rv", scores.softmax(-1), weights)
+    return maps_BV.index_put((rows_R,), maps_RV)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weights start at zero: the end of a residual branch that is closed at first."""
+
+
+class AgeVlmCrossAttention(nn.Module):
+    """Grouped-query attention of text over visual tokens, without positions and never causal (Eq. 2)."""
+
+    def __init__(self, config: AgeVlmConfig, cross_index: int):
+        super().__init__()
+        text_config = config.text_config
+        self.config = text_config
+        self.cross_index = cross_index
+        self.head_dim = text_config.head_dim
+        self.num_key_value_groups = text_config.num_attention_heads // text_config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        width, bias = text_config.hidden_size, text_config.attention_bias
+        self.q_proj = nn.Linear(width, text_config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
+        output = nn.Linear if config.cross_attention_gate == "tanh" else ZeroLinear
+        self.o_proj = output(text_config.num_attention_heads * self.head_dim, width, bias=bias)
+        norm = LlamaRMSNorm if config.cross_attention_qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, text_config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, text_config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None,
+        attention_mask: Any,
+        visibility: Visibility,
+        past_key_values: Cache | None,
+        guidance_query_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`hidden_states (B, T, D)`, `image_states (B, V, D)` or None when the keys are cached. Returns the attended
+        states, the weights (eager only) and the guidance map `(B, V)` if asked for."""
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape).transpose(1, 2))
+        cache = None
+        if past_key_values is not None:
+            cache = cross_cache_layer(past_key_values, self.config.num_hidden_layers, self.cross_index)
+        if image_states is None:
+            key, value = cache.keys, cache.values
+        else:
+            visual_shape = (*image_states.shape[:-1], -1, self.head_dim)
+            key = self.k_norm(self.k_proj(image_states).view(visual_shape).transpose(1, 2))
+            value = self.v_proj(image_states).view(visual_shape).transpose(1, 2)
+            if cache is not None:
+                key, value = cache.update(key, value)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,  # unsaid, SDPA runs causal cross-attention whenever no mask is given
+        )
+        guidance_map = None
+        if guidance_query_mask is not None:
+            guidance_map = attention_map(query, key, guidance_query_mask, visibility, self.scaling)
+        attended = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return attended, weights, guidance_map
+
+
+class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
+    """The cross block of Eq. 2. Tokens that see no image pass through it unchanged."""
+
+    def __init__(self, config: AgeVlmConfig, cross_index: int):
+        super().__init__()
+        text_config = config.text_config
+        self.cross_attn = AgeVlmCrossAttention(config, cross_index)
+        self.input_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.mlp = LlamaMLP(text_config)
+        if config.cross_attention_gate == "tanh":
+            self.attn_gate = nn.Parameter(torch.zeros(1))
+            self.mlp_gate = nn.Parameter(torch.zeros(1))
+        else:
+            self.attn_gate = self.mlp_gate = None
+            self.mlp.down_proj = ZeroLinear(
+                text_config.intermediate_size, text_config.hidden_size, bias=text_config.mlp_bias
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None,
+        attention_mask: Any,
+        visibility: Visibility,
+        past_key_values: Cache | None = None,
+        guidance_query_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sees_BT1 = visibility.text_BT[..., None]
+        attended, _, guidance_map = self.cross_attn(
+            self.input_layernorm(hidden_states),
+            image_states,
+            attention_mask,
+            visibility,
+            past_key_values,
+            guidance_query_mask,
+        )
+        if self.attn_gate is not None:
+            attended = attended * self.attn_gate.tanh()
+        # `where`, not a product: whatever a kernel returns for a token with nothing to see, it leaves no trace
+        hidden_states = torch.where(sees_BT1, hidden_states + attended, hidden_states)
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.mlp_gate is not None:
+            transformed = transformed * self.mlp_gate.tanh()
+        hidden_states = torch.where(sees_BT1, hidden_states + transformed, hidden_states)
+        return hidden_states, guidance_map
+
+
+class AgeVlmPreTrainedModel(PreTrainedModel):
+    config: AgeVlmConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmCrossAttentionLayer", "ConvNextStage"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # Flash kernels cannot take the mask that hides the padded cells of a picture.
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+
+
+class AgeVlmVisionTower(ConvNextModel):
+    """`ConvNextModel` up to its stage-4 map; the final LayerNorm serves only the pooled vector and is left out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.layernorm
+
+    def get_correct_attn_implementation(self, *args, **kwargs) -> str:
+        """A ConvNeXt has no attention: whatever is asked of the whole model, nothing changes here."""
+        return "eager"
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """`pixel_values (M, 3, height, width)` -> `last_hidden_state (M, L, C)`, cells row by row."""
+        outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state.flatten(2).transpose(1, 2),
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class AgeVlmMultiModalProjector(nn.Module):
+    """The paper's two linear layers; without an activation between them they would be one."""
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_config.hidden_sizes[-1], config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., C)` -> `(..., D)`."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class AgeVlmTextModel(LlamaModel):
+    """`LlamaModel` with cross blocks between its layers. Without pictures it computes what `LlamaModel` computes."""
+
+    _no_split_modules = AgeVlmPreTrainedModel._no_split_modules
+    _supports_flash_attn = False
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LlamaDecoderLayer,
+        "attentions": LlamaAttention,
+        "cross_attentions": OutputRecorder(AgeVlmCrossAttention, index=1),
+    }
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__(config.text_config)
+        self.cross_attention_layers = nn.ModuleList(
+            [AgeVlmCrossAttentionLayer(config, index) for index in range(len(config.cross_attention_layers))]
+        )
+        self.cross_attention_schedule = config.cross_attention_schedule
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # Asked of the module that owns the parameter: for code outside of transformers, modules without parameters of
+        # their own are not visited.
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, AgeVlmCrossAttentionLayer) and module.attn_gate is not None:
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.mlp_gate)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        image_states: torch.FloatTensor | None = None,
+        visibility: Visibility | None = None,
+        guidance_query_mask: torch.BoolTensor | None = None,
+        **kwargs,
+    ) -> AgeVlmModelOutputWithPast:
+        """As `LlamaModel.forward`, with `image_states (B, V, D)` (None when cached) and `visibility` (None: the batch
+        has no pictures and the cross blocks do not run)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        cross_mask = None if visibility is None else self._cross_attention_mask(inputs_embeds, visibility)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        cross_attention_maps = []
+        for index in range(self.config.num_hidden_layers + 1):
+            if visibility is not None and index in self.cross_attention_schedule:
+                cross_layer = self.cross_attention_layers[self.cross_attention_schedule.index(index)]
+                # Positional: as keywords, reentrant checkpointing would go through the tower's graph twice.
+                hidden_states, guidance_map = cross_layer(
+                    hidden_states, image_states, cross_mask, visibility, past_key_values, guidance_query_mask
+                )
+                cross_attention_maps.append(guidance_map)
+            if index < self.config.num_hidden_layers:
+                hidden_states = self.layers[index](
+                    hidden_states,
+                    attention_mask=causal_mask,
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+        guided = guidance_query_mask is not None and visibility is not None
+        return AgeVlmModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            cross_attention_maps=torch.stack(cross_attention_maps) if guided else None,
+        )
+
+    def _cross_attention_mask(self, inputs_embeds: torch.Tensor, visibility: Visibility):
+        """The mask of the chosen attention kernel, None where nothing has to be hidden.
+
+        With one image per row the cells decide alone: tokens before the image are silenced by the block itself. With
+        several, the mask also says which image a token sees. A token that sees none is shown everything, so that no
+        softmax runs over an empty set.
+        """
+        batch, num_images, length = visibility.cells_BNL.shape
+        has_image_B = visibility.text_BT.any(-1)
+        cells_BV = visibility.cells_BNL.flatten(1) | ~has_image_B[:, None]
+        sees_image = None
+        if num_images > 1:
+            allowed_BTN = visibility.image_BTN | ~visibility.text_BT[..., None]
+            # Images that a row does not have hold no picture: they stay hidden from its seeing tokens.
+            cells_BV = cells_BV | ~visibility.cells_BNL.any(-1)[..., None].expand(-1, -1, length).flatten(1)
+
+            def sees_image(batch_idx, head_idx, q_idx, kv_idx):
+                return allowed_BTN[batch_idx, q_idx, kv_idx // length]
+
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            # None instead of all-True, so that a batch without padding runs without a mask
+            attention_mask=cells_BV,
+            encoder_hidden_states=inputs_embeds.new_empty(batch, cells_BV.shape[1], 0),
+            and_mask_function=sees_image,
+        )
+
+
+class AgeVlmModel(AgeVlmPreTrainedModel):
+    """AGE-VLM without a language-model head."""
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__(config)
+        self.vision_tower = AgeVlmVisionTower._from_config(config.vision_config)
+        self.multi_modal_projector = AgeVlmMultiModalProjector(config)
+        self.language_model = AgeVlmTextModel(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Visual tokens of a flat list of pictures.
+
+        Args:
+            pixel_values (`torch.FloatTensor` `(M, 3, height, width)`): cast to the tower's dtype.
+
+        Returns:
+            `last_hidden_state (M, L, C)` from the tower and `pooler_output (M, L, D)`, projected.
+        """
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        image_mask: torch.BoolTensor | None = None,
+        visual_token_mask: torch.BoolTensor | None = None,
+        cross_attention_mask: torch.BoolTensor | None = None,
+        guidance_query_mask: torch.BoolTensor | None = None,
+        **kwargs,
+    ) -> AgeVlmModelOutputWithPast:
+        """Runs tower, projector and decoder.
+
+        Args:
+            pixel_values (`torch.FloatTensor` `(B, N, 3, height, width)` or `(B, 3, height, width)`): row-aligned
+                pictures. New pictures replace those in the cache; leave out to go on with the cached ones.
+            image_mask (`torch.BoolTensor` `(B, N)`): which of the N places of a row hold a picture. Default: all.
+            visual_token_mask (`torch.BoolTensor` `(B, N, L)`): cells that show picture, not padding. Default: all.
+            cross_attention_mask (`torch.BoolTensor` `(B, T, N)`): token t of the whole sequence, cached part included,
+                sees image n. Later tokens see what the last one sees. Default: a token sees the images whose
+                placeholders do not come after it; without `input_ids`, every image of its row.
+            guidance_query_mask (`torch.BoolTensor` `(B, T)`): query tokens whose attention maps are wanted; aligned
+                with the tokens of this call.
+
+        Raises:
+            ValueError: pictures, masks and placeholders of a row do not fit each other.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_hidden_states = image_states = None
+        if pixel_values is not None:
+            if pixel_values.dim() == 4:
+                pixel_values = pixel_values[:, None]
+            batch, num_images = pixel_values.shape[:2]
+            if batch != inputs_embeds.shape[0]:
+                raise ValueError(
+                    f"`pixel_values` has {batch} rows and the text {inputs_embeds.shape[0]}: pictures are aligned "
+                    "with rows; pad rows with fewer pictures and say so in `image_mask`."
+                )
+            features = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True).pooler_output
+            image_hidden_states = features.unflatten(0, (batch, num_images))
+            image_states = image_hidden_states.flatten(1, 2).to(inputs_embeds.dtype)
+
+        visibility = self._visibility(
+            input_ids,
+            inputs_embeds,
+            image_hidden_states,
+            past_key_values,
+            image_mask,
+            visual_token_mask,
+            cross_attention_mask,
+        )
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            image_states=image_states,
+            visibility=visibility,
+            guidance_query_mask=None if guidance_query_mask is None else guidance_query_mask.bool(),
+            **kwargs,
+        )
+        outputs.image_hidden_states = image_hidden_states
+        return outputs
+
+    def _visibility(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_hidden_states: torch.Tensor | None,
+        past_key_values: Cache | None,
+        image_mask: torch.Tensor | None,
+        visual_token_mask: torch.Tensor | None,
+        cross_attention_mask: torch.Tensor | None,
+    ) -> Visibility | None:
+        """Which cells each token of this call may see; None when there is no picture, neither new nor cached."""
+        batch, length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        num_text_layers = self.config.text_config.num_hidden_layers
+        if image_hidden_states is not None:
+            num_visual = image_hidden_states.shape[1] * image_hidden_states.shape[2]
+            num_images = image_hidden_states.shape[1]
+        elif past_key_values is not None and len(past_key_values.layers) > num_text_layers:
+            num_visual = past_key_values.layers[num_text_layers].keys.shape[2]
+            given = [
+                mask.shape[axis] for mask, axis in ((image_mask, 1), (cross_attention_mask, 2)) if mask is not None
+            ]
+            num_images = given[0] if given else 1
+        else:
+            return None
+
+        if image_mask is None:
+            image_mask = torch.ones(batch, num_images, dtype=torch.bool, device=device)
+        if image_mask.shape != (batch, num_images):
+            raise ValueError(
+                f"`image_mask` has shape {tuple(image_mask.shape)}; {batch} rows of {num_images} pictures need "
+                f"{(batch, num_images)}."
+            )
+        image_mask = image_mask.bool()
+        if visual_token_mask is None:
+            visual_token_mask = torch.ones(
+                batch, num_images, num_visual // num_images, dtype=torch.bool, device=device
+            )
+        if visual_token_mask.shape[:2].numel() * visual_token_mask.shape[2] != batch * num_visual:
+            raise ValueError(
+                f"`visual_token_mask` has shape {tuple(visual_token_mask.shape)}; the pictures have "
+                f"{(batch, num_images, num_visual // num_images)} (rows, images, cells)."
+            )
+
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cross_attention_mask is not None:
+            if cross_attention_mask.shape[0] != batch or cross_attention_mask.shape[2] != num_images:
+                raise ValueError(
+                    f"`cross_attention_mask` has shape {tuple(cross_attention_mask.shape)}; expected ({batch} rows, "
+                    f"text, {num_images} images)."
+                )
+            positions = torch.arange(length, device=device) + past_length
+            positions = positions.clamp(max=cross_attention_mask.shape[1] - 1)
+            image_BTN = cross_attention_mask.bool()[:, positions]
+        elif input_ids is not None and image_hidden_states is not None:
+            placeholders_BT = input_ids == self.config.image_token_id
+            if not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
+                raise ValueError(
+                    f"The rows hold {placeholders_BT.sum(-1).tolist()} image placeholders (token "
+                    f"{self.config.image_token_id}) but {image_mask.sum(-1).tolist()} pictures. Put one placeholder "
+                    "per picture, and mark missing pictures in `image_mask`."
+                )
+            image_BTN = placeholders_BT.cumsum(-1)[..., None] > torch.arange(num_images, device=device)
+        else:
+            image_BTN = torch.ones(batch, length, num_images, dtype=torch.bool, device=device)
+        return Visibility(image_BTN & image_mask[:, None], visual_token_mask.bool() & image_mask[..., None])
+
+
+class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
+    """AGE-VLM with its language-model head: answers questions about pictures."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__(config)
+        self.model = AgeVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        # An answer that held a placeholder would speak of a picture that is not there.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`AgeVlmModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        image_mask: torch.BoolTensor | None = None,
+        visual_token_mask: torch.BoolTensor | None = None,
+        cross_attention_mask: torch.BoolTensor | None = None,
+        guidance_query_mask: torch.BoolTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> AgeVlmCausalLMOutputWithPast:
+        """Logits, and the language-model loss if `labels (B, T)` are given (-100 is ignored).
+
+        The pictures' arguments are those of [`AgeVlmModel.forward`]. The guidance loss is the trainer's: this method
+        only returns the maps it needs.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            image_mask=image_mask,
+            visual_token_mask=visual_token_mask,
+            cross_attention_mask=cross_attention_mask,
+            guidance_query_mask=guidance_query_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return AgeVlmCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            cross_attention_maps=outputs.cross_attention_maps,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+# Once for each Auto class that users of a checkpoint may call; the last one is what `auto_map` records for the class,
+# the others come from the configuration.
+AgeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["AgeVlmForConditionalGeneration", "AgeVlmModel", "AgeVlmPreTrainedModel"]

@@ -1,0 +1,267 @@
+"""The processor of AGE-VLM: text and row-aligned pictures to tensors, and the guidance of a row onto tokens and grid.
+
+One `<|image|>` placeholder marks the place of each picture; it stays one token, because the visual tokens never enter
+the text (paper section 3.2.1). Besides the usual tensors the model gets, for every batch with a picture:
+- `image_mask (B, N)`: which of the N places of a row hold a picture;
+- `visual_token_mask (B, N, L)`: which cells show picture, not padding;
+- `cross_attention_mask (B, T, N)`: token t sees image n once its placeholder has come.
+And on request, for the guidance loss (section 3.2.2): `guidance_query_mask (B, T)`, the tokens of the query, and
+`guidance_mask (B, N, L)`, the mask on the visual grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import get_image_size, is_valid_image
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+
+class AgeVlmProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True}}  # noqa: RUF012 - the attribute transformers reads
+
+
+class AgeVlmProcessor(ProcessorMixin):
+    """Joins [`AgeVlmImageProcessor`] and a tokenizer that has the image placeholder as one token."""
+
+    valid_processor_kwargs = AgeVlmProcessorKwargs
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, image_token: str = "<|image|>", **kwargs
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no token '{image_token}'. Use `agevlm.processing.build.build_processor`, which "
+                "renames a reserved special token to it."
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            *self.tokenizer.model_input_names,
+            "pixel_values",
+            "image_mask",
+            "visual_token_mask",
+            "cross_attention_mask",
+        ]
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        guidance_spans: Sequence[tuple[int, int] | None] | None = None,
+        guidance_masks: Sequence[Image.Image | None] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Tensors for a batch of rows.
+
+        Args:
+            images: pictures, one list per row (`[]` for a text-only row), or a flat list in the order of the
+                placeholders.
+            text: one string per row, with one `<|image|>` per picture. A string that starts with the tokenizer's
+                beginning-of-text token, as the chat template writes it, gets no second one.
+            guidance_spans: per row, the characters (start, end) of the query in its text, or None. Every token that
+                holds one of them is selected, special tokens never.
+            guidance_masks: per row, the mask of its first picture at original size, or None.
+            **kwargs: of the tokenizer and the image processor.
+
+        Raises:
+            ValueError: placeholders and pictures of a row do not fit; a guided row has no picture, a mask of another
+                size, or a span outside its text; only some of the texts start with the beginning-of-text token. The
+                message names the row.
+        """
+        if text is None:
+            return super().__call__(images=images, **kwargs)
+        single = isinstance(text, str)
+        text = [text] if single else list(text)
+        images = _rows_of_images(images, text, self.image_token)
+        if {**(kwargs.get("text_kwargs") or {}), **kwargs}.get("add_special_tokens") is None:
+            kwargs["add_special_tokens"] = not self._have_special_tokens(text)
+        return_tensors = kwargs.pop("return_tensors", None)
+        return_offsets = kwargs.pop("return_offsets_mapping", False)
+        if guidance_spans is not None:
+            images = [self.image_processor.fetch_images(row) for row in images]  # files are opened, to know their size
+            guided = _guided_rows(guidance_spans, guidance_masks, text, images)
+        flat = [image for row in images for image in row]
+        features = super().__call__(
+            images=flat or None, text=text, return_offsets_mapping=True, return_tensors=None, **kwargs
+        )
+        data = dict(features)
+        offsets = data["offset_mapping"] if return_offsets else data.pop("offset_mapping")
+        if flat:
+            data |= self._align(data, [len(row) for row in images])
+        if guidance_spans is not None:
+            data |= self._guidance(data, offsets, guided)
+        no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)
+
+    def _have_special_tokens(self, text: list[str]) -> bool:
+        """Whether the texts bring their beginning-of-text token along, so that the tokenizer must not add one."""
+        bos = self.tokenizer.bos_token
+        starts = [bos is not None and sample.startswith(bos) for sample in text]
+        if len(set(starts)) > 1:
+            raise ValueError(
+                f"Row {starts.index(True)} starts with '{bos}' and row {starts.index(False)} does not. Render all "
+                "rows with the chat template, or none, or say `add_special_tokens` yourself."
+            )
+        return all(starts)
+
+    def _align(self, data: dict[str, Any], counts: list[int]) -> dict[str, np.ndarray]:
+        """The flat pictures and their cells, packed into rows of the same number of places."""
+        rows, places = len(counts), max(counts)
+        pixels, cells = np.asarray(data["pixel_values"]), np.asarray(data["visual_token_mask"])
+        image_mask = np.arange(places) < np.asarray(counts)[:, None]
+        packed_pixels = np.zeros((rows, places, *pixels.shape[1:]), dtype=pixels.dtype)
+        packed_cells = np.zeros((rows, places, cells.shape[1]), dtype=bool)
+        packed_pixels[image_mask], packed_cells[image_mask] = pixels, cells
+        aligned = {"pixel_values": packed_pixels, "image_mask": image_mask, "visual_token_mask": packed_cells}
+        lengths = {len(ids) for ids in data["input_ids"]}
+        if len(lengths) == 1:  # ragged token lists (no padding asked for) cannot carry a mask per token
+            ids = np.asarray(data["input_ids"])
+            seen = (ids == self.image_token_id).cumsum(1)
+            attended = np.asarray(data.get("attention_mask", np.ones_like(ids)), dtype=bool)
+            aligned["cross_attention_mask"] = (seen[..., None] > np.arange(places)) & attended[..., None]
+        return aligned
+
+    def _guidance(
+        self,
+        data: dict[str, Any],
+        offsets: Sequence[Sequence[tuple[int, int]]],
+        guided: dict[int, tuple[tuple[int, int], Image.Image | np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        """Query tokens and grid masks of the guided rows, zeros for the others; nothing where no row is guided."""
+        if not guided:
+            return {}
+        if len({len(row) for row in offsets}) > 1:
+            raise ValueError("Guidance needs rows of one length. Leave `padding` on.")
+        query_mask = np.zeros((len(offsets), len(offsets[0])), dtype=bool)
+        grid_mask = np.zeros(np.shape(data["visual_token_mask"]), dtype=np.float32)
+        # A query may hold the placeholder, or spell out another special token: they ask for nothing.
+        special = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        words = ~np.isin(np.asarray(data["input_ids"]), special)
+        for row, (span, mask) in guided.items():
+            cells = self.image_processor.mask_to_grid(mask)
+            if not cells.any():
+                continue  # the geometry `crop` has cut the object away: nothing to look at
+            grid_mask[row, 0] = cells.reshape(-1)
+            start, end = np.asarray(offsets[row]).T
+            query_mask[row] = (start < span[1]) & (end > span[0]) & words[row]
+        return {"guidance_query_mask": query_mask, "guidance_mask": grid_mask}
+
+    def message_span(self, messages: Sequence[dict], message_index: int, query: str) -> tuple[int, int]:
+        """Where `query` first stands in the content of one message: (start, end) in characters of the chat text.
+
+        Raises:
+            ValueError: the message does not contain the query.
+        """
+        before, message = list(messages[:message_index]), messages[message_index]
+        text = self.apply_chat_template([*before, message])
+        # The same with a mark as content shows where the content lies: a query like "user" or "image" must be
+        # found neither in the header nor in a placeholder.
+        frame = self.apply_chat_template([*before, {**message, "content": "\0"}])
+        content_start = frame.rindex("\0")
+        content_end = len(text) - (len(frame) - content_start - 1)
+        if self.image_token not in query:
+            text = text.replace(self.image_token, "\0" * len(self.image_token))
+        start = text.find(query, content_start, content_end)
+        if start < 0 or not query:
+            raise ValueError(
+                f"The query {query!r} does not occur in message {message_index}: "
+                f"{messages[message_index]['content']!r}. The query must be a part of the message it guides."
+            )
+        return start, start + len(query)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """One placeholder stays one token."""
+        return self.image_token
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        ones = [1] * len(image_sizes)
+        return MultiModalData(num_image_tokens=ones, num_image_patches=ones)
+
+    def to_dict(self) -> dict[str, Any]:
+        # `from_pretrained` drops the map that `save_pretrained` has set; it belongs to the class.
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_agevlm.AgeVlmProcessor"}}
+
+
+def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
+    """`images` as one list per row of text.
+
+    Raises:
+        ValueError: a row without its pictures or its placeholders.
+    """
+    wanted = [sample.count(image_token) for sample in text]
+    if images is None:
+        images = [[] for _ in text]
+    elif is_valid_image(images) or isinstance(images, str):
+        images = [images]
+    if not any(isinstance(row, (list, tuple)) for row in images):
+        if len(images) == sum(wanted):
+            flat = iter(images)
+            return [[next(flat) for _ in range(count)] for count in wanted]
+        images = [images] if len(text) == 1 else images
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    if len(rows) != len(text):
+        missing = "text" if len(rows) > len(text) else "list of pictures"
+        raise ValueError(
+            f"Row {min(len(rows), len(text))} has no {missing}: {len(rows)} lists of pictures for {len(text)} texts "
+            f"with {sum(wanted)} placeholders '{image_token}'. Give one list of pictures per text ([] for none)."
+        )
+    for index, (row, count) in enumerate(zip(rows, wanted, strict=True)):
+        if len(row) != count:
+            raise ValueError(
+                f"Row {index} has {len(row)} picture(s) but {count} placeholder(s) '{image_token}' in its text. Put "
+                "one placeholder where each picture belongs, or drop the pictures."
+            )
+    return rows
+
+
+def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int, tuple[tuple[int, int], Any]]:
+    """Row number -> (span, mask), of the rows that have both.
+
+    Raises:
+        ValueError: not one span and one mask per row, or a row's do not fit its text or its first picture.
+    """
+    if masks is None or len(masks) != len(spans) or len(spans) != len(text):
+        raise ValueError(
+            f"{len(text)} rows need as many `guidance_spans` and `guidance_masks` (None where a row is not "
+            f"guided), got {len(spans)} and {0 if masks is None else len(masks)}."
+        )
+    pairs = enumerate(zip(spans, masks, strict=True))
+    guided = {row: (span, mask) for row, (span, mask) in pairs if span is not None and mask is not None}
+    for row, ((start, end), mask) in guided.items():
+        if not images[row]:
+            raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
+        if not 0 <= start < end <= len(text[row]):
+            raise ValueError(
+                f"Row {row}: the `guidance_spans` entry ({start}, {end}) is no part of its text of {len(text[row])} "
+                "characters. Take it from `message_span` of the same messages."
+            )
+        height, width = _upright_size(mask)
+        shown_height, shown_width = _upright_size(images[row][0])
+        if (height, width) != (shown_height, shown_width):
+            raise ValueError(
+                f"Row {row}: the mask is {width} x {height} but its first picture is {shown_width} x {shown_height}. "
+                "Give the mask at the picture's original size."
+            )
+    return guided
+
+
+def _upright_size(image) -> tuple[int, int]:
+    """(height, width) of a mask or a picture, after its rotation tag."""
+    if not isinstance(image, Image.Image):
+        return tuple(image.shape) if image.ndim == 2 else get_image_size(image)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+AgeVlmProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["AgeVlmProcessor"]
