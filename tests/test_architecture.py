@@ -131,3 +131,9 @@ def test_no_pickle_eval_or_shell():
                     assert not shell, f"{path.relative_to(ROOT)}:{node.lineno} runs a shell string"
                     if name == "torch.load":
                         pytest.fail(f"{path.relative_to(ROOT)}:{node.lineno}: safetensors only")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_tiny_checkpoint_ships_the_code_of_this_repository(name):
+    shipped = ROOT / "checkpoints" / "agevlm-tiny" / Path(name).name
+    assert shipped.read_bytes() == (ROOT / name).read_bytes(), "save checkpoints/agevlm-tiny again"

@@ -8,7 +8,7 @@ Readings of the paper that the fields encode:
 - Eq. 2 has no gate on the cross block and no norm on queries and keys; both exist as switches (`mllama()` sets them).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -81,8 +81,9 @@ class AgeVlmConfig(PreTrainedConfig):
         ),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # dict | PreTrainedConfig | None when given; always a configuration afterwards
+    vision_config: Any = None
+    text_config: Any = None
     cross_attention_layers: list[int] | tuple[int, ...] = (2, 7, 12, 17)
     image_token_id: int = 128255
     cross_attention_gate: Literal["none", "tanh"] = "none"

@@ -86,7 +86,6 @@ class AgeVlmProcessor(ProcessorMixin):
         return_offsets = kwargs.pop("return_offsets_mapping", False)
         if guidance_spans is not None:
             images = [self.image_processor.fetch_images(row) for row in images]  # files are opened, to know their size
-            guided = _guided_rows(guidance_spans, guidance_masks, text, images)
         flat = [image for row in images for image in row]
         features = super().__call__(
             images=flat or None, text=text, return_offsets_mapping=True, return_tensors=None, **kwargs
@@ -96,6 +95,8 @@ class AgeVlmProcessor(ProcessorMixin):
         if flat:
             data |= self._align(data, [len(row) for row in images])
         if guidance_spans is not None:
+            # Only now: the pictures have passed the guards of the image processor.
+            guided = _guided_rows(guidance_spans, guidance_masks, text, images)
             data |= self._guidance(data, offsets, guided)
         no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)

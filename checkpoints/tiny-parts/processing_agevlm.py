@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import is_valid_image
+from transformers.image_utils import get_image_size, is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 
@@ -65,13 +65,15 @@ class AgeVlmProcessor(ProcessorMixin):
                 placeholders.
             text: one string per row, with one `<|image|>` per picture. A string that starts with the tokenizer's
                 beginning-of-text token, as the chat template writes it, gets no second one.
-            guidance_spans: per row, the characters (start, end) of the query in its text, or None.
+            guidance_spans: per row, the characters (start, end) of the query in its text, or None. Every token that
+                holds one of them is selected, special tokens never.
             guidance_masks: per row, the mask of its first picture at original size, or None.
             **kwargs: of the tokenizer and the image processor.
 
         Raises:
-            ValueError: placeholders and pictures of a row do not fit; a guided row has no picture; only some of the
-                texts start with the beginning-of-text token. The message names the row.
+            ValueError: placeholders and pictures of a row do not fit; a guided row has no picture, a mask of another
+                size, or a span outside its text; only some of the texts start with the beginning-of-text token. The
+                message names the row.
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
@@ -82,6 +84,8 @@ class AgeVlmProcessor(ProcessorMixin):
             kwargs["add_special_tokens"] = not self._have_special_tokens(text)
         return_tensors = kwargs.pop("return_tensors", None)
         return_offsets = kwargs.pop("return_offsets_mapping", False)
+        if guidance_spans is not None:
+            images = [self.image_processor.fetch_images(row) for row in images]  # files are opened, to know their size
         flat = [image for row in images for image in row]
         features = super().__call__(
             images=flat or None, text=text, return_offsets_mapping=True, return_tensors=None, **kwargs
@@ -91,7 +95,9 @@ class AgeVlmProcessor(ProcessorMixin):
         if flat:
             data |= self._align(data, [len(row) for row in images])
         if guidance_spans is not None:
-            data |= self._guidance(data, offsets, guidance_spans, guidance_masks)
+            # Only now: the pictures have passed the guards of the image processor.
+            guided = _guided_rows(guidance_spans, guidance_masks, text, images)
+            data |= self._guidance(data, offsets, guided)
         no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)
 
@@ -127,35 +133,25 @@ class AgeVlmProcessor(ProcessorMixin):
         self,
         data: dict[str, Any],
         offsets: Sequence[Sequence[tuple[int, int]]],
-        spans: Sequence[tuple[int, int] | None],
-        masks: Sequence[Image.Image | None] | None,
+        guided: dict[int, tuple[tuple[int, int], Image.Image | np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """Query tokens and grid masks of the rows that have a span and a mask; zeros for the others.
-
-        Nothing where no row has both.
-        """
-        if masks is None or len(masks) != len(spans) or len(spans) != len(offsets):
-            raise ValueError(
-                f"{len(offsets)} rows need as many `guidance_spans` and `guidance_masks` (None where a row is not "
-                f"guided), got {len(spans)} and {0 if masks is None else len(masks)}."
-            )
-        guided = [row for row in range(len(spans)) if spans[row] is not None and masks[row] is not None]
+        """Query tokens and grid masks of the guided rows, zeros for the others; nothing where no row is guided."""
         if not guided:
             return {}
-        for row in guided:
-            if "image_mask" not in data or not data["image_mask"][row, 0]:
-                raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
-        query_mask = np.zeros((len(spans), len(offsets[0])), dtype=bool)
+        if len({len(row) for row in offsets}) > 1:
+            raise ValueError("Guidance needs rows of one length. Leave `padding` on.")
+        query_mask = np.zeros((len(offsets), len(offsets[0])), dtype=bool)
         grid_mask = np.zeros(np.shape(data["visual_token_mask"]), dtype=np.float32)
-        # A query may hold the placeholder, which asks for nothing.
-        placeholder = np.asarray(data["input_ids"]) == self.image_token_id
-        for row in guided:
-            cells = self.image_processor.mask_to_grid(masks[row])
+        # A query may hold the placeholder, or spell out another special token: they ask for nothing.
+        special = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        words = ~np.isin(np.asarray(data["input_ids"]), special)
+        for row, (span, mask) in guided.items():
+            cells = self.image_processor.mask_to_grid(mask)
             if not cells.any():
                 continue  # the geometry `crop` has cut the object away: nothing to look at
             grid_mask[row, 0] = cells.reshape(-1)
             start, end = np.asarray(offsets[row]).T
-            query_mask[row] = (start < spans[row][1]) & (end > spans[row][0]) & ~placeholder[row]
+            query_mask[row] = (start < span[1]) & (end > span[0]) & words[row]
         return {"guidance_query_mask": query_mask, "guidance_mask": grid_mask}
 
     def message_span(self, messages: Sequence[dict], message_index: int, query: str) -> tuple[int, int]:
@@ -226,6 +222,45 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
                 "one placeholder where each picture belongs, or drop the pictures."
             )
     return rows
+
+
+def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int, tuple[tuple[int, int], Any]]:
+    """Row number -> (span, mask), of the rows that have both.
+
+    Raises:
+        ValueError: not one span and one mask per row, or a row's do not fit its text or its first picture.
+    """
+    if masks is None or len(masks) != len(spans) or len(spans) != len(text):
+        raise ValueError(
+            f"{len(text)} rows need as many `guidance_spans` and `guidance_masks` (None where a row is not "
+            f"guided), got {len(spans)} and {0 if masks is None else len(masks)}."
+        )
+    pairs = enumerate(zip(spans, masks, strict=True))
+    guided = {row: (span, mask) for row, (span, mask) in pairs if span is not None and mask is not None}
+    for row, ((start, end), mask) in guided.items():
+        if not images[row]:
+            raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
+        if not 0 <= start < end <= len(text[row]):
+            raise ValueError(
+                f"Row {row}: the `guidance_spans` entry ({start}, {end}) is no part of its text of {len(text[row])} "
+                "characters. Take it from `message_span` of the same messages."
+            )
+        height, width = _upright_size(mask)
+        shown_height, shown_width = _upright_size(images[row][0])
+        if (height, width) != (shown_height, shown_width):
+            raise ValueError(
+                f"Row {row}: the mask is {width} x {height} but its first picture is {shown_width} x {shown_height}. "
+                "Give the mask at the picture's original size."
+            )
+    return guided
+
+
+def _upright_size(image) -> tuple[int, int]:
+    """(height, width) of a mask or a picture, after its rotation tag."""
+    if not isinstance(image, Image.Image):
+        return tuple(image.shape) if image.ndim == 2 else get_image_size(image)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 AgeVlmProcessor.register_for_auto_class("AutoProcessor")

@@ -290,7 +290,9 @@ def run_stage(
         model=model,
         args=args,
         lineage=lineage,
-        data_collator=AgeVlmDataCollator(processor, max_length=args.max_length),
+        data_collator=AgeVlmDataCollator(
+            processor, max_length=args.max_length, pad_to_multiple_of=args.pad_to_multiple_of
+        ),
         train_dataset=rows,
         eval_dataset=eval_data,
         processing_class=processor,
