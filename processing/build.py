@@ -1,6 +1,11 @@
-"""A processor around any tokenizer. Never shipped with a checkpoint."""
+"""A processor around any tokenizer. Never shipped with a checkpoint.
+
+A language model that stays frozen for three stages must be spoken to in the tokens it knows: tokenizers with ChatML's
+turn tokens (SmolLM2, Qwen) get ChatML's template, all others Llama-3's, whose tokens are added where they are missing.
+"""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -10,10 +15,27 @@ from .processing_agevlm import AgeVlmProcessor
 
 
 IMAGE_TOKEN = "<|image|>"
-END_OF_TURN = "<|eot_id|>"
-CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", END_OF_TURN)
 RESERVED = "<|reserved_special_token_"
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+class ChatStyle(NamedTuple):
+    """The tokens of a chat template, the last of which ends a turn, and the template's file."""
+
+    tokens: tuple[str, ...]
+    template: str
+
+    @property
+    def end_of_turn(self) -> str:
+        return self.tokens[-1]
+
+
+LLAMA3 = ChatStyle(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chat_template.jinja")
+CHATML = ChatStyle(("<|im_start|>", "<|im_end|>"), "chat_template_chatml.jinja")
+
+
+def chat_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
+    """ChatML where the tokenizer has all of its tokens, else Llama-3's."""
+    return CHATML if set(CHATML.tokens) <= set(tokenizer.get_vocab()) else LLAMA3
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -34,12 +56,13 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(text), model_max_length=tokenizer.model_max_length, **settings
         )
-    missing = [token for token in (IMAGE_TOKEN, *CHAT_TOKENS) if token not in tokenizer.get_vocab()]
+    style = chat_style(tokenizer)
+    missing = [token for token in (IMAGE_TOKEN, *style.tokens) if token not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
-    tokenizer.eos_token = END_OF_TURN
+        tokenizer.pad_token = tokenizer.eos_token or style.end_of_turn
+    tokenizer.eos_token = style.end_of_turn
     return tokenizer
 
 
@@ -57,6 +80,6 @@ def build_processor(
     tokenizer = with_image_token(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # what is saved
-    template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    template = Path(__file__).with_name(chat_style(tokenizer).template).read_text(encoding="utf-8")
     tokenizer.chat_template = template
     return AgeVlmProcessor(image_processor, tokenizer, chat_template=template)

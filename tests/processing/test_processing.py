@@ -334,3 +334,28 @@ def test_saving_and_loading_changes_nothing(tmp_path):
 def test_numpy_is_returned_as_numpy(processor):
     batch = processor(images=[[picture()]], text=[f"{IMAGE}Yes"], return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in batch.values())
+
+
+def test_chatml_tokenizers_are_spoken_to_in_chatml():
+    """SmolLM2's turn tokens are its own; a frozen language model has never seen Llama-3's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    size = len(tokenizer)
+    processor = build_processor(tokenizer, image_size=96)
+    assert len(processor.tokenizer) == size  # the placeholder takes a reserved token's place
+    assert processor.tokenizer.eos_token == "<|im_end|>"
+    messages = [{"role": "user", "content": "<|image|>Is it?"}, {"role": "assistant", "content": "Yes"}]
+    text = processor.apply_chat_template(messages)
+    assert text == "<|im_start|>user\n<|image|>Is it?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    assert text.startswith(processor.apply_chat_template(messages[:1], add_generation_prompt=True))
+    encoded = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"images": [picture()]},
+    )
+    answer = [
+        token for token, kept in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if kept
+    ]
+    assert processor.tokenizer.decode(answer) == "Yes<|im_end|>"
