@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = {
     "configuration_agevlm.py": ROOT / "modeling_agevlm",
     "modeling_agevlm.py": ROOT / "modeling_agevlm",
+    "guidance_agevlm.py": ROOT / "modeling_agevlm",
     "image_processing_agevlm.py": ROOT / "processing",
     "processing_agevlm.py": ROOT / "processing",
 }

@@ -72,6 +72,30 @@ def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalisation: 
     return -torch.log(dice_KB + EPSILON).mean(dim=0)
 
 
+def guidance_loss_of_mass(mass_KB: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """Eq. 3 per row in the normalisation `sum`, where it needs no more of the attention than its mass in the mask:
+    -log(2 m / (sum M + 1)), averaged over the layers.
+
+    Args:
+        mass_KB (`torch.Tensor`): floating point, in [0, 1]: <M, P> of each layer and row.
+        mask_BV (`torch.Tensor`): bool or {0, 1}.
+
+    Returns:
+        `torch.Tensor` of shape (B,), as [`guidance_loss`].
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if mass_KB.dim() != 2 or mass_KB.shape[0] == 0 or mass_KB.shape[1] != mask_BV.shape[0]:
+        raise ValueError(
+            "The mass must have the shape (cross-attention layers >= 1, rows) and the mask (rows, visual cells), got "
+            f"{tuple(mass_KB.shape)} and {tuple(mask_BV.shape)}."
+        )
+    mass_KB = mass_KB.to(torch.promote_types(mass_KB.dtype, torch.float32))
+    dice_KB = 2 * mass_KB / (mask_BV.to(mass_KB.dtype).sum(dim=-1) + 1)
+    return -torch.log(dice_KB + EPSILON).mean(dim=0)
+
+
 def in_mask_mass(maps_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
     """The share of a row's attention that lies inside its mask, averaged over the layers: (B,) in [0, 1]."""
     _check_shapes(maps_KBV, mask_BV)

@@ -3,6 +3,8 @@
 `AgeVlmSFTTrainer` is TRL's `SFTTrainer` plus:
 - The guidance loss, taken from the attention maps that the backbone returns in the same forward pass. TRL's fused LM
   head keeps only the backbone's hidden states, so a forward hook keeps the maps. Full logits are never built.
+  Where most tokens are guided the backbone is asked for the attention inside the mask alone, which is cheaper
+  (`modeling_agevlm/guidance_agevlm.py`); in steps that are logged always for the maps, so that pointing is known.
 - Its scale: TRL divides the language-modelling loss by the answer tokens of the whole optimizer step (all accumulated
   micro-batches, all processes); guidance is divided by the guided rows of the whole step in the same way. One batch of
   8, 8 accumulated batches of 1 and 2 processes give the same gradients, however the masks are spread.
@@ -30,7 +32,12 @@ from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
-from agevlm.training.losses import guidance_loss, in_mask_mass, pointing_accuracy
+from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
+
+
+# Share of guided tokens in a batch from which one wider attention call is cheaper than computing their maps
+# (docs/benchmarks/guidance.md).
+MASS_FROM_SHARE = 0.25
 
 
 class AgeVlmSFTTrainer(SFTTrainer):
@@ -58,7 +65,7 @@ class AgeVlmSFTTrainer(SFTTrainer):
             )
         self.lineage = lineage or {}
         self._staging: Path | None = None
-        self._cross_attention_maps: torch.Tensor | None = None
+        self._attention: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # maps, mass
         self._guided_rows: torch.Tensor | None = None
         self._guidance_sums: dict[str, Any] = defaultdict(float)
         super().__init__(model=model, args=args, **kwargs)
@@ -72,8 +79,8 @@ class AgeVlmSFTTrainer(SFTTrainer):
     # ---- Loss ----
 
     def _on_backbone_output(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
-        """Keep the attention maps of the forward pass that is running."""
-        self._cross_attention_maps = output.cross_attention_maps
+        """Keep the attention maps, or the mass, of the forward pass that is running."""
+        self._attention = output.cross_attention_maps, output.cross_attention_mass
         if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
             # Rows without pictures meet only frozen weights in stages 1 to 3. A zero from a trainable weight lets
             # their backward pass run; inside the forward pass, where DistributedDataParallel looks for the weights in
@@ -105,17 +112,24 @@ class AgeVlmSFTTrainer(SFTTrainer):
             inputs.pop("guidance_query_mask", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        if mask is not None and self._needs_mass_only(inputs["guidance_query_mask"]):
+            inputs["guidance_mask"] = mask
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        maps, self._cross_attention_maps = self._cross_attention_maps, None
-        # Per row: loss, mass and pointing if guided, whether it is, and 1.
-        stats_B5 = torch.zeros(inputs["input_ids"].shape[0], 5, device=self.args.device)
-        stats_B5[:, 4] = 1
+        (maps, mass), self._attention = self._attention, (None, None)
+        # Sums over rows: loss and mass of the guided ones, their number; pointing, how often it is known; all rows.
+        stats_B6 = torch.zeros(inputs["input_ids"].shape[0], 6, device=self.args.device)
+        stats_B6[:, 5] = 1
         if mask is not None:
             mask = mask.flatten(1)
-            loss = guidance_loss(maps, mask, self.args.guidance_normalisation).masked_fill(~guided, 0)
-            with torch.no_grad():
-                stats = (loss, in_mask_mass(maps, mask), pointing_accuracy(maps, mask), torch.ones_like(loss))
-                stats_B5[:, :4] = torch.stack(stats, dim=-1).masked_fill(~guided[:, None], 0)
+            if maps is None:
+                loss = guidance_loss_of_mass(mass, mask)
+                stats = (loss, mass.mean(0), torch.ones_like(loss), torch.zeros_like(loss), torch.zeros_like(loss))
+            else:
+                loss = guidance_loss(maps, mask, self.args.guidance_normalisation)
+                known = torch.ones_like(loss)
+                stats = (loss, in_mask_mass(maps, mask), known, pointing_accuracy(maps, mask), known)
+            stats_B6[:, :5] = torch.stack(stats, dim=-1).detach().masked_fill(~guided[:, None], 0)
+            loss = loss.masked_fill(~guided, 0)
             if training:
                 # DDP averages the gradients of the processes, and `_guided_rows` counts the rows of all of them.
                 count = self._guided_rows / (self.accelerator.num_processes // self.get_tp_size())
@@ -124,11 +138,18 @@ class AgeVlmSFTTrainer(SFTTrainer):
             guidance = self.args.guidance_weight * loss.sum() / torch.where(count > 0, count, 1)
             result = (result[0] + guidance, result[1]) if return_outputs else result + guidance
         if training:
-            self._guidance_sums["train"] += stats_B5.sum(dim=0)
+            self._guidance_sums["train"] += stats_B6.sum(dim=0)
         else:
             # The last batch of an evaluation may repeat rows to fill all processes; this gather leaves them out.
-            self._guidance_sums["eval"] += self.accelerator.gather_for_metrics(stats_B5).sum(dim=0)
+            self._guidance_sums["eval"] += self.accelerator.gather_for_metrics(stats_B6).sum(dim=0)
         return result
+
+    def _needs_mass_only(self, query_mask: torch.Tensor) -> bool:
+        """Whether a training batch is served by the attention inside its masks; else by whole maps."""
+        if not self.model.training or self.args.guidance_normalisation != "sum":
+            return False
+        is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        return not is_logged and bool(query_mask.float().mean() > MASS_FROM_SHARE)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the guidance metrics since the last call: averages over guided rows (the share: over all)."""
@@ -137,12 +158,13 @@ class AgeVlmSFTTrainer(SFTTrainer):
         if sums is not None:
             if mode == "train":
                 sums = self.accelerator.reduce(sums, reduction="sum")
-            loss, mass, pointing, guided, rows = sums.tolist()
+            loss, mass, guided, pointing, pointed, rows = sums.tolist()
             metrics = {"guided_share": guided / rows}
             if guided > 0:
                 metrics["guidance_loss"] = loss / guided
                 metrics["in_mask_mass"] = mass / guided
-                metrics["pointing_accuracy"] = pointing / guided
+            if pointed > 0:
+                metrics["pointing_accuracy"] = pointing / pointed
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
