@@ -14,7 +14,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 def test_verbs_are_frozen():
     """A new verb is a decision: change this list together with README and CONTRIBUTING."""
-    assert set(cli.VERBS) == {"quickstart", "data scenes", "train", "eval", "analyze attention", "env"}
+    assert set(cli.VERBS) == {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "env"}
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))

@@ -17,6 +17,10 @@ VERBS = {
         "agevlm.quickstart",
         "Build data, train every variant through all stages, evaluate, write a report.",
     ),
+    "init": (
+        "agevlm.training.init",
+        "Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.",
+    ),
     "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
     "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),

@@ -1,0 +1,535 @@
+"""`agevlm init`: parts from folders and from a Hub, what is said when there are none, and what stage 1 makes of it.
+
+The Hub is a small server of this file, in place of the real one (`HF_ENDPOINT`).
+"""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from training_worker import make_rows
+from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+from agevlm.quickstart import TINY_PARTS, save_start
+from agevlm.training.init import RECORD_FILE, count_parameters, main, parse, plan_parts, without_weights
+from agevlm.training.stages import stage1_align
+from agevlm.training.stages.base import run_stage
+from builders import picture, tiny_tokenizer
+
+
+DEPTHS, WIDTHS = [1, 1, 1, 1], [8, 16, 16, 32]
+
+
+def timm_weights(depths: list[int], widths: list[int]) -> dict[str, torch.Size]:
+    """Names and shapes of timm's ConvNeXt (`tests/modeling/test_convert_vision.py` proves them)."""
+    shapes: dict = {"stem.0.weight": [widths[0], 3, 4, 4]}
+    shapes |= {f"stem.{name}": [widths[0]] for name in ("0.bias", "1.weight", "1.bias")}
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        if stage:
+            before = widths[stage - 1]
+            shapes |= {f"stages.{stage}.downsample.0.{kind}": [before] for kind in ("weight", "bias")}
+            shapes[f"stages.{stage}.downsample.1.weight"] = [width, before, 2, 2]
+            shapes[f"stages.{stage}.downsample.1.bias"] = [width]
+        for block in range(depth):
+            at = f"stages.{stage}.blocks.{block}"
+            shapes |= {f"{at}.{name}": [width] for name in ("gamma", "conv_dw.bias", "norm.weight", "norm.bias")}
+            shapes |= {f"{at}.conv_dw.weight": [width, 1, 7, 7], f"{at}.mlp.fc2.bias": [width]}
+            shapes |= {f"{at}.mlp.fc1.weight": [4 * width, width], f"{at}.mlp.fc1.bias": [4 * width]}
+            shapes |= {f"{at}.mlp.fc2.weight": [width, 4 * width]}
+    return shapes | {"head.norm.weight": [widths[-1]], "head.norm.bias": [widths[-1]]}
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """A tiny Llama that knows nothing of pictures, with its tokenizer."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tower(file: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    shapes = timm_weights(DEPTHS, WIDTHS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    return save_tower(tmp_path_factory.mktemp("tower") / "tower.safetensors")
+
+
+def flags(llama: Path | str, tower: Path | str, *more: str) -> list[str]:
+    return ["--language-model", str(llama), "--vision-tower", str(tower), "--image-size", "96", *more]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, llama, tower) -> Path:
+    folder = tmp_path_factory.mktemp("init") / "start"
+    main([str(folder), *flags(llama, tower)])
+    return folder
+
+
+# ---- What comes out ----
+
+
+def test_the_folder_is_a_checkpoint_that_runs_and_holds_the_parts_unchanged(start, llama, tower):
+    model = AutoModel.from_pretrained(start, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
+    text = processor.apply_chat_template([{"role": "user", "content": "<|image|>Is there a red apple?"}])
+    inputs = processor(images=picture(), text=text, return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (96, 96)
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+    language_model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():  # the cross blocks are closed: with or without a picture, it is the Llama
+        expected = language_model(inputs["input_ids"]).logits
+        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(input_ids=inputs["input_ids"]).logits, expected)
+    published = load_file(tower)
+    state = model.state_dict()
+    for ours, theirs in {
+        "embeddings.patch_embeddings.weight": "stem.0.weight",
+        "encoder.stages.2.downsampling_layer.1.weight": "stages.2.downsample.1.weight",
+        "encoder.stages.3.layers.0.pwconv2.weight": "stages.3.blocks.0.mlp.fc2.weight",
+        "encoder.stages.3.layers.0.layer_scale_parameter": "stages.3.blocks.0.gamma",
+    }.items():
+        assert torch.equal(state[f"model.vision_tower.{ours}"], published[theirs])
+
+
+def test_the_vocabulary_keeps_its_size_and_answers_end(start, llama):
+    config = AgeVlmConfig.from_pretrained(start)
+    tokenizer = AutoProcessor.from_pretrained(start).tokenizer
+    assert config.text_config.vocab_size == len(tiny_tokenizer()) == len(tokenizer)
+    assert config.image_token_id == tiny_tokenizer().convert_tokens_to_ids("<|reserved_special_token_1|>")
+    generation = json.loads((start / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert generation["pad_token_id"] == tokenizer.pad_token_id
+    assert generation["suppress_tokens"] == [config.image_token_id]
+
+
+def test_the_record_says_what_it_was_made_of(start, llama, tower):
+    record = json.loads((start / RECORD_FILE).read_text())
+    assert record["language_model"]["source"] == str(llama)
+    assert record["vision_tower"]["source"] == str(tower)
+    assert record["vision_tower"]["layout"] == "timm"
+    assert record["vision_tower"]["left_out"] == {"pooled norm and head": 2}
+    assert (record["image_size"], record["visual_tokens"], record["cross_attention_layers"]) == (96, 9, [2])
+    assert {"torch", "transformers"} <= record["versions"].keys()
+    model = AgeVlmForConditionalGeneration.from_pretrained(start)
+    assert record["parameters"] == count_parameters(model)
+    assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert record["parameters"]["language_model"] == LlamaForCausalLM.from_pretrained(llama).num_parameters()
+
+
+def test_stage_1_starts_from_it(start, tmp_path):
+    recipe = stage1_align.recipe(size="tiny").override(
+        global_batch_size=4, per_device_train_batch_size=4, max_steps=2, disable_tqdm=True
+    )
+    result = run_stage(recipe, tmp_path / "run", data=make_rows("iiii"), init_from=start)
+    assert result.status == "trained"
+    assert result.lineage["parent"]["init_from"] == str(start)
+    before = AgeVlmForConditionalGeneration.from_pretrained(start).state_dict()
+    after = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".cross_attention_layers." in name or ".multi_modal_projector." in name for name in moved)
+
+
+def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp_path):
+    main([str(tmp_path / "same"), *flags(llama, tower)])
+    main([str(tmp_path / "other"), *flags(llama, tower, "--seed", "1", "--dtype", "bfloat16")])
+    files = [folder / "model.safetensors" for folder in (start, tmp_path / "same", tmp_path / "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    first, other = load_file(files[0]), load_file(files[2])
+    assert {tensor.dtype for tensor in other.values()} == {torch.bfloat16}
+    different = {name for name in first if not torch.equal(first[name].bfloat16(), other[name])}
+    assert different and all(".cross_attention_layers." in n or ".multi_modal_projector." in n for n in different)
+    assert AutoModel.from_pretrained(tmp_path / "other", dtype="auto").dtype == torch.bfloat16
+
+
+def test_parts_are_what_the_quickstart_starts_from(tmp_path):
+    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4))
+    places = ["--cross-attention-layers", "1", "4"]
+    main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
+    for name in ("model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / "init" / name).read_bytes() == (tmp_path / "quickstart" / name).read_bytes(), name
+
+
+def test_a_tokenizer_without_reserved_tokens_gets_new_rows(tower, tmp_path):
+    vocabulary = {character: index for index, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|im_start|>": 256, "<|im_end|>": 257}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    llama = save_llama(tmp_path / "llama", tokenizer)
+    main([str(tmp_path / "start"), *flags(llama, tower)])
+    record = json.loads((tmp_path / "start" / RECORD_FILE).read_text())
+    assert record["chat_style"] == "ChatML"
+    assert (record["language_model"]["vocabulary"], record["language_model"]["added_to_vocabulary"]) == (259, 1)
+    weights = load_file(tmp_path / "start" / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    old = load_file(llama / "model.safetensors")["model.embed_tokens.weight"].float()
+    assert weights.shape[0] == 259 and torch.equal(weights[:258], old)
+
+
+def test_pixels_are_normalised_as_the_tower_was_trained(llama, tmp_path):
+    save_tower(tmp_path / "tower" / "model.safetensors")
+    stated = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(stated))
+    main([str(tmp_path / "start"), *flags(llama, tmp_path / "tower")])
+    image_processor = AutoProcessor.from_pretrained(tmp_path / "start").image_processor
+    assert (list(image_processor.image_mean), list(image_processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+# ---- The paper's size ----
+
+
+def save_large_parts(folder: Path) -> tuple[Path, Path]:
+    """Llama-3.2-1B's configuration with no weights, and the names and shapes of ConvNeXt-L in a file full of holes."""
+    text = AgeVlmConfig.paper().text_config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    llama, tower = folder / "llama", folder / "tower.safetensors"
+    tiny_tokenizer().save_pretrained(llama)
+    (llama / "config.json").write_text(json.dumps(text))
+    (llama / "model.safetensors").touch()
+    header, end = {}, 0
+    for name, shape in timm_weights([3, 3, 27, 3], [192, 384, 768, 1536]).items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header).encode()
+    with tower.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return llama, tower
+
+
+def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
+    llama, tower = save_large_parts(tmp_path)
+    argv = [str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
+    model = without_weights(plan_parts(parse(argv)), seed=0)
+    with torch.device("meta"):
+        paper = AgeVlmForConditionalGeneration(AgeVlmConfig.paper())
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in paper.state_dict().items()
+    }
+    assert model.config.cross_attention_layers == [2, 7, 12, 17]
+    text = model.config.text_config
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (
+        2048,
+        16,
+        32,
+        8,
+    )
+    assert (text.intermediate_size, text.vocab_size, text.head_dim, text.rms_norm_eps) == (8192, 128256, 64, 1e-5)
+    assert text.rope_parameters == paper.config.text_config.rope_parameters
+    counts = count_parameters(model)
+    assert counts["language_model"] == 1_235_814_400  # Llama-3.2-1B, tied embeddings counted once
+    assert counts["vision"] == 196_227_264  # ConvNeXt-L without the pooled norm
+    assert counts["projector"] == (1536 + 1) * 2048 + (2048 + 1) * 2048
+
+    main([*argv, "--dry-run"])
+    told = " ".join(capsys.readouterr().out.split())
+    for number in ("1,235,814,400", "196,227,264", f"{counts['total']:,}", "576 visual tokens", "2, 7, 12, 17"):
+        assert number in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "tower.safetensors"]
+
+
+# ---- What is refused ----
+
+
+def refuse(output: Path, argv: list[str], message: str) -> None:
+    """The command fails with `message` and leaves nothing."""
+    with pytest.raises(ValueError, match=message):
+        main([str(output), *argv])
+    assert not output.exists()
+    assert not list(output.parent.glob(f".{output.name}*"))
+
+
+def test_a_folder_in_use_is_left_alone(llama, tower, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        main([str(tmp_path), *flags(llama, tower)])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_towers_that_do_not_fit_are_refused(llama, tmp_path):
+    out = tmp_path / "start"
+    save_file({"layer1.0.conv1.weight": torch.zeros(2)}, tmp_path / "resnet.safetensors")
+    refuse(out, flags(llama, tmp_path / "resnet.safetensors"), r"no known layout.*layer1\.0\.conv1\.weight")
+    five = {name: torch.zeros(shape) for name, shape in timm_weights([1] * 5, [8] * 5).items()}
+    save_file(five, tmp_path / "five.safetensors")
+    refuse(out, flags(llama, tmp_path / "five.safetensors"), "one cell of 64 pixels")
+    incomplete = {
+        name: torch.zeros(shape) for name, shape in timm_weights(DEPTHS, WIDTHS).items() if "gamma" not in name
+    }
+    save_file(incomplete, tmp_path / "incomplete.safetensors")
+    refuse(out, flags(llama, tmp_path / "incomplete.safetensors"), r"missing: .*layer_scale_parameter")
+
+
+def test_pickles_are_refused_by_name(llama, tower, tmp_path):
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "open_clip_pytorch_model.bin").write_bytes(b"not to be opened")
+    refuse(tmp_path / "start", flags(llama, tmp_path / "pickled"), r"only as open_clip_pytorch_model\.bin.*save_file")
+    refuse(tmp_path / "start", flags(tmp_path / "pickled", tower), "only as open_clip_pytorch_model")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "start", flags(tmp_path / "empty", tower), "holds no weights")
+
+
+def test_several_weights_are_not_guessed_between(llama, tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_tower(tmp_path / "tower" / name)
+    refuse(tmp_path / "start", flags(llama, tmp_path / "tower"), r"several weights: a\.safetensors, b\.safetensors")
+
+
+def test_a_missing_shard_is_named(llama, tower, tmp_path):
+    folder = save_llama(tmp_path / "llama")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(tmp_path / "start", flags(folder, tower), "holds no model-00002-of-00002.safetensors")
+
+
+def test_language_models_that_do_not_fit_are_refused(llama, tower, tmp_path):
+    out = tmp_path / "start"
+    folder = save_llama(tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    metadata = {"format": "pt"}
+    without = {name: tensor for name, tensor in weights.items() if "layers.3.mlp" not in name}
+    save_file(without, folder / "model.safetensors", metadata)
+    refuse(out, flags(folder, tower), r"missing_keys: model\.layers\.3\.mlp")
+    save_file(weights | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, folder / "model.safetensors", metadata)
+    refuse(out, flags(folder, tower), r"unexpected_keys: model\.layers\.9\.mlp\.up_proj\.weight")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refuse(out, flags(folder, tower), "cannot be read as safetensors")
+    (folder / "tokenizer.json").unlink()
+    refuse(out, flags(folder, tower), r"no tokenizer\.json")
+    GPT2Config().save_pretrained(folder)
+    refuse(out, flags(folder, tower), "type 'gpt2'")
+
+
+def test_sizes_and_layers_that_do_not_fit_are_noticed_before_weights_are_read(tmp_path):
+    llama, tower = save_large_parts(tmp_path)
+    argv = ["--language-model", str(llama), "--vision-tower", str(tower)]
+    refuse(tmp_path / "start", [*argv, "--image-size", "700"], "multiple of 32")
+    refuse(tmp_path / "start", [*argv, "--cross-attention-layers", "2", "99"], r"stack of 16 \+ 2 = 18 layers")
+
+
+def test_parts_stand_alone(tmp_path, capsys):
+    refuse(tmp_path / "start", ["--parts", str(tmp_path)], "holds no parts")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "start"), "--parts", str(TINY_PARTS), "--language-model", "x"])
+    assert "--parts brings both parts" in capsys.readouterr().err
+
+
+def test_a_failure_while_saving_leaves_nothing(llama, tower, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("agevlm.training.init.write_record", full)
+    with pytest.raises(OSError, match="No space"):
+        main([str(tmp_path / "start"), *flags(llama, tower)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, tower, tmp_path):
+    argv = [str(tmp_path / "start"), *flags(llama, tower)]
+    script = (
+        "import os, signal\n"
+        "from agevlm.training import init\n"
+        "init.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"init.main({argv!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not (tmp_path / "start").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".start.incomplete"]
+    main(argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+# ---- The Hub ----
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NO_ACCESS = {"a/gated": (403, "GatedRepo"), "a/gated-no-login": (401, "GatedRepo")}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as downloading needs. `repositories`: id -> folder; others do not exist.
+
+    As on the real one, a gated repository lists its files to everybody and refuses to send them.
+    """
+
+    repositories: dict[str, Path]
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        parts = parts[2:] if api else parts
+        repository, rest = "/".join(parts[:2]), parts[2:]
+        folder = self.repositories.get(repository)
+        if folder is None:  # what the real one says to a stranger
+            self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        elif api:
+            files = sorted(path for path in folder.iterdir())
+            listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+            names = [{"rfilename": path.name} for path in files]
+            about = {"id": repository, "sha": COMMIT, "siblings": names}
+            content = listing if rest[0] == "tree" else about
+            self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+        elif repository in NO_ACCESS:
+            status, code = NO_ACCESS[repository]
+            self.answer(status, X_Error_Code=code, X_Error_Message="Access to model is restricted")
+        else:
+            content = (folder / rest[-1]).read_bytes()
+            reach = self.headers.get("Range")
+            if reach is not None:
+                first, last = reach.removeprefix("bytes=").split("-")
+                content = content[int(first) : int(last or len(content)) + 1]
+            self.answer(206 if reach else 200, content, ETag=f'"{rest[-1]}"', X_Repo_Commit=COMMIT)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, llama):
+    """Address of a server with two good repositories, gated ones and one of pickles."""
+    folder = tmp_path_factory.mktemp("hub")
+    save_tower(folder / "tower" / "model.safetensors")
+    (folder / "tower" / "config.json").write_text(json.dumps({"architecture": "convnext_large_mlp"}))
+    (folder / "tower" / "pytorch_model.bin").write_bytes(b"not to be downloaded")
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "config.json").write_text("{}")
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"not to be downloaded")
+    repositories = dict.fromkeys(NO_ACCESS, llama)
+    repositories |= {"a/llama": llama, "a/tower": folder / "tower", "a/pickled": folder / "pickled"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (Hub,), {"repositories": repositories}))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def init_from_hub(home: Path, address: str, *runs: list[str], **environment: str) -> list[str]:
+    """Run `init` several times in one process that knows only this Hub; what each one said, "" for success."""
+    script = (
+        "import json, sys\n"
+        "from agevlm.training.init import main\n"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    try:\n"
+        "        main(argv)\n"
+        "    except ValueError as error:\n"
+        "        print('SAID', json.dumps(str(error)))\n"
+        "    else:\n"
+        "        print('SAID \"\"')\n"
+    )
+    known = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": address}
+    run = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(runs)],
+        env={**known, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line.removeprefix("SAID ")) for line in run.stdout.splitlines() if line.startswith("SAID ")]
+
+
+def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, start, llama, tmp_path):
+    out = str(tmp_path / "start")
+    said = init_from_hub(
+        tmp_path,
+        hub,
+        [out, *flags("a/gated", "a/tower")],
+        [out, *flags("a/gated-no-login", "a/tower")],
+        [out, *flags("a/missing", "a/tower")],
+        [out, *flags("a/llama", "a/pickled")],
+        [out, *flags("no/such/folder", "a/tower")],
+        [out, *flags("a/llama", "a/tower"), "--dry-run"],
+    )
+    for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
+        assert sentence == (
+            f"{name} is gated and you have no access: accept its licence at {hub}/{name} and log in with "
+            "`hf auth login`, or pass a folder that has it."
+        )
+    assert "a/missing is neither here nor on the Hub" in said[2]
+    assert "a/pickled holds its weights only as pytorch_model.bin" in said[3]
+    assert "no/such/folder is neither a folder" in said[4]
+    assert said[5] == ""
+    assert not Path(out).exists()
+    downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
+    assert "config.json" in downloaded and "model.safetensors" not in downloaded
+
+    # for good; then again without a network
+    assert init_from_hub(tmp_path, hub, [out, *flags("a/llama", "a/tower")]) == [""]
+    downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
+    assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
+    weights = Path(out, "model.safetensors").read_bytes()
+    assert weights == (start / "model.safetensors").read_bytes()
+    record = json.loads(Path(out, RECORD_FILE).read_text())
+    assert record["language_model"]["revision"] == record["vision_tower"]["revision"] == COMMIT
+    assert record["vision_tower"]["source"] == "a/tower"
+    again = str(tmp_path / "again")
+    offline = init_from_hub(
+        tmp_path,
+        hub,
+        [again, *flags("a/llama", "a/tower")],
+        [again + "2", *flags("b/unknown", "a/tower")],
+        HF_HUB_OFFLINE="1",
+    )
+    assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights
+    assert f"b/unknown is not in the local cache and {hub}/b/unknown cannot be reached" in offline[1]
+
+
+def test_the_command_prints_one_line_for_a_gated_model(hub, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "agevlm", "init", str(tmp_path / "start"), *flags("a/gated", "a/tower")],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 2
+    assert "agevlm: a/gated is gated" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "start").exists()

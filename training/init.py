@@ -1,0 +1,406 @@
+"""`agevlm init OUT`: the model that stage 1 starts from, made of published parts (section 4).
+
+    agevlm init start                               # Llama-3.2-1B-Instruct, LAION CLIP ConvNeXt-L, 768 pixels
+    agevlm init start --language-model DIR --vision-tower model.safetensors
+    agevlm train stage1_align --init_from start --data DATA
+
+A Llama, a ConvNeXt (`modeling_agevlm/convert_vision.py` has the layouts), the Llama's tokenizer with an image token
+and a chat template, and fresh projector and cross blocks. Parts come from folders or the Hub (`sources.py`).
+
+Everything is resolved and built without weights first; `--dry-run` stops there. So a wrong layer index is noticed
+before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm_init.json` says what it was made of.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ConvNextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.modeling_agevlm.assemble import assemble
+from agevlm.modeling_agevlm.convert_vision import Conversion, load_tower, plan_conversion, read_shapes, some
+from agevlm.processing import AgeVlmProcessor
+from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
+from agevlm.training.freezing import part_of, trainable_table
+from agevlm.training.lineage import git_commit, library_versions
+from agevlm.training.sources import Source, fetch, locate, weight_shapes
+
+
+# Instruct: the embeddings stay frozen for three stages, and the base model has never seen the tokens of a chat.
+LANGUAGE_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+# The image tower of laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup alone, published as safetensors.
+VISION_TOWER = "timm/convnext_large_mlp.clip_laion2b_ft_soup_320"
+IMAGE_SIZE = 768
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECORD_FILE = "agevlm_init.json"
+PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama-3.1's and 3.2's, which their tokenizers have but do not name
+
+# Where a published tower states the mean and standard deviation of its pixels: file, field ("" for the top), keys.
+NORMALISATIONS = (
+    ("config.json", "pretrained_cfg", "mean", "std"),  # timm
+    ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
+    ("preprocessor_config.json", "", "image_mean", "image_std"),  # transformers
+)
+COUNTS = {
+    "vision": "vision tower",
+    "projector": "projector",
+    "cross_attention": "cross-attention blocks",
+    "language_model": "backbone (language model)",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before any weights are read."""
+
+    language_source: Source
+    vision_source: Source
+    language_config: LlamaConfig
+    conversion: Conversion
+    processor: AgeVlmProcessor
+    cross_attention_layers: tuple[int, ...] | None
+
+
+def language_part(source: Source) -> LlamaConfig:
+    """The configuration of the language model.
+
+    Raises:
+        ValueError: no model of the Llama family.
+    """
+    model_type = source.configuration().get("model_type")
+    if model_type != "llama":
+        raise ValueError(
+            f"{source.name} holds a model of type {model_type!r}. The language model must be of type 'llama' "
+            "(Llama-3.2-1B, SmolLM2 and the like)."
+        )
+    return AutoConfig.from_pretrained(source.folder)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (source.folder / "tokenizer.json").is_file():
+        raise ValueError(f"{source.name} holds no tokenizer.json. Save the tokenizer into the model's folder.")
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    if tokenizer.pad_token is None and PAD_TOKEN in tokenizer.get_vocab():
+        tokenizer.pad_token = PAD_TOKEN
+    return tokenizer
+
+
+def stated_normalisation(source: Source) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of the pixels that a published tower was trained on, None where it does not say."""
+    for file, field, mean, std in NORMALISATIONS:
+        settings = source.configuration(file)
+        settings = settings.get(field, {}) if field else settings
+        if mean in settings and std in settings:
+            return list(settings[mean]), list(settings[std])
+    return None
+
+
+def plan_parts(args: argparse.Namespace) -> Plan:
+    """Resolve what the flags ask for.
+
+    Raises:
+        ValueError: a part that cannot be found or does not fit.
+    """
+    image_size = args.image_size
+    if args.parts is not None:
+        if not (args.parts / "language_model").is_dir():
+            raise ValueError(f"{args.parts} holds no parts. Make them: python -m agevlm.training.parts tiny OUT.")
+        language_source = locate(str(args.parts / "language_model"))
+        vision_source = locate(str(args.parts / "vision_tower"))
+        made = AgeVlmProcessor.from_pretrained(args.parts)
+        tokenizer = made.tokenizer
+        image_size = image_size or made.image_processor.size["height"]
+    else:
+        language_source, vision_source = locate(args.language_model), locate(args.vision_tower)
+        tokenizer = None
+    language_config = language_part(language_source)
+    conversion = plan_conversion(
+        weight_shapes(vision_source), hidden_act=vision_source.configuration().get("hidden_act", "gelu")
+    )
+    processor = build_processor(tokenizer or load_tokenizer(language_source), image_size or IMAGE_SIZE)
+    stride = conversion.config.patch_size * 2 ** (conversion.config.num_stages - 1)
+    if stride != processor.image_processor.cell_size:
+        raise ValueError(
+            f"{vision_source.name} makes one cell of {stride} pixels; the image processor's cells have "
+            f"{processor.image_processor.cell_size}. Take a ConvNeXt of four stages with patches of 4 pixels."
+        )
+    normalisation = stated_normalisation(vision_source)
+    if normalisation is not None:
+        processor.image_processor.image_mean, processor.image_processor.image_std = normalisation
+    layers = args.cross_attention_layers
+    return Plan(
+        language_source,
+        vision_source,
+        language_config,
+        conversion,
+        processor,
+        None if layers is None else tuple(layers),
+    )
+
+
+def join_parts(
+    plan: Plan, language_model: LlamaForCausalLM, tower: ConvNextModel, seed: int
+) -> AgeVlmForConditionalGeneration:
+    """The model around its parts; what is new in it is drawn from `seed`.
+
+    Raises:
+        ValueError: cross-attention layers that do not fit the stack.
+    """
+    tokenizer = plan.processor.tokenizer
+    set_seed(seed)
+    if len(tokenizer) > language_model.config.vocab_size:
+        # New rows are drawn around the mean of the old ones, which is not there without weights.
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=language_model.device.type != "meta")
+    generation = language_model.generation_config
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    # An answer ends where the chat template ends a turn, whatever else ends one for this model.
+    known = sorted({end for end in ends if end is not None} | {tokenizer.eos_token_id})
+    generation.eos_token_id = known if len(known) > 1 else known[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    try:
+        return assemble(language_model, tower, plan.processor.image_token_id, plan.cross_attention_layers).eval()
+    except StrictDataclassClassValidationError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def without_weights(plan: Plan, seed: int) -> AgeVlmForConditionalGeneration:
+    """The model on the meta device: its shapes and configuration alone.
+
+    Raises:
+        ValueError: see `join_parts`.
+    """
+    with torch.device("meta"):
+        # A copy, because adding tokens changes the configuration.
+        language_model = LlamaForCausalLM(deepcopy(plan.language_config))
+        return join_parts(plan, language_model, ConvNextModel(plan.conversion.config), seed)
+
+
+def load_language_model(source: Source) -> LlamaForCausalLM:
+    """The language model in float32.
+
+    Raises:
+        ValueError: its weights are not those that its configuration describes.
+    """
+    files = fetch(source)
+    read_shapes(files)  # says so if one of them is broken
+    model, report = LlamaForCausalLM.from_pretrained(
+        files[0].parent, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = {kind: sorted(map(str, report[kind])) for kind in kinds}
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"The weights of {source.name} do not fit its configuration. {told}.")
+    return model
+
+
+def count_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, int]:
+    """Parameters of the four parts and of all together. Tied weights count once."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed: int) -> dict[str, Any]:
+    """What the model is made of, JSON-ready."""
+    text, image = model.config.text_config, plan.processor.image_processor
+    sources = {"language_model": plan.language_source, "vision_tower": plan.vision_source}
+    parts: dict[str, dict[str, Any]] = {
+        part: {"source": source.name, "revision": source.revision, "files": list(source.weights)}
+        for part, source in sources.items()
+    }
+    parts["language_model"] |= {
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "added_to_vocabulary": text.vocab_size - plan.language_config.vocab_size,
+    }
+    parts["vision_tower"] |= {
+        "layout": plan.conversion.layout,
+        "depths": plan.conversion.config.depths,
+        "hidden_sizes": plan.conversion.config.hidden_sizes,
+        "left_out": plan.conversion.left_out,
+    }
+    return {
+        **parts,
+        "image_size": image.size["height"],
+        "visual_tokens": image.grid[0] * image.grid[1],
+        "image_mean": list(image.image_mean),
+        "image_std": list(image.image_std),
+        "image_token": {"token": IMAGE_TOKEN, "id": plan.processor.image_token_id},
+        "chat_style": "ChatML" if chat_style(plan.processor.tokenizer) == CHATML else "Llama-3",
+        "cross_attention_layers": model.config.cross_attention_layers,
+        "dtype": dtype,
+        "seed": seed,
+        "parameters": count_parameters(model),
+    }
+
+
+def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console: Console) -> None:
+    """Print what the model is made of and how large it is."""
+
+    def origin(part: dict[str, Any]) -> str:
+        commit = "" if part["revision"] is None else f" at {part['revision'][:12]}"
+        return f"{part['source']}{commit} ({', '.join(part['files'][:3])})"
+
+    language, vision = record["language_model"], record["vision_tower"]
+    added = language["added_to_vocabulary"]
+    table = Table("part", title="Parts")
+    table.add_column("what", overflow="fold")
+    table.add_row("language model", origin(language))
+    table.add_row("", f"{language['layers']} layers of width {language['hidden_size']}")
+    table.add_row("vision tower", origin(vision))
+    table.add_row("", f"{vision['layout']} layout, depths {vision['depths']}, widths {vision['hidden_sizes']}")
+    for what, tensors in vision["left_out"].items():
+        table.add_row("", f"left out on purpose: {what} ({tensors} tensors)")
+    table.add_row("pictures", f"{record['image_size']} pixels, {record['visual_tokens']} visual tokens")
+    table.add_row("", f"mean {record['image_mean']}, standard deviation {record['image_std']}")
+    table.add_row(
+        "tokenizer",
+        f"{record['image_token']['token']} is {record['image_token']['id']}, "
+        + (f"embeddings grown by {added}" if added else f"{language['vocabulary']:,} embeddings as before"),
+    )
+    table.add_row("chat template", record["chat_style"])
+    table.add_row("cross-attention layers", ", ".join(map(str, record["cross_attention_layers"])))
+    table.add_row("fresh weights", f"projector and cross blocks, seed {record['seed']}, saved as {record['dtype']}")
+    console.print(table)
+    table = Table("module", title="Parameters")
+    table.add_column("count", justify="right")
+    for row in trainable_table(model)[:-1]:
+        table.add_row(row.module, f"{row.total:,}")
+    table.add_section()
+    for part, title in {**COUNTS, "total": "all"}.items():
+        table.add_row(title, f"{record['parameters'][part]:,}", style="bold")
+    console.print(table)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """What the model was made of, and with which code."""
+    record = {**record, "git_commit": git_commit(), "versions": library_versions()}
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save(
+    model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, record: dict[str, Any], output: Path
+) -> None:
+    """Write everything beside `output` and rename it when it is complete."""
+    temporary = output.with_name(f".{output.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        write_record(temporary, record)
+        os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="agevlm init",
+        description="Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh projector and "
+        "cross-attention blocks, tokenizer and chat template. Parts are folders or Hub repositories of safetensors.",
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--language-model",
+        metavar="ID_OR_DIR",
+        help=f"any Llama with its tokenizer (default: {LANGUAGE_MODEL}, gated)",
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="ID_OR_DIR_OR_FILE",
+        help="a ConvNeXt as open_clip, timm or transformers name it, recognised from the names of its weights "
+        f"(default: {VISION_TOWER})",
+    )
+    parser.add_argument(
+        "--parts",
+        type=Path,
+        metavar="DIR",
+        help="both of them and the tokenizer from a folder of `python -m agevlm.training.parts`",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"side of the square pictures, a multiple of 32 (default: {IMAGE_SIZE}, or that of --parts)",
+    )
+    parser.add_argument(
+        "--cross-attention-layers",
+        type=int,
+        nargs="+",
+        metavar="INDEX",
+        help="places of the cross blocks in the interleaved stack (default: after 2 layers and then after every 4, "
+        "which is the paper's 2 7 12 17 for 16 layers)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="how the weights are saved (default: %(default)s, in which training keeps them)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="resolve the parts (no weights), print them and the parameter counts, and stop",
+    )
+    args = parser.parse_args(argv)
+    if args.parts is not None and (args.language_model or args.vision_tower):
+        parser.error("--parts brings both parts: leave out --language-model and --vision-tower")
+    args.language_model = args.language_model or LANGUAGE_MODEL
+    args.vision_tower = args.vision_tower or VISION_TOWER
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module.
+
+    Raises:
+        ValueError: a folder that is in use, or parts that cannot be had or do not fit.
+    """
+    args = parse(argv)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"{args.output} is there already. Choose a new folder.")
+    console = Console()
+    plan = plan_parts(args)
+    shapes = without_weights(plan, args.seed)
+    record = describe(plan, shapes, args.dtype, args.seed)
+    show(record, shapes, console)
+    if args.dry_run:
+        return
+    language_model = load_language_model(plan.language_source)
+    tower = load_tower(plan.conversion, fetch(plan.vision_source))
+    model = join_parts(plan, language_model, tower, args.seed).to(DTYPES[args.dtype])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save(model, plan.processor, record, args.output)
+    console.print(f"{args.output}: ready for `agevlm train stage1_align --init_from {args.output}`.")
+
+
+if __name__ == "__main__":
+    main()
