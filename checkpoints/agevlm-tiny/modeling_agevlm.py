@@ -9,8 +9,8 @@ What runs, from picture to logits:
   grouped-query cross-attention without rotary positions, residual, RMSNorm + SwiGLU MLP, residual. Output projections
   start at zero, so an untrained model is the Llama.
 - Guidance (section 3.2.2): with `guidance_query_mask` the model also returns `cross_attention_maps`, the softmax
-  weights averaged over heads and the selected query tokens. Only the selected rows and tokens are recomputed; the main
-  path stays on the chosen attention kernel.
+  weights averaged over heads and the selected query tokens, or with `guidance_mask` as well their sum inside that
+  mask. The main path stays on the chosen attention kernel (`guidance_agevlm.py`).
 
 Where this differs from transformers' Mllama: a token that may see no image gets exactly nothing from a cross block
 (attention and MLP branch), `is_causal=False` is said to every kernel, and the picture's keys and values live in cache
@@ -48,6 +48,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig
+from .guidance_agevlm import Visibility, attend_with_mass, tap
 
 
 @dataclass
@@ -58,11 +59,14 @@ class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
         under eager attention.
     cross_attention_maps (`torch.FloatTensor` `(K, B, V)`): float32 mean of the weights over heads and over the tokens
         of `guidance_query_mask`; sums to 1 over the visible cells, 0 everywhere in a row without a selected token.
+    cross_attention_mass (`torch.FloatTensor` `(K, B)`): instead of the maps where `guidance_mask` was given, their sum
+        inside that mask.
     image_hidden_states (`torch.FloatTensor` `(B, N, L, D)`): the projected visual tokens.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: torch.FloatTensor | None = None
+    cross_attention_mass: torch.FloatTensor | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -78,6 +82,7 @@ class AgeVlmCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: torch.FloatTensor | None = None
+    cross_attention_mass: torch.FloatTensor | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -109,68 +114,6 @@ def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmC
     while len(cache.layers) <= num_text_layers + index:
         cache.layers.append(AgeVlmCrossCacheLayer())
     return cache.layers[num_text_layers + index]
-
-
-@dataclass
-class Visibility:
-    """Which visual tokens each text token may look at.
-
-    Attributes:
-        image_BTN: bool; token t sees image n.
-        cells_BNL: bool; the cell shows picture, not padding.
-    """
-
-    image_BTN: torch.Tensor
-    cells_BNL: torch.Tensor
-
-    @property
-    def text_BT(self) -> torch.Tensor:
-        """bool `(B, T)`: the token sees any image."""
-        return self.image_BTN.any(-1)
-
-    def select(self, rows_R: torch.Tensor, tokens_RQ: torch.Tensor) -> torch.Tensor:
-        """bool `(R, Q, V)`: the visual tokens that tokens `tokens_RQ` of rows `rows_R` see."""
-        image_RQN = self.image_BTN[rows_R[:, None], tokens_RQ]
-        return (image_RQN[..., None] & self.cells_BNL[rows_R][:, None]).flatten(2)
-
-
-def attention_map(
-    query_BHTD: torch.Tensor,
-    key_BGVD: torch.Tensor,
-    query_mask_BT: torch.Tensor,
-    visibility: Visibility,
-    scaling: float,
-) -> torch.Tensor:
-    """Softmax weights averaged over heads and selected query tokens (section 3.2.2, the A_q of Eq. 3).
-
-    Args:
-        query_BHTD, key_BGVD: queries and keys as the attention uses them.
-        query_mask_BT: bool, the selected tokens. Tokens that see no image are left out.
-
-    Returns:
-        float32 `(B, V)`: each row with a selected token sums to 1; other rows are 0.
-    """
-    batch, heads, _, width = query_BHTD.shape
-    groups, num_visual = key_BGVD.shape[1], key_BGVD.shape[2]
-    maps_BV = query_BHTD.new_zeros(batch, num_visual, dtype=torch.float32)
-    selected_BT = query_mask_BT & visibility.text_BT
-    rows_R = selected_BT.any(-1).nonzero()[:, 0]
-    if rows_R.numel() == 0:
-        return maps_BV
-    # Pack the selected tokens of each guided row to the front: R x Q tokens instead of B x T.
-    counts_R = selected_BT[rows_R].sum(-1)
-    tokens_RQ = selected_BT[rows_R].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : counts_R.max()]
-    kept_RQ = selected_BT[rows_R].gather(1, tokens_RQ)
-    query = query_BHTD.transpose(1, 2)[rows_R[:, None], tokens_RQ]  # (R, Q, H, D)
-    query = query.view(*tokens_RQ.shape, groups, heads // groups, width)
-    visible = visibility.select(rows_R, tokens_RQ)
-    weights = (kept_RQ / (counts_R[:, None] * heads)).to(torch.float32)
-    with torch.autocast(query.device.type, enabled=False):  # autocast would undo the casts to float32
-        scores = torch.einsum("rqghd,rgvd->rghqv", query.float(), key_BGVD[rows_R].float()) * scaling
-        # A finite floor: packed tokens past the end of a row may see nothing; `weights` drops them.
-        scores = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
-        maps_RV = torch.einsum("rghqv,rq->rv", scores.softmax(-1), weights)
-    return maps_BV.index_put((rows_R,), maps_RV)
 
 
 class ZeroLinear(nn.Linear):
@@ -207,9 +150,10 @@ class AgeVlmCrossAttention(nn.Module):
         visibility: Visibility,
         past_key_values: Cache | None,
         guidance_query_mask: torch.Tensor | None,
+        guidance_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`hidden_states (B, T, D)`, `image_states (B, V, D)` or None when the keys are cached. Returns the attended
-        states, the weights (eager only) and the guidance map `(B, V)` if asked for."""
+        states, the weights (eager only) and what guidance asks for: map `(B, V)`, or mass `(B,)`, or None."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape).transpose(1, 2))
         cache = None
@@ -227,21 +171,31 @@ class AgeVlmCrossAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,  # unsaid, SDPA runs causal cross-attention whenever no mask is given
-        )
-        guidance_map = None
-        if guidance_query_mask is not None:
-            guidance_map = attention_map(query, key, guidance_query_mask, visibility, self.scaling)
+        kwargs = {
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "is_causal": False,  # unsaid, SDPA runs causal cross-attention whenever no mask is given
+        }
+        guidance = None
+        if guidance_mask is not None:
+            attended, weights, guidance = attend_with_mass(
+                attention_interface,
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                guidance_query_mask,
+                guidance_mask,
+                visibility,
+                **kwargs,
+            )
+        else:
+            if guidance_query_mask is not None:
+                query, key, guidance = tap(query, key, guidance_query_mask, visibility, self.scaling)
+            attended, weights = attention_interface(self, query, key, value, attention_mask, **kwargs)
         attended = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous())
-        return attended, weights, guidance_map
+        return attended, weights, guidance
 
 
 class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
@@ -271,15 +225,17 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
         visibility: Visibility,
         past_key_values: Cache | None = None,
         guidance_query_mask: torch.Tensor | None = None,
+        guidance_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         sees_BT1 = visibility.text_BT[..., None]
-        attended, _, guidance_map = self.cross_attn(
+        attended, _, guidance = self.cross_attn(
             self.input_layernorm(hidden_states),
             image_states,
             attention_mask,
             visibility,
             past_key_values,
             guidance_query_mask,
+            guidance_mask,
         )
         if self.attn_gate is not None:
             attended = attended * self.attn_gate.tanh()
@@ -289,7 +245,7 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
         if self.mlp_gate is not None:
             transformed = transformed * self.mlp_gate.tanh()
         hidden_states = torch.where(sees_BT1, hidden_states + transformed, hidden_states)
-        return hidden_states, guidance_map
+        return hidden_states, guidance
 
 
 class AgeVlmPreTrainedModel(PreTrainedModel):
@@ -384,6 +340,7 @@ class AgeVlmTextModel(LlamaModel):
         image_states: torch.FloatTensor | None = None,
         visibility: Visibility | None = None,
         guidance_query_mask: torch.BoolTensor | None = None,
+        guidance_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> AgeVlmModelOutputWithPast:
         """As `LlamaModel.forward`, with `image_states (B, V, D)` (None when cached) and `visibility` (None: the batch
@@ -409,15 +366,21 @@ class AgeVlmTextModel(LlamaModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        cross_attention_maps = []
+        guidance = []
         for index in range(self.config.num_hidden_layers + 1):
             if visibility is not None and index in self.cross_attention_schedule:
                 cross_layer = self.cross_attention_layers[self.cross_attention_schedule.index(index)]
                 # Positional: as keywords, reentrant checkpointing would go through the tower's graph twice.
-                hidden_states, guidance_map = cross_layer(
-                    hidden_states, image_states, cross_mask, visibility, past_key_values, guidance_query_mask
+                hidden_states, measured = cross_layer(
+                    hidden_states,
+                    image_states,
+                    cross_mask,
+                    visibility,
+                    past_key_values,
+                    guidance_query_mask,
+                    guidance_mask,
                 )
-                cross_attention_maps.append(guidance_map)
+                guidance.append(measured)
             if index < self.config.num_hidden_layers:
                 hidden_states = self.layers[index](
                     hidden_states,
@@ -428,12 +391,11 @@ class AgeVlmTextModel(LlamaModel):
                     use_cache=use_cache,
                     **kwargs,
                 )
-        guided = guidance_query_mask is not None and visibility is not None
-        return AgeVlmModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            cross_attention_maps=torch.stack(cross_attention_maps) if guided else None,
-        )
+        output = AgeVlmModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if guidance_query_mask is not None and visibility is not None:
+            field = "cross_attention_maps" if guidance_mask is None else "cross_attention_mass"
+            output[field] = torch.stack(guidance)
+        return output
 
     def _cross_attention_mask(self, inputs_embeds: torch.Tensor, visibility: Visibility):
         """The mask of the chosen attention kernel, None where nothing has to be hidden.
@@ -503,6 +465,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         visual_token_mask: torch.BoolTensor | None = None,
         cross_attention_mask: torch.BoolTensor | None = None,
         guidance_query_mask: torch.BoolTensor | None = None,
+        guidance_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> AgeVlmModelOutputWithPast:
         """Runs tower, projector and decoder.
@@ -517,10 +480,15 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 placeholders do not come after it; without `input_ids`, every image of its row.
             guidance_query_mask (`torch.BoolTensor` `(B, T)`): query tokens whose attention maps are wanted; aligned
                 with the tokens of this call.
+            guidance_mask (`torch.BoolTensor` `(B, V)` or `(B, N, L)`): the visual tokens to look at. With it the
+                attention inside them is returned in place of whole maps.
 
         Raises:
-            ValueError: pictures, masks and placeholders of a row do not fit each other.
+            ValueError: pictures, masks and placeholders of a row do not fit each other; `guidance_mask` without
+                `guidance_query_mask`.
         """
+        if guidance_mask is not None and guidance_query_mask is None:
+            raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_hidden_states = image_states = None
@@ -555,6 +523,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_states=image_states,
             visibility=visibility,
             guidance_query_mask=None if guidance_query_mask is None else guidance_query_mask.bool(),
+            guidance_mask=None if guidance_mask is None else guidance_mask.flatten(1),
             **kwargs,
         )
         outputs.image_hidden_states = image_hidden_states
@@ -660,6 +629,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         visual_token_mask: torch.BoolTensor | None = None,
         cross_attention_mask: torch.BoolTensor | None = None,
         guidance_query_mask: torch.BoolTensor | None = None,
+        guidance_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -681,6 +651,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             visual_token_mask=visual_token_mask,
             cross_attention_mask=cross_attention_mask,
             guidance_query_mask=guidance_query_mask,
+            guidance_mask=guidance_mask,
             return_dict=True,
             **kwargs,
         )
@@ -698,6 +669,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             cross_attention_maps=outputs.cross_attention_maps,
+            cross_attention_mass=outputs.cross_attention_mass,
             image_hidden_states=outputs.image_hidden_states,
         )
 
