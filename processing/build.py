@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .image_processing_agevlm import AgeVlmImageProcessor
+from . import AgeVlmImageProcessor
 from .processing_agevlm import AgeVlmProcessor
 
 

@@ -9,31 +9,45 @@ A picture is fitted onto a square canvas (768 pixels, a grid of 24 x 24 visual c
 
 `mask_to_grid` takes a mask of the original picture through the same fit, and `grid_to_pixels` takes a map on the grid
 back to the original pixels.
+
+There are two backends, as everywhere in transformers: `AgeVlmImageProcessor` (torchvision, in batches and on any
+device) and `AgeVlmImageProcessorPil` (Pillow and NumPy). They decode alike and resize alike, to within one step of
+1 / 255 (of pure noise, one value in ten million differs by two). Both save the same files; who loads them through the
+Auto classes gets the first where torchvision is installed, else the second.
 """
 
 import os
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
-from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.image_transforms import group_images_by_shape
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import requires_backends
 
 
 GEOMETRIES = ("pad", "stretch", "crop")
+# The filters that Pillow and torchvision implement alike.
+FILTERS = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)
+BACKENDS = {
+    "torchvision": "image_processing_agevlm.AgeVlmImageProcessor",
+    "pil": "image_processing_agevlm.AgeVlmImageProcessorPil",
+}
 
 
 class Fit(NamedTuple):
     """How a picture lies on the canvas: the part of it that is shown, and where.
 
     Attributes:
-        source: (left, top, right, bottom) in pixels of the picture, fractions allowed.
-        target: (left, top, right, bottom) in whole pixels of the canvas.
+        source: (left, top, right, bottom) in pixels of the picture.
+        target: (left, top, right, bottom) in pixels of the canvas.
     """
 
-    source: tuple[float, float, float, float]
+    source: tuple[int, int, int, int]
     target: tuple[int, int, int, int]
 
 
@@ -44,7 +58,7 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
         ValueError: an unknown geometry.
     """
     (height, width), (canvas_height, canvas_width) = picture, canvas
-    everything = (0.0, 0.0, float(width), float(height))
+    everything = (0, 0, width, height)
     if geometry == "stretch":
         return Fit(everything, (0, 0, canvas_width, canvas_height))
     if geometry == "pad":
@@ -55,15 +69,14 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
         return Fit(everything, (left, top, left + shown_width, top + shown_height))
     if geometry == "crop":
         scale = max(canvas_height / height, canvas_width / width)
-        shown_height, shown_width = min(height, canvas_height / scale), min(width, canvas_width / scale)
-        left, top = (width - shown_width) / 2, (height - shown_height) / 2
+        shown_height = max(1, min(height, round(canvas_height / scale)))
+        shown_width = max(1, min(width, round(canvas_width / scale)))
+        left, top = (width - shown_width) // 2, (height - shown_height) // 2
         return Fit((left, top, left + shown_width, top + shown_height), (0, 0, canvas_width, canvas_height))
     raise ValueError(f"`geometry` must be one of {', '.join(GEOMETRIES)}, got '{geometry}'.")
 
 
-def covered(
-    cells: int, cell_size: int, source: tuple[float, float], target: tuple[int, int], length: int
-) -> np.ndarray:
+def covered(cells: int, cell_size: int, source: tuple[int, int], target: tuple[int, int], length: int) -> np.ndarray:
     """Along one axis, the share of every cell that every pixel of the picture fills: float32 `(cells, length)`.
 
     Exact lengths, because a box filter may lose a pixel whose centre lies on the border of two of its windows.
@@ -82,14 +95,85 @@ def covered(
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image), do_rescale=True)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def checked_fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str, do_resize: bool) -> Fit:
+    """The fit, where it needs no resampling or that is allowed.
+
+    Raises:
+        ValueError: an unknown geometry, or a picture that would have to be resized with `do_resize=False`.
+    """
+    fitted = fit(picture, canvas, geometry)
+    (x0, y0, x1, y1), (left, top, right, bottom) = fitted
+    if not do_resize and (y1 - y0, x1 - x0) != (bottom - top, right - left):
+        raise ValueError(
+            f"A picture of {picture[1]} x {picture[0]} pixels must be resized for `size` {canvas[1]} x {canvas[0]}, "
+            "but `do_resize` is off. Leave it on, or give pictures of that size."
+        )
+    return fitted
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Before anything is decoded.
+
+    Raises:
+        ValueError: no pixels, or more than `max_pixels`.
+    """
+    if not width * height:
+        raise ValueError(f"A picture of {width} x {height} pixels has none. Drop it.")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"A picture of {width} x {height} pixels is over the limit of {max_pixels:,} pixels. Scale it down, or "
+            "raise `max_pixels` if you trust where it comes from."
+        )
+
+
+def background(image_mean) -> list[int]:
+    """The colour of the padding, in 8 bits."""
+    return [int(value * 255) for value in image_mean]
+
+
+def visible_cells(fits: list[Fit], canvas: tuple[int, int], cell_size: int) -> np.ndarray:
+    """Which cells show a part of the picture: bool `(n, cells)`."""
+    visible = np.zeros((len(fits), canvas[0] // cell_size, canvas[1] // cell_size), dtype=bool)
+    for cells, (_, (left, top, right, bottom)) in zip(visible, fits, strict=True):
+        cells[top // cell_size : -(-bottom // cell_size), left // cell_size : -(-right // cell_size)] = True
+    return visible.reshape(len(fits), -1)
+
+
+def _to_bytes(pixels: np.ndarray, do_rescale: bool) -> np.ndarray:
+    """Pixels of any type as uint8: 0..1 or 0..255 in floating point, 0..255 in integers, 0..65535 in 16 bits.
+
+    Raises:
+        ValueError: values outside of that, or floating point with `do_rescale=False`.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.uint16:
+        return (pixels >> 8).astype(np.uint8)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    floating = np.issubdtype(pixels.dtype, np.floating)
+    if floating and not do_rescale:
+        raise ValueError(
+            f"A picture of {pixels.dtype} with `do_rescale=False`. Leave `do_rescale` on: floating-point pictures are "
+            "brought to 0..255 first, because pictures are resized in 8 bits."
+        )
+    low, high = (pixels.min(), pixels.max()) if pixels.size else (0, 0)
+    if not 0 <= low <= high <= 255:  # refuses NaN too
+        raise ValueError(
+            f"A picture of {pixels.dtype} with values from {low} to {high}. Give 0..255, or 0..1 in floating point: "
+            "pictures are normalised here, not before."
+        )
+    return (pixels * (255 if floating and high <= 1 else 1)).round().astype(np.uint8)
 
 
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -104,8 +188,8 @@ class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels: int
 
 
-class AgeVlmImageProcessor(PilBackend):
-    """Pictures to `pixel_values (n, 3, height, width)` float32 and `visual_token_mask (n, cells)` bool."""
+class AgeVlmImageProcessorMixin:
+    """What both backends share: settings, decoding, refusals, saving, and the geometry of masks and maps."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
@@ -131,90 +215,84 @@ class AgeVlmImageProcessor(PilBackend):
     def _canvas(self) -> tuple[int, int]:
         return self.size["height"], self.size["width"]
 
+    def to_dict(self) -> dict[str, Any]:
+        # The same for both backends, so that which of them saved a checkpoint decides nothing.
+        auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoImageProcessor": dict(BACKENDS)}
+        return {**super().to_dict(), "image_processor_type": "AgeVlmImageProcessor", "auto_map": auto_map}
+
     def fetch_images(self, image_url_or_urls):
-        """Local files are opened as they are: the base class would lay transparency on black and cut 16 bits off.
+        """Opens files, URLs and base64 strings with Pillow, nested lists included; pictures pass.
+
+        Local files are opened as they are: the base classes would lay transparency on black and cut 16 bits off, and
+        torchvision's would know fewer formats.
 
         Raises:
             ValueError: a file that is no picture.
         """
-        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
-            try:
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        try:
+            if os.path.isfile(image_url_or_urls):
                 return Image.open(image_url_or_urls)
-            except (OSError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{image_url_or_urls} cannot be opened: {error}. Replace the file.") from error
-        return super().fetch_images(image_url_or_urls)
+            return PilBackend.fetch_images(self, image_url_or_urls)
+        except (OSError, Image.DecompressionBombError) as error:
+            name = image_url_or_urls if len(image_url_or_urls) < 300 else f"{image_url_or_urls[:60]}..."
+            raise ValueError(f"{name} cannot be opened: {error}. Replace the file.") from error
 
-    def process_image(self, image, max_pixels: int, do_rescale: bool, input_data_format=None, **kwargs) -> Image.Image:
+    def _validate_preprocess_kwargs(self, **kwargs):
+        """What this processor cannot do is refused here, because the base class would pass it over in silence.
+
+        Raises:
+            ValueError: a `size` without height and width or no multiple of `cell_size`, a filter that the backends
+                do not share, a mean that is no colour, or a step that the geometry stands for.
+        """
+        size, cell_size = kwargs["size"], kwargs["cell_size"]
+        if not (size.height and size.width):
+            raise ValueError(f"`size` must have `height` and `width`, got {dict(size)}.")
+        if size.height % cell_size or size.width % cell_size:
+            raise ValueError(
+                f"`size` {size.height} x {size.width} is no multiple of the cell size {cell_size} (`cell_size`)."
+            )
+        if kwargs["resample"] not in FILTERS:
+            names = " or ".join(f"{resample.value} ({resample.name.lower()})" for resample in FILTERS)
+            raise ValueError(f"`resample` must be {names}, got {kwargs['resample']!r}.")
+        if np.size(kwargs["image_mean"]) != 3 or kwargs["image_mean"] is None:
+            raise ValueError(
+                f"`image_mean` must be three values (the padding is of that colour too), got {kwargs['image_mean']!r}."
+            )
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is not a step of this processor. Choose a `geometry` (pad, crop) instead.")
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _to_picture(
+        self, image, max_pixels: int, do_rescale: bool, do_convert_rgb: bool, input_data_format=None
+    ) -> Image.Image:
         """Any picture (Pillow, NumPy, torch) as an RGB Pillow picture.
 
         Raises:
-            ValueError: no pixels or more than `max_pixels`, a file that cannot be read to its end, or a floating-point
-                array with `do_rescale=False`.
+            ValueError: no pixels or more than `max_pixels`, a file that cannot be read to its end, values out of
+                range, a floating-point array with `do_rescale=False`, or not RGB with `do_convert_rgb=False`.
         """
         if not isinstance(image, Image.Image):
-            pixels = np.moveaxis(
-                super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format), 0, -1
-            )
-            if pixels.dtype != np.uint8:
-                if not do_rescale:
-                    raise ValueError(
-                        f"A picture of {pixels.dtype} with `do_rescale=False`. Leave `do_rescale` on: floating-point "
-                        "pictures are brought to 0..255 first, because pictures are resized in 8 bits."
-                    )
-                scale = 255 if pixels.max(initial=0) <= 1 else 1
-                pixels = (pixels * scale).round().clip(0, 255).astype(np.uint8)
+            if isinstance(image, torch.Tensor):
+                image = image.cpu()  # the base class knows host memory only
+            pixels = PilBackend.process_image(self, image, do_convert_rgb=False, input_data_format=input_data_format)
+            pixels = _to_bytes(np.moveaxis(pixels, 0, -1), do_rescale)
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        if not image.width * image.height:
-            raise ValueError(f"A picture of {image.width} x {image.height} pixels has none. Drop it.")
-        if image.width * image.height > max_pixels:
+        check_pixels(image.height, image.width, max_pixels)
+        if not do_convert_rgb and image.mode != "RGB":
             raise ValueError(
-                f"A picture of {image.width} x {image.height} pixels is over the limit of {max_pixels:,} pixels. "
-                "Scale it down, or raise `max_pixels` if you trust where it comes from."
+                f"A picture of mode {image.mode} with `do_convert_rgb=False`. Leave `do_convert_rgb` on: the model "
+                "reads RGB."
             )
         try:
             return to_rgb(image)
         except (OSError, SyntaxError) as error:
             name = getattr(image, "filename", "") or "A picture"
             raise ValueError(f"{name} cannot be decoded: {error}. Replace the file or drop the row.") from error
-
-    def _preprocess(
-        self,
-        images: list[Image.Image],
-        size,
-        geometry: str,
-        cell_size: int,
-        resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        return_tensors=None,
-        **kwargs,
-    ) -> BatchFeature:
-        height, width = size["height"], size["width"]
-        if height % cell_size or width % cell_size:
-            raise ValueError(f"`size` {height} x {width} is no multiple of the cell size {cell_size} (`cell_size`).")
-        background = [int(value * 255) for value in image_mean]
-        canvases = np.empty((len(images), height, width, 3), dtype=np.uint8)
-        visible = np.zeros((len(images), height // cell_size, width // cell_size), dtype=bool)
-        for canvas, cells, image in zip(canvases, visible, images, strict=True):
-            source, (left, top, right, bottom) = fit((image.height, image.width), (height, width), geometry)
-            if source != (0, 0, right - left, bottom - top):
-                image = image.resize((right - left, bottom - top), resample, box=source)
-            canvas[:] = background
-            canvas[top:bottom, left:right] = np.asarray(image)
-            cells[top // cell_size : -(-bottom // cell_size), left // cell_size : -(-right // cell_size)] = True
-        # One multiplication and one addition for rescaling and normalising together.
-        scale = np.full(3, rescale_factor if do_rescale else 1.0)
-        shift = np.zeros(3)
-        if do_normalize:
-            scale, shift = scale / np.asarray(image_std), -np.asarray(image_mean) / np.asarray(image_std)
-        pixels = canvases.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        pixels *= scale.astype(np.float32)[:, None, None]
-        pixels += shift.astype(np.float32)[:, None, None]
-        data = {"pixel_values": pixels, "visual_token_mask": visible.reshape(len(images), -1)}
-        return BatchFeature(data, tensor_type=return_tensors)
 
     def mask_to_grid(self, mask: Image.Image | np.ndarray) -> np.ndarray:
         """The cells of the grid that a mask of the original picture covers (M' of Eq. 3).
@@ -260,14 +338,141 @@ class AgeVlmImageProcessor(PilBackend):
         canvas = Image.fromarray(np.asarray(values, dtype=np.float32)).resize(
             self._canvas[::-1], Image.Resampling.BILINEAR
         )
-        left, top = round(source[0]), round(source[1])
-        right, bottom = max(left + 1, round(source[2])), max(top + 1, round(source[3]))
+        left, top, right, bottom = source
         shown = canvas.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=target)
         pixels = np.zeros((height, width), dtype=np.float32)
         pixels[top:bottom, left:right] = np.asarray(shown)
         return pixels
 
 
-AgeVlmImageProcessor.register_for_auto_class("AutoImageProcessor")
+class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):
+    """Pictures to `pixel_values (n, 3, height, width)` float32 and `visual_token_mask (n, cells)` bool, by Pillow."""
 
-__all__ = ["AgeVlmImageProcessor"]
+    def process_image(self, image, max_pixels, do_rescale, do_convert_rgb, input_data_format=None, **kwargs):
+        """An RGB Pillow picture, on which Pillow's resampling works without a copy."""
+        return self._to_picture(image, max_pixels, do_rescale, do_convert_rgb, input_data_format)
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: SizeDict,
+        geometry: str,
+        cell_size: int,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        canvas = (size.height, size.width)
+        fits = [checked_fit((image.height, image.width), canvas, geometry, do_resize) for image in images]
+        canvases = np.empty((len(images), *canvas, 3), dtype=np.uint8)
+        for pixels, image, (source, (left, top, right, bottom)) in zip(canvases, images, fits, strict=True):
+            if source != (0, 0, image.width, image.height):
+                image = image.crop(source)
+            # Columns first, then rows, as torch does it; Pillow alone chooses the order by size and version, and where
+            # a filter overshoots 0..255 the order matters.
+            image = image.resize((right - left, image.height), resample).resize((right - left, bottom - top), resample)
+            if (bottom - top, right - left) != canvas:
+                pixels[:] = background(image_mean)
+            pixels[top:bottom, left:right] = np.asarray(image)
+        # One multiplication and one addition for rescaling and normalising together.
+        scale = np.full(3, rescale_factor if do_rescale else 1.0)
+        shift = np.zeros(3)
+        if do_normalize:
+            scale, shift = scale / np.asarray(image_std), -np.asarray(image_mean) / np.asarray(image_std)
+        values = canvases.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        values *= scale.astype(np.float32)[:, None, None]
+        values += shift.astype(np.float32)[:, None, None]
+        data = {"pixel_values": values, "visual_token_mask": visible_cells(fits, canvas, cell_size)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
+    """Pictures to `pixel_values (n, 3, height, width)` float32 and `visual_token_mask (n, cells)` bool: torchvision.
+
+    Raises:
+        ImportError: torchvision is not installed. [`AgeVlmImageProcessorPil`] does without.
+    """
+
+    def __init__(self, **kwargs):
+        requires_backends(self, ["torchvision"])
+        super().__init__(**kwargs)
+
+    def process_image(
+        self, image, max_pixels, do_rescale, do_convert_rgb, input_data_format=None, device=None, **kwargs
+    ) -> torch.Tensor:
+        """An RGB tensor `(3, height, width)` uint8 on `device`: such tensors pass, all else is decoded by Pillow."""
+        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+            pixels = super().process_image(
+                image, do_convert_rgb=False, input_data_format=input_data_format, device=device
+            )
+            if pixels.shape[0] == 3:
+                check_pixels(*pixels.shape[1:], max_pixels)
+                return pixels
+        picture = self._to_picture(image, max_pixels, do_rescale, do_convert_rgb, input_data_format)
+        # Left in the order of the channels that Pillow has: the resampling kernels are fastest with it.
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+        """Columns first, then rows, 8 bits in between, as in Pillow: `(n, 3, height, width)` uint8.
+
+        The columns are computed in floating point. torch's 8-bit kernels have weights of 16 bits: rounded twice, they
+        would end two steps from Pillow (22 bits) now and then; accelerators keep what overshoots 0..255 on the way.
+        """
+        if size.width != image.shape[-1]:
+            image = super().resize(image.float(), SizeDict(height=image.shape[-2], width=size.width), resample)
+            image = image.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+        return super().resize(image, size, resample)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        geometry: str,
+        cell_size: int,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        disable_grouping: bool | None = None,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        canvas = (size.height, size.width)
+        fits = [checked_fit(tuple(image.shape[1:]), canvas, geometry, do_resize) for image in images]
+        groups, places = group_images_by_shape(images, disable_grouping=disable_grouping)
+        members: dict[Any, list[int]] = {}
+        for index, (group, _) in places.items():
+            members.setdefault(group, []).append(index)
+        values = torch.empty((len(images), 3, *canvas), device=images[0].device)
+        for group, pixels in groups.items():
+            (x0, y0, x1, y1), (left, top, right, bottom) = fits[members[group][0]]
+            pixels = pixels[..., y0:y1, x0:x1]
+            if pixels.shape[-2:] != (bottom - top, right - left):
+                pixels = self.resize(pixels, SizeDict(height=bottom - top, width=right - left), resample)
+            colour = torch.tensor(background(image_mean), dtype=torch.uint8, device=pixels.device)[None, :, None, None]
+            pixels, colour = (
+                self.rescale_and_normalize(
+                    part, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                ).float()
+                for part in (pixels, colour)
+            )
+            if pixels.shape[-2:] != canvas:
+                values[members[group]] = colour
+            values[members[group], :, top:bottom, left:right] = pixels
+        visible = torch.from_numpy(visible_cells(fits, canvas, cell_size)).to(values.device)
+        return BatchFeature({"pixel_values": values, "visual_token_mask": visible}, tensor_type=return_tensors)
+
+
+AgeVlmImageProcessor.register_for_auto_class("AutoImageProcessor")
+AgeVlmImageProcessorPil.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil"]

@@ -19,7 +19,7 @@ from transformers import (
     AutoProcessor,
     pipeline,
 )
-from transformers.utils import logging
+from transformers.utils import is_torchvision_available, logging
 
 
 QUESTION = "Is there a red apple in the image?"
@@ -67,6 +67,7 @@ def main(folder: str, picture: str, expected_file: str, resaved: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert config.model_type == "agevlm"
     image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert image_processor.backend == ("torchvision" if is_torchvision_available() else "pil")
     pixels = image_processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, expected["pixel_values"][0])
     check_folder(folder, picture, expected, AutoModel)

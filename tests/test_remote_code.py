@@ -9,9 +9,10 @@ import pytest
 import torch
 from remote_code_worker import conversation
 from safetensors.torch import save_file
+from transformers.utils import is_torchvision_available
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-from agevlm.processing import AgeVlmProcessor
+from agevlm.processing import AgeVlmImageProcessorPil, AgeVlmProcessor
 from builders import picture, tiny_model, tiny_processor
 
 
@@ -33,6 +34,13 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+# As in transformers' own tests of the Pillow backend.
+HIDE_TORCHVISION = """
+import runpy, sys
+sys.modules["torchvision"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 PICKLES = {".bin", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -58,12 +66,14 @@ def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(folder, 
         assert (folder / name).read_bytes() == (source / name).read_bytes(), name
 
 
-def load_without_the_repository(folder: Path, tmp_path: Path) -> None:
+def load_without_the_repository(folder: Path, tmp_path: Path, hide_torchvision: bool = False) -> None:
     """Runs `remote_code_worker.py` on `folder`, and compares what it has saved again."""
     image = tmp_path / "picture.png"
     picture(50, 90).save(image)
     model = AgeVlmForConditionalGeneration.from_pretrained(folder)
     processor = AgeVlmProcessor.from_pretrained(folder)
+    if hide_torchvision:
+        processor.image_processor = AgeVlmImageProcessorPil.from_pretrained(folder)
     inputs = processor.apply_chat_template(
         conversation(str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -82,9 +92,11 @@ def load_without_the_repository(folder: Path, tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     worker = Path(__file__).with_name("remote_code_worker.py")
-    arguments = [folder, image, tmp_path / "expected.safetensors", resaved]
+    arguments = [worker, folder, image, tmp_path / "expected.safetensors", resaved]
+    if hide_torchvision:
+        arguments = ["-c", HIDE_TORCHVISION, *arguments]
     result = subprocess.run(
-        [sys.executable, "-I", worker, *arguments], capture_output=True, text=True, timeout=240, env=environment
+        [sys.executable, "-I", *arguments], capture_output=True, text=True, timeout=240, env=environment
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
     before, after = contents(folder), contents(resaved)
@@ -95,6 +107,11 @@ def load_without_the_repository(folder: Path, tmp_path: Path) -> None:
 
 def test_a_user_without_the_repository_loads_asks_and_saves(folder, tmp_path):
     load_without_the_repository(folder, tmp_path)
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed: the test above is this one")
+def test_a_user_without_torchvision_gets_the_other_backend(folder, tmp_path):
+    load_without_the_repository(folder, tmp_path, hide_torchvision=True)
 
 
 def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path):

@@ -112,15 +112,15 @@ class AgeVlmProcessor(ProcessorMixin):
             )
         return all(starts)
 
-    def _align(self, data: dict[str, Any], counts: list[int]) -> dict[str, np.ndarray]:
+    def _align(self, data: dict[str, Any], counts: list[int]) -> dict[str, Any]:
         """The flat pictures and their cells, packed into rows of the same number of places."""
-        rows, places = len(counts), max(counts)
-        pixels, cells = np.asarray(data["pixel_values"]), np.asarray(data["visual_token_mask"])
+        places = max(counts)
         image_mask = np.arange(places) < np.asarray(counts)[:, None]
-        packed_pixels = np.zeros((rows, places, *pixels.shape[1:]), dtype=pixels.dtype)
-        packed_cells = np.zeros((rows, places, cells.shape[1]), dtype=bool)
-        packed_pixels[image_mask], packed_cells[image_mask] = pixels, cells
-        aligned = {"pixel_values": packed_pixels, "image_mask": image_mask, "visual_token_mask": packed_cells}
+        aligned = {
+            "pixel_values": _packed(data["pixel_values"], image_mask),
+            "image_mask": image_mask,
+            "visual_token_mask": _packed(data["visual_token_mask"], image_mask),
+        }
         lengths = {len(ids) for ids in data["input_ids"]}
         if len(lengths) == 1:  # ragged token lists (no padding asked for) cannot carry a mask per token
             ids = np.asarray(data["input_ids"])
@@ -190,6 +190,16 @@ class AgeVlmProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         # `from_pretrained` drops the map that `save_pretrained` has set; it belongs to the class.
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_agevlm.AgeVlmProcessor"}}
+
+
+def _packed(values, image_mask: np.ndarray):
+    """`(n, ...)` into the marked places of `(rows, places, ...)`, the others zero; arrays of NumPy or torch."""
+    shape = (*image_mask.shape, *values.shape[1:])
+    if image_mask.all():
+        return values.reshape(shape)  # pictures are large: no copy where no place is empty
+    packed = np.zeros(shape, dtype=values.dtype) if isinstance(values, np.ndarray) else values.new_zeros(shape)
+    packed[image_mask] = values
+    return packed
 
 
 def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
