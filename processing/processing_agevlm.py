@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import get_image_size, is_valid_image
+from transformers.image_utils import ImageInput, get_image_size, is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 
@@ -52,7 +52,7 @@ class AgeVlmProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | list[str] | None = None,
         guidance_spans: Sequence[tuple[int, int] | None] | None = None,
         guidance_masks: Sequence[Image.Image | None] | None = None,
@@ -223,7 +223,8 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
         missing = "text" if len(rows) > len(text) else "list of pictures"
         raise ValueError(
             f"Row {min(len(rows), len(text))} has no {missing}: {len(rows)} lists of pictures for {len(text)} texts "
-            f"with {sum(wanted)} placeholders '{image_token}'. Give one list of pictures per text ([] for none)."
+            f"with {sum(wanted)} placeholders '{image_token}'. Give one list of pictures per text ([] for none): the "
+            f"number of {image_token} tokens in the prompts should be the same as the number of images."
         )
     for index, (row, count) in enumerate(zip(rows, wanted, strict=True)):
         if len(row) != count:
