@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-slow check typecheck-links clean typecheck
+.PHONY: install quickstart test test-slow test-upstream check typecheck-links clean typecheck
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# transformers' own common tests on our classes; TRANSFORMERS_TESTS is the folder `tests` of its sources
+# (tests/upstream/test_modeling_upstream.py says how to get them). Its markers are not ours: no --strict-markers.
+test-upstream: install
+	$(BIN)/pip install -q parameterized
+	AGEVLM_TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) $(BIN)/python -m pytest -q -rs \
+		-o addopts=--import-mode=importlib tests/upstream
 
 # mypy does not see setuptools' folder mapping; it sees this tree of links.
 typecheck-links:

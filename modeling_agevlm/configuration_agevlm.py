@@ -97,9 +97,11 @@ class AgeVlmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The head belongs to the decoder: whether it is tied is the decoder's decision.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        # `@strict` runs it again and would wrap the error into a type that is no ValueError.
+        self.validate_architecture()
 
     def validate_architecture(self):
-        """Part of the `@strict` validation.
+        """Part of the `@strict` validation, which also runs before saving.
 
         Raises:
             ValueError: see the class.

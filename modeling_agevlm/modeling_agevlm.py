@@ -22,7 +22,7 @@ H query heads, G key/value heads, K cross blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -142,6 +142,12 @@ class AgeVlmCrossAttention(nn.Module):
         self.q_norm = norm(self.head_dim, text_config.rms_norm_eps)
         self.k_norm = norm(self.head_dim, text_config.rms_norm_eps)
 
+    def project_images(self, image_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`image_states (B, V, D)` -> keys and values `(B, G, V, head width)`, all that is cached of the pictures."""
+        visual_shape = (*image_states.shape[:-1], -1, self.head_dim)
+        key = self.k_norm(self.k_proj(image_states).view(visual_shape).transpose(1, 2))
+        return key, self.v_proj(image_states).view(visual_shape).transpose(1, 2)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -162,9 +168,7 @@ class AgeVlmCrossAttention(nn.Module):
         if image_states is None:
             key, value = cache.keys, cache.values
         else:
-            visual_shape = (*image_states.shape[:-1], -1, self.head_dim)
-            key = self.k_norm(self.k_proj(image_states).view(visual_shape).transpose(1, 2))
-            value = self.v_proj(image_states).view(visual_shape).transpose(1, 2)
+            key, value = self.project_images(image_states)
             if cache is not None:
                 key, value = cache.update(key, value)
 
@@ -341,7 +345,7 @@ class AgeVlmTextModel(LlamaModel):
         visibility: Visibility | None = None,
         guidance_query_mask: torch.BoolTensor | None = None,
         guidance_mask: torch.BoolTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmModelOutputWithPast:
         """As `LlamaModel.forward`, with `image_states (B, V, D)` (None when cached) and `visibility` (None: the batch
         has no pictures and the cross blocks do not run)."""
@@ -439,15 +443,16 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Visual tokens of a flat list of pictures.
+        """Visual tokens of a list of pictures.
 
         Args:
-            pixel_values (`torch.FloatTensor` `(M, 3, height, width)`): cast to the tower's dtype.
+            pixel_values (`torch.FloatTensor` `(M, 3, height, width)`): cast to the tower's dtype. Row-aligned ones
+                `(B, N, 3, height, width)` are taken as B * N pictures.
 
         Returns:
             `last_hidden_state (M, L, C)` from the tower and `pooler_output (M, L, D)`, projected.
         """
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        outputs = self.vision_tower(pixel_values.flatten(0, -4).to(self.vision_tower.dtype), **kwargs)
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         return outputs
 
@@ -466,7 +471,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         cross_attention_mask: torch.BoolTensor | None = None,
         guidance_query_mask: torch.BoolTensor | None = None,
         guidance_mask: torch.BoolTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmModelOutputWithPast:
         """Runs tower, projector and decoder.
 
@@ -501,7 +506,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                     f"`pixel_values` has {batch} rows and the text {inputs_embeds.shape[0]}: pictures are aligned "
                     "with rows; pad rows with fewer pictures and say so in `image_mask`."
                 )
-            features = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True).pooler_output
+            features = self.get_image_features(pixel_values, return_dict=True).pooler_output
             image_hidden_states = features.unflatten(0, (batch, num_images))
             image_states = image_hidden_states.flatten(1, 2).to(inputs_embeds.dtype)
 
@@ -567,7 +572,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             visual_token_mask = torch.ones(
                 batch, num_images, num_visual // num_images, dtype=torch.bool, device=device
             )
-        if visual_token_mask.shape[:2].numel() * visual_token_mask.shape[2] != batch * num_visual:
+        if visual_token_mask.shape != (batch, num_images, num_visual // num_images):
             raise ValueError(
                 f"`visual_token_mask` has shape {tuple(visual_token_mask.shape)}; the pictures have "
                 f"{(batch, num_images, num_visual // num_images)} (rows, images, cells)."
@@ -632,7 +637,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         guidance_mask: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmCausalLMOutputWithPast:
         """Logits, and the language-model loss if `labels (B, T)` are given (-100 is ignored).
 
@@ -655,7 +660,10 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        # As a matrix: given a slice in three dimensions, torch may copy the head's weights first, which in bfloat16 on
+        # a CPU takes seconds at every prefill of Llama-1B's vocabulary.
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(kept.flatten(0, -2)).unflatten(0, kept.shape[:-1])
         loss = None
         if labels is not None:
             loss = self.loss_function(

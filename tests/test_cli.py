@@ -14,7 +14,8 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 def test_verbs_are_frozen():
     """A new verb is a decision: change this list together with README and CONTRIBUTING."""
-    assert set(cli.VERBS) == {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "env"}
+    expected = {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "export", "env"}
+    assert set(cli.VERBS) == expected
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))

@@ -25,6 +25,7 @@ VERBS = {
     "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
+    "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
 }
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
