@@ -141,6 +141,14 @@ def background(image_mean) -> list[int]:
     return [int(value * 255) for value in image_mean]
 
 
+def scale_and_shift(factor: float, do_normalize: bool, image_mean, image_std) -> tuple[np.ndarray, np.ndarray]:
+    """Rescaling and normalising as one multiplication and one addition: float32 `(3, 1, 1)` each."""
+    scale, shift = np.full(3, factor), np.zeros(3)
+    if do_normalize:
+        scale, shift = scale / np.asarray(image_std), -np.asarray(image_mean) / np.asarray(image_std)
+    return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
+
+
 def visible_cells(fits: list[Fit], canvas: tuple[int, int], cell_size: int) -> np.ndarray:
     """Which cells show a part of the picture: bool `(n, cells)`."""
     visible = np.zeros((len(fits), canvas[0] // cell_size, canvas[1] // cell_size), dtype=bool)
@@ -380,14 +388,10 @@ class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):
             if (bottom - top, right - left) != canvas:
                 pixels[:] = background(image_mean)
             pixels[top:bottom, left:right] = np.asarray(image)
-        # One multiplication and one addition for rescaling and normalising together.
-        scale = np.full(3, rescale_factor if do_rescale else 1.0)
-        shift = np.zeros(3)
-        if do_normalize:
-            scale, shift = scale / np.asarray(image_std), -np.asarray(image_mean) / np.asarray(image_std)
+        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
         values = canvases.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        values *= scale.astype(np.float32)[:, None, None]
-        values += shift.astype(np.float32)[:, None, None]
+        values *= scale
+        values += shift
         data = {"pixel_values": values, "visual_token_mask": visible_cells(fits, canvas, cell_size)}
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -452,23 +456,21 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
         members: dict[Any, list[int]] = {}
         for index, (group, _) in places.items():
             members.setdefault(group, []).append(index)
-        values = torch.empty((len(images), 3, *canvas), device=images[0].device)
+        device = images[0].device
+        values = torch.empty((len(images), 3, *canvas), device=device)
+        colour = torch.tensor(background(image_mean), dtype=torch.float32, device=device)[:, None, None]
         for group, pixels in groups.items():
             (x0, y0, x1, y1), (left, top, right, bottom) = fits[members[group][0]]
-            pixels = pixels[..., y0:y1, x0:x1]
-            if pixels.shape[-2:] != (bottom - top, right - left):
-                pixels = self.resize(pixels, SizeDict(height=bottom - top, width=right - left), resample)
-            colour = torch.tensor(background(image_mean), dtype=torch.uint8, device=pixels.device)[None, :, None, None]
-            pixels, colour = (
-                self.rescale_and_normalize(
-                    part, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-                ).float()
-                for part in (pixels, colour)
+            pixels = self.resize(
+                pixels[..., y0:y1, x0:x1], SizeDict(height=bottom - top, width=right - left), resample
             )
-            if pixels.shape[-2:] != canvas:
-                values[members[group]] = colour
-            values[members[group], :, top:bottom, left:right] = pixels
-        visible = torch.from_numpy(visible_cells(fits, canvas, cell_size)).to(values.device)
+            for index, picture in zip(members[group], pixels, strict=True):
+                if pixels.shape[-2:] != canvas:
+                    values[index] = colour
+                values[index, :, top:bottom, left:right] = picture
+        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
+        values.mul_(torch.from_numpy(scale).to(device)).add_(torch.from_numpy(shift).to(device))
+        visible = torch.from_numpy(visible_cells(fits, canvas, cell_size)).to(device)
         return BatchFeature({"pixel_values": values, "visual_token_mask": visible}, tensor_type=return_tensors)
 
 
