@@ -100,6 +100,22 @@ def tiny_model(seed: int = 0, open_cross_blocks: bool = True, **config) -> AgeVl
     return model.eval()
 
 
+def tiny_batch(model: AgeVlmForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Three rows of ten tokens for [`tiny_model`]: one picture with padded cells, text alone, two pictures."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(20, 200, (3, 10), generator=generator)
+    input_ids[0, 2] = input_ids[2, 1] = input_ids[2, 5] = model.config.image_token_id
+    visual_token_mask = torch.ones(3, 2, 9, dtype=torch.bool)
+    visual_token_mask[0, 0, :3] = False
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(3, 2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "image_mask": torch.tensor([[True, False], [False, False], [True, True]]),
+        "visual_token_mask": visual_token_mask,
+    }
+
+
 def picture(width: int = IMAGE_SIZE, height: int = IMAGE_SIZE, seed: int = 0) -> Image.Image:
     """A picture of random noise."""
     generator = torch.Generator().manual_seed(seed)

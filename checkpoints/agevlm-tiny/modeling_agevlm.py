@@ -162,6 +162,11 @@ class AgeVlmCrossAttention(nn.Module):
         states, the weights (eager only) and what guidance asks for: map `(B, V)`, or mass `(B,)`, or None."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape).transpose(1, 2))
+        if guidance_query_mask is not None and query.shape[1] != self.config.num_attention_heads:
+            raise ValueError(
+                f"Guidance averages over all {self.config.num_attention_heads} heads; under tensor parallelism this "
+                f"process has {query.shape[1]}. Use `fsdp_size` in place of `tp_size`."
+            )
         cache = None
         if past_key_values is not None:
             cache = cross_cache_layer(past_key_values, self.config.num_hidden_layers, self.cross_index)
@@ -270,6 +275,8 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
 class AgeVlmVisionTower(ConvNextModel):
     """`ConvNextModel` up to its stage-4 map; the final LayerNorm serves only the pooled vector and is left out."""
 
+    _fsdp_plan = {"encoder.stages.*": "free_full_weight"}  # noqa: RUF012
+
     def __init__(self, config):
         super().__init__(config)
         del self.layernorm
@@ -306,6 +313,20 @@ class AgeVlmTextModel(LlamaModel):
 
     _no_split_modules = AgeVlmPreTrainedModel._no_split_modules
     _supports_flash_attn = False
+    # Beside Llama's own plans, which the configuration brings
+    _tp_plan = {  # noqa: RUF012
+        "cross_attention_layers.*.cross_attn.q_proj": "colwise",
+        "cross_attention_layers.*.cross_attn.k_proj": "colwise",
+        "cross_attention_layers.*.cross_attn.v_proj": "colwise",
+        "cross_attention_layers.*.cross_attn.o_proj": "rowwise",
+        # Each rank normalises its own heads with the whole weight.
+        "cross_attention_layers.*.cross_attn.q_norm": "replicated_with_grad_allreduce",
+        "cross_attention_layers.*.cross_attn.k_norm": "replicated_with_grad_allreduce",
+        "cross_attention_layers.*.mlp.gate_proj": "colwise",
+        "cross_attention_layers.*.mlp.up_proj": "colwise",
+        "cross_attention_layers.*.mlp.down_proj": "rowwise",
+    }
+    _fsdp_plan = {"cross_attention_layers.*": "free_full_weight"}  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LlamaDecoderLayer,
         "attentions": LlamaAttention,
@@ -420,7 +441,7 @@ class AgeVlmTextModel(LlamaModel):
             def sees_image(batch_idx, head_idx, q_idx, kv_idx):
                 return allowed_BTN[batch_idx, q_idx, kv_idx // length]
 
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             # None instead of all-True, so that a batch without padding runs without a mask
@@ -428,6 +449,17 @@ class AgeVlmTextModel(LlamaModel):
             encoder_hidden_states=inputs_embeds.new_empty(batch, cells_BV.shape[1], 0),
             and_mask_function=sees_image,
         )
+        if (
+            mask is None
+            and not torch.compiler.is_compiling()
+            and self.config._attn_implementation == "sdpa"
+            and inputs_embeds.device.type == "cpu"
+            and inputs_embeds.shape[1] == 1
+        ):
+            # A mask that hides nothing: for a single token transformers then lets the query heads of a group share
+            # one read of their keys and values; without one, torch's CPU kernel reads them for each query head.
+            mask = cells_BV[:, None, None]
+        return mask
 
 
 class AgeVlmModel(AgeVlmPreTrainedModel):
@@ -607,6 +639,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: AgeVlmConfig):
         super().__init__(config)

@@ -6,7 +6,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, L
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
-from builders import tiny_model
+from builders import tiny_batch, tiny_model
 
 
 LENGTH, CELLS = 10, 9
@@ -24,20 +24,7 @@ def stock_llama(model) -> LlamaForCausalLM:
 
 @pytest.fixture
 def batch(model):
-    """Three rows: one picture with padded cells, text alone, two pictures."""
-    torch.manual_seed(1)
-    image = model.config.image_token_id
-    input_ids = torch.randint(20, 200, (3, LENGTH))
-    input_ids[0, 2] = input_ids[2, 1] = input_ids[2, 5] = image
-    visual_token_mask = torch.ones(3, 2, CELLS, dtype=torch.bool)
-    visual_token_mask[0, 0, :3] = False
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "pixel_values": torch.randn(3, 2, 3, 96, 96),
-        "image_mask": torch.tensor([[True, False], [False, False], [True, True]]),
-        "visual_token_mask": visual_token_mask,
-    }
+    return tiny_batch(model)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""Tensor-parallel and FSDP plans on two processes, and `device_map`, against the model in one piece."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import parallel_worker
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from builders import tiny_batch, tiny_model
+
+
+def run_on_two_processes(kind: str, model, batches: list[dict], folder: Path) -> list[dict]:
+    model.save_pretrained(folder)
+    torch.save(batches, folder / "batches.pt")
+    worker = Path(parallel_worker.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*command, str(worker), kind, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+def whole_step(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(**batch, labels=batch["input_ids"])
+    output.loss.backward()
+    return output.logits.detach(), {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_tensor_parallel_equals_one_process(tmp_path):
+    """With norms on queries and keys, whose gradients are partial on each process."""
+    model = tiny_model(cross_attention_gate="tanh", cross_attention_qk_norm=True)
+    for block in model.model.language_model.cross_attention_layers:
+        torch.nn.init.ones_(block.attn_gate)
+        torch.nn.init.ones_(block.mlp_gate)
+    batch = tiny_batch(model)
+    logits, gradients = whole_step(model, batch)
+    for result in run_on_two_processes("tp", model, [batch, batch], tmp_path):
+        assert torch.allclose(result["logits"], logits, atol=1e-5)
+        for name, gradient in gradients.items():
+            assert torch.allclose(result["gradients"][name], gradient, atol=1e-5), name
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert f"model.language_model.cross_attention_layers.0.cross_attn.{projection}.weight" in result["sharded"]
+        assert "all 4 heads; under tensor parallelism this process has 2" in result["refusal"]
+
+
+def test_fsdp_equals_one_process_with_a_batch_of_text_on_one_rank(tmp_path):
+    """A rank without pictures takes a blank one that no row has, so that all ranks gather the same parameters. Its
+    logits and gradients are those of the text alone."""
+    model = tiny_model()
+    pictures = tiny_batch(model)
+    text = {"input_ids": torch.randint(20, 200, (3, 10))}
+    blank = {"pixel_values": torch.zeros(3, 1, 3, 96, 96), "image_mask": torch.zeros(3, 1, dtype=torch.bool)}
+    steps = [whole_step(model, pictures), whole_step(model, text)]
+    results = run_on_two_processes("fsdp", model, [pictures, {**text, **blank}], tmp_path)
+    for (logits, _), result in zip(steps, results, strict=True):
+        assert torch.allclose(result["logits"], logits, atol=1e-5)
+        assert result["sharded"] == {name for name, _ in model.named_parameters()}
+        assert not result["refusal"]
+        for name, gradient in steps[0][1].items():
+            assert torch.allclose(result["gradients"][name], (gradient + steps[1][1][name]) / 2, atol=1e-5), name
+
+
+def test_the_plans_name_modules_that_exist(model):
+    """A rule that matches nothing is only a warning in transformers, and the module it meant stays whole."""
+    names = {name for name, _ in model.named_modules()}
+    wildcards = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
+    ours = [
+        name for name in (*model.tp_plan, *model.fsdp_plan) if "cross_attention" in name or "encoder.stages" in name
+    ]
+    assert len(ours) == 11
+    assert set(ours) <= wildcards
+    classes = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= classes
+
+
+def test_a_model_split_by_device_map_equals_the_whole(model, tmp_path):
+    """Cut by `_no_split_modules`. The second device is the disk: a machine without an accelerator has no other."""
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    answers = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for share in (0.3, 0.8):
+        loaded = AgeVlmForConditionalGeneration.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path / "offloaded"
+        )
+        assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+        whole = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+        for name in loaded.hf_device_map:
+            assert not any(name.startswith(f"{parent}.") for parent in whole)
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, expected)
+        assert torch.equal(loaded.generate(**batch, max_new_tokens=4, do_sample=False), answers)
