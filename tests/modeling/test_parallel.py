@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel_worker
 import torch
 
-import parallel_worker
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from builders import tiny_batch, tiny_model
 
