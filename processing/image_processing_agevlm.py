@@ -121,6 +121,16 @@ def checked_fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str
     return fitted
 
 
+def first_pass(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) between the two passes of a resampling.
+
+    The order matters where a filter overshoots 0..255, so both backends take it from here: columns first, unless that
+    would make a tall picture wide as well.
+    """
+    (height, width), (target_height, target_width) = size, target
+    return (target_height, width) if target_height < height and target_width > width else (height, target_width)
+
+
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
     """Before anything is decoded.
 
@@ -382,10 +392,11 @@ class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):
         for pixels, image, (source, (left, top, right, bottom)) in zip(canvases, images, fits, strict=True):
             if source != (0, 0, image.width, image.height):
                 image = image.crop(source)
-            # Columns first, then rows, as torch does it; Pillow alone chooses the order by size and version, and where
-            # a filter overshoots 0..255 the order matters.
-            image = image.resize((right - left, image.height), resample).resize((right - left, bottom - top), resample)
-            if (bottom - top, right - left) != canvas:
+            target = (bottom - top, right - left)
+            # Two calls, because Pillow's own order changes with size and version.
+            for height, width in (first_pass((image.height, image.width), target), target):
+                image = image.resize((width, height), resample)
+            if target != canvas:
                 pixels[:] = background(image_mean)
             pixels[top:bottom, left:right] = np.asarray(image)
         scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
@@ -423,14 +434,22 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device)
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
-        """Columns first, then rows, 8 bits in between, as in Pillow: `(n, 3, height, width)` uint8.
+        """`(n, 3, height, width)` uint8 to `size`, one axis after the other, 8 bits in between, as in Pillow.
 
-        The columns are computed in floating point. torch's 8-bit kernels have weights of 16 bits: rounded twice, they
-        would end two steps from Pillow (22 bits) now and then; accelerators keep what overshoots 0..255 on the way.
+        The first pass is computed in floating point: torch's 8-bit kernels have weights of 16 bits and, rounded twice,
+        end two steps from Pillow (22 bits) now and then; and accelerators keep what overshoots 0..255 on the way.
         """
+
+        def to_width(image: torch.Tensor, width: int) -> torch.Tensor:
+            size = SizeDict(height=image.shape[-2], width=width)
+            image = super(AgeVlmImageProcessor, self).resize(image.float().contiguous(), size, resample)
+            return image.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+
+        if first_pass(tuple(image.shape[-2:]), (size.height, size.width))[0] != image.shape[-2]:
+            # Rows first, turned: torch's kernels are wrong for the rows of a single column.
+            return to_width(to_width(image.mT, size.height).mT, size.width)
         if size.width != image.shape[-1]:
-            image = super().resize(image.float(), SizeDict(height=image.shape[-2], width=size.width), resample)
-            image = image.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+            image = to_width(image, size.width)
         return super().resize(image, size, resample)
 
     def _preprocess(

@@ -63,8 +63,8 @@ def steps(backends, images) -> np.ndarray:
 @given(size=SIZES, canvas=st.sampled_from([(96, 96), (64, 128), (224, 224)]), seed=st.integers(0, 99))
 def test_noise_of_any_size(geometry, size, canvas, seed):
     difference = steps(both(geometry, canvas), picture(size[1], size[0], seed=seed))
-    # Both round after the columns and after the rows; Pillow's weights have 22 bits, torch's 16. Where both roundings
-    # fall differently, a value is two steps off.
+    # Both round after either pass; Pillow's weights have 22 bits, torch's 16. Where the first pass rounds differently, on
+    # a tie, the second may end two steps off: measured at one value in ten million over many sizes.
     assert difference.max() < 2.01 and (difference > 1.01).mean() < 1e-4
 
 
@@ -73,7 +73,8 @@ def test_noise_of_any_size(geometry, size, canvas, seed):
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("size", [(640, 480), (1500, 1000), (336, 336), (500, 1333), (96, 96), (31, 7)])
 def test_photographs_at_full_size(geometry, resample, size):
-    assert steps(both(geometry, (768, 768), resample=resample), photograph(*size)).max() < 1.01
+    difference = steps(both(geometry, (768, 768), resample=resample), photograph(*size))
+    assert difference.max() < 2.01 and (difference > 1.01).mean() < 1e-6
 
 
 @with_torchvision
@@ -194,6 +195,17 @@ def test_files_that_cannot_be_read_are_refused(backend, tmp_path):
         backend()([str(whole), str(cut)])
     with pytest.raises(ValueError, match=r"text\.png cannot be opened"):
         backend()(str(text))
+
+
+@backends
+@geometries
+@pytest.mark.parametrize("size", [(9_999_999, 1), (1, 9_999_999)])
+def test_thin_pictures_stay_small_on_their_way(backend, geometry, size):
+    """Widened before they are shortened, they would take gigabytes."""
+    values = backend(size={"height": 768, "width": 768}, geometry=geometry)(
+        Image.new("RGB", size, (90, 60, 30)), do_normalize=False, do_rescale=False, return_tensors="np"
+    )["pixel_values"]
+    assert (values == np.array([90, 60, 30])[:, None, None]).all(1).any()
 
 
 @backends

@@ -21,7 +21,9 @@ from builders import picture
 STRIDE = 32
 SIZES = st.one_of(
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    st.sampled_from([(1, 1), (3, 2000), (2000, 3), (1, 257), (96, 96), (64, 96), (640, 480)]),
+    st.sampled_from(
+        [(1, 1), (10, 20_000), (3, 2000), (2000, 3), (1, 257), (96, 96), (64, 96), (640, 480), (20_000, 10)]
+    ),
 )
 CANVASES = st.sampled_from([(32, 32), (96, 96), (64, 128), (224, 224)])
 QUICK = settings(max_examples=60, deadline=None, database=None)
