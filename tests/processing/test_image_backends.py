@@ -63,8 +63,8 @@ def steps(backends, images) -> np.ndarray:
 @given(size=SIZES, canvas=st.sampled_from([(96, 96), (64, 128), (224, 224)]), seed=st.integers(0, 99))
 def test_noise_of_any_size(geometry, size, canvas, seed):
     difference = steps(both(geometry, canvas), picture(size[1], size[0], seed=seed))
-    # Both round after either pass; Pillow's weights have 22 bits, torch's 16. Where the first pass rounds differently, on
-    # a tie, the second may end two steps off: measured at one value in ten million over many sizes.
+    # Both round after either pass; Pillow's weights have 22 bits, torch's 16. Where the first pass rounds differently,
+    # on a tie, the second may end two steps off: measured at one value in ten million over many sizes.
     assert difference.max() < 2.01 and (difference > 1.01).mean() < 1e-4
 
 
