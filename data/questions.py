@@ -271,9 +271,16 @@ OTHERS: tuple[Generator, ...] = (
 
 def presence(rng: random.Random, scene: Scene, pool: Pool) -> Question:
     """Yes in half of the cases."""
-    if rng.random() < 0.5:
-        return present(rng, scene, pool)
-    return absent(rng, scene, pool) or absent(rng, scene, pool, "random") or present(rng, scene, pool)
+    return (present if rng.random() < 0.5 else _surely_absent)(rng, scene, pool)
+
+
+def _surely_absent(rng: random.Random, scene: Scene, pool: Pool) -> Question:
+    """Not every way to mislead exists in every scene; something drawn at random is always absent somewhere."""
+    for strategy in (None, *["random"] * 20):
+        question = absent(rng, scene, pool, strategy)
+        if question is not None:
+            return question
+    raise ValueError(f"Every one of the {len(pool.names)} names is in the scene: give more `names`.")
 
 
 def _other(rng: random.Random, scene: Scene, pool: Pool) -> Question:
@@ -290,13 +297,23 @@ def spoken(rng: random.Random, question: Question) -> str:
 
 
 def sample_questions(rng: random.Random, scene: Scene, pool: Pool, number: int) -> list[Question]:
-    """`number` different questions, about half of them on presence, at least one with something to look at."""
+    """`number` different questions (fewer if the scene has no more), at least one with something to look at.
+
+    Two thirds of them are on presence, but no more than the scene has different answers "yes" for: each answer is then
+    an independent coin, and neither the number of turns nor the earlier answers say which comes next.
+    """
+    present_things = {words for thing in scene.objects for words in (thing.name, thing.described)}
+    on_presence = min(sum(rng.random() < 2 / 3 for _ in range(number)), len(present_things))
+    drawn = [present if rng.random() < 0.5 else _surely_absent for _ in range(on_presence)]
+    drawn += [_other] * (number - on_presence)
+    rng.shuffle(drawn)
     found: dict[str, Question] = {}
-    for _ in range(10 * number):
-        if len(found) == number:
-            break
-        question = presence(rng, scene, pool) if rng.random() < 0.5 else _other(rng, scene, pool)
-        found.setdefault(question.query, question)
+    for draw in drawn:
+        for _ in range(20):
+            question = draw(rng, scene, pool)
+            if question.query not in found:
+                found[question.query] = question
+                break
     questions = list(found.values())
     if not any(question.look_at or question.sign for question in questions):
         questions[rng.randrange(len(questions))] = present(rng, scene, pool)

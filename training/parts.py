@@ -5,8 +5,8 @@ something if the part knows something, so the smaller sizes have pretrained part
 
 `tiny` trains both on grounded scenes:
 - the language model on text alone: it reads scenes that are described in words and answers questions about them;
-- the tower as CLIP's is: pictures against their captions, the text side being a bag of token embeddings that is
-  thrown away afterwards; on cut-outs of 96 pixels around one object, so that stage 2 has a resolution to adapt to.
+- the tower contrastively, as CLIP's is, but every object's cells against the words for it (a whole picture against a
+  whole caption is too hard a riddle for minutes); the text side is a bag of token embeddings that is thrown away.
 Neither part has ever met the other. The results are committed in `checkpoints/tiny-parts`: the quickstart starts
 there.
 
@@ -22,11 +22,9 @@ import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 
 import torch
 from datasets import Dataset
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -42,25 +40,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from agevlm.data.scenes import build_scenes, load_rows, text_corpus
+from agevlm.data.builder import SceneArguments, SceneBuilder
+from agevlm.data.scenes import text_corpus
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 
 
 IMAGE_SIZE = 224
-CROP_SIZE = 96
 SMALL_VISION = {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384], "layer_norm_eps": 1e-6}
 VOCAB_SIZE = 768
-# Everyday things whose icons are told apart at 60 pixels. Forty names and eight colours fit a quickstart.
-# fmt: off
-NAMES = (
-    "airplane", "anchor", "apple", "bell", "bicycle", "bird", "boat", "book", "bottle", "bus", "cake",
-    "camera", "car", "cat", "chair", "clock", "cloud", "crown", "cup", "dog", "envelope", "fish", "flag",
-    "flower", "ghost", "guitar", "hammer", "hat", "heart", "horse", "house", "key", "lamp", "leaf", "moon",
-    "rocket", "star", "sun", "tree", "umbrella",
-)
-# fmt: on
+# Few enough kinds of things to be learned in minutes.
+NAMES = ("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -130,7 +122,7 @@ def train_language_model(config: AgeVlmConfig, processor, num_conversations: int
     model = LlamaForCausalLM(config.text_config)
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
-    corpus = text_corpus(num_conversations, seed, names=NAMES)
+    corpus = text_corpus(num_conversations, seed, names=NAMES, colours=COLOURS)
     conversations = Dataset.from_list([{"messages": messages} for messages in corpus])
     trainer = SFTTrainer(
         model,
@@ -150,8 +142,52 @@ def train_language_model(config: AgeVlmConfig, processor, num_conversations: int
     return model
 
 
+class Regions(torch.utils.data.Dataset):
+    """Scenes drawn on demand: row `index` is a picture, its objects' masks and the words for them."""
+
+    def __init__(self, arguments: SceneArguments, length: int):
+        self.builder, self.length = SceneBuilder(arguments), length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        builder = self.builder
+        picture = builder.picture(builder.stream("regions", index), builder.pools["train"], word_rate=0.1)
+        things = range(len(picture.scene.objects))
+        return {
+            "image": picture.image,
+            "masks": [picture.mask([thing]) for thing in things],
+            "words": [picture.scene.objects[thing].described for thing in things],
+        }
+
+
+class RegionCollator:
+    """Batches of `Regions`; each different description of a batch is there once."""
+
+    def __init__(self, processor: AgeVlmProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """`pixel_values (B, 3, H, W)`, `cells (R, rows x columns)` and `image (R,)` of R objects, `input_ids` and
+        `attention_mask (P, T)` of P descriptions, `labels (R,)`: which description is whose."""
+        image_processor = self.processor.image_processor
+        words = sorted({word for row in rows for word in row["words"]})
+        text = self.processor.tokenizer(words, padding=True, add_special_tokens=False, return_tensors="pt")
+        images = image_processor([row["image"] for row in rows], return_tensors="pt")
+        cells = [torch.as_tensor(image_processor.mask_to_grid(mask)) for row in rows for mask in row["masks"]]
+        return {
+            "pixel_values": images["pixel_values"],
+            "cells": torch.stack(cells).flatten(1).float(),
+            "image": torch.tensor([number for number, row in enumerate(rows) for _ in row["masks"]]),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "labels": torch.tensor([words.index(word) for row in rows for word in row["words"]]),
+        }
+
+
 class ContrastivePair(nn.Module):
-    """A ConvNeXt and a bag of token embeddings, pulled together over the pictures and captions of a batch (CLIP)."""
+    """A ConvNeXt and a bag of token embeddings: the cells of an object against the descriptions of a batch."""
 
     def __init__(self, config: AgeVlmConfig):
         super().__init__()
@@ -160,63 +196,31 @@ class ContrastivePair(nn.Module):
         self.text = nn.Embedding(config.text_config.vocab_size, width)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
-        """`pixel_values (B, 3, H, W)`, caption tokens `(B, T)` -> symmetric InfoNCE loss and logits `(B, B)`."""
-        images = nn.functional.normalize(self.vision(pixel_values).pooler_output, dim=-1)
-        weights = attention_mask[..., None].to(images.dtype)
-        texts = nn.functional.normalize((self.text(input_ids) * weights).sum(1), dim=-1)
-        logits = images @ texts.T * self.logit_scale.exp()
-        target = torch.arange(len(logits), device=logits.device)
-        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
-        return {"loss": loss, "logits": logits}
+    def forward(self, pixel_values, cells, image, input_ids, attention_mask, labels) -> dict[str, torch.Tensor]:
+        """What `RegionCollator` makes -> cross-entropy over the batch's descriptions, logits `(R, P)`."""
+        features = self.vision(pixel_values).last_hidden_state.flatten(2)[image]  # (R, width, rows x columns)
+        regions = torch.einsum("rwc,rc->rw", features, cells) / cells.sum(1, keepdim=True)
+        weights = attention_mask[..., None].to(features.dtype)
+        texts = (self.text(input_ids) * weights).sum(1)
+        logits = nn.functional.normalize(regions, dim=-1) @ nn.functional.normalize(texts, dim=-1).T
+        logits = logits * self.logit_scale.exp()
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def crop_around(image: Image.Image, mask: Image.Image, size: int, random: Random) -> Image.Image:
-    """A square of `size` pixels of `image`, at a random place that holds as much of the mask's box as fits."""
-
-    def start(low: int, high: int, length: int) -> int:
-        first, last = max(0, min(high - size, low)), min(length - size, max(high - size, low))
-        return random.randint(min(first, last), max(first, last))
-
-    left, top, right, bottom = mask.getbbox()
-    x, y = start(left, right, image.width), start(top, bottom, image.height)
-    return image.crop((x, y, x + size, y + size))
-
-
-def train_vision_tower(config: AgeVlmConfig, processor, rows: Dataset, epochs: float, seed: int, work_dir: Path):
-    """A ConvNeXt trained on pictures against captions: `ConvNextModel` of `config.vision_config`."""
+def train_vision_tower(
+    config: AgeVlmConfig, processor, arguments: SceneArguments, scenes: int, seed: int, work_dir: Path
+) -> ConvNextModel:
+    """A ConvNeXt of `config.vision_config` trained on `scenes` pictures."""
     set_seed(seed)
     model = ContrastivePair(config)
-
-    random = Random(seed)
-    size = {"height": CROP_SIZE, "width": CROP_SIZE}
-
-    def collate(batch: list[dict]) -> dict:
-        captions = [row["messages"][-1]["content"] for row in batch]
-        text = processor.tokenizer(captions, padding=True, add_special_tokens=False, return_tensors="pt")
-        crops = [crop_around(row["images"][0], row["guidance"]["mask"], CROP_SIZE, random) for row in batch]
-        images = processor.image_processor(crops, size=size, return_tensors="pt")
-        return {
-            "pixel_values": images["pixel_values"],
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
-        }
-
     trainer = Trainer(
         model,
         args=TrainingArguments(
-            **_arguments(
-                work_dir,
-                seed,
-                learning_rate=2e-3,
-                per_device_train_batch_size=192,
-                num_train_epochs=epochs,
-                weight_decay=0.05,
-            ),
+            **_arguments(work_dir, seed, learning_rate=3e-3, per_device_train_batch_size=64, weight_decay=0.05),
             remove_unused_columns=False,
         ),
-        data_collator=collate,
-        train_dataset=rows,
+        data_collator=RegionCollator(processor),
+        train_dataset=Regions(arguments, scenes),
     )
     trainer.train()
     return model.vision
@@ -242,19 +246,19 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def make_tiny(folder: Path, work_dir: Path, conversations: int, scenes: int, epochs: float, seed: int) -> None:
+def make_tiny(folder: Path, work_dir: Path, conversations: int, scenes: int, seed: int) -> None:
     """Train the tiny parts into `folder`."""
-    corpus = text_corpus(5_000, seed, names=NAMES)
+    corpus = text_corpus(5_000, seed, names=NAMES, colours=COLOURS)
     processor = build_processor(
         train_tokenizer(message["content"] for messages in corpus for message in messages), image_size=IMAGE_SIZE
     )
     config = tiny_config(processor)
-    language_model = train_language_model(config, processor, conversations, seed, work_dir)
-    rows = _rows_for_tower(work_dir, scenes, seed, names=NAMES)
-    _save(folder, processor, language_model, train_vision_tower(config, processor, rows, epochs, seed, work_dir))
+    pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colours=COLOURS)
+    tower = train_vision_tower(config, processor, pictures, scenes, seed, work_dir)
+    _save(folder, processor, train_language_model(config, processor, conversations, seed, work_dir), tower)
 
 
-def make_small(folder: Path, work_dir: Path, cutouts: Path, scenes: int, epochs: float, seed: int) -> None:
+def make_small(folder: Path, work_dir: Path, cutouts: Path, scenes: int, seed: int) -> None:
     """SmolLM2 and a tower trained on cut-outs, into `folder`."""
     language_model, tokenizer = smollm2()
     processor = build_processor(tokenizer, image_size=IMAGE_SIZE)
@@ -265,24 +269,8 @@ def make_small(folder: Path, work_dir: Path, cutouts: Path, scenes: int, epochs:
         cross_attention_layers=[2],
         image_token_id=processor.image_token_id,
     )
-    rows = _rows_for_tower(work_dir, scenes, seed, cutouts=cutouts)
-    _save(folder, processor, language_model, train_vision_tower(config, processor, rows, epochs, seed, work_dir))
-
-
-def _rows_for_tower(work_dir: Path, scenes: int, seed: int, **objects) -> Dataset:
-    """Pictures of one object each, with captions and masks."""
-    folder = build_scenes(
-        work_dir / "scenes",
-        captions=scenes,
-        instructions=0,
-        test=0,
-        max_objects=1,
-        word_rate=0.0,
-        seed=seed,
-        num_proc=min(2, os.cpu_count() or 1),
-        **objects,
-    )
-    return load_rows(folder, "captions")
+    pictures = SceneArguments(size=IMAGE_SIZE, seed=seed, cutouts=str(cutouts))
+    _save(folder, processor, language_model, train_vision_tower(config, processor, pictures, scenes, seed, work_dir))
 
 
 def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:
@@ -318,9 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("size", choices=["tiny", "small"])
     parser.add_argument("output", type=Path, help="folder to make: the processor, `language_model/`, `vision_tower/`")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
-    parser.add_argument("--conversations", type=int, default=24_000, help="tiny: texts for the language model")
-    parser.add_argument("--scenes", type=int, default=20_000, help="pictures for the tower")
-    parser.add_argument("--epochs", type=float, default=6, help="passes over the pictures")
+    parser.add_argument("--conversations", type=int, default=100_000, help="tiny: texts for the language model")
+    parser.add_argument("--scenes", type=int, default=40_000, help="pictures for the tower")
     parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")
     args = parser.parse_args(argv)
     if args.output.exists():
@@ -329,9 +316,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("The size `small` is made of real pictures: give --cutouts.")
     work_dir = args.output.with_name(f"{args.output.name}-work")
     if args.size == "tiny":
-        make_tiny(args.output, work_dir, args.conversations, args.scenes, args.epochs, args.seed)
+        make_tiny(args.output, work_dir, args.conversations, args.scenes, args.seed)
     else:
-        make_small(args.output, work_dir, args.cutouts, args.scenes, args.epochs, args.seed)
+        make_small(args.output, work_dir, args.cutouts, args.scenes, args.seed)
 
 
 if __name__ == "__main__":

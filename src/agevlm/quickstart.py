@@ -32,7 +32,7 @@ from agevlm.evaluation import cvbench, pope
 from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.training.lineage import git_commit, library_versions
-from agevlm.training.parts import load_parts, make_small
+from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.base import StageRecipe, run_stage
 
@@ -47,11 +47,12 @@ TINY_PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 
 @dataclass(frozen=True)
 class Size:
-    """Training rows of each part, questions of each benchmark, what is in the pictures (None: everything there is),
-    and where the cross blocks sit (None: every fourth layer)."""
+    """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, what is in the
+    pictures (None: everything there is), and where the cross blocks sit (None: every fourth layer)."""
 
     captions: int
     instructions: int
+    turns: int
     questions: int
     max_objects: int
     names: tuple[str, ...] | None = None
@@ -60,17 +61,17 @@ class Size:
 
 
 SIZES = {
-    # Few enough kinds of things to be learned in minutes.
     "tiny": Size(
         captions=4_000,
-        instructions=2_000,
+        instructions=4_000,
+        turns=6,
         questions=600,
         max_objects=3,
-        names=("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree"),
-        colours=("red", "orange", "yellow", "green", "blue", "purple"),
+        names=NAMES,
+        colours=COLOURS,
         cross_attention_layers=(1, 4),
     ),
-    "small": Size(captions=16_000, instructions=16_000, questions=800, max_objects=4),
+    "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4),
 }
 
 
@@ -124,7 +125,7 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
         return TINY_PARTS
     folder = output / "parts"
     if not folder.exists():
-        make_small(folder, output / "parts-work", cutouts, scenes=20_000, epochs=6, seed=1000)
+        make_small(folder, output / "parts-work", cutouts, scenes=40_000, seed=1000)
     return folder
 
 
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         args.output / "scenes",
         captions=size.captions,
         instructions=size.instructions,
+        turns=size.turns,
         test=size.questions,
         max_objects=size.max_objects,
         names=size.names,

@@ -70,9 +70,22 @@ def test_presence_is_balanced_and_every_kind_of_question_occurs(icons):
     asked = [q for scene in scenes for q in sample_questions(rng, scene, pool, 4)]
     kinds = [question.kind for question in asked]
     assert set(kinds) == {"presence", "count", "relation", "depth", "read", "check", "free"}
-    assert 0.4 < kinds.count("presence") / len(kinds) < 0.6
+    assert 0.5 < kinds.count("presence") / len(kinds) < 0.75
     letters = [q.answer for q in asked if q.kind in ("relation", "depth")]
     assert 0.4 < letters.count("(A)") / len(letters) < 0.6
+
+
+@pytest.mark.parametrize("turns", [1, 3, 6, 16])
+def test_the_answer_to_presence_does_not_depend_on_the_number_of_turns_or_earlier_answers(icons, turns):
+    rng, pool = random.Random(turns), icons.pools["train"]
+    rows = [sample_questions(rng, sample_scene(rng, pool, 1, 3, 0.1), pool, turns) for _ in range(1500)]
+    answers = [[question.answer for question in row if question.kind == "presence"] for row in rows]
+    pooled = [answer for row in answers for answer in row]
+    # one turn: a row without anything to look at is given a question with yes instead
+    assert turns == 1 or 0.45 < pooled.count("Yes") / len(pooled) < 0.55
+    last_after_yes = [row[-1] for row in answers if len(row) > 2 and row[:-1].count("Yes") > len(row[:-1]) / 2]
+    if turns > 3:
+        assert 0.42 < last_after_yes.count("Yes") / len(last_after_yes) < 0.58
 
 
 @examples
