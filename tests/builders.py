@@ -84,6 +84,7 @@ def tiny_model(seed: int = 0, open_cross_blocks: bool = True, **config) -> AgeVl
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
+                **config.pop("text_config", {}),
             },
             vision_config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 32]},
             **config,

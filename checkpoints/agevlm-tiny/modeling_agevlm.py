@@ -116,8 +116,12 @@ def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmC
     return cache.layers[num_text_layers + index]
 
 
-class ZeroLinear(nn.Linear):
-    """A linear layer whose weights start at zero: the end of a residual branch that is closed at first."""
+def zero_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A linear layer whose weights start at zero: the end of a residual branch that is closed at first. Marked, not
+    subclassed, because quantisers (bitsandbytes) pass over subclasses of `nn.Linear`."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear.starts_at_zero = True
+    return linear
 
 
 class AgeVlmCrossAttention(nn.Module):
@@ -136,7 +140,7 @@ class AgeVlmCrossAttention(nn.Module):
         self.q_proj = nn.Linear(width, text_config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, text_config.num_key_value_heads * self.head_dim, bias=bias)
-        output = nn.Linear if config.cross_attention_gate == "tanh" else ZeroLinear
+        output = nn.Linear if config.cross_attention_gate == "tanh" else zero_linear
         self.o_proj = output(text_config.num_attention_heads * self.head_dim, width, bias=bias)
         norm = LlamaRMSNorm if config.cross_attention_qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, text_config.rms_norm_eps)
@@ -222,7 +226,7 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
             self.mlp_gate = nn.Parameter(torch.zeros(1))
         else:
             self.attn_gate = self.mlp_gate = None
-            self.mlp.down_proj = ZeroLinear(
+            self.mlp.down_proj = zero_linear(
                 text_config.intermediate_size, text_config.hidden_size, bias=text_config.mlp_bias
             )
 
@@ -270,6 +274,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     # Flash kernels cannot take the mask that hides the padded cells of a picture.
     _supports_flash_attn = False
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
 
 class AgeVlmVisionTower(ConvNextModel):
@@ -346,7 +351,7 @@ class AgeVlmTextModel(LlamaModel):
         super()._init_weights(module)
         # Asked of the module that owns the parameter: for code outside of transformers, modules without parameters of
         # their own are not visited.
-        if isinstance(module, ZeroLinear):
+        if getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
         elif isinstance(module, AgeVlmCrossAttentionLayer) and module.attn_gate is not None:
             init.zeros_(module.attn_gate)
@@ -622,7 +627,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_BTN = cross_attention_mask.bool()[:, positions]
         elif input_ids is not None and image_hidden_states is not None:
             placeholders_BT = input_ids == self.config.image_token_id
-            if not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
+            # A compiled graph cannot branch on values; in it, the mistake goes unnoticed.
+            if not torch.compiler.is_compiling() and not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
                 raise ValueError(
                     f"The rows hold {placeholders_BT.sum(-1).tolist()} image placeholders (token "
                     f"{self.config.image_token_id}) but {image_mask.sum(-1).tolist()} pictures. Put one placeholder "
