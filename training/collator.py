@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from agevlm.data.rows import open_image, validate_row
 from agevlm.processing import AgeVlmProcessor
@@ -20,6 +21,9 @@ class AgeVlmDataCollator:
         processor: of the model that is trained.
         max_length: texts are cut after this many tokens; None keeps them whole.
         pad_to_multiple_of: rounds the padded length up, at most to `max_length`.
+        always_pictures: a batch of text alone gets one blank picture a row, which no row has: nothing it computes
+            changes, but the tower and the cross blocks run. Where FSDP or DeepSpeed shard them, a process that left
+            them out would leave the others waiting for its share. The trainer sets it.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
@@ -31,6 +35,7 @@ class AgeVlmDataCollator:
     processor: AgeVlmProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    always_pictures: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in rows:
@@ -66,6 +71,10 @@ class AgeVlmDataCollator:
         )
         answers = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
+        if self.always_pictures and "pixel_values" not in batch:
+            blank = self.processor.image_processor(Image.new("RGB", (1, 1)), return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = torch.zeros_like(blank).expand(len(rows), *blank.shape)
+            batch["image_mask"] = torch.zeros(len(rows), 1, dtype=torch.bool)
         return self._cut(dict(batch), rows)
 
     def _cut(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from trl import SFTTrainer
 
 from agevlm.hub_cards.render import write_card
 from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
+from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
@@ -69,6 +70,8 @@ class AgeVlmSFTTrainer(SFTTrainer):
         self._guided_rows: torch.Tensor | None = None
         self._guidance_sums: dict[str, Any] = defaultdict(float)
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(self.data_collator, AgeVlmDataCollator):
+            self.data_collator.always_pictures = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
 
     def release_model(self) -> None:

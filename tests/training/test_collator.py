@@ -225,3 +225,20 @@ def test_decompression_bombs_are_refused(collator):
     bomb = {"bytes": encoded(Image.new("1", (10_000, 9_000)), "PNG"), "path": None}
     with pytest.raises(ValueError, match=r"id 'bad'.*10000 x 9000 pixels exceed the limit of 64000000; shrink"):
         collator([row("good"), {**row("bad"), "images": [bomb]}])
+
+
+def test_a_blank_picture_changes_nothing_and_reaches_every_parameter(collator):
+    """What processes that share parameters need of a batch without pictures."""
+    rows = [text_row(), text_row(id="other")]
+    plain = collator(rows)
+    blank = AgeVlmDataCollator(collator.processor, always_pictures=True)(rows)
+    assert set(blank) == {*plain, "pixel_values", "image_mask"}
+    model = tiny_model()
+    outputs = [model(**batch) for batch in (plain, blank)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    outputs[1].loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() == 0
+    mixed = [text_row(), row()]
+    assert same(AgeVlmDataCollator(collator.processor, always_pictures=True)(mixed), collator(mixed))
