@@ -14,7 +14,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 def test_verbs_are_frozen():
     """A new verb is a decision: change this list together with README and CONTRIBUTING."""
-    expected = {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "export", "env"}
+    expected = {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "export", "serve", "env"}
     assert set(cli.VERBS) == expected
 
 

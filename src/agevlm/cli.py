@@ -26,6 +26,7 @@ VERBS = {
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
     "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
+    "serve": ("agevlm.serve", "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
 }
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
