@@ -165,9 +165,12 @@ def test_quantised_loading_stays_close(tmp_path, kind):
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
     else:
-        skipped = ["vision_tower", "multi_modal_projector", "lm_head"]
+        skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
         config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=skipped,
         )
     model = tiny_model(text_config={"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
     batch = tiny_batch(model)
@@ -179,7 +182,7 @@ def test_quantised_loading_stays_close(tmp_path, kind):
         assert type(layer.weight) is not torch.nn.Parameter
     assert type(loaded.lm_head.weight) is torch.nn.Parameter
     similarity = torch.nn.functional.cosine_similarity(logits(loaded, **batch), expected, dim=-1)
-    assert similarity.min() > (0.99 if kind == "torchao" else 0.8)
+    assert similarity.mean() > (0.999 if kind == "torchao" else 0.9), similarity  # 4 bits cost random weights most
     assert loaded.generate(**batch, max_new_tokens=3, do_sample=False).shape == (3, 13)
 
 
