@@ -15,6 +15,8 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -70,7 +72,7 @@ def build_scenes(
         word_rate: share of instruction pictures with a sign on them (captions: half of it).
         num_proc: worker processes; started afresh ("spawn"), so a script must guard its main part.
 
-    Raises ValueError where `out` holds anything else; nothing is ever overwritten.
+    Raises ValueError where `out` holds anything else, as nothing is ever overwritten, and where workers cannot run.
     """
     arguments = SceneArguments(
         captions, instructions, test, size, max_objects, turns, seed,
@@ -274,8 +276,18 @@ def _fill(folder: Path, builder: SceneBuilder, num_proc: int, progress: bool) ->
         _fill_with(folder, arguments, map, progress)
     else:
         context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-        with context.Pool(num_proc, initializer=_start_spawned_worker, initargs=(arguments,)) as workers:
-            _fill_with(folder, arguments, workers.imap, progress)
+        # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
+        with ProcessPoolExecutor(num_proc, context, _start_spawned_worker, (arguments,)) as workers:
+            try:
+                _fill_with(folder, arguments, workers.map, progress)
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"a worker process ended before its work was done (num_proc is {num_proc}); call build_scenes below "
+                    "`if __name__ == \"__main__\":`, as every worker imports the script again; code from standard input "
+                    "cannot have workers, nor can a machine without memory for them: num_proc=1"
+                ) from error
+            finally:
+                workers.shutdown(cancel_futures=True)
     draw_contact_sheet(folder, folder / "contact_sheet.png")
 
 

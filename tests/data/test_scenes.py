@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -34,6 +36,21 @@ def test_result_does_not_depend_on_the_number_of_processes(folder, tmp_path):
     assert first.keys() == second.keys()
     assert all(first[name].equals(second[name]) for name in first)
     assert (again / "contact_sheet.png").read_bytes() == (folder / "contact_sheet.png").read_bytes()
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_workers_that_cannot_start_are_an_error(source, tmp_path):
+    """A worker imports the main script: one without a guard would start workers itself, one from a pipe is not there."""
+    code = (
+        "from agevlm.data.scenes import build_scenes\n"
+        f"build_scenes({str(tmp_path / 'out')!r}, captions=2, instructions=0, test=0, num_proc=2, progress=False)\n"
+    )
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    arguments, given = (["-"], code) if source == "standard input" else ([str(tmp_path / "script.py")], None)
+    run = subprocess.run([sys.executable, *arguments], input=given, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "ValueError: a worker process ended before its work was done (num_proc is 2)" in run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"script.py"}
 
 
 def test_another_seed_gives_other_scenes(folder, tmp_path):
