@@ -282,9 +282,9 @@ def _fill(folder: Path, builder: SceneBuilder, num_proc: int, progress: bool) ->
                 _fill_with(folder, arguments, workers.map, progress)
             except BrokenProcessPool as error:
                 raise ValueError(
-                    f"a worker process ended before its work was done (num_proc is {num_proc}); call build_scenes below "
-                    "`if __name__ == \"__main__\":`, as every worker imports the script again; code from standard input "
-                    "cannot have workers, nor can a machine without memory for them: num_proc=1"
+                    f"a worker process ended before its work was done (num_proc is {num_proc}). Call build_scenes "
+                    'below `if __name__ == "__main__":`, because every worker imports the script again. Code from '
+                    "standard input, or a machine without memory for workers, needs num_proc=1."
                 ) from error
             finally:
                 workers.shutdown(cancel_futures=True)

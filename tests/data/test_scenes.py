@@ -40,7 +40,7 @@ def test_result_does_not_depend_on_the_number_of_processes(folder, tmp_path):
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_workers_that_cannot_start_are_an_error(source, tmp_path):
-    """A worker imports the main script: one without a guard would start workers itself, one from a pipe is not there."""
+    """A worker imports the main script: without a guard that would start workers itself, and a pipe cannot be read."""
     code = (
         "from agevlm.data.scenes import build_scenes\n"
         f"build_scenes({str(tmp_path / 'out')!r}, captions=2, instructions=0, test=0, num_proc=2, progress=False)\n"
