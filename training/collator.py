@@ -23,7 +23,7 @@ class AgeVlmDataCollator:
         pad_to_multiple_of: rounds the padded length up, at most to `max_length`.
         always_pictures: a batch of text alone gets one blank picture a row, which no row has: nothing it computes
             changes, but the tower and the cross blocks run. Where FSDP or DeepSpeed shard them, a process that left
-            them out would leave the others waiting for its share. The trainer sets it.
+            them out would leave the others waiting for its share. The trainer turns it on there.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.

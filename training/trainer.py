@@ -71,7 +71,9 @@ class AgeVlmSFTTrainer(SFTTrainer):
         self._guidance_sums: dict[str, Any] = defaultdict(float)
         super().__init__(model=model, args=args, **kwargs)
         if isinstance(self.data_collator, AgeVlmDataCollator):
-            self.data_collator.always_pictures = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
+            loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
+            self.data_collator.always_pictures |= self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
 
     def release_model(self) -> None:

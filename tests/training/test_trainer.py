@@ -126,6 +126,17 @@ def test_a_step_of_text_alone_trains_nothing_but_runs(tmp_path):
     assert all(not gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize(("fsdp_size", "expected"), [(None, False), (1, False), (2, True)])
+def test_where_the_model_was_loaded_in_shards_every_batch_has_pictures(tmp_path, fsdp_size, expected):
+    """As `from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))` leaves it."""
+    model = sharp_model()
+    model._fsdp_size = fsdp_size
+    trainer = make_trainer(tmp_path, model=model)
+    assert trainer.data_collator.always_pictures is expected
+    text, whole = (trainer.data_collator(list(make_rows(kinds))) for kinds in ("tt", "tg"))
+    assert ("pixel_values" in text) is expected and "pixel_values" in whole
+
+
 def test_one_forward_pass_per_batch_and_no_logits(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     calls = {"backbone": 0, "head": 0}
