@@ -16,11 +16,14 @@ device) and `AgeVlmImageProcessorPil` (Pillow and NumPy). They decode alike and 
 Auto classes gets the first where torchvision is installed, else the second.
 """
 
+import base64
+import io
 import os
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -241,23 +244,30 @@ class AgeVlmImageProcessorMixin:
     def fetch_images(self, image_url_or_urls):
         """Opens files, URLs and base64 strings with Pillow, nested lists included; pictures pass.
 
-        Local files are opened as they are: the base classes would lay transparency on black and cut 16 bits off, and
-        torchvision's would know fewer formats.
+        Opened, not decoded: the base classes would decode before `max_pixels` is asked, lay transparency on black and
+        cut 16 bits off, and torchvision's would know fewer formats.
 
         Raises:
-            ValueError: a file that is no picture.
+            ValueError: what is no picture, or cannot be fetched.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
+        source = image_url_or_urls
         try:
-            if os.path.isfile(image_url_or_urls):
-                return Image.open(image_url_or_urls)
-            return PilBackend.fetch_images(self, image_url_or_urls)
-        except (OSError, Image.DecompressionBombError) as error:
-            name = image_url_or_urls if len(image_url_or_urls) < 300 else f"{image_url_or_urls[:60]}..."
-            raise ValueError(f"{name} cannot be opened: {error}. Replace the file.") from error
+            if source.startswith(("http://", "https://")):
+                reply = httpx.get(source, timeout=60, follow_redirects=True).raise_for_status()
+                return Image.open(io.BytesIO(reply.content))
+            if os.path.isfile(source):
+                return Image.open(source)
+            _, _, encoded = source.rpartition(",")  # of a data URL; base64 itself has no comma
+            return Image.open(io.BytesIO(base64.b64decode(encoded)))
+        except (OSError, ValueError, httpx.HTTPError, Image.DecompressionBombError) as error:
+            name = source if len(source) < 300 else f"{source[:60]}..."
+            raise ValueError(
+                f"{name} cannot be opened: {error}. Replace the file; paths, URLs and base64 are understood."
+            ) from error
 
     def _validate_preprocess_kwargs(self, **kwargs):
         """What this processor cannot do is refused here, because the base class would pass it over in silence.
@@ -276,7 +286,7 @@ class AgeVlmImageProcessorMixin:
         if kwargs["resample"] not in FILTERS:
             names = " or ".join(f"{resample.value} ({resample.name.lower()})" for resample in FILTERS)
             raise ValueError(f"`resample` must be {names}, got {kwargs['resample']!r}.")
-        if np.size(kwargs["image_mean"]) != 3 or kwargs["image_mean"] is None:
+        if np.size(kwargs["image_mean"]) != 3:
             raise ValueError(
                 f"`image_mean` must be three values (the padding is of that colour too), got {kwargs['image_mean']!r}."
             )

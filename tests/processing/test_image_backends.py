@@ -8,9 +8,10 @@ import base64
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
@@ -215,14 +216,56 @@ def test_pictures_of_the_right_size_need_no_resizing(backend):
     np.testing.assert_array_equal(*(batch["pixel_values"] for batch in batches))
 
 
+def sources(path, monkeypatch) -> dict[str, str]:
+    """The picture at `path` in every way to name one."""
+
+    def get(url, **kwargs):
+        status = 200 if url.endswith(path.name) else 404
+        return httpx.Response(status, content=path.read_bytes(), request=httpx.Request("GET", url))
+
+    monkeypatch.setattr(httpx, "get", get)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "file": str(path),
+        "URL": f"https://example.org/{path.name}",
+        "base64": encoded,
+        "data URL": f"data:image/png;base64,{encoded}",
+    }
+
+
 @backends
-def test_colour_keys_of_rgb_files_are_transparency(backend, tmp_path):
-    image = Image.new("RGB", (96, 96), (1, 2, 3))
-    image.save(tmp_path / "keyed.png", transparency=(1, 2, 3))
-    values = backend(size={"height": 96, "width": 96})(
-        str(tmp_path / "keyed.png"), do_normalize=False, return_tensors="np"
-    )["pixel_values"]
-    assert (values == 1).all()  # laid on white
+def test_transparency_is_white_wherever_a_picture_comes_from(backend, tmp_path, monkeypatch):
+    keyed, alpha = tmp_path / "keyed.png", tmp_path / "alpha.png"
+    Image.new("RGB", (96, 96), (1, 2, 3)).save(keyed, transparency=(1, 2, 3))
+    Image.new("RGBA", (96, 96), (1, 2, 3, 0)).save(alpha)
+    processor = backend(size={"height": 96, "width": 96})
+    for path in (keyed, alpha):
+        for source, name in sources(path, monkeypatch).items():
+            values = processor(name, do_normalize=False, return_tensors="np")["pixel_values"]
+            assert (values == 1).all(), source
+
+
+@backends
+def test_too_many_pixels_are_refused_before_they_are_decoded(backend, tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    picture(40, 30).save(path)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for source in sources(path, monkeypatch).values():
+        with pytest.raises(ValueError, match="40 x 30 pixels is over the limit of 9"):
+            backend(max_pixels=9)(source)
+
+
+@backends
+def test_what_names_no_picture_is_refused(backend, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    sources(path, monkeypatch)
+    for name in ("nowhere.png", "https://example.org/nowhere.png", "data:image/png;base64,QUJD"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be opened"):
+            backend()(name)
+    with pytest.raises(ValueError, match=r"QUJD\.\.\. cannot be opened") as error:
+        backend()("QUJD" * 1000)
+    assert len(str(error.value)) < 300
 
 
 @backends
