@@ -64,7 +64,7 @@ SIZES = {
     "tiny": Size(
         captions=4_000,
         instructions=4_000,
-        turns=6,
+        turns=4,
         questions=600,
         max_objects=3,
         names=NAMES,
