@@ -177,18 +177,30 @@ def _write_lines(path: Path, records: Sequence[dict]) -> None:
     os.replace(temporary, path)
 
 
+def check_checkpoint(name: str, revision: str = "main") -> None:
+    """transformers only warns of another model's checkpoint, and goes on with weights drawn at random.
+
+    Raises:
+        ValueError: there is no AGE-VLM checkpoint of that name.
+    """
+    try:
+        model_type = AgeVlmConfig.get_config_dict(name, revision=revision)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(f"{name} is no AGE-VLM checkpoint: {error}; give its folder or Hub id") from error
+    if model_type != AgeVlmConfig.model_type:
+        raise ValueError(
+            f"{name} is no AGE-VLM checkpoint: its model type is {model_type!r}, not {AgeVlmConfig.model_type!r}"
+        )
+
+
 def load_checkpoint(name: str) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """Model (in its stored dtype, on the accelerator if there is one) and processor.
 
     Raises:
         ValueError: there is no AGE-VLM checkpoint of that name.
     """
+    check_checkpoint(name)
     try:
-        model_type = AgeVlmConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != AgeVlmConfig.model_type:
-            raise ValueError(
-                f"{name} is no AGE-VLM checkpoint: its model type is {model_type!r}, not {AgeVlmConfig.model_type!r}"
-            )
         device = torch.accelerator.current_accelerator(check_available=True)
         model = AgeVlmForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device)
         processor = AgeVlmProcessor.from_pretrained(name)

@@ -96,7 +96,7 @@ def _filled_cache(config, batch: int, cached: int, keys: list[torch.Tensor], val
 
 def export(
     model: AgeVlmForConditionalGeneration,
-    image_size: int,
+    image_size: int | tuple[int, int],
     images: int = 1,
     export_format: Literal["onnx", "dynamo"] = "onnx",
     int8: bool = False,
@@ -105,7 +105,7 @@ def export(
 
     Args:
         model: in float32 for ONNX Runtime on a CPU, whose kernels know no bfloat16.
-        image_size: side of the pictures in pixels, as the processor makes them.
+        image_size: (height, width) of the pictures in pixels, as the processor makes them, or the side of square ones.
         images: places for pictures per row, the same for every row; batch and lengths stay free.
         int8: ONNX only: int8 weights, and activations quantised at run time (ONNX Runtime's dynamic quantisation) for
             every matrix product. The tower's depthwise convolutions stay in float32.
@@ -138,7 +138,8 @@ def export(
         return exporter.export(stage, inputs, settings_of_stage).components["model"]
 
     vision_stage = AgeVlmVisionStage(model)
-    pixels = torch.zeros(_BATCH, images, 3, image_size, image_size, dtype=model.dtype)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pixels = torch.zeros(_BATCH, images, 3, height, width, dtype=model.dtype)
     with torch.no_grad():
         projected = vision_stage(pixels)
     vision = trace(vision_stage, {"pixel_values": pixels}, {"pixel_values": {0: AUTO}})
@@ -174,7 +175,9 @@ def export(
 
 
 class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
-    """An export behind `generate`: greedy or sampled, in batches, streamed, as with the model itself.
+    """An export behind `generate`: greedy, sampled or with beams, in batches, streamed, as with the model itself.
+
+    Not with drafts, which need the logits of several tokens, nor over a cache from before.
 
     Args:
         exported: what [`export`] returned, or `ExportedModel.from_pretrained` read back.
@@ -212,8 +215,12 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
         """As the model's own. Rows have as many places for pictures as the export; `image_mask` says which are used.
 
         Raises:
-            ValueError: pictures of another size or number than the export takes.
+            ValueError: pictures of another size or number than the export takes, or a cache.
         """
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "An export makes its own cache: leave `past_key_values` out and give the whole conversation."
+            )
         input_ids = kwargs["input_ids"] if inputs is None else inputs
         rows, images = input_ids.shape[0], self.image_shape[0]
         pixel_values = kwargs.get("pixel_values")
@@ -250,8 +257,16 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
     ) -> AgeVlmCausalLMOutputWithPast:
         """One call of the decoder, after one of the tower where `pixel_values (B, N, 3, height, width)` are given.
 
-        Arguments as the model's. Returns `logits (B, 1, vocabulary)`, whatever `logits_to_keep` says, and the cache.
+        Arguments as the model's. Returns `logits (B, 1, vocabulary)` and the cache.
+
+        Raises:
+            ValueError: logits of more than the last token are wanted, or neither pictures nor a cache are there.
         """
+        if logits_to_keep != 1:
+            raise ValueError(
+                f"An export gives the logits of the last token, not of {logits_to_keep} (0: all): generate without "
+                "drafts (`assistant_model`, `prompt_lookup_num_tokens`)."
+            )
         if pixel_values is not None:
             projected = self.exported.runners["vision"](pixel_values=pixel_values.to(self.dtype))
             past_key_values = _filled_cache(self.config, input_ids.shape[0], 0, projected["keys"], projected["values"])

@@ -9,6 +9,8 @@ is run by `agevlm.modeling_agevlm.export.ExportedAgeVlm.from_pretrained(OUT).gen
 """
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 
@@ -16,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     """See the module.
 
     Raises:
-        ValueError: OUT is in use, or the options do not go together.
+        ValueError: OUT is in use, there is no AGE-VLM checkpoint of that name, or the options do not go together.
     """
     parser = argparse.ArgumentParser(
         prog="agevlm export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,25 +36,33 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from agevlm.evaluation.run import check_checkpoint
     from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.modeling_agevlm.export import export
     from agevlm.processing import AgeVlmProcessor
 
+    check_checkpoint(options.checkpoint)
     model = AgeVlmForConditionalGeneration.from_pretrained(options.checkpoint, dtype=torch.float32)
     processor = AgeVlmProcessor.from_pretrained(options.checkpoint)
+    size = processor.image_processor.size
     try:
         exported = export(
             model,
-            image_size=processor.image_processor.size["height"],
+            image_size=(size["height"], size["width"]),
             images=options.images,
             export_format=options.format,
             int8=options.int8,
         )
     except ImportError as error:
         raise ValueError(f"{error} All of it: pip install agevlm[export].") from error
-    exported.save_pretrained(options.output)
-    processor.save_pretrained(options.output)
-    for file in sorted(options.output.iterdir()):
+    output = options.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        made = Path(temporary) / output.name
+        exported.save_pretrained(made)
+        processor.save_pretrained(made)
+        os.rename(made, output)
+    for file in sorted(output.iterdir()):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
 from transformers.exporters import ExportedModel
 
 from agevlm.export import main
@@ -54,6 +55,7 @@ def mixed_rows():
 def test_onnx_runtime_gives_the_tokens_of_the_checkpoint(onnx, tmp_path, capsys):
     """`agevlm export`, then every question about the example picture, alone and as one batch with beams."""
     main([str(CHECKPOINT), str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert "decoder.onnx.data" in capsys.readouterr().out
     model = AgeVlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
@@ -102,6 +104,11 @@ def test_mistakes_are_named(torch_export, tmp_path):
     inputs = inputs_of(tiny_processor(), [("Which?", [picture(), picture()])])
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 96, 96\).*takes \(1, 1, 3, 96, 96\)"):
         exported.generate(**inputs)
+    one = inputs_of(tiny_processor(), [("Which?", [picture()])])
+    with pytest.raises(ValueError, match="leave `past_key_values` out"):
+        exported.generate(**one, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="generate without drafts"):
+        exported.generate(**one, prompt_lookup_num_tokens=3, max_new_tokens=8)
     with pytest.raises(ValueError, match="int8 comes from ONNX Runtime"):
         export(model, IMAGE_SIZE, export_format="dynamo", int8=True)
     only_vision = ExportedModel({"vision": exported.exported.components["vision"]}, "dynamo", config=model.config)
@@ -112,6 +119,13 @@ def test_mistakes_are_named(torch_export, tmp_path):
         main([str(CHECKPOINT), str(tmp_path)])
     with pytest.raises(ValueError, match="at least 1"):
         main([str(CHECKPOINT), str(tmp_path / "new"), "--images", "0"])
+    for name, message in (
+        (ROOT / "checkpoints/tiny-parts/language_model", "model type is 'llama'"),
+        (tmp_path / "nowhere", ""),
+    ):
+        with pytest.raises(ValueError, match=f"is no AGE-VLM checkpoint: .*{message}"):
+            main([str(name), str(tmp_path / "new")])
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 @pytest.mark.slow
@@ -120,6 +134,15 @@ def test_onnx_with_several_pictures_per_row(onnx):
     exported = ExportedAgeVlm(export(model, IMAGE_SIZE, images=2))
     rows = [("Which?", [picture(), picture(60, 96, seed=1)]), ("And here?", [picture(seed=2)])]
     assert_same_answers(model, exported, inputs_of(tiny_processor(), rows))
+
+
+@pytest.mark.slow
+def test_pictures_need_not_be_square():
+    model = tiny_model()
+    exported = ExportedAgeVlm(export(model, (64, 96), export_format="dynamo"))
+    processor = tiny_processor()
+    processor.image_processor.size = {"height": 64, "width": 96}
+    assert_same_answers(model, exported, inputs_of(processor, mixed_rows()))
 
 
 @pytest.mark.slow
