@@ -9,10 +9,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
+from agevlm.serve import build_app
 from builders import picture, tiny_model, tiny_processor
 
 
@@ -32,7 +34,7 @@ def request(url: str, body: dict | None = None) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Address and checkpoint of a running server."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+    folder = tmp_path_factory.mktemp("checkpoint@1")
     tiny_model().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     with socket.socket() as free:
@@ -42,16 +44,18 @@ def server(tmp_path_factory):
     log = folder / "log.txt"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         address = f"http://localhost:{port}"
-        for _ in range(240):
-            if process.poll() is not None:
-                pytest.fail(log.read_text())
-            try:
-                request(f"{address}/health")
-                break
-            except urllib.error.URLError:
-                time.sleep(1)
-        yield address, str(folder)
-        process.terminate()
+        try:
+            for _ in range(240):
+                if process.poll() is not None:
+                    pytest.fail(log.read_text())
+                try:
+                    request(f"{address}/health")
+                    break
+                except OSError:
+                    time.sleep(1)
+            yield address, str(folder)
+        finally:
+            process.terminate()
 
 
 def body(checkpoint: str, seed: int, **changes) -> dict:
@@ -92,3 +96,19 @@ def test_a_streamed_answer_is_the_models(server):
     pieces = [json.loads(event)["choices"] for event in events if event != "[DONE]"]
     text = "".join(choices[0]["delta"].get("content") or "" for choices in pieces if choices)
     assert text == expected(0)
+
+
+def test_no_other_model_is_loaded(server):
+    address, checkpoint = server
+    other = Path(__file__).parent.parent / "checkpoints" / "agevlm-tiny"
+    assert "loads nothing else" in request(f"{address}/load_model", {"model": str(other)})
+    assert '"ready"' in request(f"{address}/load_model", {"model": checkpoint})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        request(f"{address}/v1/chat/completions", body(str(other), 0))
+
+
+def test_checkpoints_of_other_models_are_refused():
+    """transformers only warns, and would serve weights drawn at random."""
+    llama = Path(__file__).parent.parent / "checkpoints" / "tiny-parts" / "language_model"
+    with pytest.raises(ValueError, match="is no AGE-VLM checkpoint: its model type is 'llama'"):
+        build_app(str(llama), "cpu")

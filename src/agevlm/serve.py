@@ -3,22 +3,26 @@
 `transformers serve` (5.23) finds models by class name inside transformers, so it refuses code that travels with a
 checkpoint, with or without `--trust-remote-code`. Server, request handlers and generation are transformers' own; only
 how the model is loaded is ours. `transformers chat CHECKPOINT http://localhost:8000` talks to it.
+
+For clients that you trust: there is no password, and a request may name a file or an address as its picture, which the
+server then reads.
 """
 
 import argparse
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load the checkpoint, then serve until interrupted.
 
     Raises:
-        ValueError: the server's packages are not installed.
+        ValueError: the server's packages are not installed, or there is no AGE-VLM checkpoint of that name.
     """
     parser = argparse.ArgumentParser(
         prog="agevlm serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM; also the model's name in requests")
-    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--host", default="localhost", help="any other opens it to the network (default: localhost)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
     parser.add_argument("--dtype", default="auto", help="auto (default: as saved), bfloat16, ...")
@@ -35,7 +39,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
-    """The FastAPI application of transformers' server, with `checkpoint` loaded."""
+    """The FastAPI application of transformers' server, with `checkpoint` loaded (`NAME@REVISION` for one of the Hub).
+
+    Raises:
+        ValueError: there is no AGE-VLM checkpoint of that name.
+    """
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -45,18 +53,28 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 
+    from agevlm.evaluation.run import check_checkpoint
     from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.processing import AgeVlmProcessor
 
     class AgeVlmModelManager(ModelManager):
-        """The two questions that transformers answers by class name."""
+        """The questions that transformers answers by class name, for one checkpoint and no other."""
+
+        @staticmethod
+        def process_model_name(model_id):
+            # a folder's name may have an @ of its own
+            return f"{model_id}@main" if Path(model_id).is_dir() else ModelManager.process_model_name(model_id)
 
         def _load_processor(self, model_id_and_revision, gguf_file=None):
-            model_id, revision = model_id_and_revision.split("@", 1)
+            # The first step of loading. transformers pins requests for answers, but not those to `/load_model`.
+            if model_id_and_revision != self.process_model_name(checkpoint):
+                raise ValueError(f"This server has {checkpoint} and loads nothing else.")
+            model_id, revision = model_id_and_revision.rsplit("@", 1)
+            check_checkpoint(model_id, revision)
             return AgeVlmProcessor.from_pretrained(model_id, revision=revision)
 
         def _load_model(self, model_id_and_revision, tqdm_class=None, progress_callback=None, gguf_file=None):
-            model_id, revision = model_id_and_revision.split("@", 1)
+            model_id, revision = model_id_and_revision.rsplit("@", 1)
             return AgeVlmForConditionalGeneration.from_pretrained(
                 model_id, revision=revision, dtype=self.dtype, device_map=self.device
             )
