@@ -156,7 +156,7 @@ def test_torch_export_survives_the_disk(torch_export, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_int8_is_a_quarter_and_answers_alike(onnx, tmp_path):
+def test_int8_is_a_third_and_answers_alike(onnx, tmp_path):
     model = AgeVlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
     processor = AgeVlmProcessor.from_pretrained(CHECKPOINT)
     main([str(CHECKPOINT), str(tmp_path / "out"), "--int8"])

@@ -10,8 +10,10 @@ A source distribution leaves the sub-folders out, a git checkout has them. Where
 GenerationTesterMixin is replaced by nothing and `tests/modeling/test_generation.py` stands for it.
 """
 
+import atexit
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 import unittest
@@ -42,6 +44,7 @@ def upstream_package() -> str:
     name = "transformers_upstream"
     if name not in sys.modules:
         package = Path(tempfile.mkdtemp()) / name
+        atexit.register(shutil.rmtree, package.parent)
         package.mkdir()
         for entry in Path(FOLDER).resolve().iterdir():
             (package / entry.name).symlink_to(entry)
