@@ -2,7 +2,7 @@
 
 Ways to come by the loss of Eq. 3: `eager` keeps all attention weights; `tap` and `mass` are the model's own
 (`modeling_agevlm/guidance_agevlm.py`); the ratios are to attention without guidance in the same round, rounds being
-interleaved. `--step` measures a whole training step of a model instead, and `memory` what a step keeps at its peak.
+interleaved. Times are processor time: set OMP_NUM_THREADS=1. `--step` measures a whole training step of a model instead, and `memory` what a step keeps at its peak.
 
     python bench/guidance.py [--tokens 512] [--batch 8] [--rounds 5] [--dtype float32]
     python bench/guidance.py --step [--layers 4]
@@ -64,13 +64,13 @@ WAYS: dict[str, Callable] = {"none": plain, "eager": eager, "tap": tapped, "mass
 
 def attention_seconds(way: Callable, inputs: list[torch.Tensor], guidance: tuple) -> float:
     inputs = [x.detach().requires_grad_() for x in inputs]
-    start = time.perf_counter()
+    start = time.process_time()
     attended, loss = way(*inputs, *guidance)
     total = attended.float().square().mean()
     if loss is not None:
         total = total + loss.masked_fill(~guidance[0].any(1), 0).sum()
     total.backward()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def attention(tokens: int, batch: int, rounds: int, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ def training_step(layers: int, rounds: int, dtype: torch.dtype) -> None:
     mask = torch.rand(1, CELLS) < 0.15
 
     def seconds(**guidance) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         output = model(**batch, use_cache=False, **guidance)
         loss = output.loss
         if output.cross_attention_maps is not None:
@@ -127,7 +127,7 @@ def training_step(layers: int, rounds: int, dtype: torch.dtype) -> None:
         if output.cross_attention_mass is not None:
             loss = loss + guidance_loss_of_mass(output.cross_attention_mass, mask).mean()
         loss.backward()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     ways = {
         "none": {},
