@@ -2,7 +2,7 @@
 
 Ways to come by the loss of Eq. 3: `eager` keeps all attention weights; `tap` and `mass` are the model's own
 (`modeling_agevlm/guidance_agevlm.py`); the ratios are to attention without guidance in the same round, rounds being
-interleaved. Times are processor time: set OMP_NUM_THREADS=1. `--step` measures a whole training step of a model instead, and `memory` what a step keeps at its peak.
+interleaved. Times are processor time: set OMP_NUM_THREADS=1. `--step` measures a whole training step of a model.
 
     python bench/guidance.py [--tokens 512] [--batch 8] [--rounds 5] [--dtype float32]
     python bench/guidance.py --step [--layers 4]
