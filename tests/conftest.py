@@ -1,9 +1,16 @@
 """Shared fixtures; the objects come from `builders.py`."""
 
+import os
+
 import pytest
 import torch
 
 from builders import tiny_model, tiny_processor
+
+
+# TRL reports every trainer from a background thread. Tests need no network, and a thread that still waits for it when
+# its process exits can take the process down with it.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(autouse=True)

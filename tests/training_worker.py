@@ -4,6 +4,7 @@ Also a script, for what needs a process of its own: `gradients` under torchrun, 
 """
 
 import argparse
+import gc
 import os
 import signal
 from pathlib import Path
@@ -180,6 +181,7 @@ def main() -> None:
         for kinds in TWO_PROCESS_KINDS:
             gradients = step_gradients(arguments.output_dir, batch_size=1, accumulation=4, kinds=kinds)
             torch.save(gradients, arguments.output_dir / f"{kinds}-{os.environ['RANK']}.pt")
+        gc.collect()  # trainers hold the process group in reference cycles: its threads end only without them
         torch.distributed.destroy_process_group()
 
 
