@@ -205,6 +205,8 @@ def attend_with_mass(
         attention_mask,
         **kwargs,
     )
+    # One split: two slices would each send back a gradient of the whole size.
+    attended_BTHD, inside_BTH1, _ = attended_BTHD.split([width, 1, _CHANNELS - 1], dim=-1)
     selected_BT = query_mask_BT & visibility.text_BT
-    mass_BT = attended_BTHD[..., width].float().mean(-1).masked_fill(~selected_BT, 0)
-    return attended_BTHD[..., :width], weights, mass_BT.sum(-1) / selected_BT.sum(-1).clamp(min=1)
+    mass_BT = inside_BTH1[..., 0].float().mean(-1).masked_fill(~selected_BT, 0)
+    return attended_BTHD, weights, mass_BT.sum(-1) / selected_BT.sum(-1).clamp(min=1)
