@@ -1,6 +1,6 @@
 """`agevlm init`: parts from folders and from a Hub, what is said when there are none, and what stage 1 makes of it.
 
-The Hub is a small server of this file, in place of the real one (`HF_ENDPOINT`).
+The Hub is that of `hub_server.py`, in place of the real one (`HF_ENDPOINT`).
 """
 
 import json
@@ -9,12 +9,11 @@ import signal
 import struct
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
@@ -378,79 +377,25 @@ def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, t
 
 # ---- The Hub ----
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_ACCESS = {"a/gated": (403, "GatedRepo"), "a/gated-no-login": (401, "GatedRepo")}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as downloading needs. `repositories`: id -> folder; others do not exist.
-
-    As on the real one, a gated repository lists its files to everybody and refuses to send them.
-    """
-
-    repositories: dict[str, Path]
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        parts = self.path.split("?")[0].strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        parts = parts[2:] if api else parts
-        repository, rest = "/".join(parts[:2]), parts[2:]
-        folder = self.repositories.get(repository)
-        if folder is None:  # what the real one says to a stranger
-            self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        elif api:
-            files = sorted(path for path in folder.iterdir())
-            listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
-            names = [{"rfilename": path.name} for path in files]
-            about = {"id": repository, "sha": COMMIT, "siblings": names}
-            content = listing if rest[0] == "tree" else about
-            self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
-        elif repository in NO_ACCESS:
-            status, code = NO_ACCESS[repository]
-            self.answer(status, X_Error_Code=code, X_Error_Message="Access to model is restricted")
-        else:
-            content = (folder / rest[-1]).read_bytes()
-            reach = self.headers.get("Range")
-            if reach is not None:
-                first, last = reach.removeprefix("bytes=").split("-")
-                content = content[int(first) : int(last or len(content)) + 1]
-            self.answer(206 if reach else 200, content, ETag=f'"{rest[-1]}"', X_Repo_Commit=COMMIT)
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, llama):
-    """Address of a server with two good repositories, gated ones and one of pickles."""
-    folder = tmp_path_factory.mktemp("hub")
-    save_tower(folder / "tower" / "model.safetensors")
-    (folder / "tower" / "config.json").write_text(json.dumps({"architecture": "convnext_large_mlp"}))
-    (folder / "tower" / "pytorch_model.bin").write_bytes(b"not to be downloaded")
-    (folder / "pickled").mkdir()
-    (folder / "pickled" / "config.json").write_text("{}")
-    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"not to be downloaded")
-    repositories = dict.fromkeys(NO_ACCESS, llama)
-    repositories |= {"a/llama": llama, "a/tower": folder / "tower", "a/pickled": folder / "pickled"}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (Hub,), {"repositories": repositories}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    """A Hub with two good repositories, gated ones and one of pickles."""
+    tower = save_tower(tmp_path_factory.mktemp("hub") / "model.safetensors").read_bytes()
+    pickle = {"pytorch_model.bin": b"not to be downloaded"}
+    with HubServer(tmp_path_factory.mktemp("contents")) as server:
+        server.add_repo("a/llama", llama)
+        config = json.dumps({"architecture": "convnext_large_mlp"}).encode()
+        server.add_repo("a/tower", {"model.safetensors": tower, "config.json": config, **pickle})
+        server.add_repo("a/pickled", {"config.json": b"{}", **pickle})
+        for name, gated in NO_ACCESS.items():
+            server.add_repo(name, llama, gated=gated)
+        yield server
 
 
-def init_from_hub(home: Path, address: str, *runs: list[str], **environment: str) -> list[str]:
+def init_from_hub(home: Path, hub: HubServer, *runs: list[str], **environment: str) -> list[str]:
     """Run `init` several times in one process that knows only this Hub; what each one said, "" for success."""
     script = (
         "import json, sys\n"
@@ -463,7 +408,7 @@ def init_from_hub(home: Path, address: str, *runs: list[str], **environment: str
         "    else:\n"
         "        print('SAID \"\"')\n"
     )
-    known = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": address}
+    known = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.address}
     run = subprocess.run(
         [sys.executable, "-c", script, json.dumps(runs)],
         env={**known, "OMP_NUM_THREADS": "1", **environment},
@@ -489,7 +434,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     )
     for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
         assert sentence == (
-            f"{name} is gated and you have no access: accept its licence at {hub}/{name} and log in with "
+            f"{name} is gated and you have no access: accept its licence at {hub.address}/{name} and log in with "
             "`hf auth login`, or pass a folder that has it."
         )
     assert "a/missing is neither here nor on the Hub" in said[2]
@@ -507,7 +452,8 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     weights = Path(out, "model.safetensors").read_bytes()
     assert weights == (start / "model.safetensors").read_bytes()
     record = json.loads(Path(out, RECORD_FILE).read_text())
-    assert record["language_model"]["revision"] == record["vision_tower"]["revision"] == COMMIT
+    for part, name in {"language_model": "a/llama", "vision_tower": "a/tower"}.items():
+        assert record[part]["revision"] == hub.commits(name)[0].oid
     assert record["vision_tower"]["source"] == "a/tower"
     again = str(tmp_path / "again")
     offline = init_from_hub(
@@ -518,7 +464,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
         HF_HUB_OFFLINE="1",
     )
     assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights
-    assert f"b/unknown is not in the local cache and {hub}/b/unknown cannot be reached" in offline[1]
+    assert f"b/unknown is not in the local cache and {hub.address}/b/unknown cannot be reached" in offline[1]
 
 
 def test_the_command_prints_one_line_for_a_gated_model(hub, tmp_path):
