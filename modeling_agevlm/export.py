@@ -30,11 +30,11 @@ from transformers.exporters import (
     OnnxRuntimeQuantizer,
 )
 
+from agevlm.modeling_agevlm.cross_attention_agevlm import cross_cache_layer
 from agevlm.modeling_agevlm.modeling_agevlm import (
     AgeVlmCausalLMOutputWithPast,
     AgeVlmForConditionalGeneration,
     AgeVlmPreTrainedModel,
-    cross_cache_layer,
 )
 
 

@@ -24,6 +24,7 @@ CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
 SHIPPED = (
     "modeling_agevlm/configuration_agevlm.py",
     "modeling_agevlm/modeling_agevlm.py",
+    "modeling_agevlm/cross_attention_agevlm.py",
     "modeling_agevlm/guidance_agevlm.py",
     "processing/image_processing_agevlm.py",
     "processing/processing_agevlm.py",

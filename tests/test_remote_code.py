@@ -21,6 +21,7 @@ CODE = {
     "configuration_agevlm.py": ROOT / "modeling_agevlm",
     "modeling_agevlm.py": ROOT / "modeling_agevlm",
     "guidance_agevlm.py": ROOT / "modeling_agevlm",
+    "cross_attention_agevlm.py": ROOT / "modeling_agevlm",
     "image_processing_agevlm.py": ROOT / "processing",
     "processing_agevlm.py": ROOT / "processing",
 }
