@@ -19,6 +19,11 @@ from PIL import Image, ImageOps
 IMAGE_PLACEHOLDER = "<|image|>"
 ROLES = ("system", "user", "assistant")
 MAX_PIXELS = 64_000_000
+# Pillow reads more, among it PostScript, for which it starts a program.
+Image.init()
+FORMATS = [
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 GUIDANCE = {
@@ -55,9 +60,9 @@ def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
             if isinstance(image, (bytes, bytearray, memoryview)):
-                opened = Image.open(io.BytesIO(image))
+                opened = Image.open(io.BytesIO(image), formats=FORMATS)
             elif isinstance(image, (str, Path)):
-                opened = Image.open(image)
+                opened = Image.open(image, formats=FORMATS)
             elif isinstance(image, Image.Image):
                 opened = image
             else:

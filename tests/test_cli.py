@@ -14,7 +14,10 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 def test_verbs_are_frozen():
     """A new verb is a decision: change this list together with README and CONTRIBUTING."""
-    expected = {"quickstart", "init", "data scenes", "train", "eval", "analyze attention", "export", "serve", "env"}
+    expected = {
+        "quickstart", "init", "data scenes", "data cambrian", "data check", "train", "eval", "analyze attention",
+        "export", "serve", "env",
+    }  # fmt: skip
     assert set(cli.VERBS) == expected
 
 

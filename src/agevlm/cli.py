@@ -22,6 +22,11 @@ VERBS = {
         "Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.",
     ),
     "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
+    "data cambrian": (
+        "agevlm.data.cambrian",
+        "Convert Cambrian, or LLaVA-style JSON, to Parquet that training streams.",
+    ),
+    "data check": ("agevlm.data.check", "Report what is wrong with a training set, before it costs time on a GPU."),
     "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
