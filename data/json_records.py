@@ -15,8 +15,9 @@ from .records import MAX_RECORD_BYTES
 
 
 _BLOCK = 2**20
-# A whole string, what structures an array, or the start of a string that goes on behind the block.
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)
+# A whole string (possessive: an open one must not be tried again letter by letter), what structures an array, or the
+# start of a string that goes on behind the block.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]|"', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
 
 
