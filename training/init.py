@@ -5,7 +5,8 @@
     agevlm train stage1_align --init_from start --data DATA
 
 A Llama, a ConvNeXt (`modeling_agevlm/convert_vision.py` has the layouts), the Llama's tokenizer with an image token
-and a chat template, and fresh projector and cross blocks. Parts come from folders or the Hub (`sources.py`).
+and a chat template, and fresh projector and cross blocks. Parts come from folders or the Hub
+(`modeling_agevlm/sources.py`).
 
 Everything is resolved and built without weights first; `--dry-run` stops there. So a wrong layer index is noticed
 before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm_init.json` says what it was made of.
@@ -37,11 +38,11 @@ from transformers import (
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.modeling_agevlm.convert_vision import Conversion, load_tower, plan_conversion, read_shapes, some
+from agevlm.modeling_agevlm.sources import Source, fetch, locate, weight_shapes
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
 from agevlm.training.freezing import part_of, trainable_table
 from agevlm.training.lineage import git_commit, library_versions
-from agevlm.training.sources import Source, fetch, locate, weight_shapes
 
 
 # Instruct: the embeddings stay frozen for three stages, and the base model has never seen the tokens of a chat.
@@ -225,12 +226,17 @@ def count_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
+def _shown(source: Source) -> str:
+    """A repository's id, or the name of a folder or file, whose place says nothing about the model."""
+    return source.name if source.revision is not None else Path(source.name).resolve().name
+
+
 def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed: int) -> dict[str, Any]:
     """What the model is made of, JSON-ready."""
     text, image = model.config.text_config, plan.processor.image_processor
     sources = {"language_model": plan.language_source, "vision_tower": plan.vision_source}
     parts: dict[str, dict[str, Any]] = {
-        part: {"source": source.name, "revision": source.revision, "files": list(source.weights)}
+        part: {"source": _shown(source), "revision": source.revision, "files": list(source.weights)}
         for part, source in sources.items()
     }
     parts["language_model"] |= {

@@ -1,8 +1,11 @@
-"""Published weights, from a folder or from the Hub, as safetensors only.
+"""Published weights, from a folder or from the Hub, as safetensors. Never shipped.
 
 A part is found first, with its configuration but without its weights: that is enough to see whether it fits, whether
 its licence has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses is
 told in one sentence that says what to do.
+
+Pickles are refused. The one way around it is `bins=True`, which `agevlm convert --read-bin` asks for: the published
+baselines have nothing else. Who reads such files, reads them with `torch.load(weights_only=True)`.
 """
 
 import json
@@ -26,9 +29,14 @@ from huggingface_hub.errors import (
 from agevlm.modeling_agevlm.convert_vision import read_shapes
 
 
-CONFIGURATION = ["*.json", "*.jinja"]  # with the tokenizer
+CONFIGURATION = ["*.json", "*.jinja", "tokenizer.model"]  # with the tokenizer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class PickledWeightsError(ValueError):
+    """There are weights, but only as pickles."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,7 +52,7 @@ class Source:
         name: what the user gave: a folder, a safetensors file or a repository.
         folder: the folder itself, or the repository's local copy. At first it holds the configuration only.
         revision: the repository's commit, None for a local part.
-        weights: names of the safetensors files.
+        weights: names of the safetensors files; of the pickled ones where these were asked for and are all there is.
     """
 
     name: str
@@ -89,21 +97,24 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def choose_weights(files: Sequence[str], name: str) -> tuple[str, ...]:
-    """The safetensors files that make up one model.
+def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple[str, ...]:
+    """The safetensors files that make up one model, or with `bins` its `pytorch_model.bin` if there are none.
 
     Raises:
-        ValueError: none, or several that do not belong together.
+        PickledWeightsError: only pickles.
+        ValueError: nothing, or several files that do not belong together.
     """
     found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
     if SINGLE_FILE in found:
         return (SINGLE_FILE,)
     if len(found) > 1:
         raise ValueError(f"{name} holds several weights: {', '.join(found)}. Pass one of the files.")
+    if not found and bins and BIN_FILE in files:
+        return (BIN_FILE,)
     if not found:
         pickles = sorted(file for file in files if file.endswith(PICKLES))
         if pickles:
-            raise ValueError(
+            raise PickledWeightsError(
                 f"{name} holds its weights only as {', '.join(pickles[:3])}, and a pickle can run code when it is "
                 "read. Load it where you trust it (open_clip, timm or transformers), save its `state_dict()` with "
                 "`safetensors.torch.save_file` and pass that."
@@ -112,8 +123,13 @@ def choose_weights(files: Sequence[str], name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def locate(name: str) -> Source:
+def locate(name: str, revision: str | None = None, bins: bool = False) -> Source:
     """Find a part and fetch its configuration, not yet its weights.
+
+    Args:
+        name: a folder, a safetensors file, or the id of a repository.
+        revision: branch, tag or commit of that repository.
+        bins: take pickled weights where there are no others.
 
     Raises:
         ValueError: nothing there, no access, or no safetensors; see `hub_errors` and `choose_weights`.
@@ -125,16 +141,17 @@ def locate(name: str) -> Source:
         folder, revision = path, None
     else:
         with hub_errors(name):
-            folder = Path(snapshot_download(name, allow_patterns=CONFIGURATION))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION))
         revision = folder.name
-    shards = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
-    if shards:
-        return Source(name, folder, revision, tuple(sorted(shards)))
+    for index in (INDEX_FILE, BIN_INDEX_FILE) if bins else (INDEX_FILE,):
+        shards = set(read_json(folder / index).get("weight_map", {}).values())
+        if shards:
+            return Source(name, folder, revision, tuple(sorted(shards)))
     files = [file.name for file in folder.glob("*")]
     if revision is not None and not any(file.endswith(".safetensors") for file in files):
         with hub_errors(name):
             files = [file.filename for file in snapshot_download(name, revision=revision, dry_run=True)]
-    return Source(name, folder, revision, choose_weights(files, name))
+    return Source(name, folder, revision, choose_weights(files, name, bins))
 
 
 def fetch(source: Source) -> list[Path]:
@@ -154,7 +171,7 @@ def fetch(source: Source) -> list[Path]:
     paths = [folder / file for file in source.weights]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"{source.name} holds no {', '.join(missing[:3])}, which its {INDEX_FILE} names.")
+        raise ValueError(f"{source.name} holds no {', '.join(missing[:3])}, which its index names.")
     return paths
 
 
