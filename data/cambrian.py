@@ -43,7 +43,7 @@ _GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a re
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     *,
     images: Sequence[str | Path] | None = None,
@@ -56,7 +56,7 @@ def convert(
     """Converts `source` into the folder `out`, goes on with an interrupted conversion, or finds it done.
 
     Args:
-        source: see `published.open_source`.
+        source: see `published.open_source`, or what it returns.
         images: folders and archives of the pictures. Default: beside the JSON file.
         workers: processes; with more than one, a script must guard its main part (`__main__`).
         limit: convert the first rows only.
@@ -74,7 +74,8 @@ def convert(
     if (limit is not None and limit < 1) or rows_per_shard < 1:
         raise ValueError(f"limit ({limit}) and rows_per_shard ({rows_per_shard}) count rows; use at least 1")
     partial = out.parent / f".{out.name}.partial"
-    opened = open_source(source, images, partial / "work")
+    opened = open_source(source, images, partial / "work") if isinstance(source, (str, Path)) else source
+    opened.store.work = partial / "work"
     identity = _identity(opened, limit, rows_per_shard)
     if out.exists() and any(out.iterdir()):
         return _finished(out, identity)

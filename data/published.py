@@ -5,12 +5,14 @@ A source knows its chunks, which processes read independently of each other, and
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset, load_from_disk
 from PIL import Image
 
 from .duplicates import hash64
@@ -19,6 +21,7 @@ from .pictures import PictureStore, decode_picture
 from .records import BadRow, Draft, parse_record, read_record
 
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SOURCE_HELP = ".jsonl or .json file, a folder with one, Parquet files, or a data set of the Hub"
 IMAGES_HELP = "folders and tar archives of the pictures (default: beside the JSON file)"
 
@@ -75,7 +78,7 @@ class JsonSource:
     """A JSONL file, or a JSON array, whose pictures lie below `roots`."""
 
     def __init__(self, path: Path, store: PictureStore):
-        self.path, self.store = path, store
+        self.path, self.paths, self.store = path, [path], store
         self.name, self.size = path.name, path.stat().st_size
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
@@ -91,13 +94,13 @@ class ParquetSource:
     """Parquet files with the columns id, images and messages (or others that `read_record` knows)."""
 
     def __init__(self, files: Sequence[Path], store: PictureStore, name: str):
-        self.files, self.store, self.name = list(files), store, name
+        self.paths, self.store, self.name = list(files), store, name
         self.size = sum(path.stat().st_size for path in files)
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         """A chunk for each file; `offset` is the file's number."""
         chunks, first = [], 0
-        for number, path in enumerate(self.files):
+        for number, path in enumerate(self.paths):
             count = pq.read_metadata(path).num_rows
             count = count if limit is None else min(count, limit - first)
             if count > 0:
@@ -106,7 +109,7 @@ class ParquetSource:
         return chunks
 
     def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
-        with pq.ParquetFile(self.files[chunk.offset]) as file:
+        with pq.ParquetFile(self.paths[chunk.offset]) as file:
             position = chunk.first
             for batch in file.iter_batches(batch_size=16):
                 for record in batch.to_pylist():
@@ -119,7 +122,7 @@ class ParquetSource:
 class DatasetSource:
     """A data set of the Hub, or one that `save_to_disk` wrote: memory-mapped, pictures not decoded."""
 
-    def __init__(self, dataset: Any, store: PictureStore, name: str):
+    def __init__(self, dataset: Dataset, store: PictureStore, name: str):
         self.dataset, self.store, self.name = dataset.with_format("arrow"), store, name
         self.size = len(dataset)
 
@@ -161,8 +164,8 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
         raise ValueError(f"{path} is neither .json, .jsonl nor .parquet; rename it if it is one of them")
     if path.is_dir():
         return _open_folder(path, roots, work)
-    from datasets import load_dataset  # only here: it takes a second to import
-
+    if not HUB_ID.fullmatch(str(name)):
+        raise ValueError(f"{name} does not exist; give a file, a folder, or the id of a data set of the Hub")
     try:
         dataset = load_dataset(str(name), split="train")
     except Exception as error:  # whatever the Hub, the network or the loader says
@@ -173,10 +176,11 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
 
 
 def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
+    if (path / "dataset_dict.json").is_file():
+        path = path / "train"
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        from datasets import load_from_disk
-
-        return DatasetSource(load_from_disk(str(path)), PictureStore(roots or [path], work), path.name)
+        dataset = load_from_disk(str(path))
+        return DatasetSource(dataset, PictureStore([path] if roots is None else roots, work), path.name)
     parquet = sorted((path / "data").glob("train-*.parquet")) or sorted(path.glob("*.parquet"))
     if parquet:
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)

@@ -219,9 +219,9 @@ def corpus(outside: Path) -> list[Case]:
     picture("pictures/long.png", "image_elongated", True)
     picture("pictures/really_a_png.jpg", "image_wrong_suffix", True)
     # Length
-    add("huge text", "too_long", True, conversations=turns(answer="word " * 2_000))
+    add("huge text", "too_long", True, conversations=turns(answer="word " * 600))
     add("picture behind the cut", ("image_behind_cut", "too_long"), True,
-        conversations=[*turns("Read: " + "word " * 2_000, "Done."), *turns()])  # fmt: skip
+        conversations=[*turns("Read: " + "word " * 600, "Done."), *turns()])  # fmt: skip
     # The end of the file is cut off
     add("truncated last line", "invalid_json", False, line=b'{"id": "last", "image": "pictures/goo')
     return cases
