@@ -7,17 +7,19 @@ import argparse
 import gc
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset, Features
 from transformers import TrainerCallback
 
-from agevlm.data.rows import GUIDANCE, ROW_FEATURES
+from agevlm.data.rows import GUIDANCE, MASK_FEATURES, ROW_FEATURES
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
-from agevlm.training.stages import stage3_ground
+from agevlm.training.stages import base, stage3_ground
 from agevlm.training.stages.base import StageResult, run_stage
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import mask, row, tiny_model, tiny_processor
@@ -164,10 +166,62 @@ def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **
     )
 
 
+def write_shards(folder: Path, kinds: str, shards: int = 3, group_rows: int = 3) -> None:
+    """`make_rows(kinds)` in shards, with their masks apart, as `agevlm.training.streaming` reads them."""
+    rows = make_rows(kinds).with_format("arrow")[:]
+    features = Features({**ROW_FEATURES, "guidance": GUIDANCE})
+    (folder / "captions").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for shard in range(shards):
+        start, stop = (len(rows) * place // shards for place in (shard, shard + 1))
+        part = Dataset(rows.slice(start, stop - start)).cast(features).remove_columns("guidance")
+        part.to_parquet(folder / f"captions/train-{shard:05}-of-{shards:05}.parquet", batch_size=group_rows)
+    masks = [{"id": row["id"], **row["guidance"]} for row in rows.to_pylist() if row["guidance"] is not None]
+    Dataset.from_list(masks, features=MASK_FEATURES).to_parquet(folder / "masks/captions.parquet")
+
+
+@dataclass
+class StreamedRun:
+    """What `run_streamed_stage` returns: the stage's result and the ids of the rows its steps saw, in order."""
+
+    result: StageResult
+    rows: list[str]
+
+
+class KeepRows(AgeVlmDataCollator):
+    """Hands the rows' ids on with each batch, from workers too."""
+
+    def __call__(self, rows):
+        ids = torch.tensor([int(row["id"].removeprefix("row-")) for row in rows])
+        return {**super().__call__(rows), "row_numbers": ids}
+
+
+def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int = 0) -> StreamedRun:
+    """Stage 3 on the shards in `data`: 2 rows a step, 2 epochs, a checkpoint every 3 steps."""
+    seen: list[str] = []
+
+    class Trainer(AgeVlmSFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.extend(f"row-{number}" for number in inputs.pop("row_numbers").tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    recipe = stage3_ground.recipe(size="tiny").override(
+        global_batch_size=2, per_device_train_batch_size=2, num_train_epochs=2, save_steps=3, disable_tqdm=True,
+        logging_steps=1, dataloader_num_workers=workers, spread_guided_rows=True,
+    )  # fmt: skip
+    with patch.object(base, "AgeVlmSFTTrainer", Trainer), patch.object(base, "AgeVlmDataCollator", KeepRows):
+        result = run_stage(
+            recipe, output_dir, data=data, model=tiny_model(), processor=tiny_processor(), callbacks=callbacks
+        )
+    return StreamedRun(result, seen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["gradients", "stage"])
+    parser.add_argument("what", choices=["gradients", "stage", "streamed"])
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--kill_at_step", type=int)
     parser.add_argument("--kill_while_saving", type=int)
     arguments = parser.parse_args()
@@ -177,6 +231,9 @@ def main() -> None:
             kill_while_saving(arguments.kill_while_saving)
         callbacks = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
         run_small_stage(arguments.output_dir, callbacks)
+    elif arguments.what == "streamed":
+        kill = [KillAtStep(arguments.kill_at_step)]
+        run_streamed_stage(arguments.output_dir, arguments.data, kill, arguments.workers)
     else:
         for kinds in TWO_PROCESS_KINDS:
             gradients = step_gradients(arguments.output_dir, batch_size=1, accumulation=4, kinds=kinds)

@@ -25,6 +25,7 @@ class AgeVlmSFTConfig(SFTConfig):
         guidance_normalisation (`"sum"` or `"max"`): how attention becomes the distribution of Eq. 3.
         projector_learning_rate, cross_attention_learning_rate, vision_learning_rate, language_model_learning_rate
             (`float`, *optional*): learning rate of one part; `learning_rate` where not given.
+        spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
 
     Raises:
         ValueError: an unknown normalisation, a negative weight or rate, or `remove_unused_columns=True`.
@@ -51,6 +52,9 @@ class AgeVlmSFTConfig(SFTConfig):
     )
     language_model_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the language model. Default: `learning_rate`."}
+    )
+    spread_guided_rows: bool = field(
+        default=False, metadata={"help": "Spread the rows with a mask evenly over the steps instead of at random."}
     )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Learn the answers of all assistant turns and nothing else."}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 import agevlm
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.streaming import MASK, POSITION, is_streamed
 
 
 LINEAGE_FILE = "agevlm_stage.json"
@@ -53,6 +54,7 @@ RESULT_FIELDS = (
     "fp16",
     "max_length",
     "train_sampling_strategy",
+    "spread_guided_rows",
     "dataloader_drop_last",
 )
 
@@ -68,8 +70,14 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     """`rows`, `guided_rows` and a `fingerprint` of the content.
 
     The fingerprint covers all ids in their order, which of them are guided, and the whole texts of up to 20,000 evenly
-    spaced rows; pictures are not decoded.
+    spaced rows; pictures are not decoded. Of rows in shards it covers the footers, the order and which are guided.
     """
+    if is_streamed(rows):
+        index = rows.with_format("numpy")[:]
+        numbers = index[MASK] if MASK in rows.column_names else None
+        fingerprint = rows.format["format_kwargs"]["transform"].fingerprint(numbers, index[POSITION])
+        guided_rows = 0 if numbers is None else int((numbers >= 0).sum())
+        return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
     table = rows.with_format("arrow")
     digest = hashlib.blake2b(digest_size=16)
     guided_rows = 0

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
@@ -34,6 +35,8 @@ from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
+from agevlm.training.sampling import BY_LENGTH, OrderSampler, row_lengths, set_sampler_epoch
+from agevlm.training.streaming import is_streamed
 
 
 # Share of guided tokens in a batch from which one wider attention call is cheaper than computing their maps
@@ -173,6 +176,30 @@ class AgeVlmSFTTrainer(SFTTrainer):
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+
+    # ---- Order of the rows ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Ours where it matters (`sampling.py`); Trainer's for plain random and sequential orders."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        by_length, spread = strategy == BY_LENGTH, self.args.spread_guided_rows
+        if spread and strategy not in ("random", BY_LENGTH):
+            raise ValueError(f"`spread_guided_rows` does not go with `train_sampling_strategy='{strategy}'`.")
+        if not (by_length or spread or (strategy == "random" and is_streamed(rows))):
+            return super()._get_train_sampler(train_dataset)
+        return OrderSampler(
+            rows,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            lengths=row_lengths(rows, self.args.length_column_name) if by_length else None,
+            group_rows=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            spread=spread,
+        )
+
+    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
+        """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`)."""
+        set_sampler_epoch(train_dataloader, epoch)
+        return super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     # ---- Optimizer ----
 

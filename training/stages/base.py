@@ -43,6 +43,8 @@ from agevlm.training.lineage import (
     weights_fingerprint,
     write_lineage,
 )
+from agevlm.training.sampling import BY_LENGTH
+from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
 
 
@@ -237,7 +239,8 @@ def run_stage(
     """Train one stage into `output_dir`, or go on with it, or find it done.
 
     Args:
-        data: folder of a data set (`agevlm data scenes`), or rows that are joined with their masks already.
+        data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), or rows that are
+            joined with their masks already.
         init_from, revision: Hub repository or folder to start from.
         model, processor: to start from objects instead. The model is trained in place.
         eval_data: rows for `eval_strategy`.
@@ -255,7 +258,7 @@ def run_stage(
         args = AgeVlmSFTConfig(**recipe.training_arguments(output_dir=str(output_dir)))
     console = console or Console(quiet=args.process_index > 0)
     args.output_dir = str(output_dir)
-    rows = _load_data(recipe, data)
+    rows = _load_data(recipe, args, data)
     if model is None and init_from is not None and not dry_run:
         at = revision or "main"
         model = AgeVlmForConditionalGeneration.from_pretrained(init_from, revision=at, dtype=torch.float32)
@@ -315,10 +318,12 @@ def run_stage(
     return StageResult("trained", output_dir, lineage, list(trainer.state.log_history))
 
 
-def _load_data(recipe: StageRecipe, data: str | Path | Dataset | None) -> Dataset | None:
+def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
     if data is None or isinstance(data, Dataset):
         return data
-    return load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction)
+    by_length = args.train_sampling_strategy == BY_LENGTH
+    shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length)
+    return load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction) if shards is None else shards
 
 
 def _lineage(

@@ -1,0 +1,159 @@
+"""In which order an epoch shows its rows: pure functions of seed and epoch, and the sampler that hands them out.
+
+An order does not depend on devices, workers or the batch of one device: rows `[s x 128, (s + 1) x 128)` of it make up
+step `s` of a run with 128 rows per step, on any machine. That is what makes a position in an epoch one number.
+
+- Sets in shards: row groups together (`streaming.shard_order`); other sets: transformers' own `RandomSampler`.
+- `group_by_length`: batches of rows of similar length. transformers' `LengthGroupedSampler` draws from torch's global
+  generator, which is another one after a restart and may differ between processes, so its order is computed here.
+- `spread_guided_rows`: masks evenly over the order, so that no step has none of them. The paper draws rows at random.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+
+from agevlm.training.streaming import MASK, is_streamed, shard_order
+
+
+BY_LENGTH, LENGTH = "group_by_length", "length"
+# Of this many batches of one optimizer step each, the rows are sorted together (transformers' `LengthGroupedSampler`
+# takes 50 at most as well).
+SORTED_TOGETHER = 50
+
+
+class OrderSampler(Sampler[int]):
+    """The rows of a training set in an order that `seed` and the epoch decide.
+
+    Args:
+        rows: of `open_shards`, or any data set with a column `guidance` where `spread` is wanted.
+        seed: the order's.
+        lengths: the length of each row, for batches of similar rows.
+        group_rows: with `lengths`: rows that should be of similar length, those of one optimizer step.
+        spread: spread the guided rows evenly.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        group_rows: int = 1,
+        spread: bool = False,
+    ):
+        self.rows, self.seed, self.lengths, self.group_rows = rows, seed, lengths, group_rows
+        self.guided = guided_flags(rows) if spread else None
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> np.ndarray:
+        """The order of this epoch: int64 (rows,)."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        if is_streamed(self.rows):
+            order = shard_order(self.rows.format["format_kwargs"]["transform"].starts, rng)
+        else:
+            order = rng.permutation(len(self.rows))
+        if self.lengths is not None:
+            order = grouped_by_length(order, self.lengths, self.group_rows, rng)
+        return order if self.guided is None else spread_evenly(order, self.guided)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order()
+        for start in range(0, len(order), 10_000):  # a list of Python's integers of 10M rows would be 400 MB
+            yield from order[start : start + 10_000].tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell the sampler of a loader the epoch.
+
+    accelerate's `set_epoch` does not reach a sampler behind both its shards for several processes and the batches that
+    a resumed run skips: such a run would shuffle a later epoch as the first one.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    sampler = getattr(sampler, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+def guided_flags(rows: Dataset) -> np.ndarray:
+    """Which rows have a mask: bool (rows,).
+
+    Raises:
+        ValueError: rows in which guidance is unknown.
+    """
+    table = rows.with_format("arrow")
+    if is_streamed(rows):
+        if MASK not in rows.column_names:
+            return np.zeros(len(rows), dtype=bool)
+        return table[:].column(MASK).to_numpy() >= 0
+    if "guidance" not in rows.column_names:
+        raise ValueError("`spread_guided_rows` needs rows with a column `guidance` (`data/join.py`). Turn it off.")
+    batches = table.select_columns(["guidance"]).iter(batch_size=10_000)
+    flags = [pc.is_valid(batch.column("guidance")).to_numpy() for batch in batches]
+    return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
+
+
+def row_lengths(rows: Dataset, column: str = LENGTH) -> np.ndarray:
+    """The length of each row: its column `column`, or else the characters of its messages: int64 (rows,).
+
+    Raises:
+        ValueError: rows of shards that were opened without their lengths.
+    """
+    table = rows.with_format("arrow")
+    if column in rows.column_names:
+        return table.select_columns([column])[:].column(column).to_numpy()
+    if is_streamed(rows):
+        raise ValueError("Lengths of rows in shards are read when they are opened: `open_shards(..., lengths=True)`.")
+    lengths: list[int] = []
+    for batch in table.select_columns(["messages"]).iter(batch_size=10_000):
+        texts = batch.column("messages").to_pylist()
+        lengths += [sum(len(message["content"]) for message in messages) for messages in texts]
+    return np.asarray(lengths)
+
+
+def grouped_by_length(order: np.ndarray, lengths: np.ndarray, group_rows: int, rng: np.random.Generator) -> np.ndarray:
+    """`order`, rearranged so that each `group_rows` rows in a row have similar lengths.
+
+    Rows are sorted among the next `SORTED_TOGETHER` groups only, and the groups shuffled again: what is far apart in
+    `order` stays so. The longest rows come first of all, to find out at once whether they fit into memory.
+    """
+    whole = len(order) // group_rows * group_rows
+    stretch = group_rows * SORTED_TOGETHER
+    grouped = []
+    for start in range(0, whole, stretch):
+        rows = order[start : min(start + stretch, whole)]
+        groups = rows[np.argsort(-lengths[rows], kind="stable")].reshape(-1, group_rows)
+        grouped.append(groups[rng.permutation(len(groups))])
+    if not grouped:
+        return order
+    groups = np.concatenate(grouped)
+    longest = int(lengths[groups].max(axis=1).argmax())
+    groups = np.concatenate([groups[longest : longest + 1], np.delete(groups, longest, axis=0)])
+    return np.concatenate([groups.reshape(-1), order[whole:]])
+
+
+def spread_evenly(order: np.ndarray, guided: np.ndarray) -> np.ndarray:
+    """`order`, rearranged so that any `n` rows in a row hold the same number of guided ones, give or take one.
+
+    Guided rows keep their order among themselves, and so do the others.
+    """
+    flags = guided[order]
+    ours, others = order[flags], order[~flags]
+    if not len(ours) or not len(others):
+        return order
+    places = np.arange(len(ours)) * len(order) // len(ours)
+    spread = np.empty_like(order)
+    taken = np.zeros(len(order), dtype=bool)
+    taken[places] = True
+    spread[taken], spread[~taken] = ours, others
+    return spread

@@ -1,0 +1,288 @@
+"""Rows in Parquet shards, read where they lie and never all at once (Cambrian: 10M rows, terabytes of pictures).
+
+`open_shards` returns an ordinary `datasets.Dataset` of a few bytes per row: the number of each row over all shards,
+and of its mask. Its transform reads rows by row groups, from a disk or over HTTP (`hf://datasets/...`), in the worker
+that needs them. Trainer therefore knows the length, and a position in an epoch is one number: an interrupted run goes
+on at it without reading what it has seen, with other workers and on another number of devices too.
+
+`datasets.IterableDataset` is not used for that: its state leaves out what lies in the shuffle buffer and holds for one
+number of workers, and shards of unequal length end at different steps on different devices, which then wait for ever.
+
+What remains of streaming is the order (`shard_order`): a shuffle in which few row groups are in use at a time.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from agevlm.data.join import in_subset
+from agevlm.data.rows import GUIDANCE
+
+
+ROW_COLUMNS = ("id", "images", "messages")
+POSITION, MASK = "position", "mask"
+CACHE_BYTES = 512 * 2**20
+# The order takes RUN rows from each of LANES streams in turn, and each stream shuffles WINDOW row groups at a time:
+# with row groups of 100 rows some 6,000 rows are in flight over all workers of all devices together. Workers times
+# devices had better divide LANES; then every row group is read by one worker only.
+LANES, WINDOW, RUN = 32, 2, 16
+
+
+def find_shards(pattern: str) -> list[str]:
+    """Files that fit a pattern with `*`, a path or an fsspec URL (`hf://datasets/...`), sorted."""
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    return [filesystem.unstrip_protocol(name) if "://" in pattern else name for name in sorted(filesystem.glob(path))]
+
+
+def open_shards(
+    files: Sequence[str],
+    masks: Dataset | None = None,
+    mask_fraction: float = 1.0,
+    seed: int = 0,
+    lengths: bool = False,
+) -> Dataset:
+    """The rows of Parquet shards, joined with their masks, as a data set that reads on access.
+
+    Args:
+        files: paths or fsspec URLs; each file has `id`, `images` (with their bytes), `messages`, and `guidance` if its
+            masks are joined already. Row groups of about 100 rows are read fastest.
+        masks: data set of masks to join by id (`data/join.py`); the ids of all shards are read for it.
+        mask_fraction, seed: share of the masks to use, chosen by a hash of the row's id.
+        lengths: add the column `length`, the characters of each row's messages, for `group_by_length`.
+
+    Returns:
+        data set whose items are rows. Its own columns are numbers: `position` over all shards, `mask` (of the joined
+        data set; -1: not guided) and `length`.
+
+    Raises:
+        ValueError: no files, a file that is no Parquet or lacks a column, masks that fit no row, repeated mask ids.
+    """
+    if not files:
+        raise ValueError("There are no Parquet shards to read. Give at least one file.")
+    reader = ShardReader(files, masks)
+    columns: dict[str, Any] = {POSITION: np.arange(reader.num_rows)}
+    if masks is not None:
+        if reader.has_guidance:
+            raise ValueError(f"{files[0]} has a column guidance already. Leave the separate masks out.")
+        columns[MASK] = reader.join(masks, mask_fraction, seed)
+    elif reader.has_guidance:
+        columns[MASK] = reader.guided(mask_fraction, seed)
+    if lengths:
+        columns["length"] = reader.lengths()
+    identity = [reader.identity, mask_fraction, seed, lengths, None if masks is None else masks._fingerprint]
+    fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+    return Dataset(pa.table(columns), fingerprint=fingerprint).with_transform(reader)
+
+
+def load_shards(folder: str, part: str, mask_fraction: float, lengths: bool = False) -> Dataset | None:
+    """`open_shards` for a folder; None if it has no shards.
+
+    Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`); masks that are not joined yet
+    `masks/part*.parquet` or `masks/train-*.parquet`.
+    """
+    files = find_shards(f"{folder}/{part}/train-*.parquet") or find_shards(f"{folder}/data/train-*.parquet")
+    if not files:
+        return None
+    masks = find_shards(f"{folder}/masks/{part}*.parquet") or find_shards(f"{folder}/masks/train-*.parquet")
+    joined = Dataset.from_parquet(masks) if masks else None
+    return open_shards(files, joined, mask_fraction, lengths=lengths)
+
+
+def is_streamed(rows: Any) -> bool:
+    """Whether `rows` come from `open_shards`."""
+    return isinstance(rows, Dataset) and isinstance(rows.format["format_kwargs"].get("transform"), ShardReader)
+
+
+class ShardReader:
+    """The transform of `open_shards`: numbers of rows to rows.
+
+    Files are opened and row groups kept (the last ones, up to `CACHE_BYTES`) in the process that reads; what travels
+    to a worker are names and numbers.
+    """
+
+    def __init__(self, files: Sequence[str], masks: Dataset | None = None):
+        self.files = list(files)
+        self.masks = masks
+        sizes: list[np.ndarray] = []
+        digest = hashlib.blake2b(digest_size=16)
+        self._forget()
+        for name in self.files:
+            file = self._open(name)
+            missing = [column for column in ROW_COLUMNS if column not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(
+                    f"{name} lacks the column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}."
+                )
+            groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+            sizes.append(np.array([group.num_rows for group in groups], dtype=np.int64))
+            facts = [Path(name).name, *((group.num_rows, group.total_byte_size) for group in groups)]
+            digest.update(json.dumps(facts).encode())
+        self.has_guidance = "guidance" in file.schema_arrow.names
+        self.identity = digest.hexdigest()
+        self.group_file = np.repeat(np.arange(len(sizes)), [len(size) for size in sizes])
+        self.group_in_file = np.concatenate([np.arange(len(size)) for size in sizes])
+        # First row of each row group, and one past the last row of all.
+        self.starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+        self._forget()
+
+    def fingerprint(self, mask_numbers: np.ndarray | None, positions: np.ndarray) -> str:
+        """Of the shards' footers, the rows taken and which of them are guided; no path, so it holds anywhere."""
+        guided = np.zeros(0, dtype=bool) if mask_numbers is None else mask_numbers >= 0
+        parts = self.identity.encode(), positions.astype(np.int64).tobytes(), guided.tobytes()
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}, "_cache": OrderedDict(), "_cached_bytes": 0}
+
+    def _forget(self) -> None:
+        self._opened: dict[str, pq.ParquetFile] = {}
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cached_bytes = 0
+
+    def _open(self, name: str) -> pq.ParquetFile:
+        if name not in self._opened:
+            if len(self._opened) >= 2 * LANES * WINDOW:
+                self._opened.pop(next(iter(self._opened))).close()
+            filesystem, path = fsspec.core.url_to_fs(name)
+            try:
+                self._opened[name] = pq.ParquetFile(path, filesystem=filesystem)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ValueError(f"{name} cannot be read as Parquet ({error}). Write the shard again.") from error
+        return self._opened[name]
+
+    def _group(self, group: int) -> pa.Table:
+        """A row group, from the cache or from its file."""
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        name = self.files[self.group_file[group]]
+        try:
+            table = self._open(name).read_row_group(int(self.group_in_file[group]), use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{name}: row group {self.group_in_file[group]} cannot be read ({error}). Write the shard again."
+            ) from error
+        self._cache[group] = table
+        self._cached_bytes += table.nbytes
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return table
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        positions = np.asarray(batch[POSITION])
+        groups = np.searchsorted(self.starts, positions, side="right") - 1
+        mask_numbers = batch.get(MASK, [-1] * len(positions))
+        rows = []
+        for position, group, mask in zip(positions, groups, mask_numbers, strict=True):
+            row = self._group(int(group)).slice(int(position - self.starts[group]), 1).to_pylist()[0]
+            # What lies outside of the shard is not read: a name in it could be any file of this machine.
+            row["images"] = [
+                _bytes_of(image, f"row {row['id']}, images[{index}]") for index, image in enumerate(row["images"])
+            ]
+            guidance = None
+            if mask >= 0:
+                guidance = row["guidance"] if self.masks is None else _mask_row(self.masks, mask)
+                guidance = {**guidance, "mask": _bytes_of(guidance["mask"], f"row {row['id']}, guidance.mask")}
+            rows.append({**{name: row[name] for name in ROW_COLUMNS}, "guidance": guidance})
+        return {name: [row[name] for row in rows] for name in (*ROW_COLUMNS, "guidance")}
+
+    # ---- Columns of the index ----
+
+    def _column(self, name: str) -> list[pa.ChunkedArray]:
+        """One column of all rows, a chunked array per file."""
+        return [self._open(file).read(columns=[name]).column(name.split(".")[0]) for file in self.files]
+
+    def join(self, masks: Dataset, fraction: float, seed: int) -> np.ndarray:
+        """Number of each row's mask, -1 where it has none or does not belong to the subset: int32 (rows,)."""
+        ids = list(masks["id"])
+        place = {row_id: number for number, row_id in enumerate(ids)}
+        if len(place) != len(ids):
+            raise ValueError("masks have an id more than once; ids must be unique")
+        found = set(ids)
+        numbers = []
+        wanted = pa.array(ids)
+        for column in self._column("id"):
+            index = column.combine_chunks().cast(wanted.type)
+            number = pc.index_in(index, value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False)
+            numbers.append(number)
+            found.difference_update(ids[n] for n in np.unique(number) if n >= 0)
+        if found:
+            raise ValueError(
+                f"{len(found)} of {len(ids)} masks fit no row, e.g. id {min(found)!r}; join the masks of the same set"
+            )
+        kept = np.array([in_subset(row_id, fraction, seed) for row_id in ids], dtype=bool)
+        joined = np.concatenate(numbers).astype(np.int32)
+        return np.where((joined >= 0) & kept[joined], joined, -1).astype(np.int32)
+
+    def guided(self, fraction: float, seed: int) -> np.ndarray:
+        """0 for rows with guidance of their own that belong to the subset, else -1: int32 (rows,)."""
+        marks = []
+        for file in self.files:
+            table = self._open(file).read(columns=["id", "guidance.query"])
+            known = table.column("guidance").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+            ids = table.column("id").to_pylist()
+            taken = [has and in_subset(row_id, fraction, seed) for row_id, has in zip(ids, known, strict=True)]
+            marks.append(np.where(taken, 0, -1))
+        return np.concatenate(marks).astype(np.int32)
+
+    def lengths(self) -> np.ndarray:
+        """Characters of all messages of each row: int32 (rows,)."""
+        lengths = []
+        for column in self._column("messages"):
+            for chunk in column.chunks:
+                contents = chunk.flatten().field("content")
+                ends = np.cumsum(np.concatenate([[0], pc.utf8_length(contents).to_numpy(zero_copy_only=False)]))
+                offsets = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
+                lengths.append(ends[offsets[1:]] - ends[offsets[:-1]])
+        return np.concatenate(lengths).astype(np.int32)
+
+
+def _bytes_of(image: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """A stored picture as the undecoded value of `datasets.Image`."""
+    if image is None or image.get("bytes") is None:
+        name = None if image is None else image.get("path")
+        raise ValueError(
+            f"{where}: the shard holds the name {name!r} but no bytes. Write the shard with its pictures."
+        )
+    return {"bytes": image["bytes"], "path": None}
+
+
+def _mask_row(masks: Dataset, number: int) -> dict[str, Any]:
+    """One row of the mask data set, its picture undecoded."""
+    return masks.with_format("arrow")[int(number)].select(list(GUIDANCE)).to_pylist()[0]
+
+
+def shard_order(starts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A shuffled order of all rows in which few row groups are in use at a time: int64 (rows,).
+
+    The row groups are shuffled and dealt to `LANES` streams, each of which shuffles `WINDOW` of them at a time. The
+    order is read off the streams in turn, `RUN` rows from each.
+
+    Args:
+        starts: first row of each row group, and one past the last row: (groups + 1,).
+    """
+    groups = rng.permutation(len(starts) - 1)
+    runs, ranks = [], []
+    for lane in range(LANES):
+        mine = groups[lane::LANES]
+        windows = [mine[first : first + WINDOW] for first in range(0, len(mine), WINDOW)]
+        rows = [rng.permutation(np.concatenate([np.arange(*starts[g : g + 2]) for g in window])) for window in windows]
+        if rows:
+            runs.append(np.concatenate(rows))
+            # Run k of all lanes comes before run k + 1 of any; lanes that end early leave their turns to the others.
+            ranks.append(np.arange(len(runs[-1])) // RUN * LANES + lane)
+    return np.concatenate(runs)[np.argsort(np.concatenate(ranks), kind="stable")]
