@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -217,16 +218,16 @@ def _shard(partial: Path, index: int, count: int) -> Path:
 
 def _find_repeated(work: Path, chunks: list[Chunk]) -> None:
     """Writes (place, whether the row is kept, hash of its content) of every row whose id an earlier row has."""
-    found: list[tuple[int, int, int]] = []
+    found = array("Q")
     for group in equal_groups([_hashes(work, chunk) for chunk in chunks]):
         seen = {int(group[0, 1])}
         for _, content, position in group[1:].tolist():
-            found.append((position, content not in seen, content))
+            found.extend((position, content not in seen, content))
             seen.add(content)
-    found.sort()
+    rows = np.frombuffer(found, dtype=np.uint64).reshape(-1, 3)
     partial = work / "repeated.partial"
     with partial.open("wb") as file:
-        np.save(file, np.array(found, dtype=np.uint64).reshape(-1, 3), allow_pickle=False)
+        np.save(file, rows[np.argsort(rows[:, 0])], allow_pickle=False)
     os.replace(partial, work / "repeated.npy")
 
 
