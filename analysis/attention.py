@@ -1,18 +1,23 @@
-"""Where a model looks while it reads a question: maps per cross layer, on the pixels of the picture (paper figure 4).
+"""Where a model looks while it reads a question and while it answers (paper figure 4, tables 4 and 6).
 
     agevlm analyze attention MODEL... IMAGE QUESTION --output DIR
 
-A map is the softmax of one cross layer, averaged over heads and the question's tokens; it is brought back to the
-picture through the processor's own geometry. The paper shows one layer; here every layer and their mean are kept. All
-maps of one question are drawn on one colour scale: a model that looks everywhere stays pale, where a scale of its own
-would make noise glow.
+A map is the softmax of one layer, averaged over heads and the question's tokens, on the pixels of the picture: of
+every cross layer of ours, and of the first self-attention layer of a concatenating model, as in the paper (`--layer`
+for others). A generated token's map is the look from which it was predicted, that of the token before it. In
+self-attention the visual tokens get a part of the attention only; maps are rescaled to sum to 1 over them, and
+`image_mass` tells how much it was.
+
+Maps are densities: 1 is an even spread over the picture, so models of different grids compare. All maps of one
+question are drawn on one colour scale: a model that looks everywhere stays pale, where a scale of its own would make
+noise glow.
 """
 
 import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,36 +27,52 @@ import numpy as np
 import torch
 from PIL import Image
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image
-from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.processing import AgeVlmProcessor
+from agevlm.data.rows import open_image
 
+from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
+from .recording import Recorder, recording
+from .subjects import Subject, load_subject, unique_names
 
 
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
+LAYERS_DRAWN = 8  # at most, evenly spaced; the arrays hold all
+COLUMNS = 6  # of the sheet of generated tokens
 
 
 @dataclass(frozen=True)
 class Attended:
-    """An answer and the look behind it.
+    """An answer and the look behind it; K layers, V visual tokens, N generated tokens.
 
     Attributes:
         answer: generated greedily.
-        layers: indices of the cross layers, K of them.
-        grid: float32 `(K, rows, columns)`, attention per visual cell; a layer sums to 1.
-        maps: float32 `(K, height, width)`, the same on the picture's pixels.
+        tokens: the N generated tokens as text, the end of the answer included.
+        layers: indices of the layers.
+        cells: where the visual tokens lie on the picture.
+        weights: float32 `(K, V)`, attention of the question on the visual tokens; a layer sums to 1.
+        token_weights: float32 `(K, N, V)`, the same of each generated token.
+        image_mass: float32 `(K,)`, share of the question's attention that went to the picture; 1 in cross-attention.
+        maps: float32 `(K, height, width)`, `weights` on the picture's pixels; 1 is an even spread over the picture.
     """
 
     answer: str
+    tokens: list[str]
     layers: list[int]
-    grid: np.ndarray
+    cells: Cells
+    weights: np.ndarray
+    token_weights: np.ndarray
+    image_mass: np.ndarray
     maps: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
         """float32 `(height, width)`: mean over layers."""
         return self.maps.mean(0)
+
+    def token_map(self, index: int, layer: int | None = None) -> np.ndarray:
+        """float32 `(height, width)`: the map of generated token `index`, of the `layer`-th of `layers` or the mean."""
+        weights = self.token_weights[:, index].mean(0) if layer is None else self.token_weights[layer, index]
+        return self.cells.to_pixels(weights)
 
 
 @torch.inference_mode()
@@ -62,50 +83,80 @@ def attend(
     question: str,
     *,
     prompt: str | None = None,
+    layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
 ) -> Attended:
-    """Asks `question` about `image` and reads off the cross-attention of the question's tokens.
+    """Asks `question` about `image` and reads off where the question's tokens and the answer's look.
 
     Args:
+        model: ours or a concatenating one, on sdpa; `generate` runs once, and its result is what it is without this.
         prompt: what the model is asked, with `question` as a part of it (a benchmark's instruction follows it, say).
             Default: the question itself.
+        layers: indices. Default: all cross layers, or the first self-attention layer.
 
     Raises:
-        ValueError: an empty question, or one that is not a part of the prompt.
+        ValueError: an empty question, or one that is not a part of the prompt; a layer that there is not; a model
+            whose visual tokens cannot be placed on the picture.
     """
+    subject = Subject(model, processor)
+    chosen = _layers(subject, layers)
     question = question.strip()
     if not question:
         raise ValueError("the question is empty; ask something about the picture")
-    conversation = [{"role": "user", "content": IMAGE_PLACEHOLDER + (prompt or question)}]
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    everywhere = Image.new("1", image.size, 1)  # the processor selects query tokens of rows that have a mask
-    batch = processor(
-        images=[[image]],
-        text=[text],
-        guidance_spans=[processor.message_span(conversation, 0, question)],
-        guidance_masks=[everywhere],
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
-    batch.pop("guidance_mask")
-    query_mask = batch.pop("guidance_query_mask")
-    maps = model.base_model(**batch, guidance_query_mask=query_mask, use_cache=False).cross_attention_maps
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = processor.tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    grid = maps[:, 0].float().cpu().numpy().reshape(-1, *processor.image_processor.grid)
-    size = (image.height, image.width)
-    pixels = np.stack([processor.image_processor.grid_to_pixels(layer, size) for layer in grid])
-    return Attended(answer.strip(), list(model.config.cross_attention_layers), grid, pixels)
+    encoded = subject.encode([image], [prompt or question], [question], answer_next=True)
+    cells = cells_of(subject, image, encoded)
+    wanted = encoded.text_BT[0].nonzero()[:, 0]
+    length = encoded.text_BT.shape[1]
+    with recording(chosen, torch.cat([wanted, wanted.new_tensor([length - 1])])) as recorders:
+        output = model.generate(
+            **encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True
+        )
+    generated = output[0, length:]
+    columns = slice(None) if encoded.image_BT is None else encoded.image_BT[0].nonzero()[:, 0].cpu()
+    looks = [_looks(recorder, columns, len(generated)) for recorder in recorders.values()]
+    weights, token_weights, mass = (np.stack(parts) for parts in zip(*looks, strict=True))
+    tokenizer = processor.tokenizer
+    return Attended(
+        answer=tokenizer.decode(generated, skip_special_tokens=True).strip(),
+        tokens=[tokenizer.decode([token]) for token in generated.tolist()],
+        layers=list(chosen),
+        cells=cells,
+        weights=weights,
+        token_weights=token_weights,
+        image_mass=mass,
+        maps=np.stack([cells.to_pixels(layer) for layer in weights]),
+    )
 
 
-def in_mask_mass(attended: Attended, mask: Image.Image, processor: Any) -> float:
+def _layers(subject: Subject, wanted: Sequence[int] | None) -> dict[int, torch.nn.Module]:
+    known = subject.attention
+    if wanted is None:
+        wanted = list(known)[:1] if subject.concatenates else list(known)
+    unknown = [index for index in wanted if index not in known]
+    if unknown or not wanted:
+        raise ValueError(f"no attention on pictures in layer(s) {unknown}; there is in {list(known)}")
+    return {index: known[index] for index in sorted(set(wanted))}
+
+
+def _looks(recorder: Recorder, columns: Any, generated: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """One layer: attention on the visual tokens, of the question `(V,)` and of every generated token `(N, V)`, each
+    summing to 1, and the share of the question's attention that is on them."""
+    prompt, *steps = (weights.numpy()[:, columns] for weights in recorder.weights)
+    question, last = prompt[:-1].mean(0), prompt[-1:]
+    tokens = np.concatenate([last, *steps])[:generated]
+    totals = tokens.sum(1, keepdims=True)
+    mass = question.sum()
+    return question / (mass or 1), tokens / np.where(totals > 0, totals, 1), mass
+
+
+def in_mask_mass(attended: Attended, mask: Image.Image) -> float:
     """Share of the attention on the mask's cells, mean over layers."""
-    cells = processor.image_processor.mask_to_grid(mask)
-    return float((attended.grid * cells).sum((1, 2)).mean())
+    return float(attended.weights[:, attended.cells.inside(np.asarray(mask))].sum(1).mean())
 
 
 def _shared_peak(attended: Iterable[Attended], maps: Callable[[Attended], np.ndarray]) -> float:
-    """The hottest value of maps that are compared, and never less than `LEAST_PEAK` times an even spread."""
-    return max(max(float(maps(result).max()), LEAST_PEAK / result.grid[0].size) for result in attended)
+    """The hottest value of maps that are compared, and never less than `LEAST_PEAK`."""
+    return max(LEAST_PEAK, *(float(maps(result).max()) for result in attended))
 
 
 def draw_panels(
@@ -113,16 +164,29 @@ def draw_panels(
 ) -> Image.Image:
     """One row per model: the picture, each layer, their mean; one colour scale for all."""
     peak = _shared_peak(attended.values(), lambda result: result.maps)
+    shown = image if mask is None else outline(image, mask)
     rows = []
     for name, result in attended.items():
-        shown = image if mask is None else outline(image, mask)
+        count = len(result.layers)
+        drawn = sorted({round(index) for index in np.linspace(0, count - 1, min(count, LAYERS_DRAWN))})
         row = [(f"{name}: {result.answer}", shown)]
-        row += [
-            (f"layer {layer}", overlay(image, heat, peak, mask))
-            for layer, heat in zip(result.layers, result.maps, strict=True)
-        ]
-        rows.append([*row, ("mean", overlay(image, result.mean, peak, mask))])
+        row += [(f"layer {result.layers[index]}", overlay(image, result.maps[index], peak, mask)) for index in drawn]
+        if count > 1:
+            row.append(("mean", overlay(image, result.mean, peak, mask)))
+        rows.append(row)
     return panels(rows, question)
+
+
+def draw_tokens(attended: Attended, image: Image.Image, question: str, mask: Image.Image | None = None) -> Image.Image:
+    """A sheet of one overlay per generated token (mean over layers), one colour scale for all."""
+    maps = [attended.token_map(index) for index in range(len(attended.tokens))]
+    peak = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
+    titled = [
+        (repr(token)[1:-1], overlay(image, heat, peak, mask))
+        for token, heat in zip(attended.tokens, maps, strict=True)
+    ]
+    rows = [titled[start : start + COLUMNS] for start in range(0, len(titled), COLUMNS)]
+    return panels(rows, question, side=200)
 
 
 def write_attention(
@@ -131,9 +195,16 @@ def write_attention(
     question: str,
     output: str | Path,
     mask: Image.Image | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Writes `overlay-NAME.png` per model, `panels.png`, `maps.npz` (one array `(K, height, width)` per model) and
+    """Writes `panels.png`, per model `overlay-NAME.png` and `tokens-NAME.png`, the arrays `maps.npz` and
     `attention.json`, whose content it returns.
+
+    `maps.npz` holds, per model, `NAME/maps (K, height, width)` and `NAME/mean (height, width)` in float32,
+    `NAME/token_maps (N, height, width)` in float16 (mean over layers), and on the visual tokens `NAME/weights (K, V)`
+    and `NAME/token_weights (K, N, V)`; see [`Attended`].
 
     Args:
         models: name -> (model, processor).
@@ -146,21 +217,32 @@ def write_attention(
             f"the mask is {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; give a mask "
             "of the picture's size"
         )
-    attended = {name: attend(*pair, image, question) for name, pair in models.items()}
+    attended = {
+        name: attend(*pair, image, question, layers=layers, max_new_tokens=max_new_tokens)
+        for name, pair in models.items()
+    }
     peak = _shared_peak(attended.values(), lambda result: result.mean)
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "models": {}}
+    arrays: dict[str, Any] = {}
     for name, result in attended.items():
-        picture = f"overlay-{_file_name(name)}.png"
-        _save(overlay(image, result.mean, peak, mask), output / picture)
-        summary["models"][name] = {"answer": result.answer, "layers": result.layers, "overlay": picture}
+        pictures = {kind: f"{kind}-{_file_name(name)}.png" for kind in ("overlay", "tokens")}
+        _save(overlay(image, result.mean, peak, mask), output / pictures["overlay"])
+        _save(draw_tokens(result, image, f"{name}: {question}", mask), output / pictures["tokens"])
+        summary["models"][name] = {
+            "answer": result.answer,
+            "generated": result.tokens,
+            "layers": result.layers,
+            "image_mass": [round(float(mass), 6) for mass in result.image_mass],
+            **pictures,
+        }
         if mask is not None:
-            summary["models"][name]["in_mask_mass"] = in_mask_mass(result, mask, models[name][1])
+            summary["models"][name]["in_mask_mass"] = in_mask_mass(result, mask)
+        token_maps = np.stack([result.token_map(index).astype(np.float16) for index in range(len(result.tokens))])
+        arrays |= {f"{name}/maps": result.maps, f"{name}/mean": result.mean, f"{name}/token_maps": token_maps}
+        arrays |= {f"{name}/weights": result.weights, f"{name}/token_weights": result.token_weights}
     _save(draw_panels(attended, image, question, mask), output / "panels.png")
-    with _replacing(output / "maps.npz") as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {name: result.maps for name, result in attended.items()}
-        np.savez_compressed(file, **arrays)
-    with _replacing(output / "attention.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_arrays(arrays, output / "maps.npz")
+    save_json(summary, output / "attention.json")
     return summary
 
 
@@ -206,7 +288,7 @@ def write_examples(
                     "title": name,
                     "answer": result.answer,
                     "correct": None if correct is None else correct(row, result.answer),
-                    "in_mask_mass": None if mask is None else in_mask_mass(result, mask, models[name][1]),
+                    "in_mask_mass": None if mask is None else in_mask_mass(result, mask),
                     "overlay": str(path),
                 }
             )
@@ -228,7 +310,7 @@ def _file_name(name: str) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` once it has been written."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -238,28 +320,20 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
+    """Compressed `.npz`, without pickle."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def save_json(content: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _save(image: Image.Image, path: Path) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary)
-
-
-def load_checkpoint(name: str) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
-    """Model (in its stored dtype, on the accelerator if there is one) and processor.
-
-    Raises:
-        ValueError: there is no AGE-VLM checkpoint of that name.
-    """
-    try:
-        model_type = AgeVlmConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != AgeVlmConfig.model_type:
-            raise ValueError(
-                f"{name} is no AGE-VLM checkpoint: its model type is {model_type!r}, not {AgeVlmConfig.model_type!r}"
-            )
-        device = torch.accelerator.current_accelerator(check_available=True)
-        model = AgeVlmForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device)
-        return model.eval(), AgeVlmProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"{name} is no AGE-VLM checkpoint: {error}; give its folder or Hub id") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,14 +343,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--mask", metavar="FILE", help="black and white picture of what the question is about")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        action="append",
+        dest="layers",
+        metavar="N",
+        help="may be given again; default: all cross layers, or the first self-attention layer",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a checkpoint that is not ours"
+    )
     arguments = parser.parse_args(argv)
     image = open_image(arguments.image, arguments.image)
     mask = None if arguments.mask is None else open_image(arguments.mask, arguments.mask, mode="1")
-    names = [Path(model).resolve().name for model in arguments.models]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder")
-    models = {name: load_checkpoint(path) for name, path in zip(names, arguments.models, strict=True)}
-    summary = write_attention(models, image, arguments.question, arguments.output, mask)
+    models = {}
+    for name, path in zip(unique_names(arguments.models), arguments.models, strict=True):
+        subject = load_subject(path, arguments.trust_remote_code)
+        models[name] = (subject.model, subject.processor)
+    summary = write_attention(
+        models,
+        image,
+        arguments.question,
+        arguments.output,
+        mask,
+        layers=arguments.layers,
+        max_new_tokens=arguments.max_new_tokens,
+    )
     for name, result in summary["models"].items():
         mass = f" (in-mask attention mass {result['in_mask_mass']:.3f})" if mask is not None else ""
         print(f"{name}: {result['answer']}{mass}")
