@@ -9,12 +9,13 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("analysis", "data", "evaluation", "hub_cards", "modeling_agevlm", "processing", "training")
+FOLDERS = ("analysis", "data", "evaluation", "grounding", "hub_cards", "modeling_agevlm", "processing", "training")
 ALLOWED = {
     "modeling_agevlm": set(),
     "processing": set(),
     "hub_cards": set(),
     "data": set(),
+    "grounding": {"data"},
     "training": {"modeling_agevlm", "processing", "data", "hub_cards"},
     "evaluation": {"modeling_agevlm", "processing", "data"},
     "analysis": {"modeling_agevlm", "processing", "data"},

@@ -1,0 +1,152 @@
+"""The backends by name, each a text and a picture to a mask: pairs of models, SAM 3, and masks that are there already.
+
+Defaults are the published checkpoints the paper's recipe names or implies (SAM 2.1 is what that recipe's own
+repository pairs with Florence-2; the paper's text cites SAM, which is `florence2+sam`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from agevlm.data.rows import open_image
+
+from .masks import mask_box
+from .regions import NO_REGION, Backend, Grounding, Region
+from .rows import Undecoded
+
+
+FLORENCE2, GROUNDING_DINO = "florence-community/Florence-2-large", "IDEA-Research/grounding-dino-base"
+SAM, SAM2, SAM3 = "facebook/sam-vit-huge", "facebook/sam2.1-hiera-large", "facebook/sam3"
+# name: (grounder, segmenter)
+CHECKPOINTS: dict[str, tuple[str | None, str | None]] = {
+    "florence2+sam2": (FLORENCE2, SAM2),
+    "florence2+sam": (FLORENCE2, SAM),
+    "florence2-phrases+sam2": (FLORENCE2, SAM2),
+    "grounding-dino+sam2": (GROUNDING_DINO, SAM2),
+    "sam3": (None, SAM3),
+    "exact": (None, None),
+}
+
+
+class TwoSteps:
+    """A grounder (texts to boxes), then a segmenter (boxes to masks) on the pictures in which something was found."""
+
+    decodes = True
+
+    def __init__(self, grounder: Callable, segmenter: Callable, revisions: Mapping[str, str | None]):
+        self.grounder, self.segmenter, self.revisions = grounder, segmenter, dict(revisions)
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
+        regions = self.grounder(images, texts)
+        found = [index for index, region in enumerate(regions) if region.boxes]
+        groundings = [Grounding(None, region) for region in regions]
+        if found:
+            results = self.segmenter([images[i] for i in found], [regions[i].boxes for i in found])
+            for index, (mask, score) in zip(found, results, strict=True):
+                groundings[index] = Grounding(mask, regions[index], score)
+        return groundings
+
+
+class OneStep:
+    """SAM 3: texts to masks."""
+
+    decodes = True
+
+    def __init__(self, model: Callable, revisions: Mapping[str, str | None]):
+        self.model, self.revisions = model, dict(revisions)
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
+        return self.model(images, texts)
+
+
+class Exact:
+    """Masks that are there already (scenes, imported COCO, another backend's): the same checks, storage and filters.
+
+    Args:
+        place: a row's id to its place in `rows`.
+        rows: each with `mask`, or with `guidance` that has one, in any form that `open_image` takes; may be null.
+    """
+
+    decodes = False
+
+    def __init__(self, place: Mapping[str, int], rows: Sequence[Mapping[str, Any]]):
+        self.place, self.rows, self.revisions = place, rows, {}
+
+    @classmethod
+    def of(cls, data: Dataset) -> "Exact":
+        """The masks of a data set with the columns id and mask, or of rows with guidance.
+
+        Raises:
+            ValueError: it has neither.
+        """
+        place = {row_id: index for index, row_id in enumerate(data["id"])}
+        if "mask" in data.column_names:
+            return cls(place, Undecoded(data, ["mask"]))
+        if "guidance" in data.column_names:
+            return cls(place, Undecoded(data, ["guidance"]))
+        raise ValueError(
+            f"there are no masks in the columns {', '.join(data.column_names)}; name a data set with id and mask "
+            "(--masks)"
+        )
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
+        return [self._one(image, row_id) for image, row_id in zip(images, ids, strict=True)]
+
+    def _one(self, image: Image.Image, row_id: str) -> Grounding:
+        row = self.rows[self.place[row_id]] if row_id in self.place else {}
+        stored = (row.get("guidance") or row).get("mask")
+        if stored is None:
+            return Grounding(None, Region(outcome=NO_REGION, detail="the row has no mask"))
+        mask = np.array(open_image(stored, f"mask of row {row_id!r}", mode="1"))
+        if mask.shape != (image.height, image.width):
+            raise ValueError(
+                f"the mask of row {row_id!r} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.width} x "
+                f"{image.height}; store masks at the picture's size"
+            )
+        box = mask_box(mask)
+        if box is None:
+            return Grounding(None, Region(outcome=NO_REGION, detail="the row's mask is empty"))
+        return Grounding(mask, Region([box]), 1.0)
+
+
+def load_backend(
+    name: str,
+    *,
+    grounder: str | None = None,
+    segmenter: str | None = None,
+    grounder_revision: str | None = None,
+    segmenter_revision: str | None = None,
+    **options: Any,
+) -> Backend:
+    """A backend of models by name; `exact` is made of masks instead (`Exact`).
+
+    Args:
+        grounder, segmenter: repository or folder instead of the default's; `sam3` is a segmenter.
+        options: `device`, `dtype`, and `max_new_tokens` for Florence-2.
+
+    Raises:
+        ValueError: an unknown name, a part that the backend does not have, or a model that cannot be loaded.
+    """
+    if name not in CHECKPOINTS or name == "exact":
+        known = ", ".join(known for known in CHECKPOINTS if known != "exact")
+        raise ValueError(f"the backend is {name!r}; models are {known}")
+    defaults = CHECKPOINTS[name]
+    if grounder is not None and defaults[0] is None:
+        raise ValueError(f"the backend {name} has no grounder; pass its folder as segmenter")
+    from . import models  # here, because it imports a dozen models
+
+    tokens = {key: options.pop(key) for key in ("max_new_tokens",) if key in options}
+    if name == "sam3":
+        sam3 = models.Sam3(segmenter or SAM3, segmenter_revision, **options)
+        return OneStep(sam3, {sam3.name: sam3.commit})
+    source, cut_out = grounder or str(defaults[0]), segmenter or str(defaults[1])
+    first: models.Florence2 | models.GroundingDino
+    if name.startswith("grounding-dino"):
+        first = models.GroundingDino(source, grounder_revision, **options)
+    else:
+        first = models.Florence2(source, grounder_revision, phrases="phrases" in name, **tokens, **options)
+    second = (models.Sam2 if name.endswith("sam2") else models.Sam)(cut_out, segmenter_revision, **options)
+    return TwoSteps(first, second, {first.name: first.commit, second.name: second.commit})

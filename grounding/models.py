@@ -1,0 +1,258 @@
+"""The parts of a backend on transformers' own classes: text to boxes (Florence-2, Grounding DINO), boxes to mask (SAM,
+SAM 2), and SAM 3, which does both (section 3.2.2, appendix A).
+
+The paper's recipe is Grounded-SAM-2's: Florence-2's answer to <REFERRING_EXPRESSION_SEGMENTATION> is a polygon, its
+bounding box prompts SAM. That pipeline reads the first instance only and fails where it has several pieces; here every
+instance gives one box around all its pieces, and the mask is the union over the instances.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    GroundingDinoForObjectDetection,
+    GroundingDinoProcessor,
+    Sam2Model,
+    Sam2Processor,
+    Sam3Model,
+    Sam3Processor,
+    SamModel,
+    SamProcessor,
+)
+from transformers.utils import is_torchvision_available
+
+from .masks import Box, clip_box, mask_box, polygon_box, usable_pieces
+from .regions import NO_REGION, TEXT_TOO_LONG, Grounding, Region
+
+
+MAX_BOXES = 32  # of one picture: what a segmenter computes grows with the largest number in the batch
+SEGMENTATION_TASK = "<REFERRING_EXPRESSION_SEGMENTATION>"
+PHRASES_TASK = "<CAPTION_TO_PHRASE_GROUNDING>"
+
+
+class Part:
+    """A published model and its processor, from the Hub or from a folder.
+
+    Args:
+        name: repository or folder; `revision` is the repository's branch, tag or commit.
+        dtype: of the weights; None: bfloat16 on an accelerator, float32 on a processor.
+
+    Raises:
+        ValueError: it cannot be had, or torchvision is missing, which SAM 2's and SAM 3's processors are written for.
+    """
+
+    model_class: Any
+    processor_class: Any
+    needs_torchvision = False
+
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
+        if self.needs_torchvision and not is_torchvision_available():
+            raise ValueError(
+                f"{self.model_class.__name__} needs torchvision: pip install agevlm[vision], or take a backend with "
+                "SAM 1 (florence2+sam)"
+            )
+        device = torch.device(device)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        try:
+            self.processor = self.processor_class.from_pretrained(name, revision=revision)
+            model = self.model_class.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            raise ValueError(
+                f"{name} cannot be loaded: {error} Pass a folder that has it, or log in with `hf auth login` if its "
+                "licence has to be accepted"
+            ) from error
+        self.model = model.to(device).eval()
+        self.name, self.commit = name, getattr(model.config, "_commit_hash", None)
+
+    def tensors(self, inputs: Any) -> dict[str, torch.Tensor]:
+        """A processor's output on the model's device, floating point in its precision."""
+        return {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+class Florence2(Part):
+    """Text to boxes by Florence-2: the referred expression's polygon (appendix A), or with `phrases` a box for every
+    phrase of the text."""
+
+    model_class, processor_class = Florence2ForConditionalGeneration, Florence2Processor
+
+    def __init__(self, *args: Any, phrases: bool = False, max_new_tokens: int = 1024, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.task = PHRASES_TASK if phrases else SEGMENTATION_TASK
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Region]:
+        limit = self.model.config.text_config.max_position_embeddings
+        # A query that names a task would be taken for one; none does in earnest.
+        prompts = [self.task + text.replace("<", " ").replace(">", " ") for text in texts]
+        lengths = [self._length(prompt) for prompt in prompts]
+        fitting = [index for index, length in enumerate(lengths) if length <= limit]
+        regions = [
+            Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens with the picture's, {limit} is the limit")
+            for length in lengths
+        ]
+        if not fitting:
+            return regions
+        inputs = self.processor(
+            images=[images[index] for index in fitting],
+            text=[prompts[index] for index in fitting],
+            padding=True,
+            return_tensors="pt",
+        )
+        generated = self.model.generate(
+            **self.tensors(inputs), max_new_tokens=self.max_new_tokens, num_beams=3, do_sample=False
+        )
+        for index, answer in zip(
+            fitting, self.processor.batch_decode(generated, skip_special_tokens=False), strict=True
+        ):
+            regions[index] = self._region(answer, images[index].size)
+        return regions
+
+    def _length(self, prompt: str) -> int:
+        """Tokens of a prompt with its picture's, begin and end."""
+        (text,) = self.processor._construct_prompts(prompt)
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + (
+            self.processor.num_image_tokens + 2
+        )
+
+    def _region(self, answer: str, size: tuple[int, int]) -> Region:
+        found = self.processor.post_process_generation(answer, task=self.task, image_size=size)[self.task]
+        if self.task == PHRASES_TASK:
+            boxes = [clip_box(box, size) for box in found["bboxes"]]
+            return _region(boxes, [], f"{len(found['bboxes'])} boxes in the answer")
+        instances = found["polygons"]
+        polygons = [piece for instance in instances for piece in usable_pieces(instance)]
+        boxes = [polygon_box(instance, size) for instance in instances]
+        return _region(boxes, polygons, f"{len(instances)} polygons in the answer")
+
+
+class GroundingDino(Part):
+    """Text to boxes by Grounding DINO. It was trained on noun phrases; of a sentence it finds what words name."""
+
+    model_class, processor_class = GroundingDinoForObjectDetection, GroundingDinoProcessor
+    threshold = text_threshold = 0.25
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Region]:
+        limit = self.model.config.text_config.max_position_embeddings
+        limit = min(limit, getattr(self.model.config, "max_text_len", limit))
+        # One lower-cased label that ends in a dot; a dot inside would be two labels.
+        labels = [f"{text.lower().replace('.', ' ').strip()}." for text in texts]
+        lengths = [len(self.processor.tokenizer(label)["input_ids"]) for label in labels]
+        fitting = [index for index, length in enumerate(lengths) if length <= limit]
+        regions = [
+            Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens, {limit} is the limit") for length in lengths
+        ]
+        if not fitting:
+            return regions
+        chosen = [images[index] for index in fitting]
+        inputs = self.processor(
+            images=chosen, text=[labels[index] for index in fitting], padding=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            outputs = self.model(**self.tensors(inputs))
+        outputs.logits, outputs.pred_boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
+        found = self.processor.post_process_grounded_object_detection(
+            outputs,
+            inputs["input_ids"],
+            threshold=self.threshold,
+            text_threshold=self.text_threshold,
+            target_sizes=[(image.height, image.width) for image in chosen],
+        )
+        for index, image, result in zip(fitting, chosen, found, strict=True):
+            best = result["scores"].argsort(descending=True)
+            boxes = [clip_box(box, image.size) for box in result["boxes"][best].tolist()]
+            regions[index] = _region(boxes, [], f"{len(boxes)} boxes over {self.threshold}")
+        return regions
+
+
+class Sam(Part):
+    """Boxes to mask by SAM: every picture is encoded once, and the union over its boxes is its mask."""
+
+    model_class, processor_class = SamModel, SamProcessor
+
+    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]) -> list[tuple[Any, float]]:
+        """For each picture its mask, bool array `(height, width)`, and the mean predicted IoU of its boxes' masks.
+
+        Args:
+            boxes: at least one for each picture.
+        """
+        # SAM wants equally many boxes of every picture. Each is a prompt of its own, so repeats change nothing.
+        most = max(len(row) for row in boxes)
+        padded = [[*row, *[row[-1]] * (most - len(row))] for row in boxes]
+        inputs = self.processor(images=list(images), input_boxes=padded, return_tensors="pt")
+        tensors = self.tensors({name: inputs[name] for name in ("pixel_values", "input_boxes")})
+        with torch.no_grad():
+            outputs = self.model(**tensors, multimask_output=False)
+        masks = self._masks(outputs.pred_masks.float().cpu(), inputs)  # (N, 1, H, W) bool for each picture
+        scores = outputs.iou_scores.float().cpu()  # (B, N, 1)
+        return [
+            (mask[: len(row), 0].any(0).numpy(), score[: len(row)].mean().item())
+            for mask, score, row in zip(masks, scores, boxes, strict=True)
+        ]
+
+    def _masks(self, logits: torch.Tensor, inputs: Any) -> list[torch.Tensor]:
+        return self.processor.post_process_masks(logits, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+
+
+class Sam2(Sam):
+    """Boxes to mask by SAM 2. Its own processor class by name: published folders ask for the one of videos."""
+
+    model_class, processor_class = Sam2Model, Sam2Processor
+    needs_torchvision = True
+
+    def _masks(self, logits: torch.Tensor, inputs: Any) -> list[torch.Tensor]:
+        return self.processor.post_process_masks(logits, inputs["original_sizes"])
+
+
+class Sam3(Part):
+    """Text to mask by SAM 3: its semantic segmentation is the union over all instances of a concept. Short noun
+    phrases only: it reads 32 tokens."""
+
+    model_class, processor_class = Sam3Model, Sam3Processor
+    needs_torchvision = True
+    limit = 32
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Grounding]:
+        lengths = [len(self.processor.tokenizer(text)["input_ids"]) for text in texts]
+        fitting = [index for index, length in enumerate(lengths) if length <= self.limit]
+        results = [
+            Grounding(None, Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens, {self.limit} is the limit"))
+            for length in lengths
+        ]
+        if not fitting:
+            return results
+        chosen = [images[index] for index in fitting]
+        inputs = self.processor(images=chosen, text=[texts[index] for index in fitting], return_tensors="pt")
+        tensors = self.tensors(inputs)
+        tensors.pop("original_sizes", None)
+        with torch.no_grad():
+            outputs = self.model(**tensors)
+        outputs.semantic_seg = outputs.semantic_seg.float().cpu()
+        masks = self.processor.image_processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[(image.height, image.width) for image in chosen]
+        )
+        presence = outputs.presence_logits.float().sigmoid().flatten().tolist()
+        for index, mask, score in zip(fitting, masks, presence, strict=True):
+            array = mask.bool().numpy()
+            box = mask_box(array)
+            region = _region([box], [], "no pixel over 0.5")
+            results[index] = Grounding(array if box else None, region, score)
+        return results
+
+
+def _region(boxes: Sequence[Box | None], polygons: list[Any], detail: str) -> Region:
+    inside = [box for box in boxes if box is not None][:MAX_BOXES]
+    return Region(inside, polygons) if inside else Region(polygons=polygons, outcome=NO_REGION, detail=detail)

@@ -1,0 +1,83 @@
+"""How good masks are against exact ones: IoU, boundary F, and IoU on the grid, which is all that guidance sees."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm import tqdm
+
+from agevlm.data.rows import open_image
+
+from .masks import boundary_f, iou
+from .output import SUMMARY, read_masks
+from .rows import Undecoded, load_table
+from .runner import Grid
+
+
+METRICS = ("iou", "boundary_f", "grid_iou")
+
+
+def load_masks(name: str) -> Dataset:
+    """A run's kept masks, or any data set with the columns id and mask."""
+    return read_masks(name) if (Path(name) / SUMMARY).is_file() else load_table(name)
+
+
+def compare(mask: np.ndarray, exact: np.ndarray, grid: Grid) -> dict[str, float]:
+    """The three metrics of one mask, bool `(height, width)`; 0 on the grid for an empty one.
+
+    Raises:
+        ValueError: masks of different sizes.
+    """
+    if mask.shape != exact.shape:
+        raise ValueError(f"masks of {mask.shape} and {exact.shape} pixels; they must be of one picture")
+    cells = [grid.mask_to_grid(one) if one.any() else None for one in (mask, exact)]
+    on_grid = iou(*cells) if all(c is not None for c in cells) else 0.0  # type: ignore[arg-type]
+    return {"iou": iou(mask, exact), "boundary_f": boundary_f(mask, exact), "grid_iou": on_grid}
+
+
+def measure_quality(masks: Dataset, exact: Dataset, grid: Grid, progress: bool = True) -> dict[str, Any]:
+    """Means and quartiles over the rows that both data sets have a mask for, and how many of the exact ones those are.
+
+    Raises:
+        ValueError: no row in common, a column is missing, or two masks of one row differ in size.
+    """
+    found, wanted = _by_id(masks), _by_id(exact)
+    common = [row_id for row_id in wanted if row_id in found]
+    if not common:
+        raise ValueError("the two have no row with a mask in common; ids must be those of the same data set")
+    values = []
+    for row_id in tqdm(common, desc="quality", unit="mask", disable=not progress):
+        mask, reference = (_array(side[row_id], row_id) for side in (found, wanted))
+        try:
+            values.append(compare(mask, reference, grid))
+        except ValueError as error:
+            raise ValueError(f"row {row_id!r}: {error}") from error
+    metrics = {name: _spread([value[name] for value in values]) for name in METRICS}
+    return {"masks": len(found), "exact": len(wanted), "compared": len(common), **metrics}
+
+
+def _by_id(data: Dataset) -> dict[str, Any]:
+    missing = [name for name in ("id", "mask") if name not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"a set of masks lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}"
+        )
+    column = Undecoded(data, ["mask"])
+    return {row_id: (column, index) for index, row_id in enumerate(data["id"]) if column[index]["mask"] is not None}
+
+
+def _array(place: tuple[Undecoded, int], row_id: str) -> np.ndarray:
+    column, index = place
+    return np.array(open_image(column[index]["mask"], f"mask of row {row_id!r}", mode="1"))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {
+        "mean": float(np.mean(values)),
+        "quartile_1": float(low),
+        "median": float(middle),
+        "quartile_3": float(high),
+    }

@@ -1,0 +1,224 @@
+"""Grounding a data set: batches through a backend, a journal that survives a kill, several processes.
+
+Every process takes its share of the rows that no journal has yet, so that a run can be stopped at any time and go on,
+also with another number of processes. The main process writes the output when all are through.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .filters import Filters
+from .journal import Journal, Journals
+from .masks import to_png
+from .output import JOURNAL_FEATURES, SUMMARY, write_output, write_text
+from .queries import QUERY_SOURCES
+from .regions import BAD_PICTURE, BAD_ROW, ERROR, GROUNDED, NO_QUERY, TEXT_TOO_LONG, Backend, Grounding, Region
+from .rows import Item, Items, choose_rows
+
+
+MANIFEST = "run.json"
+JOURNALS = "journal"
+STRICT = (BAD_PICTURE, BAD_ROW, NO_QUERY, TEXT_TOO_LONG, ERROR)
+
+
+class Grid(Protocol):
+    """What is used of an image processor: the cells of the model's grid that a mask takes."""
+
+    def mask_to_grid(self, mask: np.ndarray) -> np.ndarray: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def ground(
+    rows: Dataset,
+    out: str | Path,
+    backend: Callable[[], Backend],
+    *,
+    backend_name: str,
+    grid: Grid,
+    dataset_name: str = "",
+    query_source: str = "caption",
+    filters: Filters = Filters(),  # noqa: B008 - frozen
+    attempt: int | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    strict: bool = False,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Grounds `rows` and writes `out`, or goes on where it was stopped.
+
+    Args:
+        rows: id, images, messages; ids are unique.
+        backend: makes the backend; called only if there is something left to do.
+        grid: the image processor of the model that will be trained on the masks.
+        attempt: how many rows to try, by a hash of their ids (None: all).
+        num_workers: processes that read and decode ahead.
+        strict: stop at a row that cannot be used instead of recording it.
+
+    Returns:
+        The content of `summary.json`; None in all processes but the main one.
+
+    Raises:
+        ValueError: `out` holds another run, ids repeat, or with `strict` a row that cannot be used.
+    """
+    out, state = Path(out), PartialState()
+    if query_source not in QUERY_SOURCES:
+        raise ValueError(f"the query is {query_source!r}; use one of {', '.join(QUERY_SOURCES)}")
+    ids = list(rows["id"])
+    _check_unique(ids)
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "dataset": dataset_name,
+        "rows": len(ids),
+        "ids": hashlib.blake2b("\n".join(map(str, ids)).encode(), digest_size=8).hexdigest(),
+        "backend": backend_name,
+        "query_source": query_source,
+        "attempt": attempt,
+        "seed": filters.seed,
+        "grid": {name: grid.to_dict()[name] for name in ("geometry", "size", "cell_size")},
+    }
+    places = choose_rows(ids, attempt, filters.seed)
+    del ids
+    found = _read_manifest(out, manifest)
+    schema = JOURNAL_FEATURES.arrow_schema
+    done = Journals(out / JOURNALS, schema).indices if found else np.zeros(0, np.int64)
+    mine = np.setdiff1d(places, done)[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # nobody writes before all have read
+    if len(places) > len(done):
+        model = backend()
+        manifest["revisions"] = dict(model.revisions)
+        if found and found["revisions"] != manifest["revisions"]:
+            raise ValueError(
+                f"{out} was begun with {found['revisions']}, now it is {manifest['revisions']}; pass the same models "
+                "(--grounder-revision, --segmenter-revision), or choose another folder"
+            )
+        if state.is_main_process and not found:
+            (out / JOURNALS).mkdir(parents=True, exist_ok=True)
+            write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        state.wait_for_everyone()
+        (out / SUMMARY).unlink(missing_ok=True)
+        journal = Journal(out / JOURNALS / f"{state.process_index:05d}.arrows", schema)
+        try:
+            items = Items(rows, mine, query_source, decode=model.decodes)
+            workers = num_workers if model.decodes else 0  # opened pictures would be decoded on their way here
+            loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
+            _work(loader, model, grid, journal, len(mine), strict, progress and state.is_local_main_process)
+        finally:
+            journal.close()
+    elif found:
+        manifest["revisions"] = found["revisions"]
+    else:  # a data set without rows
+        manifest["revisions"] = {}
+        (out / JOURNALS).mkdir(parents=True, exist_ok=True)
+        write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    return write_output(out, Journals(out / JOURNALS, schema), manifest, filters)
+
+
+def _check_unique(ids: list[str]) -> None:
+    if len(set(ids)) != len(ids):
+        twice = next(row_id for row_id, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"the data set has the id {twice!r} more than once; masks are joined by id, make ids unique")
+
+
+def _read_manifest(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the run that `out` holds, None for a new folder; ValueError where it holds anything else."""
+    path = out / MANIFEST
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(entry.name != JOURNALS for entry in out.iterdir())):
+            raise ValueError(f"{out} is in use and holds no run of `agevlm ground`; choose another folder")
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    # A moved data set is the same one: its ids say so.
+    asked = {key: value for key, value in json.loads(json.dumps(manifest)).items() if key != "dataset"}
+    changed = [key for key in asked if found.get(key) != asked[key]]
+    if changed:
+        told = "; ".join(f"{key}: {found.get(key)!r} there, {asked[key]!r} asked" for key in changed)
+        raise ValueError(f"{out} holds another run ({told}); choose another folder or delete it")
+    return found
+
+
+def _work(
+    batches: Iterable[list[Item]],
+    backend: Backend,
+    grid: Grid,
+    journal: Journal,
+    total: int,
+    strict: bool,
+    progress: bool,
+) -> None:
+    grounded = 0
+    with tqdm(total=total, desc="ground", unit="row", disable=not progress, smoothing=0.05) as bar:
+        for items in batches:
+            groundings = ground_batch(items, backend, strict)
+            records = [record(item, result, grid) for item, result in zip(items, groundings, strict=True)]
+            for row in records:
+                if strict and row["outcome"] in STRICT:
+                    raise ValueError(f"row {row['id']!r}: {row['outcome']}, {row['detail']}")
+            journal.append(records)
+            grounded += sum(row["outcome"] == GROUNDED for row in records)
+            bar.update(len(items))
+            bar.set_postfix(grounded=grounded, refresh=False)
+
+
+def ground_batch(items: list[Item], backend: Backend, strict: bool = False) -> list[Grounding]:
+    """Items to groundings. If a batch fails, its rows are tried one by one, so that only the culprit is lost."""
+    results = [Grounding(None, Region(outcome=item.outcome, detail=item.detail)) for item in items]
+    usable = [index for index, item in enumerate(items) if not item.outcome]
+
+    def attempt(chosen: list[int]) -> None:
+        images, queries = [items[i].image for i in chosen], [items[i].query for i in chosen]
+        found = backend(images, [query.text for query in queries], [items[i].id for i in chosen])  # type: ignore
+        for index, result in zip(chosen, found, strict=True):
+            results[index] = result
+
+    if not usable:
+        return results
+    try:
+        attempt(usable)
+    except Exception:
+        for index in usable:
+            try:
+                attempt([index])
+            except Exception as error:
+                if strict:
+                    raise
+                told = f"{type(error).__name__}: {error}"[:500]
+                results[index] = Grounding(None, Region(outcome=ERROR, detail=told))
+    return results
+
+
+def record(item: Item, grounding: Grounding, grid: Grid) -> dict[str, Any]:
+    """One row of the journal."""
+    region, mask = grounding.region, grounding.mask
+    area = float(mask.mean()) if mask is not None else None
+    score = grounding.score
+    return {
+        "index": item.index,
+        "id": item.id,
+        "query": item.query and item.query.query,
+        "text": item.query and item.query.text,
+        "message_index": item.query and item.query.message_index,
+        "mask": None if mask is None else {"bytes": to_png(mask), "path": None},
+        "boxes": region.boxes,
+        "polygons": region.polygons,
+        # A score that is no number says nothing good of its mask.
+        "score": score if score is None or math.isfinite(score) else 0.0,
+        "area": area,
+        "grid_cells": None if mask is None else (int(grid.mask_to_grid(mask).sum()) if area else 0),
+        "outcome": region.outcome,
+        "detail": region.detail,
+    }
