@@ -1,64 +1,128 @@
-"""What every benchmark's file provides: pure functions from a row and a model's output to a verdict and to metrics.
+"""What a benchmark is: pure functions from a row and a model's output to a verdict and to metrics, and its protocols.
 
-A row is a mapping with the public columns of the benchmark. Shares are percentages, as the papers print them.
+A row is a mapping with the published columns of the benchmark. A protocol is a harness's way to ask and to read:
+`paper` (VLMEvalKit's prompts and strict reading, the likely source of the paper's Table 2), `official`, `lmms-eval`,
+`cambrian`. Each is one `Benchmark`; a benchmark's file makes the others from `paper` by replacing what differs.
+Shares are percentages, as the papers print them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .measures import Measure, Path, interval, nested, share
 
 
 Row = Mapping[str, Any]
 Metrics = dict[str, Any]
+Answers = Sequence[str | None]
+PROTOCOLS = ("paper", "official", "lmms-eval", "cambrian")
+YES_NO = ("yes", "no")
+RIGHT, WRONG = "correct", "incorrect"
 
 
-class Benchmark(Protocol):
-    """A module of this folder, seen as a type.
+@dataclass(frozen=True)
+class Hub:
+    """Where the published data set is: a data set's id, its configuration, its splits."""
+
+    path: str
+    name: str | None
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark under one protocol.
 
     Attributes:
-        NAME: of the files and of the results.
-        PROTOCOL: prompt and parsing rule in words; it goes into every result.
-        FIELDS: columns that must be there.
+        rule: prompt and reading rule in words; it goes into every result.
+        fields: columns that must be there.
+        uses: which rows take part.
+        prompt: what the model is asked, without the picture's placeholder.
+        query: the part of the prompt that says what to look at: the question without instructions and options.
+        gold: the right answer, as people read it.
+        parse: the answer found in an output; None where there is none.
+        is_correct: whether a found answer is right. None never is.
+        measures: metrics of rows from their found answers and their credits (0 to 1, see `credits`).
+        guesses: answers given without looking, by name: an answer and a credit (None: as the answer deserves) a row.
+        unit: rows of one unit are drawn together for intervals: they share a picture or are asked as a set.
+        headline: the metric to compare.
+        labels: the answers a judge may find; empty where answers are free and a judge says right or wrong.
+        credit: what a judge's word on a free answer is worth.
+        judged_only: the protocol has no rule-based reading; the judged column is its result.
+        max_new_tokens: longest answer.
     """
 
-    NAME: str
-    PROTOCOL: str
-    FIELDS: tuple[str, ...]
+    name: str
+    protocol: str
+    rule: str
+    hub: Hub
+    fields: tuple[str, ...]
+    headline: str
+    prompt: Callable[[Row], str]
+    query: Callable[[Row], str]
+    gold: Callable[[Row], str]
+    parse: Callable[[Row, str], str | None]
+    is_correct: Callable[[Row, str | None], bool]
+    measures: Callable[[Sequence[Row], Answers, np.ndarray], dict[Path, Measure]]
+    guesses: Callable[[Sequence[Row]], dict[str, tuple[Answers, Sequence[float] | None]]]
+    unit: Callable[[Row], Any]
+    labels: Callable[[Row], tuple[str, ...]]
+    uses: Callable[[Row], bool] = lambda row: True
+    credit: Callable[[Row, str], float] = lambda row, label: float(label == RIGHT)
+    judged_only: bool = False
+    max_new_tokens: int = 128
 
-    def prompt(self, row: Row) -> str:
-        """What the model is asked, without the picture's placeholder."""
+    def credits(self, rows: Sequence[Row], parsed: Answers) -> np.ndarray:
+        """1 for each right answer, else 0."""
+        return np.array([self.is_correct(row, answer) for row, answer in zip(rows, parsed, strict=True)], dtype=float)
 
-    def query(self, row: Row) -> str:
-        """The part of the prompt that says what to look at: the question without instructions and options."""
+    def all_measures(
+        self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None
+    ) -> dict[Path, Measure]:
+        """The benchmark's own measures and the share of answers in which nothing was found."""
+        earned = self.credits(rows, parsed) if credits is None else np.asarray(credits, dtype=float)
+        unparsed = np.array([answer is None for answer in parsed], dtype=float)
+        return {**self.measures(rows, parsed, earned), ("unparsed",): share(unparsed)}
 
-    def gold(self, row: Row) -> str:
-        """The right answer, as people read it."""
+    def score(self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None) -> Metrics:
+        """Metrics over rows: `headline` (the name of the metric to compare), `n`, and those of the benchmark."""
+        values = {path: measure.value() for path, measure in self.all_measures(rows, parsed, credits).items()}
+        return {"headline": self.headline, "n": len(rows), **nested(values)}
 
-    def parse(self, row: Row, output: str) -> str | None:
-        """The answer found in `output`; None where there is none."""
-
-    def is_correct(self, row: Row, parsed: str | None) -> bool:
-        """Whether the answer is right. None never is."""
-
-    def score(self, rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-        """Metrics over rows; at least `n`, `unparsed` (percent) and `headline`, the name of the metric to compare."""
+    def intervals(self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None) -> Metrics:
+        """Bootstrap 95 % intervals [low, high] of the metrics, in their layout; units are drawn whole."""
+        units = units_of([self.unit(row) for row in rows])
+        measures = self.all_measures(rows, parsed, credits)
+        return nested({path: interval(measure, units) for path, measure in measures.items() if path[-1] != "n"})
 
     def constants(self, rows: Sequence[Row]) -> dict[str, Metrics]:
         """Metrics of answers given without looking: constant answers, chance."""
+        return {name: self.score(rows, *guess) for name, guess in self.guesses(rows).items()}
+
+
+def always(answers: Mapping[str, str], rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
+    """Guesses: one answer for every row, by name."""
+    return {name: ([answer] * len(rows), None) for name, answer in answers.items()}
+
+
+def units_of(keys: Sequence[Any]) -> np.ndarray:
+    """Numbers of the units that rows belong to, 0, 1, ... in order of appearance."""
+    numbers: dict[Any, int] = defaultdict(lambda: len(numbers))
+    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def check_fields(benchmark: Benchmark, columns: Sequence[str], where: str) -> None:
     """Raises ValueError if a column that `benchmark` needs is missing."""
-    missing = [field for field in benchmark.FIELDS if field not in columns]
+    missing = [field for field in benchmark.fields if field not in columns]
     if missing:
         raise ValueError(
-            f"{where}: {benchmark.NAME} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}. Rename "
+            f"{where}: {benchmark.name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}. Rename "
             "or add them."
         )
-
-
-def percent(part: float, whole: float) -> float:
-    """`part` of `whole` in percent; 0 of nothing."""
-    return 100 * part / whole if whole else 0.0
 
 
 def verdict(benchmark: Benchmark, row: Row, parsed: str | None) -> str:

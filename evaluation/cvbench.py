@@ -1,75 +1,101 @@
 """CV-Bench: multiple-choice questions on counting, spatial relation, depth and distance.
 
-Prompt: the row's own `prompt` (question and options), as in VLMEvalKit. Parsing: option letter, else option text; the
-rest is wrong, there is no judge. Headline: `overall`, the card's (2D + 3D) / 2 with each side averaged over its
-sources, where a set has both sides; `accuracy` is the plain mean over rows.
+`paper`: the row's own `prompt` (question and options), as in VLMEvalKit; option letter, else option text; the rest is
+wrong unless a judge reads it (the judged column). `official` is Cambrian, whose authors made the benchmark. Headline:
+`overall`, the card's (2D + 3D) / 2 with each side averaged over its sources, where a set has both sides; `accuracy` is
+the plain mean over rows, which lmms-eval reports.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .benchmark import Metrics, Row, percent
+import numpy as np
+
+from .benchmark import Answers, Benchmark, Hub, Row, always
+from .harnesses import cambrian_letter, lmms_letter
+from .measures import Measure, Path, mean, share
 from .parsing import LETTERS, parse_choice
-
-
-NAME = "cvbench"
-PROTOCOL = "prompt column verbatim; option letter, else option text, unread answers are wrong (no judge)"
-FIELDS = ("id", "image", "type", "task", "question", "choices", "answer", "prompt", "source")
-
-
-def prompt(row: Row) -> str:
-    return row["prompt"]
-
-
-def query(row: Row) -> str:
-    return row["question"]
 
 
 def gold(row: Row) -> str:
     return row["answer"].strip("() ")
 
 
-def parse(row: Row, output: str) -> str | None:
-    return parse_choice(output, row["choices"])
+def letters(row: Row) -> str:
+    return LETTERS[: len(row["choices"])]
 
 
-def is_correct(row: Row, parsed: str | None) -> bool:
-    return parsed == gold(row)
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+    """`accuracy` over all rows, of each of `tasks` and `sources`, `2D` and `3D` where present, `overall`."""
 
+    def accuracy(**wanted: str) -> Measure:
+        chosen = np.array([all(row[field] == value for field, value in wanted.items()) for row in rows], dtype=float)
+        return share(credits * chosen, chosen)
 
-def score(rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-    """`accuracy` over all rows, `tasks` (accuracy of each), `2D` and `3D` where present, `overall`, `unparsed`."""
-    credits = [float(is_correct(row, answer)) for row, answer in zip(rows, parsed, strict=True)]
-    return {**_aggregate(rows, credits), "unparsed": percent(sum(answer is None for answer in parsed), len(rows))}
+    def values(field: str, **among: str) -> list[str]:
+        return sorted({row[field] for row in rows if all(row[name] == value for name, value in among.items())})
 
-
-def _aggregate(rows: Sequence[Row], credits: Sequence[float]) -> Metrics:
-    """`credits`: expected correctness of each row, 0 to 1."""
-
-    def mean(**wanted: str) -> float:
-        chosen = [
-            credit
-            for row, credit in zip(rows, credits, strict=True)
-            if all(row[field] == value for field, value in wanted.items())
-        ]
-        return percent(sum(chosen), len(chosen))
-
-    sides = {}
-    for side in sorted({row["type"] for row in rows}):
-        sources = sorted({row["source"] for row in rows if row["type"] == side})
-        sides[side] = sum(mean(type=side, source=source) for source in sources) / len(sources)
+    sides = {
+        side: mean([accuracy(type=side, source=source) for source in values("source", type=side)])
+        for side in values("type")
+    }
     return {
-        "headline": "overall",
-        "n": len(rows),
-        "accuracy": percent(sum(credits), len(rows)),
-        "tasks": {task: mean(task=task) for task in sorted({row["task"] for row in rows})},
-        **sides,
-        "overall": sum(sides.values()) / len(sides),
+        ("accuracy",): share(credits),
+        **{("tasks", task): accuracy(task=task) for task in values("task")},
+        **{("sources", source): accuracy(source=source) for source in values("source")},
+        **{(side,): measure for side, measure in sides.items()},
+        ("overall",): mean(list(sides.values())),
     }
 
 
-def constants(rows: Sequence[Row]) -> dict[str, Metrics]:
+def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, Sequence[float] | None]]:
     """Each letter as a constant answer, and `chance`: the expected score of a uniformly drawn option."""
-    letters = LETTERS[: max(len(row["choices"]) for row in rows)]
-    always = {f"always ({letter})": score(rows, [letter] * len(rows)) for letter in letters}
-    chance = {**_aggregate(rows, [1 / len(row["choices"]) for row in rows]), "unparsed": 0.0}
-    return {**always, "chance": chance}
+    known = LETTERS[: max(len(row["choices"]) for row in rows)]
+    chance = [""] * len(rows), [1 / len(row["choices"]) for row in rows]
+    return {**always({f"always ({letter})": letter for letter in known}, rows), "chance": chance}
+
+
+def _lmms_prompt(row: Row) -> str:
+    listed = ", ".join(letters(row))
+    note = f"Note: You only need to respond with {listed} without providing any additional information."
+    return f"{note}\n\n{row['prompt']}"
+
+
+PAPER = Benchmark(
+    name="cvbench",
+    protocol="paper",
+    rule="prompt column verbatim; option letter, else option text, unread answers are wrong (judged column: judge)",
+    hub=Hub("nyu-visionx/CV-Bench", None, ("test",)),
+    fields=("id", "image", "type", "task", "question", "choices", "answer", "prompt", "source"),
+    headline="overall",
+    prompt=lambda row: row["prompt"],
+    query=lambda row: row["question"],
+    gold=gold,
+    parse=lambda row, output: parse_choice(output, row["choices"]),
+    is_correct=lambda row, parsed: parsed == gold(row),
+    measures=measures,
+    guesses=guesses,
+    unit=lambda row: row["id"],
+    labels=lambda row: tuple(letters(row)),
+)
+_CAMBRIAN = replace(
+    PAPER,
+    protocol="cambrian",
+    rule="prompt + answer with the letter directly; first character (of what follows 'answer is')",
+    prompt=lambda row: row["prompt"] + "\nAnswer with the option's letter from the given choices directly.",
+    parse=lambda row, output: cambrian_letter(output, letters(row)),
+)
+PROTOCOLS = {
+    "paper": PAPER,
+    "official": replace(_CAMBRIAN, protocol="official"),
+    "lmms-eval": replace(
+        PAPER,
+        protocol="lmms-eval",
+        rule="note + prompt; first letter of the output; headline is the plain mean",
+        prompt=_lmms_prompt,
+        parse=lambda row, output: lmms_letter(output, letters(row)),
+        headline="accuracy",
+        max_new_tokens=16,
+    ),
+    "cambrian": _CAMBRIAN,
+}

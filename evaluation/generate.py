@@ -1,8 +1,10 @@
 """Batched greedy answers to benchmark rows, kept row by row in `predictions.jsonl` and resumed from there.
 
 A line is {id, prompt, output, parsed, verdict, error}; verdict is correct, wrong, unparsed or skipped. Lines are
-appended batch by batch and synced. A run that was cut off goes on behind its last whole line; skipped rows are tried
-again. The file must hold answers to the same questions, and `run.json` beside it says of which model and settings.
+appended batch by batch and synced; with several processes each appends to a file of its own, and at the end one file
+holds all lines in the order of the rows. A run that was cut off goes on behind its whole lines, with any number of
+processes; skipped rows are tried again. The file must hold answers to the same questions, and `run.json` beside it
+says of which model and settings.
 """
 
 import json
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from .benchmark import Benchmark, Row, verdict
 from .inputs import RowError, encode, row_image
+from .processes import gather, my_share, rank, wait
 
 
 PREDICTIONS = "predictions.jsonl"
@@ -26,9 +29,19 @@ Prediction = dict[str, Any]
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` under a temporary name and renames it: the file is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, lines: Sequence[Any]) -> None:
+    """Writes JSON lines, likewise."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`, likewise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -41,42 +54,64 @@ def generate_predictions(
     *,
     identity: Mapping[str, Any],
     batch_size: int = 32,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     strict: bool = False,
     progress: bool = True,
 ) -> list[Prediction]:
-    """Answers `rows` and returns one prediction per row, in their order.
+    """Answers `rows` and returns one prediction per row, in their order, on every process.
 
     Args:
-        rows: pictures undecoded (`datasets.Image(decode=False)`) or decoded.
+        rows: pictures undecoded (`datasets.Image(decode=False)`) or decoded; null where a row is text alone.
         folder: receives `predictions.jsonl` and `run.json`.
         identity: what the answers depend on (model, settings); compared when the folder is used again.
+        max_new_tokens: None: the protocol's.
         strict: a bad row raises ValueError. Otherwise it is recorded with its error and skipped.
 
     Raises:
         ValueError: the folder holds answers to other questions or of another model; two rows share an id.
     """
-    folder = Path(folder)
+    folder, limit = Path(folder), max_new_tokens or benchmark.max_new_tokens
     prompts = {row["id"]: benchmark.prompt(row) for row in without_pictures(rows)}
     if len(prompts) != len(rows):
-        raise ValueError(f"{benchmark.NAME}: {len(rows)} rows have {len(prompts)} different ids; make ids unique")
-    _claim(folder, {**identity, "protocol": benchmark.PROTOCOL, "max_new_tokens": max_new_tokens})
-    path = folder / PREDICTIONS
-    done = {line["id"]: line for line in resume_predictions(path, prompts)}
-    pending = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
-    with (
-        tqdm(total=len(rows), initial=len(done), desc=benchmark.NAME, unit="row", disable=not progress) as bar,
-        path.open("a", encoding="utf-8") as file,
-    ):
+        raise ValueError(f"{benchmark.name}: {len(rows)} rows have {len(prompts)} different ids; make ids unique")
+    settings = {"protocol": benchmark.protocol, "rule": benchmark.rule, "max_new_tokens": limit}
+    _claim(folder, {**identity, **settings})
+    wait()
+    done = {line["id"]: line for line in read_predictions(folder, prompts)}
+    wait()
+    if rank() == 0 and folder.joinpath(PREDICTIONS).exists():
+        _consolidate(folder, list(done.values()))
+    wait()
+    pending = my_share([index for index, row_id in enumerate(rows["id"]) if row_id not in done])
+    own = folder / (PREDICTIONS if rank() == 0 else f"predictions.{rank()}.jsonl")
+    new: list[Prediction] = []
+    bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or rank() > 0)
+    with bar, own.open("a", encoding="utf-8") as file:
         for start in range(0, len(pending), batch_size):
             chosen = rows.select(pending[start : start + batch_size])
-            lines = _answer(model, processor, benchmark, chosen, max_new_tokens, strict)
+            lines = _answer(model, processor, benchmark, chosen, limit, strict)
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-            done.update((line["id"], line) for line in lines)
+            new += lines
             bar.update(len(lines))
-    return [done[row_id] for row_id in prompts]
+    done.update((line["id"], line) for line in gather(new))
+    predictions = [done[row_id] for row_id in prompts]
+    wait()
+    if rank() == 0:
+        _consolidate(folder, predictions)
+    return predictions
+
+
+def _consolidate(folder: Path, predictions: Sequence[Prediction]) -> None:
+    """All lines into one file; the other processes' files go."""
+    write_lines(folder / PREDICTIONS, predictions)
+    for path in _parts(folder):
+        path.unlink()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("predictions.*.jsonl"))
 
 
 def without_pictures(rows: Dataset) -> Iterator[Row]:
@@ -119,7 +154,7 @@ def _line(
 def answer_batch(
     model: Any, processor: Any, images: Sequence, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers, special tokens removed."""
+    """Greedy answers, special tokens removed. `images`: None where a row has none."""
     batch = encode(processor, images, prompts, model)
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -144,35 +179,28 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds another run ({'; '.join(changed)}); choose another folder or delete it")
 
 
-def resume_predictions(path: Path, prompts: Mapping[str, str]) -> list[Prediction]:
-    """The finished lines of an earlier run; what cannot be kept (a cut-off last line, skipped rows) leaves the file.
+def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Prediction]:
+    """The finished lines of earlier runs in `folder`, without cut-off last lines and skipped rows.
 
     Raises:
         ValueError: a line that is no prediction, or one for a question that is not among `prompts`.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole, _, tail = text.rpartition("\n")
     kept: dict[str, Prediction] = {}
-    lines = whole.split("\n") if whole else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prediction = json.loads(line)
-            row_id, prompt, outcome = prediction["id"], prediction["prompt"], prediction["verdict"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}; delete the file") from error
-        if prompts.get(row_id) != prompt:
-            raise ValueError(
-                f"{path}, line {number} answers {prompt!r} (id {row_id!r}), which is not asked here; choose another "
-                "folder or delete the file"
-            )
-        if outcome != "skipped":
-            kept[row_id] = prediction
-    if tail or len(kept) != len(lines):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept.values()), encoding="utf-8"
-        )
-        os.replace(temporary, path)
+    for path in (folder / PREDICTIONS, *_parts(folder)):
+        if not path.exists():
+            continue
+        whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+        for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+            try:
+                prediction = json.loads(line)
+                row_id, prompt, outcome = prediction["id"], prediction["prompt"], prediction["verdict"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}; delete the file") from error
+            if prompts.get(row_id) != prompt:
+                raise ValueError(
+                    f"{path}, line {number} answers {prompt!r} (id {row_id!r}), which is not asked here; choose "
+                    "another folder or delete the file"
+                )
+            if outcome != "skipped":
+                kept[row_id] = prediction
     return list(kept.values())

@@ -1,63 +1,96 @@
-"""HallusionBench, image rows: statements about an original and an edited figure, and three strictnesses of accuracy.
+"""HallusionBench: statements about an original and an edited figure, and three strictnesses of accuracy.
 
 `aAcc`: over questions. `fAcc`: share of figures all of whose questions are right. `qAcc`: share of questions that are
-right on all their figures. Protocol of VLMEvalKit (bare question, strict yes/no, unread is wrong), whose 951 image
-rows the paper's numbers fit; the official GPT judge is not used.
+right on all their figures. `paper`: VLMEvalKit's reading of the 951 rows with a picture, which the paper's numbers
+fit. `official` (all 1129 rows) and `lmms-eval` (951) are scored by a judge alone, who compares the answer with the
+row's `gt_answer_details`; saying nothing definite ("unclear") is right where a picture is needed and none was given. Their
+rule-based columns are those of `paper`.
+Deviation: a judge's nonsense is "unjudged" and wrong; officially it is "unclear".
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .benchmark import Metrics, Row, percent
+import numpy as np
+
+from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Hub, Row, always
+from .measures import Measure, Path, all_right, share
 from .parsing import parse_yes_no
 
 
-NAME = "hallusionbench"
-PROTOCOL = "bare question, image rows; strict yes/no (VLMEvalKit), unread answers are wrong"
-FIELDS = ("id", "image", "category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer")
 # Set and question numbers restart in each subcategory, and one subcategory exists under both categories.
-FIGURE = ("category", "subcategory", "set_id", "figure_id")
-QUESTION = ("category", "subcategory", "set_id", "question_id")
-
-
-def prompt(row: Row) -> str:
-    return row["question"]
-
-
-def query(row: Row) -> str:
-    return row["question"]
+_SET = ("category", "subcategory", "set_id")
 
 
 def gold(row: Row) -> str:
-    return "yes" if row["gt_answer"] == "1" else "no"
+    return "yes" if str(row["gt_answer"]) == "1" else "no"
 
 
-def parse(row: Row, output: str) -> str | None:
-    return parse_yes_no(output)
+def without_figure(row: Row) -> bool:
+    """Whether the row is asked as text alone: a supplement question without its figure."""
+    return row["category"] == "VS" and str(row["figure_id"]) == "0"
 
 
-def is_correct(row: Row, parsed: str | None) -> bool:
-    return parsed == gold(row)
+def _key(row: Row, field: str) -> tuple:
+    return (*(row[name] for name in _SET), row[field])
 
 
-def score(rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-    """`aAcc`, `fAcc`, `qAcc`, `yes_ratio` (share of answers that say yes) and `unparsed`."""
-    figures, questions = defaultdict(list), defaultdict(list)
-    for row, answer in zip(rows, parsed, strict=True):
-        right = is_correct(row, answer)
-        questions[tuple(row[field] for field in QUESTION)].append(right)
-        if not (row["category"] == "VS" and row["figure_id"] == "0"):  # text only: there is no figure
-            figures[tuple(row[field] for field in FIGURE)].append(right)
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
     return {
-        "headline": "aAcc",
-        "n": len(rows),
-        "aAcc": percent(sum(map(sum, questions.values())), len(rows)),
-        "fAcc": percent(sum(map(all, figures.values())), len(figures)),
-        "qAcc": percent(sum(map(all, questions.values())), len(questions)),
-        "yes_ratio": percent(sum(answer == "yes" for answer in parsed), len(rows)),
-        "unparsed": percent(sum(answer is None for answer in parsed), len(rows)),
-    }
+        ("aAcc",): share(credits),
+        ("fAcc",): all_right([None if without_figure(row) else _key(row, "figure_id") for row in rows], credits),
+        ("qAcc",): all_right([_key(row, "question_id") for row in rows], credits),
+        ("yes_ratio",): share([answer == "yes" for answer in parsed]),
+        **{
+            ("subcategories", name): share(credits * chosen, chosen)
+            for name, chosen in _subcategories(rows).items()
+        },
+    }  # fmt: skip
 
 
-def constants(rows: Sequence[Row]) -> dict[str, Metrics]:
-    return {f"always {word}": score(rows, [word] * len(rows)) for word in ("yes", "no")}
+def _subcategories(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    names = [f"{row['category']} {row['subcategory']}" for row in rows]
+    return {name: np.array([name == other for other in names], dtype=float) for name in sorted(set(names))}
+
+
+PAPER = Benchmark(
+    name="hallusionbench",
+    protocol="paper",
+    rule="bare question, rows with a picture; strict yes/no (VLMEvalKit), unread answers are wrong",
+    hub=Hub("lmms-lab/HallusionBench", None, ("image",)),
+    fields=("id", "image", "category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
+    headline="aAcc",
+    prompt=lambda row: row["question"],
+    query=lambda row: row["question"],
+    gold=gold,
+    parse=lambda row, output: parse_yes_no(output),
+    is_correct=lambda row, parsed: parsed == gold(row),
+    measures=measures,
+    guesses=lambda rows: always({f"always {word}": word for word in YES_NO}, rows),
+    unit=lambda row: tuple(row[name] for name in _SET),
+    labels=lambda row: YES_NO,
+    uses=lambda row: not without_figure(row),
+)
+_JUDGED = replace(
+    PAPER,
+    fields=(*PAPER.fields, "gt_answer_details"),
+    gold=lambda row: row["gt_answer_details"],
+    labels=lambda row: (),
+    credit=lambda row, label: float(label == RIGHT or (label == "unclear" and without_figure(row))),
+    judged_only=True,
+)
+PROTOCOLS = {
+    "paper": PAPER,
+    "official": replace(
+        _JUDGED,
+        protocol="official",
+        rule="bare question, all rows; a judge compares with gt_answer_details",
+        hub=Hub("lmms-lab/HallusionBench", None, ("image", "non_image")),
+        uses=lambda row: True,
+    ),
+    "lmms-eval": replace(
+        _JUDGED,
+        protocol="lmms-eval",
+        rule="bare question, rows with a picture; a judge compares with gt_answer_details",
+    ),
+}

@@ -1,4 +1,7 @@
-"""From benchmark rows to model inputs, shared by generation and grounding; pictures are decoded here."""
+"""From benchmark rows to model inputs, shared by generation and grounding; pictures are decoded here.
+
+Any processor with a chat template will do: messages are transformers' lists of parts.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image
+from agevlm.data.rows import open_image
 
 from .benchmark import Row
 
@@ -15,13 +18,16 @@ class RowError(ValueError):
     """A row that cannot be used; the message names it."""
 
 
-def messages(prompt: str) -> list[dict[str, str]]:
-    """The conversation that asks `prompt` about one picture."""
-    return [{"role": "user", "content": IMAGE_PLACEHOLDER + prompt}]
+def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
+    """The conversation that asks `prompt`, about one picture or as text alone."""
+    picture = [{"type": "image"}] if with_picture else []
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
 
 
-def row_image(row: Row) -> Image.Image:
-    """The row's picture, decoded completely. RowError if it is broken."""
+def row_image(row: Row) -> Image.Image | None:
+    """The row's picture, decoded completely; None where the row is asked as text alone. RowError if it is broken."""
+    if row["image"] is None:
+        return None
     try:
         return open_image(row["image"], f"row {row['id']}, field image")
     except ValueError as error:
@@ -46,18 +52,24 @@ def row_mask(row: Row, image: Image.Image) -> Image.Image | None:
 
 
 def encode(
-    processor: Any, images: Sequence[Image.Image], prompts: Sequence[str], model: torch.nn.Module, **guidance: Any
+    processor: Any,
+    images: Sequence[Image.Image | None],
+    prompts: Sequence[str],
+    model: torch.nn.Module,
+    **guidance: Any,
 ) -> dict[str, torch.Tensor]:
-    """Inputs of a left-padded batch, one picture and one prompt per row, on the model's device and in its dtype.
+    """Inputs of a left-padded batch, one prompt and at most one picture per row, on the model's device and in its
+    dtype.
 
-    `guidance`: `guidance_spans` and `guidance_masks` for the processor.
+    `guidance`: `guidance_spans` and `guidance_masks` for our processor.
     """
     texts = [
-        processor.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
+        processor.apply_chat_template(messages(prompt, image is not None), add_generation_prompt=True, tokenize=False)
+        for prompt, image in zip(prompts, images, strict=True)
     ]
+    pictures = [[] if image is None else [image] for image in images]
     batch = processor(
-        images=[[image] for image in images],
+        images=pictures if any(pictures) else None,
         text=texts,
         padding=True,
         padding_side="left",

@@ -1,35 +1,26 @@
 """OCRBench (v1): reading text. Right if a gold answer is contained in the output.
 
 Comparison ignores case and takes line breaks for spaces; handwritten formulas (HME100k) are compared with all spaces
-removed and case kept. Headline: `final`, the count of right answers; 1000 in the public set. No accent or number
-normalisation, as in the official script.
+removed and case kept. Headline: `final`, the count of right answers; of 1000 in the public set, 200 in each of the
+paper's two categories. No accent or number normalisation, as in the official script, which all harnesses follow.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from .benchmark import Metrics, Row, percent
+import numpy as np
 
-
-NAME = "ocrbench"
-PROTOCOL = "question verbatim; a gold answer is contained in the output (official rule)"
-FIELDS = ("id", "image", "dataset", "question", "question_type", "answer")
-
-
-def prompt(row: Row) -> str:
-    return row["question"]
+from .benchmark import Answers, Benchmark, Hub, Row
+from .harnesses import fold_width
+from .measures import Measure, Path, count, share
 
 
-def query(row: Row) -> str:
-    return row["question"]
+RECOGNITION = ("Regular", "Irregular", "Artistic", "Handwriting", "Digit String", "Non-Semantic")
 
 
-def _golds(row: Row) -> list[str]:
+def golds(row: Row) -> list[str]:
     return [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
-
-
-def gold(row: Row) -> str:
-    return " | ".join(_golds(row))
 
 
 def _normalise(row: Row, text: str) -> str:
@@ -43,25 +34,66 @@ def parse(row: Row, output: str) -> str | None:
     return _normalise(row, output) or None
 
 
-def is_correct(row: Row, parsed: str | None) -> bool:
-    return parsed is not None and any(_normalise(row, answer) in parsed for answer in _golds(row))
+def _contains(fold: Callable[[str], str]) -> Callable[[Row, str | None], bool]:
+    def is_correct(row: Row, parsed: str | None) -> bool:
+        return parsed is not None and any(_normalise(row, fold(answer)) in parsed for answer in golds(row))
+
+    return is_correct
 
 
-def score(rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-    """`final` and `categories`: counts of right answers; `accuracy` in percent."""
-    right = [is_correct(row, answer) for row, answer in zip(rows, parsed, strict=True)]
-    counts = Counter(row["question_type"] for row, good in zip(rows, right, strict=True) if good)
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+    """`final`, `text_recognition` (six categories) and `categories`: counts of right answers; `accuracy`: percent."""
+    kinds = [row["question_type"] for row in rows]
+
+    def right(*names: str) -> np.ndarray:
+        return credits * np.array([kind in names for kind in kinds], dtype=float)
+
+    recognition = [kind for kind in sorted(set(kinds)) if kind.startswith(RECOGNITION)]
     return {
-        "headline": "final",
-        "n": len(rows),
-        "final": sum(right),
-        "accuracy": percent(sum(right), len(rows)),
-        "categories": {name: counts[name] for name in sorted({row["question_type"] for row in rows})},
-        "unparsed": percent(sum(answer is None for answer in parsed), len(rows)),
+        ("final",): count(credits),
+        ("accuracy",): share(credits),
+        ("text_recognition",): count(right(*recognition)),
+        **{("categories", kind): count(right(kind)) for kind in sorted(set(kinds))},
     }
 
 
-def constants(rows: Sequence[Row]) -> dict[str, Metrics]:
+def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
     """The most frequent gold answer, given every time."""
-    word = Counter(answer for row in rows for answer in set(_golds(row))).most_common(1)[0][0]
-    return {f"always '{word}'": score(rows, [parse(row, word) for row in rows])}
+    word = Counter(answer for row in rows for answer in sorted(set(golds(row)))).most_common(1)[0][0]
+    return {f"always '{word.strip()}'": ([parse(row, word) for row in rows], None)}
+
+
+PAPER = Benchmark(
+    name="ocrbench",
+    protocol="paper",
+    rule="question verbatim; a gold answer is contained in the output (official rule)",
+    hub=Hub("echo840/OCRBench", None, ("test",)),
+    fields=("id", "image", "dataset", "question", "question_type", "answer"),
+    headline="final",
+    prompt=lambda row: row["question"],
+    query=lambda row: row["question"],
+    gold=lambda row: " | ".join(golds(row)),
+    parse=parse,
+    is_correct=_contains(lambda text: text),
+    measures=measures,
+    guesses=guesses,
+    unit=lambda row: row["id"],
+    labels=lambda row: (),
+)
+PROTOCOLS = {
+    "paper": PAPER,
+    "official": replace(PAPER, protocol="official", max_new_tokens=100),
+    "lmms-eval": replace(
+        PAPER,
+        protocol="lmms-eval",
+        rule="question verbatim; containment, full-width ASCII folded",
+        parse=lambda row, output: parse(row, fold_width(output)),
+        is_correct=_contains(fold_width),
+    ),
+    "cambrian": replace(
+        PAPER,
+        protocol="cambrian",
+        rule="question + give the short answer directly; containment",
+        prompt=lambda row: row["question"] + "\nGive the short answer directly.",
+    ),
+}

@@ -7,6 +7,7 @@
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -41,7 +42,7 @@ def parse_choice(output: str, choices: Sequence[str]) -> str | None:
     In this order: the letter after the last "answer", "answer is" or "answer:"; the only letter in brackets; a letter
     that opens the output, before a punctuation mark or the end; the only option whose text occurs as whole words.
     """
-    letters = LETTERS[: len(choices)]
+    letters, output = LETTERS[: len(choices)], " ".join(output.split())  # long runs of spaces would cost their square
     return _announced_letter(output, letters) or _marked_letter(output, letters) or option_in_text(output, choices)
 
 
@@ -80,9 +81,10 @@ def option_in_text(output: str, choices: Sequence[str]) -> str | None:
 def number_value(text: str) -> str | None:
     """Digits of a number in digits or words ("two" -> "2"), else None."""
     text = NUMBER_WORDS.get(text, text)
-    return text if re.fullmatch(r"\d+(?:\.\d+)?", text) else None
+    return text if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text) else None
 
 
 def simplify(text: str) -> str:
-    """Lower case, single spaces, no punctuation or quotes around it."""
-    return " ".join(text.lower().split()).strip(" .,;:!?\"'*")
+    """Lower case, single spaces, no punctuation or quotes around it, decimal digits of any script as 0 to 9."""
+    text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text.lower())
+    return " ".join(text.split()).strip(" .,;:!?\"'*")

@@ -1,75 +1,106 @@
 """POPE: yes/no questions about the presence of objects, in three categories of negatives.
 
-Protocol of VLMEvalKit: its prompt suffix and strict parsing. An answer that is not read counts as wrong and, for
-precision and recall, as not "yes". Headline: F1 pooled over all rows; accuracy stands beside it.
+An answer that is not read counts as wrong and, for precision and recall, as not "yes". Headline: F1 pooled over all
+rows; accuracy stands beside it, and the mean of the categories' F1, which LLaVA's recipe reports.
+Deviation: under `lmms-eval` the yes-ratio is that of the answers; lmms-eval computes it from the gold answers.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .benchmark import Metrics, Row, percent
+import numpy as np
+
+from .benchmark import YES_NO, Answers, Benchmark, Hub, Row, always
+from .harnesses import first_word, pope_official, whole_answer
+from .measures import Measure, Path, count, mean, share
 from .parsing import parse_yes_no
 
 
-NAME = "pope"
-PROTOCOL = "question + ' Please answer yes or no.'; strict yes/no (VLMEvalKit), unread answers are wrong"
-FIELDS = ("id", "image", "question", "answer", "category")
-SUFFIX = " Please answer yes or no."
-
-
-def prompt(row: Row) -> str:
-    return row["question"] + SUFFIX
-
-
-def query(row: Row) -> str:
-    return row["question"]
+SHORT = "\nAnswer the question using a single word or phrase."
 
 
 def gold(row: Row) -> str:
     return row["answer"].lower()
 
 
-def parse(row: Row, output: str) -> str | None:
-    return parse_yes_no(output)
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+    return _measures(rows, parsed, credits, np.ones(len(rows)))
 
 
-def is_correct(row: Row, parsed: str | None) -> bool:
-    return parsed == gold(row)
+def _lmms_measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+    """Unread answers to questions with a yes drop out of the recall, as in lmms-eval."""
+    return _measures(rows, parsed, credits, np.array([answer is not None for answer in parsed], dtype=float))
 
 
-def score(rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-    """`accuracy`, `precision`, `recall`, `f1`, `yes_ratio` (share of answers that say yes) and `unparsed`, pooled and
-    per category, and `mean_category_f1`."""
-    pairs = list(zip(rows, parsed, strict=True))
+def _measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray, counted: np.ndarray) -> dict[Path, Measure]:
+    said_yes = np.array([answer == "yes" for answer in parsed], dtype=float)
+    gold_yes = np.array([gold(row) == "yes" for row in rows], dtype=float) * counted
+    unparsed = np.array([answer is None for answer in parsed], dtype=float)
+
+    def among(chosen: np.ndarray) -> dict[Path, Measure]:
+        true_yes = said_yes * gold_yes * chosen
+        return {
+            ("accuracy",): share(credits * chosen, chosen),
+            ("precision",): share(true_yes, said_yes * chosen),
+            ("recall",): share(true_yes, gold_yes * chosen),
+            ("f1",): share(2 * true_yes, (said_yes + gold_yes) * chosen),
+            ("yes_ratio",): share(said_yes * chosen, chosen),
+            ("unparsed",): share(unparsed * chosen, chosen),
+        }
+
     # The public files have one category per row, or several joined by commas where duplicates were merged.
-    names = sorted({name for row in rows for name in row["category"].split(",")})
-    categories = {
-        name: _score([(gold(row), answer) for row, answer in pairs if name in row["category"].split(",")])
-        for name in names
-    }
+    names = [row["category"].split(",") for row in rows]
+    categories = {}
+    for name in sorted({name for listed in names for name in listed}):
+        chosen = np.array([name in listed for listed in names], dtype=float)
+        categories[name] = {("n",): count(chosen), **among(chosen)}
     return {
-        "headline": "f1",
-        **_score([(gold(row), answer) for row, answer in pairs]),
-        "mean_category_f1": sum(metrics["f1"] for metrics in categories.values()) / len(categories),
-        "categories": categories,
+        **among(np.ones(len(rows))),
+        ("mean_category_f1",): mean([category["f1",] for category in categories.values()]),
+        **{("categories", name, *path): m for name, category in categories.items() for path, m in category.items()},
     }
 
 
-def _score(pairs: Sequence[tuple[str, str | None]]) -> Metrics:
-    right = sum(gold == said for gold, said in pairs)
-    true_yes = sum(gold == said == "yes" for gold, said in pairs)
-    said_yes = sum(said == "yes" for _, said in pairs)
-    gold_yes = sum(gold == "yes" for gold, _ in pairs)
-    return {
-        "n": len(pairs),
-        "accuracy": percent(right, len(pairs)),
-        "precision": percent(true_yes, said_yes),
-        "recall": percent(true_yes, gold_yes),
-        "f1": percent(2 * true_yes, said_yes + gold_yes),
-        "yes_ratio": percent(said_yes, len(pairs)),
-        "unparsed": percent(sum(said is None for _, said in pairs), len(pairs)),
-    }
-
-
-def constants(rows: Sequence[Row]) -> dict[str, Metrics]:
-    """Pooled metrics of one word said every time."""
-    return {f"always {word}": _score([(gold(row), word) for row in rows]) for word in ("yes", "no")}
+PAPER = Benchmark(
+    name="pope",
+    protocol="paper",
+    rule="question + ' Please answer yes or no.'; strict yes/no (VLMEvalKit), unread answers are wrong",
+    hub=Hub("lmms-lab/POPE", "default", ("test",)),
+    fields=("id", "image", "question", "answer", "category"),
+    headline="f1",
+    prompt=lambda row: row["question"] + " Please answer yes or no.",
+    query=lambda row: row["question"],
+    gold=gold,
+    parse=lambda row, output: parse_yes_no(output),
+    is_correct=lambda row, parsed: parsed == gold(row),
+    measures=measures,
+    guesses=lambda rows: always({f"always {word}": word for word in YES_NO}, rows),
+    unit=lambda row: row.get("image_source") or row["id"],
+    labels=lambda row: YES_NO,
+)
+PROTOCOLS = {
+    "paper": PAPER,
+    "official": replace(
+        PAPER,
+        protocol="official",
+        rule="bare question; no if the first sentence has No, no or not, else yes (POPE's evaluate.py)",
+        prompt=lambda row: row["question"],
+        parse=lambda row, output: pope_official(output),
+    ),
+    "lmms-eval": replace(
+        PAPER,
+        protocol="lmms-eval",
+        rule="question + single word or phrase; the whole output must be yes or no; unread yes leave the recall",
+        prompt=lambda row: row["question"].strip() + SHORT,
+        parse=lambda row, output: whole_answer(output, YES_NO),
+        measures=_lmms_measures,
+    ),
+    "cambrian": replace(
+        PAPER,
+        protocol="cambrian",
+        rule="question + single word or phrase; first word; headline accuracy",
+        prompt=lambda row: row["question"] + SHORT,
+        parse=lambda row, output: first_word(output, YES_NO),
+        headline="accuracy",
+    ),
+}

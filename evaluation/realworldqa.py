@@ -1,20 +1,22 @@
 """RealWorldQA: free questions, some with lettered options inside the question. There is no official scorer.
 
-With options ("A. text" lines): option letter, else option text. Without: the whole output must equal the gold answer
-after normalisation (case, punctuation, article, number words); it is not enough that it contains it.
+`paper`: with options ("A. text" lines) the option's letter, else its text; without, the whole output must equal the
+gold answer after normalisation (case, punctuation, article, number words); it is not enough that it contains it.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .benchmark import Metrics, Row, percent
+import numpy as np
+
+from .benchmark import Answers, Benchmark, Hub, Row
+from .harnesses import cambrian_word, lmms_choice
+from .measures import Measure, Path, share
 from .parsing import LETTERS, number_value, parse_choice, simplify
 
 
-NAME = "realworldqa"
-PROTOCOL = "question verbatim; option letter or text, open answers by normalised equality (no judge)"
-FIELDS = ("id", "image", "question", "answer")
 _OPTION = re.compile(r"^([A-J])[.)] +(.+)$", flags=re.MULTILINE)
 
 
@@ -23,19 +25,6 @@ def options(row: Row) -> list[str]:
     found = _OPTION.findall(row["question"])
     in_order = "".join(letter for letter, _ in found) == LETTERS[: len(found)]
     return [text.strip() for _, text in found] if len(found) > 1 and in_order else []
-
-
-def prompt(row: Row) -> str:
-    return row["question"]
-
-
-def query(row: Row) -> str:
-    """The question's first line: options and instructions stand on lines of their own."""
-    return row["question"].split("\n", 1)[0]
-
-
-def gold(row: Row) -> str:
-    return row["answer"]
 
 
 def _normalise(text: str) -> str:
@@ -48,33 +37,73 @@ def parse(row: Row, output: str) -> str | None:
     return parse_choice(output, choices) if choices else _normalise(output) or None
 
 
-def _right(row: Row) -> str:
-    return gold(row).strip() if options(row) else _normalise(gold(row))
+def right_answer(row: Row) -> str:
+    return row["answer"].strip() if options(row) else _normalise(row["answer"])
 
 
-def is_correct(row: Row, parsed: str | None) -> bool:
-    return parsed == _right(row)
-
-
-def score(rows: Sequence[Row], parsed: Sequence[str | None]) -> Metrics:
-    """`accuracy`, also apart for `choice` and `open` questions where present, and `unparsed`."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row, answer in zip(rows, parsed, strict=True):
-        right["choice" if options(row) else "open"].append(is_correct(row, answer))
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+    """`accuracy`, also apart for `choice` and `open` questions where present."""
+    kinds = ["choice" if options(row) else "open" for row in rows]
+    chosen = {kind: np.array([kind == other for other in kinds], dtype=float) for kind in sorted(set(kinds))}
     return {
-        "headline": "accuracy",
-        "n": len(rows),
-        "accuracy": percent(sum(map(sum, right.values())), len(rows)),
-        **{kind: percent(sum(verdicts), len(verdicts)) for kind, verdicts in sorted(right.items())},
-        "unparsed": percent(sum(answer is None for answer in parsed), len(rows)),
+        ("accuracy",): share(credits),
+        **{(kind,): share(credits * among, among) for kind, among in chosen.items()},
     }
 
 
-def constants(rows: Sequence[Row]) -> dict[str, Metrics]:
+def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
     """The most frequent answer to choice questions and to open ones, given every time."""
-    golds: dict[bool, Counter[str]] = defaultdict(Counter)
+    found: dict[bool, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        golds[bool(options(row))][_right(row)] += 1
-    best = {has_options: counts.most_common(1)[0][0] for has_options, counts in golds.items()}
+        found[bool(options(row))][right_answer(row)] += 1
+    best = {has_options: counts.most_common(1)[0][0] for has_options, counts in found.items()}
     name = " / ".join(f"'{best[has_options]}'" for has_options in sorted(best, reverse=True))
-    return {f"always {name}": score(rows, [best[bool(options(row))] for row in rows])}
+    return {f"always {name}": ([best[bool(options(row))] for row in rows], None)}
+
+
+def _lmms_parse(row: Row, output: str) -> str | None:
+    if row["answer"].strip().upper() in ("A", "B", "C", "D"):
+        return lmms_choice(output)
+    return output.lower().strip().rstrip(".") or None
+
+
+def _same(row: Row, parsed: str | None) -> bool:
+    return parsed is not None and parsed.lower() == row["answer"].strip().lower()
+
+
+PAPER = Benchmark(
+    name="realworldqa",
+    protocol="paper",
+    rule="question verbatim; option letter or text, open answers by normalised equality (judged column: judge)",
+    hub=Hub("xai-org/RealworldQA", None, ("test",)),
+    fields=("id", "image", "question", "answer"),
+    headline="accuracy",
+    prompt=lambda row: row["question"],
+    query=lambda row: row["question"].split("\n", 1)[0],  # options and instructions stand on lines of their own
+    gold=lambda row: row["answer"],
+    parse=parse,
+    is_correct=lambda row, parsed: parsed == right_answer(row),
+    measures=measures,
+    guesses=guesses,
+    unit=lambda row: row["id"],
+    labels=lambda row: tuple(LETTERS[: len(options(row))]),
+)
+PROTOCOLS = {
+    "paper": PAPER,
+    "lmms-eval": replace(
+        PAPER,
+        protocol="lmms-eval",
+        rule="question verbatim; upper-case letter in its formats, open answers whole; 16 new tokens",
+        parse=_lmms_parse,
+        is_correct=_same,
+        max_new_tokens=16,
+    ),
+    "cambrian": replace(
+        PAPER,
+        protocol="cambrian",
+        rule="question verbatim; first word (of what follows 'answer is') equals the gold answer",
+        parse=lambda row, output: cambrian_word(output),
+        is_correct=_same,
+        max_new_tokens=512,
+    ),
+}

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from agevlm.evaluation.run import check_checkpoint
+    from agevlm.evaluation.models import check_checkpoint
     from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.modeling_agevlm.export import export
     from agevlm.processing import AgeVlmProcessor

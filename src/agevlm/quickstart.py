@@ -29,7 +29,8 @@ from agevlm.analysis.report import write_report
 from agevlm.analysis.results import Example, Variant
 from agevlm.data.scenes import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
-from agevlm.evaluation.run import evaluate_scenes, load_checkpoint
+from agevlm.evaluation.models import load_checkpoint
+from agevlm.evaluation.run import evaluate_scenes
 from agevlm.modeling_agevlm.assemble import assemble
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
@@ -41,7 +42,8 @@ from agevlm.training.stages.base import StageRecipe, run_stage
 VARIANTS = ("ca-baseline", "agevlm", "agevlm-lm")
 TITLES = {"ca-baseline": "CA-baseline", "agevlm": "AGE-VLM", "agevlm-lm": "AGE-VLM-LM"}
 SPLIT = "composition"
-BENCHMARKS = (pope.NAME, cvbench.NAME)
+BENCHMARKS = (pope.PAPER.name, cvbench.PAPER.name)
+MAX_NEW_TOKENS = 32
 TINY_PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 
 
@@ -181,7 +183,15 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
         path = path_of(name, stage_runs)
         model, processor = load_checkpoint(str(folder / path[-1].name))
         evaluation = evaluate_scenes(
-            model, processor, scenes, SPLIT, folder / "evaluation" / name, benchmarks=BENCHMARKS, batch_size=50
+            model,
+            processor,
+            scenes,
+            SPLIT,
+            folder / "evaluation" / name,
+            benchmarks=BENCHMARKS,
+            name=TITLES[name],
+            batch_size=50,
+            max_new_tokens=MAX_NEW_TOKENS,
         )
         stages = [
             {
@@ -197,15 +207,15 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
 
 def draw_examples(folder: Path, scenes: Path, output: Path, count: int = 6) -> list[Example]:
     """The first `count` presence questions with something to look at, drawn for every variant. Not selected."""
-    rows = load_benchmark(scenes, SPLIT, pope.NAME)
+    rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
     models = {TITLES[name]: load_checkpoint(str(folder / f"stage4-{name}")) for name in VARIANTS}
     return write_examples(
         models,
         [rows[index] for index in marked],
         output,
-        prompt=pope.prompt,
-        correct=lambda row, answer: pope.is_correct(row, pope.parse(row, answer)),
+        prompt=pope.PAPER.prompt,
+        correct=lambda row, answer: pope.PAPER.is_correct(row, pope.PAPER.parse(row, answer)),
     )
 
 

@@ -53,7 +53,7 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 
-    from agevlm.evaluation.run import check_checkpoint
+    from agevlm.evaluation.models import check_checkpoint
     from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.processing import AgeVlmProcessor
 

@@ -13,8 +13,9 @@ from PIL import Image
 from agevlm.analysis.charts import MOST_POINTS, Line, line_chart
 from agevlm.analysis.report import duration, language_model_loss, timeline, write_report
 from agevlm.analysis.results import ALWAYS_YES, UNIFORM, Measured, claims, exceeds, splits, summary, tables
-from agevlm.evaluation import cvbench, pope
+from agevlm.evaluation.cvbench import PAPER as CVBENCH
 from agevlm.evaluation.grounding import summarise
+from agevlm.evaluation.pope import PAPER as POPE
 
 
 QUESTIONS = 400
@@ -30,13 +31,14 @@ def evaluation(accuracy: float, mass: float) -> dict:
         {"type": "2D", "task": task, "source": "Scenes", "choices": ["1", "2"], "answer": "(A)"}
         for task in ("Count", "Relation")
     ]
-    baseline = {"in_mask_mass": 0.1, "pointing_accuracy": 0.1}
-    record = {"in_mask_mass": [mass] * 2, "pointing_accuracy": [1.0, 0.0], "uniform": baseline, "centre": baseline}
+    baseline = {"in_mask_mass": 0.1, "pointing_accuracy": 0.1, "token_auroc": 0.5}
+    measured = {"in_mask_mass": [mass] * 2, "pointing_accuracy": [1.0, 0.0], "token_auroc": [0.9, 0.7]}
+    record = {**measured, "uniform": baseline, "centre": baseline}
     grounding = {**summarise([record]), "skipped": 0, "layers": [2, 7]}
     return {
         "benchmarks": {
-            "pope": {**pope.score(presence, said), "constants": pope.constants(presence), "grounding": grounding},
-            "cvbench": {**cvbench.score(choice, ["A", None]), "constants": cvbench.constants(choice)},
+            "pope": {**POPE.score(presence, said), "constants": POPE.constants(presence), "grounding": grounding},
+            "cvbench": {**CVBENCH.score(choice, ["A", None]), "constants": CVBENCH.constants(choice)},
         },
         "grounding": grounding,
     }

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from agevlm.evaluation import pope
 from agevlm.evaluation.generate import generate_predictions
+from agevlm.evaluation.pope import PAPER
 from builders import picture
 
 
@@ -36,7 +36,7 @@ def rows(broken: tuple[int, ...] = (), nouns=NOUNS) -> Dataset:
 
 def generate(model, processor, data, folder, **settings):
     settings = {"identity": IDENTITY, "batch_size": 2, "max_new_tokens": 4, "progress": False, **settings}
-    return generate_predictions(model, processor, pope, data, folder, **settings)
+    return generate_predictions(model, processor, PAPER, data, folder, **settings)
 
 
 class Stopping:

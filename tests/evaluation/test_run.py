@@ -6,7 +6,9 @@ import pytest
 
 from agevlm.data.scenes import build_scenes
 from agevlm.evaluation import run
-from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes, main, summary_table, weights_digest
+from agevlm.evaluation.digests import weights_digest
+from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes, main
+from agevlm.evaluation.tables import summary_table
 from builders import tiny_model, tiny_processor
 
 
@@ -118,7 +120,7 @@ def test_command_line_refuses_what_is_no_checkpoint(scenes, tmp_path):
     rest = ["--scenes", str(scenes), "--output", str(tmp_path / "out")]
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="its model type is 'llama', not 'agevlm'"):
+    with pytest.raises(ValueError, match="is no image-text-to-text model: its model type is 'llama'"):
         main([str(tmp_path / "llama"), *rest])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="its model type is None"):

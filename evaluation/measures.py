@@ -1,0 +1,133 @@
+"""Metrics as ratios of sums over rows, so that one definition gives the value, its interval and paired differences.
+
+Intervals are percentile bootstraps over units (rows that share a picture or are asked as a set are drawn together).
+Two models answer the same rows, so their difference is resampled in pairs, and McNemar's exact test compares their
+right answers row by row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
+from typing import Any
+
+import numpy as np
+
+
+Path = tuple[str, ...]
+DRAWS = 1000
+_CHUNK = 4_000_000  # entries of a table of draws; more units are drawn in several
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`scale` times the weighted sum of ratios of sums over rows; a ratio of nothing is 0.
+
+    `terms`: (weight, numerators (n,), denominators (n,)). `counts`: the value is a whole number.
+    """
+
+    terms: tuple[tuple[float, np.ndarray, np.ndarray], ...]
+    scale: float = 100.0
+    counts: bool = False
+
+    def value(self) -> float:
+        total = float(sum(w * _ratio(self.scale * top.sum(), below.sum()) for w, top, below in self.terms))
+        return round(total) if self.counts else total
+
+    def resampled(self, units: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+        """Values `(draws,)` on resampled units; the same units give the same draws every time."""
+        number = int(units.max()) + 1
+        sums = [
+            (w, np.bincount(units, top, number), np.bincount(units, below, number)) for w, top, below in self.terms
+        ]
+        parts = []
+        for counts in _draws(number, draws):
+            parts.append(sum(w * self.scale * _ratio(counts @ top, counts @ below) for w, top, below in sums))
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=2)
+def _draws(units: int, draws: int) -> list[np.ndarray]:
+    """How often each unit is drawn, `(draws, units)` in chunks."""
+    random, size = np.random.default_rng(0), max(1, _CHUNK // units)
+    chances = np.full(units, 1 / units)
+    return [
+        random.multinomial(units, chances, size=min(size, draws - start)).astype(np.float32)
+        for start in range(0, draws, size)
+    ]
+
+
+def _ratio(above: Any, below: Any) -> Any:
+    below = np.asarray(below, dtype=float)
+    return np.divide(above, below, out=np.zeros_like(below), where=below != 0)
+
+
+def share(above: Any, below: Any = None) -> Measure:
+    """100 times the sum of `above` over that of `below` (default: the number of rows)."""
+    above = np.asarray(above, dtype=float)
+    return Measure(((1.0, above, np.ones_like(above) if below is None else np.asarray(below, dtype=float)),))
+
+
+def count(chosen: Any) -> Measure:
+    """How many rows are chosen."""
+    chosen = np.asarray(chosen, dtype=float)
+    return Measure(((1.0, chosen, np.ones_like(chosen)),), scale=len(chosen), counts=True)
+
+
+def mean(measures: Sequence[Measure]) -> Measure:
+    """The plain mean of measures of one scale."""
+    terms = tuple((weight / len(measures), top, below) for m in measures for weight, top, below in m.terms)
+    return Measure(terms, measures[0].scale)
+
+
+def all_right(keys: Sequence[Any], right: np.ndarray) -> Measure:
+    """Share of groups all of whose rows are right; rows whose key is None belong to none. A group stands at its first
+    row, so all its rows must be of one unit."""
+    first: dict[Any, int] = {}
+    above, below = np.zeros(len(keys)), np.zeros(len(keys))
+    for index, key in enumerate(keys):
+        if key is None:
+            continue
+        place = first.setdefault(key, index)
+        above[place] = right[index] if place == index else min(above[place], right[index])
+        below[place] = 1
+    return share(above, below)
+
+
+def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """{("a", "b"): 1} -> {"a": {"b": 1}}."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        place = result
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+    return result
+
+
+def interval(measure: Measure, units: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of a measure."""
+    low, high = np.percentile(measure.resampled(units), (2.5, 97.5))
+    return [float(low), float(high)]
+
+
+def paired_difference(first: Measure, second: Measure, units: np.ndarray) -> dict[str, Any]:
+    """`difference` of two models' measures over the same rows (second - first), its 95 % `interval`, and `p`, the
+    two-sided bootstrap probability of a difference of 0."""
+    differences = second.resampled(units) - first.resampled(units)
+    low, high = np.percentile(differences, (2.5, 97.5))
+    below, above = (1 + (differences <= 0).sum()), (1 + (differences >= 0).sum())
+    return {
+        "difference": second.value() - first.value(),
+        "interval": [float(low), float(high)],
+        "p": float(min(1.0, 2 * min(below, above) / (1 + len(differences)))),
+    }
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """McNemar's exact test on right answers (n,) of two models: rows that `only_first` and `only_second` got right,
+    and `p`, the two-sided probability of such a split if both were equally good."""
+    first, second = np.asarray(first) > 0.5, np.asarray(second) > 0.5
+    a, b = int((first & ~second).sum()), int((second & ~first).sum())
+    tail = sum(comb(a + b, k) for k in range(min(a, b) + 1))
+    return {"only_first": a, "only_second": b, "p": min(1.0, 2 * tail / 2 ** (a + b))}

@@ -1,0 +1,173 @@
+"""Where rows come from: the Hub through `datasets`, or a file or folder in the published columns.
+
+A folder holds `<benchmark>.parquet`, `.json`, `.jsonl` or `.tsv`, or the files as they are published
+(`HallusionBench.json`, `OCRBench.json`, `coco_pope_<category>.json`). Pictures are in the rows, or in the folder under
+the path that the row names, or in a TSV as base64 (VLMEvalKit). Columns that go by other names in the published files
+are renamed, and rows without an `id` get one from what numbers them there.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Image as ImageFeature
+
+from agevlm.data.rows import resolve_inside
+
+from .benchmark import Benchmark, check_fields
+
+
+MOST_CHARACTERS = 64_000_000  # of a base64 picture: its size in pixels is limited where it is decoded
+SUFFIXES = ("parquet", "json", "jsonl", "tsv")
+PUBLISHED = {
+    "hallusionbench": ("HallusionBench.json",),
+    "ocrbench": ("OCRBench.json",),
+    "pope": tuple(f"coco_pope_{category}.json" for category in ("random", "popular", "adversarial")),
+}
+# Published names on the left; the first that is there is taken.
+RENAMED = {
+    "pope": {"text": "question", "label": "answer"},
+    "ocrbench": {
+        "dataset_name": "dataset", "type": "question_type", "category": "question_type", "answers": "answer",
+    },
+}  # fmt: skip
+LISTS = ("choices", "answer")  # as JSON in a TSV
+PATHS = ("image", "image_path", "filename")
+IDENTITY: dict[str, Callable[[Mapping[str, Any]], tuple]] = {
+    "pope": lambda row: (row["category"], row["question_id"]),
+    "hallusionbench": lambda row: tuple(
+        row[name] for name in ("category", "subcategory", "set_id", "figure_id", "question_id")
+    ),
+    "cvbench": lambda row: (row["idx"],),
+}
+
+
+def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
+    """Rows of the published data set (`path`: of another one in the same columns)."""
+    hub = benchmark.hub
+    parts = [load_dataset(path or hub.path, hub.name, split=split) for split in hub.splits]
+    return prepare(benchmark, concatenate_datasets(parts), path or hub.path)
+
+
+def load_local(benchmark: Benchmark, place: str | Path) -> Dataset:
+    """Rows of a file, or of the one file (or published set of files) for this benchmark in a folder.
+
+    Raises:
+        ValueError: nothing or several things to load, a file that cannot be read, a missing column, a path that leaves
+            the folder, or rows that share an id.
+    """
+    place = Path(place)
+    if place.is_file():
+        paths = [place]
+    else:
+        own = [path for suffix in SUFFIXES if (path := place / f"{benchmark.name}.{suffix}").is_file()]
+        published = [path for name in PUBLISHED.get(benchmark.name, ()) if (path := place / name).is_file()]
+        paths = own or published
+        if not paths or len(own) > 1:
+            wanted = ", ".join([f"{benchmark.name}.{suffix}" for suffix in SUFFIXES])
+            raise ValueError(
+                f"{place} has {len(own)} files for {benchmark.name}; put one of {wanted} there"
+                + (f", or {', '.join(PUBLISHED[benchmark.name])}" if benchmark.name in PUBLISHED else "")
+            )
+    parts = [prepare(benchmark, _read(path, benchmark), str(path)) for path in paths]
+    return concatenate_datasets(parts)
+
+
+def prepare(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
+    """Published columns under one set of names, an `id` per row, pictures left undecoded, the rows that the protocol
+    uses."""
+    for old, new in RENAMED.get(benchmark.name, {}).items():
+        if new not in rows.column_names and old in rows.column_names:
+            rows = rows.rename_column(old, new)
+    if "id" not in rows.column_names or not isinstance(rows.features["id"], Value):
+        rows = _with_ids(benchmark, rows, where)
+    elif rows.features["id"].dtype != "string" or len(set(rows["id"])) != len(rows):
+        rows = _with_ids(benchmark, rows.remove_columns("id"), where)  # OCRBench numbers each source apart
+    check_fields(benchmark, rows.column_names, where)
+    for column in ("image", "mask"):
+        if column in rows.column_names:
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+    plain = rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names])
+    used = [index for index, row in enumerate(plain) if benchmark.uses(row)]
+    return rows if len(used) == len(rows) else rows.select(used)
+
+
+def _with_ids(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
+    identity = IDENTITY.get(benchmark.name)
+    plain = rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names])
+    try:
+        ids = [
+            "-".join(map(str, identity(row))) if identity is not None else f"{index:06d}"
+            for index, row in enumerate(plain)
+        ]
+    except KeyError as error:
+        raise ValueError(
+            f"{where}: {benchmark.name} lacks the column {error.args[0]}, which numbers its rows; it has "
+            f"{', '.join(rows.column_names)}. Rename or add it."
+        ) from error
+    if len(set(ids)) != len(ids):
+        # the public HallusionBench has no such rows, VLMEvalKit's merged POPE may
+        ids = [f"{name}-{index:06d}" for index, name in enumerate(ids)]
+    return rows.add_column("id", ids)
+
+
+def _read(path: Path, benchmark: Benchmark) -> Dataset:
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
+        rows = _read_tsv(path) if path.suffix == ".tsv" else _read_json(path)
+    except (ValueError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    if path.name in PUBLISHED["pope"]:
+        rows = [{"category": path.stem.removeprefix("coco_pope_"), **row} for row in rows]
+    rows = [_with_picture(row, path.parent, f"{path}, row {index}") for index, row in enumerate(rows)]
+    features = dict(Dataset.from_list([{k: v for k, v in row.items() if k != "image"} for row in rows]).features)
+    return Dataset.from_list(rows, features=Features({**features, "image": ImageFeature(decode=False)}))
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected a list of objects, or one object per line")
+    # a gold answer is a text in some rows and a list in others
+    listed = {key for row in rows for key, value in row.items() if isinstance(value, list)}
+    return [
+        {k: [v] if k in listed and not isinstance(v, list) and v is not None else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def _read_tsv(path: Path) -> list[dict[str, Any]]:
+    options = pyarrow.csv.ParseOptions(delimiter="\t", newlines_in_values=True)
+    block = pyarrow.csv.ReadOptions(block_size=min(2**31 - 1, max(1 << 20, path.stat().st_size + 1)))
+    header = path.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
+    text = pyarrow.csv.ConvertOptions(column_types={name.strip('"'): "string" for name in header})
+    rows = pyarrow.csv.read_csv(path, block, options, text).to_pylist()
+    return [
+        {name: json.loads(value) if name in LISTS and value[:1] == "[" else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def _with_picture(row: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
+    """The row with `image` as {"bytes", "path"}, or null where it names none."""
+    named = next((row[name] for name in PATHS if row.get(name)), None)
+    if named is None:
+        return {**row, "image": None}
+    if not isinstance(named, str):
+        raise ValueError(f"{where}, field image: expected a path or base64, got {type(named).__name__}")
+    if len(named) > 1000:
+        if len(named) > MOST_CHARACTERS:
+            raise ValueError(f"{where}, field image: {len(named)} characters of base64; shrink the picture")
+        return {**row, "image": {"bytes": base64.b64decode(named), "path": None}}
+    try:
+        return {**row, "image": {"bytes": None, "path": str(resolve_inside(root, named))}}
+    except ValueError as error:
+        raise ValueError(f"{where}, field image: {error}") from error

@@ -1,0 +1,214 @@
+"""Results of several models as tables: on the console (the headlines), in Markdown and HTML (every metric)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rich.table import Table as ConsoleTable
+
+from .benchmark import Metrics
+from .grounding import METRICS as GROUNDING_METRICS
+
+
+Results = Mapping[str, Metrics]  # metrics by model
+Lines = list[list[str]]  # the first is the head
+NO_RACE = ("yes_ratio", "unparsed", "unjudged", "n")  # metrics of which more is not better
+
+
+def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths and values of nested metrics; lists count as values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The value at a path, None where there is none."""
+    for key in path:
+        if not isinstance(values, Mapping) or key not in values:
+            return None
+        values = values[key]
+    return values
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def _with_interval(result: Metrics, path: Sequence[str]) -> str:
+    value, bounds = lookup(result, path), lookup(result.get("intervals", {}), path)
+    return _number(value) if bounds is None else f"{_number(value)} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def without_looking(result: Metrics, path: Sequence[str]) -> str:
+    """The best value that answers given without looking reach, and which do; empty where more is not better."""
+    found = {name: lookup(scores, path) for name, scores in result["constants"].items()}
+    found = {name: value for name, value in found.items() if value is not None}
+    if path[-1] in NO_RACE or not found:
+        return ""
+    best = max(found, key=lambda name: found[name])
+    return f"{_number(found[best])} ({best})"
+
+
+def benchmark_lines(results: Results, name: str) -> Lines:
+    """Every metric of one benchmark: with its interval, as the judge reads it, and without looking."""
+    found = {model: metrics["benchmarks"][name] for model, metrics in results.items()}
+    first = next(iter(found.values()))
+    lines = [["", *found, "without looking"]]
+    for path, _ in leaves(first["intervals"]):
+        lines.append(
+            [" ".join(path), *(_with_interval(r, path) for r in found.values()), without_looking(first, path)]
+        )
+    lines.append(["rows (skipped)", *(f"{r['n']} ({r['skipped']})" for r in found.values()), ""])
+    if not any("judged" in result for result in found.values()):
+        return lines
+    judged = {model: result.get("judged", {}) for model, result in found.items()}
+    for path, _ in leaves(next(value for value in judged.values() if value)["intervals"]):
+        if path != ("unparsed",):
+            lines.append([f"judged: {' '.join(path)}", *(_with_interval(r, path) for r in judged.values()), ""])
+    paths = (
+        ("unjudged",), ("agreement",), ("agreement_n",),
+        ("rule_then_judge", first["headline"]), ("rule_then_judge", "share_judged"),
+    )  # fmt: skip
+    lines += [[f"judged: {' '.join(p)}", *(_number(lookup(r, p)) for r in judged.values()), ""] for p in paths]
+    return lines
+
+
+def grounding_lines(found: Mapping[str, Metrics]) -> Lines:
+    """Where models looked, by cross layer, and two ways of not looking; empty if nothing was measured."""
+    found = {model: metrics for model, metrics in found.items() if metrics.get("n")}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    lines = [["", *found, "uniform", "centre prior"]]
+    for metric in GROUNDING_METRICS:
+        blind = [f"{first[baseline][metric]:.3f}" for baseline in ("uniform", "centre")]
+        name = metric.replace("_", " ")
+        lines.append([name, *(f"{m[metric]['mean']:.3f}" for m in found.values()), *blind])
+        for index, layer in enumerate(first["layers"]):
+            values = [
+                f"{m[metric]['per_layer'][index]:.3f}" if m["layers"] == first["layers"] else "–"
+                for m in found.values()
+            ]
+            lines.append([f"{name}, layer {layer}", *values, "", ""])
+    lines.append(["rows (skipped)", *(f"{m['n']} ({m['skipped']})" for m in found.values()), "", ""])
+    return lines
+
+
+def comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> Lines:
+    """Paired differences of two models."""
+    lines = [["benchmark", "second − first", "metric", "difference [95 %]", "p (bootstrap)", "only first, only second "
+              "right", "p (McNemar)"]]  # fmt: skip
+    for line in comparisons:
+        low, high = line["interval"]
+        test = line["mcnemar"]
+        lines.append(
+            [
+                line["benchmark"],
+                f"{line['second']} − {line['first']}",
+                line["metric"],
+                f"{line['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
+                f"{line['p']:.3f}",
+                f"{test['only_first']}, {test['only_second']}",
+                f"{test['p']:.3f}",
+            ]
+        )
+    return lines
+
+
+def sections(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Lines]]:
+    """(title, note, table) of a page of results."""
+    first = next(iter(results.values()))
+    for name, result in first["benchmarks"].items():
+        scored = " Its result is the judged column alone." if result["judged_only"] else ""
+        judge = f" Judge: {first['judge']}." if first["judge"] else " No judge."
+        note = f"Protocol {result['protocol']}.{judge}{scored}"
+        yield name, note, benchmark_lines(results, name)
+    pooled = grounding_lines({model: metrics["grounding"] for model, metrics in results.items()})
+    if pooled:
+        yield "Where they look", "Rows of all benchmarks that have a mask; shares and areas from 0 to 1.", pooled
+    masked = grounding_lines({model: metrics.get("masked", {}) for model, metrics in results.items()})
+    if masked:
+        yield "Where they look, rows of their own", "The rows given by --masks.", masked
+    if comparisons:
+        note = "Paired over the same rows; p is the chance of such a difference between equals."
+        yield "Differences", note, comparison_lines(comparisons)
+
+
+def markdown_table(lines: Lines) -> str:
+    head, *rest = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rest)) + "\n"
+
+
+def _title(results: Results) -> str:
+    first = next(iter(results.values()))
+    return f"Evaluation: {first['data']}, split {first['split']}, protocol {first['protocol']}"
+
+
+_NOTE = (
+    "Percentages, but for counts of OCRBench. In brackets: bootstrap 95 % intervals over the questions. “Without "
+    "looking”: the best that a constant answer or chance reaches."
+)
+
+
+def markdown_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
+    parts = [f"# {_title(results)}\n", f"{_NOTE}\n"]
+    for title, note, lines in sections(results, comparisons):
+        parts += [f"## {title}\n", f"{note}\n", markdown_table(lines)]
+    return "\n".join(parts)
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color-scheme:light dark}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #8884}"
+    "td,th{text-align:right}"
+    "td:first-child,th:first-child{text-align:left}div{overflow-x:auto}"
+)
+
+
+def html_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
+    """One file that needs nothing else."""
+    parts = [f"<h1>{escape(_title(results))}</h1><p>{escape(_NOTE)}</p>"]
+    for title, note, (head, *rest) in sections(results, comparisons):
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>\n" for line in rest)
+        columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+        parts.append(
+            f"<h2>{escape(title)}</h2><p>{escape(note)}</p><div><table><tr>{columns}</tr>\n{rows}</table></div>"
+        )
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    title = escape(_title(results))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{viewport}<title>{title}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def summary_table(results: Results) -> ConsoleTable:
+    """One line per headline, one column per model, and what the same number is without looking."""
+    first = next(iter(results.values()))
+    table = ConsoleTable(title=_title(results))
+    table.add_column("")
+    for model in results:
+        table.add_column(model, justify="right")
+    table.add_column("without looking")
+    for name, result in first["benchmarks"].items():
+        shown = ["f1", "accuracy", "yes_ratio"] if name == "pope" else [result["headline"]]
+        found = [metrics["benchmarks"][name] for metrics in results.values()]
+        for metric in shown:
+            cells = [_with_interval(r, (metric,)) for r in found]
+            table.add_row(f"{name} {metric}", *cells, without_looking(result, (metric,)))
+        if any("judged" in r for r in found):
+            headline = result["headline"]
+            table.add_row(f"{name} {headline}, judged", *(_number(lookup(r, ("judged", headline))) for r in found), "")
+        table.add_row(f"{name} unparsed %", *(f"{r['unparsed']:.1f}" for r in found), "")
+    if first["grounding"]["n"]:
+        for metric in GROUNDING_METRICS:
+            values = [f"{metrics['grounding'][metric]['mean']:.3f}" if metrics["grounding"]["n"] else "–"
+                      for metrics in results.values()]  # fmt: skip
+            table.add_row(metric.replace("_", " "), *values, f"{first['grounding']['uniform'][metric]:.3f} (uniform)")
+    return table
