@@ -71,7 +71,11 @@ def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_
             opened.load()
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: the picture cannot be decoded ({error}); {fix}") from error
-    return _convert(ImageOps.exif_transpose(opened), mode)
+    if opened is image:
+        opened = ImageOps.exif_transpose(opened)  # a copy: the caller's picture stays as it is
+    else:
+        ImageOps.exif_transpose(opened, in_place=True)
+    return _convert(opened, mode)
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
@@ -97,6 +101,11 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
     """Raises ValueError naming `where`, the row's id, the field, the value seen and the fix; returns None if valid."""
+    open_row(row, where)
+
+
+def open_row(row: Mapping[str, Any], where: str = "row") -> dict[str, Any]:
+    """The row with its pictures and its mask decoded (`open_image`), once. Raises as `validate_row` does."""
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise ValueError(f"{where}: field id is {row.get('id')!r}; give every row a non-empty string id")
     name = f"{where} (id {row['id']!r})"
@@ -111,8 +120,12 @@ def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
             f"write one {IMAGE_PLACEHOLDER} where each picture belongs"
         )
     opened = [open_image(image, f"{name}, images[{index}]") for index, image in enumerate(images)]
-    if row.get("guidance") is not None:
-        _validate_guidance(name, row["guidance"], messages, opened)
+    guidance = row.get("guidance")
+    if guidance is not None:
+        if not isinstance(guidance, Mapping):
+            raise ValueError(f"{name}: field guidance is {type(guidance).__name__}; use a mapping or null")
+        guidance = {**guidance, "mask": _open_mask(name, guidance, messages, opened)}
+    return {**row, "images": opened, "guidance": guidance}
 
 
 def _validate_messages(name: str, messages: Any) -> None:
@@ -130,9 +143,8 @@ def _validate_messages(name: str, messages: Any) -> None:
                              "only user messages can show a picture")  # fmt: skip
 
 
-def _validate_guidance(name: str, guidance: Any, messages: Any, images: list[Image.Image]) -> None:
-    if not isinstance(guidance, Mapping):
-        raise ValueError(f"{name}: field guidance is {type(guidance).__name__}; use a mapping or null")
+def _open_mask(name: str, guidance: Mapping[str, Any], messages: Any, images: list[Image.Image]) -> Image.Image:
+    """The mask of a guided row. Raises ValueError where it does not fit the row."""
     missing = [field for field in GUIDANCE if field not in guidance]
     if missing:
         raise ValueError(f"{name}: guidance lacks {', '.join(missing)}; add them")
@@ -150,3 +162,4 @@ def _validate_guidance(name: str, guidance: Any, messages: Any, images: list[Ima
                          f"{images[0].width} x {images[0].height}; store the mask at the picture's size")  # fmt: skip
     if mask.getbbox() is None:
         raise ValueError(f"{name}: guidance.mask is empty; set guidance to null where nothing should be looked at")
+    return mask

@@ -77,6 +77,7 @@ class AgeVlmSFTTrainer(SFTTrainer):
             # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
             loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
             self.data_collator.always_pictures |= self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
+            self.data_collator.pixels_as_bytes = True
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
 
     def release_model(self) -> None:
@@ -177,7 +178,15 @@ class AgeVlmSFTTrainer(SFTTrainer):
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
 
-    # ---- Order of the rows ----
+    # ---- Batches ----
+
+    def _prepare_inputs(self, inputs):
+        """Trainer's; pictures that came as bytes are normalised on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and pixels.dtype == torch.uint8:
+            inputs["pixel_values"] = self.data_collator.normalised(pixels)
+        return inputs
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Ours where it matters (`sampling.py`); Trainer's for plain random and sequential orders."""

@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # `exif_transpose` has copied it
 
 
 def checked_fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str, do_resize: bool) -> Fit:
@@ -374,7 +374,10 @@ class AgeVlmImageProcessorMixin:
 
 
 class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):
-    """Pictures to `pixel_values (n, 3, height, width)` float32 and `visual_token_mask (n, cells)` bool, by Pillow."""
+    """Pictures to `pixel_values (n, 3, height, width)` and `visual_token_mask (n, cells)` bool, by Pillow.
+
+    Pixels are float32, or with neither `do_rescale` nor `do_normalize` the uint8 they were resized in.
+    """
 
     def process_image(self, image, max_pixels, do_rescale, do_convert_rgb, input_data_format=None, **kwargs):
         """An RGB Pillow picture, on which Pillow's resampling works without a copy."""
@@ -409,16 +412,20 @@ class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):
             if target != canvas:
                 pixels[:] = background(image_mean)
             pixels[top:bottom, left:right] = np.asarray(image)
-        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
-        values = canvases.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        values *= scale
-        values += shift
+        values = canvases.transpose(0, 3, 1, 2)
+        if do_rescale or do_normalize:
+            scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
+            values = values.astype(np.float32, order="C")
+            values *= scale
+            values += shift
         data = {"pixel_values": values, "visual_token_mask": visible_cells(fits, canvas, cell_size)}
         return BatchFeature(data, tensor_type=return_tensors)
 
 
 class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
-    """Pictures to `pixel_values (n, 3, height, width)` float32 and `visual_token_mask (n, cells)` bool: torchvision.
+    """Pictures to `pixel_values (n, 3, height, width)` and `visual_token_mask (n, cells)` bool: torchvision.
+
+    Pixels are of the same type as in [`AgeVlmImageProcessorPil`].
 
     Raises:
         ImportError: torchvision is not installed. [`AgeVlmImageProcessorPil`] does without.
@@ -486,8 +493,9 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
         for index, (group, _) in places.items():
             members.setdefault(group, []).append(index)
         device = images[0].device
-        values = torch.empty((len(images), 3, *canvas), device=device)
-        colour = torch.tensor(background(image_mean), dtype=torch.float32, device=device)[:, None, None]
+        dtype = torch.float32 if do_rescale or do_normalize else torch.uint8
+        values = torch.empty((len(images), 3, *canvas), dtype=dtype, device=device)
+        colour = torch.tensor(background(image_mean), dtype=dtype, device=device)[:, None, None]
         for group, pixels in groups.items():
             (x0, y0, x1, y1), (left, top, right, bottom) = fits[members[group][0]]
             pixels = self.resize(
@@ -497,8 +505,9 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
                 if pixels.shape[-2:] != canvas:
                     values[index] = colour
                 values[index, :, top:bottom, left:right] = picture
-        scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
-        values.mul_(torch.from_numpy(scale).to(device)).add_(torch.from_numpy(shift).to(device))
+        if do_rescale or do_normalize:
+            scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)
+            values.mul_(torch.from_numpy(scale).to(device)).add_(torch.from_numpy(shift).to(device))
         visible = torch.from_numpy(visible_cells(fits, canvas, cell_size)).to(device)
         return BatchFeature({"pixel_values": values, "visual_token_mask": visible}, tensor_type=return_tensors)
 

@@ -1,6 +1,7 @@
 """The collator: labels on answers only, guidance of the right rows, and errors that name the row."""
 
 import io
+import pickle
 
 import pytest
 import torch
@@ -242,3 +243,38 @@ def test_a_blank_picture_changes_nothing_and_reaches_every_parameter(collator):
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() == 0
     mixed = [text_row(), row()]
     assert same(AgeVlmDataCollator(collator.processor, always_pictures=True)(mixed), collator(mixed))
+
+
+def test_pixels_sent_as_bytes_are_normalised_to_the_bit(processor):
+    rows = [row("row-0"), row("row-1", images=2, guided=True), row("row-2", images=0)]
+    floats = AgeVlmDataCollator(processor)(rows)
+    collator = AgeVlmDataCollator(processor, pixels_as_bytes=True)
+    batch = collator(rows)
+    assert batch["pixel_values"].dtype == torch.uint8
+    shown = floats["image_mask"]  # places without a picture hold zeros, before and after: nothing looks at them
+    normalised = collator.normalised(batch["pixel_values"])
+    assert normalised.dtype == torch.float32
+    assert torch.equal(normalised[shown], floats["pixel_values"][shown])
+    for name in floats.keys() - {"pixel_values"}:
+        assert torch.equal(batch[name], floats[name])
+
+
+def test_collator_travels_to_workers_of_any_kind(processor):
+    collator = AgeVlmDataCollator(processor, max_length=64, pixels_as_bytes=True)
+    rows = [row("row-0", guided=True)]
+    batch, again = collator(rows), pickle.loads(pickle.dumps(collator))(rows)
+    assert batch.keys() == again.keys()
+    for name in batch:
+        assert torch.equal(batch[name], again[name])
+
+
+def test_every_picture_and_mask_is_decoded_once(processor, monkeypatch):
+    encoded = io.BytesIO()
+    picture().save(encoded, "PNG")
+    item = row("row-0", guided=True)
+    item["images"] = [{"bytes": encoded.getvalue(), "path": None}]
+    opened = []
+    stock = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(1) or stock(*args, **kwargs))
+    AgeVlmDataCollator(processor)([item])
+    assert len(opened) == 1
