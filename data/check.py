@@ -147,7 +147,8 @@ def _examine(chunk: Chunk) -> dict[str, Any]:
     source, work, tokenizer, max_length, evaluation = _arguments
     counts: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
-    ids, pictures, lengths = [], [], []
+    ids, pictures = [], []
+    lengths: list[int] = []
     with _file(work, "findings", chunk, "jsonl").open("w", encoding="utf-8") as findings:
         for position, record in source.records(chunk):
             draft, row, notes = None, None, []

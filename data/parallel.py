@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -37,14 +36,14 @@ def run_jobs(
     with tqdm(total=total, desc=description, unit="row", disable=not progress, file=sys.stderr) as bar:
         if workers <= 1:
             setup(*arguments)
-            pool, results = nullcontext(), map(function, jobs)
-        else:
-            context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-            pool = ProcessPoolExecutor(min(workers, max(1, len(jobs))), context, setup, arguments)
-            results = pool.map(function, jobs)
-        with pool:
+            for job in jobs:
+                yield function(job)
+                bar.update(weight(job))
+            return
+        context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
+        with ProcessPoolExecutor(min(workers, max(1, len(jobs))), context, setup, arguments) as pool:
             try:
-                for job, result in zip(jobs, results, strict=True):
+                for job, result in zip(jobs, pool.map(function, jobs), strict=True):
                     yield result
                     bar.update(weight(job))
             except BrokenProcessPool as error:
@@ -53,5 +52,4 @@ def run_jobs(
                     'script without `if __name__ == "__main__":`. Run it again with fewer; it goes on where it was.'
                 ) from error
             finally:
-                if workers > 1:
-                    pool.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)

@@ -39,7 +39,13 @@ PUBLISHED_PREFIXES = ("mnt/disks/storage/data/pretrain_data/2.5m_v2/",)
 TAR = re.compile(r"\.tar(?:[._-]?part.*)?$", re.IGNORECASE)
 _PART = re.compile(r"[._-]?part.*$", re.IGNORECASE)
 _UNUSUAL_MODES = ("CMYK", "YCbCr", "LAB", "HSV", "I", "F", "P", "PA", "1")
-_SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "MPO": {".jpg", ".jpeg", ".mpo"}, "TIFF": {".tif", ".tiff"}}
+_SUFFIXES = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "JPEG2000": {".jp2", ".j2k", ".jpx"},
+    "MPO": {".jpg", ".jpeg", ".mpo"},
+    "PPM": {".ppm", ".pgm", ".pbm", ".pnm"},
+    "TIFF": {".tif", ".tiff"},
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class PictureStore:
     """
 
     def __init__(self, roots: Sequence[str | Path], work: str | Path):
-        self.folders, self.named = [], []
+        self.folders: list[Path] = []
+        self.named: list[Path] = []
         for root in map(Path, roots):
             if not root.exists():
                 raise ValueError(f"{root} does not exist; give the folder, or the archives, that hold the pictures")
@@ -215,7 +222,7 @@ class Archive:
                 while (member := tar.next()) is not None:
                     if member.isreg():
                         yield member.name, member.offset_data, member.size
-                    tar.members = []  # it would keep every header it has seen
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
         except tarfile.TarError as error:
             names = ", ".join(path.name for path in self.parts)
             raise ValueError(f"{names}: no complete tar archive ({error}); download it again") from error
@@ -285,13 +292,19 @@ def decode_picture(data: bytes, path: str) -> tuple[Image.Image, list[tuple[str,
     if not data:
         raise BadRow("image_empty", path)
     try:
-        picture = open_image(data, path)
+        picture, notes = open_image(data, path), _remarks(data, path)
     except ValueError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             raise BadRow("image_not_a_picture", path) from None
-        too_large = error.__cause__ is None or isinstance(error.__cause__, Image.DecompressionBombError)
+        too_large = "exceed the limit" in str(error) or isinstance(error.__cause__, Image.DecompressionBombError)
         raise BadRow("image_too_large" if too_large else "image_corrupt", str(error)) from None
-    notes = []
+    except Exception as error:  # damaged headers make Pillow raise nearly anything
+        raise BadRow("image_corrupt", f"{path}: {type(error).__name__}: {error}") from None
+    return picture, notes
+
+
+def _remarks(data: bytes, path: str) -> list[tuple[str, str]]:
+    notes: list[tuple[str, str]] = []
     with Image.open(io.BytesIO(data)) as file:
         width, height = file.size
         if getattr(file, "is_animated", False) and file.format != "MPO":  # which holds a second view
@@ -306,4 +319,4 @@ def decode_picture(data: bytes, path: str) -> tuple[Image.Image, list[tuple[str,
         notes.append(("image_tiny", f"{path} is {width} x {height}"))
     elif max(width, height) > 20 * min(width, height):
         notes.append(("image_elongated", f"{path} is {width} x {height}"))
-    return picture, notes
+    return notes

@@ -57,7 +57,8 @@ def read_pictures(draft: Draft, store: PictureStore) -> Row:
     Raises:
         BadRow: see `records.DROPPED`.
     """
-    notes, images, pictures = list(draft.notes), [], []
+    notes, pictures = list(draft.notes), []
+    images: list[dict[str, Any]] = []
     try:
         for image in draft.images:
             if isinstance(image, str):
@@ -99,7 +100,8 @@ class ParquetSource:
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         """A chunk for each file; `offset` is the file's number."""
-        chunks, first = [], 0
+        chunks: list[Chunk] = []
+        first = 0
         for number, path in enumerate(self.paths):
             count = pq.read_metadata(path).num_rows
             count = count if limit is None else min(count, limit - first)
