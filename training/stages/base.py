@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from agevlm.data.prepare import prepare
 from agevlm.data.scenes import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
@@ -239,8 +240,8 @@ def run_stage(
     """Train one stage into `output_dir`, or go on with it, or find it done.
 
     Args:
-        data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), or rows that are
-            joined with their masks already.
+        data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), a published one
+            (`agevlm.data.prepare`), or rows that are joined with their masks already.
         init_from, revision: Hub repository or folder to start from.
         model, processor: to start from objects instead. The model is trained in place.
         eval_data: rows for `eval_strategy`.
@@ -321,6 +322,7 @@ def run_stage(
 def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
     if data is None or isinstance(data, Dataset):
         return data
+    data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length)
     return load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction) if shards is None else shards
