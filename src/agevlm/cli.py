@@ -31,6 +31,7 @@ VERBS = {
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
     "ground": ("agevlm.ground", "Make masks from texts: Florence-2 + SAM and others; view, quality, COCO."),
+    "convert": ("agevlm.baselines.convert", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
     "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
     "serve": ("agevlm.serve", "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
