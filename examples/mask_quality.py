@@ -4,9 +4,9 @@
     python examples/mask_quality.py runs/quickstart runs/mask-quality --seeds 0 1 2
 
 Every configuration (corruption, share of the rows that bring a mask, seed) is one run of stage 3 from that seed's
-stage 2, on the quickstart's captions with the quickstart's recipe. Then the model is asked the presence questions of unseen
-scenes: whether it answers right, and how much of its attention is on the thing asked about. `--stage4` trains stage 4
-behind each, because stage 3 reads captions and has never answered a question; answers before that say little.
+stage 2, on its captions and with its recipe. Then the model is asked the presence questions of unseen scenes: whether
+it answers right, and how much of its attention is on the thing asked about. `--stage4` trains stage 4 behind each,
+because stage 3 reads captions and has never answered a question; answers before that say little.
 
 Corruptions are `kind:amount` (`agevlm.grounding.corrupt`). A row's corrupted mask does not depend on the share, and
 larger shares contain smaller ones. Finished configurations are in OUT/results and are not run again; an unfinished one
@@ -33,7 +33,6 @@ from transformers.utils import logging
 
 from agevlm.data.join import join_masks
 from agevlm.data.rows import MASK_FEATURES, open_image
-from agevlm.evaluation import pope
 from agevlm.evaluation.models import load_checkpoint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.grounding.corrupt import corrupt
@@ -44,7 +43,7 @@ from agevlm.training.stages import stage3_ground, stage4_instruct
 from agevlm.training.stages.base import run_stage
 
 
-SPLIT = "composition"
+SPLIT, PRESENCE = "composition", "pope"
 CORRUPTIONS = ("none", "erode:0.2", "dilate:0.4", "shift:0.5", "swap:0.5", "drop:0.5", "random:0.5", "random:1")
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 COMPARED = 300  # masks on which a corruption is measured
@@ -96,9 +95,9 @@ def run_configuration(
         final = work / "stage4"
     model, processor = load_checkpoint(str(final))
     measured = evaluate_scenes(
-        model, processor, scenes, SPLIT, work / "evaluation", benchmarks=(pope.NAME,), batch_size=50, progress=False
+        model, processor, scenes, SPLIT, work / "evaluation", benchmarks=(PRESENCE,), batch_size=50, progress=False
     )
-    presence = measured["benchmarks"][pope.NAME]
+    presence = measured["benchmarks"][PRESENCE]
     result = {
         "corruption": corruption,
         "fraction": fraction,
@@ -108,17 +107,14 @@ def run_configuration(
         "stage4": with_stage4,
         "quality": quality,
         "presence": presence["accuracy"] / 100,
-        "grounding": presence["grounding"],
+        # Means over the cross layers; spread evenly over the picture, attention would have `uniform`.
+        "mass": presence["grounding"]["in_mask_mass"]["mean"],
+        "pointing": presence["grounding"]["pointing_accuracy"]["mean"],
+        "uniform": presence["grounding"]["uniform"]["in_mask_mass"],
         "seconds": time.monotonic() - started,
     }
-    result |= looking(presence["grounding"])
     shutil.rmtree(work)
     return result
-
-
-def looking(grounding: dict[str, Any]) -> dict[str, float]:
-    """In-mask mass and pointing, means over the cross layers."""
-    return {"mass": grounding["mean"]["in_mask_mass"], "pointing": grounding["mean"]["pointing_accuracy"]}
 
 
 def name_of(corruption: str, fraction: float, seed: int) -> str:

@@ -367,12 +367,11 @@ def test_a_status_is_the_first_reason(area, score, cells):
     assert Filters().status("no_region", None, None, None) == "no_region"
 
 
-def test_the_folder_is_a_data_set_with_a_card_and_a_summary(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_the_folder_is_a_data_set_with_a_card_and_a_summary(tmp_path):
     rows, masks = _many(6)
     masks["row-0003"] = None
     run(rows, tmp_path / "out", exact(masks), filters=Filters(keep=9), query_source="question+answer")
-    found = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    found = load_dataset(str(tmp_path / "out"))
     assert found["kept"].num_rows == 5 and found["rejected"]["status"] == ["no_region"]
     first = found["kept"][0]
     assert (first["query"], first["text"]) == ("What is there?", "What is there? a red apple")

@@ -1,0 +1,63 @@
+"""Several processes: each takes its share, one writes the output, and one process may finish what two began."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from agevlm import ground
+from agevlm.data.rows import ROW_FEATURES
+from agevlm.grounding.journal import Journals
+from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
+    generator = np.random.default_rng(0)
+    rows, masks = [], []
+    for number in range(600):
+        picture = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+        messages = [
+            {"role": "user", "content": "<|image|>What?"},
+            {"role": "assistant", "content": f"number {number}"},
+        ]
+        rows.append({"id": f"r{number}", "images": [picture], "messages": messages})
+        mask = Image.new("1", picture.size)
+        mask.paste(1, (number % 20, 3, 25, 15))
+        masks.append({"id": f"r{number}", "mask": mask})
+    Dataset.from_list(rows, features=ROW_FEATURES).to_parquet(tmp_path / "rows.parquet")
+    features = Features({"id": ROW_FEATURES["id"], "mask": ImageFeature()})
+    Dataset.from_list(masks, features=features).to_parquet(tmp_path / "masks.parquet")
+    common = [str(tmp_path / "rows.parquet"), "--backend", "exact", "--masks", str(tmp_path / "masks.parquet")]
+
+    def command(out, *more):
+        return [common[0], str(tmp_path / out), *common[1:], *more]
+
+    def launch(out, *more):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+        return [*launcher, "0", "-m", "agevlm.ground", *command(out, *more)]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    ground.main(command("one"))
+    subprocess.run(launch("two"), check=True, env=environment, timeout=280)
+    assert len(list((tmp_path / "two" / "journal").glob("*.arrows"))) == 2
+    assert read_masks(tmp_path / "two").to_list() == read_masks(tmp_path / "one").to_list()
+
+    schema = JOURNAL_FEATURES.arrow_schema
+    begun = subprocess.Popen(launch("cut", "--batch-size", "1"), env=environment, start_new_session=True)
+    journal = tmp_path / "cut" / "journal"
+    while begun.poll() is None and (not journal.exists() or len(Journals(journal, schema)) < 5):
+        time.sleep(0.01)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    assert 0 < len(Journals(journal, schema)) < 600
+    ground.main(command("cut", "--batch-size", "64"))
+    assert read_masks(tmp_path / "cut").to_list() == read_masks(tmp_path / "one").to_list()

@@ -1,0 +1,170 @@
+"""The command line from end to end, the page, quality, COCO, and which text of a row is grounded."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from agevlm import ground
+from agevlm.data.join import join_masks
+from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.grounding.coco import read_coco
+from agevlm.grounding.masks import boundary_f, iou
+from agevlm.grounding.output import read_masks
+from agevlm.grounding.quality import compare, load_masks, measure_quality
+from agevlm.grounding.queries import make_query
+from agevlm.grounding.rows import load_table
+from agevlm.processing import AgeVlmImageProcessorPil
+
+
+GRID = AgeVlmImageProcessorPil(size={"height": 96, "width": 96})
+NASTY = "<script>alert('x')</script> & a red apple"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Eight rows with a query that must be escaped, and exact masks of seven of them, as Parquet files."""
+    generator = np.random.default_rng(0)
+    rows, masks = [], []
+    for number in range(8):
+        picture = Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8))
+        messages = [{"role": "user", "content": "<|image|>What is it?"}, {"role": "assistant", "content": NASTY}]
+        rows.append({"id": f"r{number}", "images": [picture], "messages": messages})
+        mask = Image.new("1", picture.size)
+        mask.paste(1, (5, 5, 20 + number, 30))
+        masks.append({"id": f"r{number}", "mask": None if number == 3 else mask})
+    paths = tmp_path / "rows.parquet", tmp_path / "masks.parquet"
+    Dataset.from_list(rows, features=ROW_FEATURES).to_parquet(paths[0])
+    features = Features({"id": ROW_FEATURES["id"], "mask": ImageFeature()})
+    Dataset.from_list(masks, features=features).to_parquet(paths[1])
+    return tmp_path, *map(str, paths)
+
+
+def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
+    folder, rows, masks = files
+    out = folder / "out"
+    command = [rows, str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--num-workers", "0"]
+    ground.main(command)
+    assert "5 masks kept of 8 rows attempted" in capsys.readouterr().out
+    before = (out / "data" / "kept.parquet").stat().st_mtime_ns
+    ground.main([*command[:-4], "--keep", "9"])
+    told = capsys.readouterr()
+    assert "7 masks kept" in told.out and "2 fewer than asked for" in told.err
+    assert (out / "data" / "kept.parquet").stat().st_mtime_ns != before
+
+    ground.main(["view", str(out)])
+    page = (out / "view.html").read_text()
+    assert page.count('<section class="row"') == 8 and page.count("data:image/jpeg;base64,") == 3 * 7 + 1
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert "http" not in page.replace("http-equiv", "")  # nothing to fetch
+
+    ground.main(["quality", str(out), "--against", masks, "--output", str(folder / "quality.json")])
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["compared"] == quality["masks"] == 7
+    assert all(quality[name]["mean"] == 1 for name in ("iou", "boundary_f", "grid_iou"))
+
+    pytest.importorskip("pycocotools", reason="needs the extra coco")
+    ground.main(["export", str(out), str(folder / "coco.json")])
+    ground.main(["import", str(folder / "coco.json"), str(folder / "back.parquet")])
+    kept, back = read_masks(out), load_table(str(folder / "back.parquet"))
+    assert back["id"] == kept["id"] and back["query"] == kept["query"]
+    for one, two in zip(kept["mask"], back["mask"], strict=True):
+        assert one.mode == two.mode == "1" and one.tobytes() == two.tobytes()
+    annotation = json.loads((folder / "coco.json").read_text())["annotations"][0]
+    assert annotation["area"] == np.array(kept[0]["mask"]).sum() and annotation["bbox"] == [5, 5, 15, 25]
+
+
+def test_rows_with_guidance_bring_their_masks(files):
+    folder, rows, masks = files
+    ground.main([rows, str(folder / "out"), "--backend", "exact", "--masks", masks])
+    kept = read_masks(folder / "out").select_columns(list(MASK_FEATURES))
+    joined = join_masks(load_table(rows), kept)
+    joined.to_parquet(folder / "joined.parquet")
+    ground.main([str(folder / "joined.parquet"), str(folder / "again"), "--backend", "exact"])
+    again = read_masks(folder / "again")
+    assert again["id"] == kept["id"]
+    assert [m.tobytes() for m in again["mask"]] == [m.tobytes() for m in kept["mask"]]
+
+
+def test_other_tools_annotations_are_united_and_bad_ones_named(tmp_path):
+    images = [
+        {"id": 7, "file_name": "a", "width": 10, "height": 8},
+        {"id": 8, "file_name": "b", "width": 9, "height": 9},
+    ]
+    annotations = [
+        {"id": 1, "image_id": 7, "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3]]},
+        {"id": 2, "image_id": 7, "segmentation": {"size": [8, 10], "counts": [72, 8]}},
+    ]
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert read_coco(path, tmp_path / "masks.parquet") == 1
+    mask = np.array(load_table(str(tmp_path / "masks.parquet"))[0]["mask"])
+    assert mask.shape == (8, 10) and mask[:4, :4].all() and mask[:, 9].all() and mask.sum() == 16 + 8
+    annotations[1]["segmentation"]["size"] = [8, 11]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    with pytest.raises(ValueError, match="image 7: a segmentation of 11 x 8 on a picture of 10 x 8"):
+        read_coco(path, tmp_path / "other.parquet")
+    assert not (tmp_path / "other.parquet").exists()
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no COCO file"):
+        read_coco(path, tmp_path / "other.parquet")
+
+
+def test_quality_is_the_mean_of_its_parts_and_refuses_strangers():
+    def masks_of(ids, shift):
+        arrays = [np.zeros((60, 80), dtype=bool) for _ in ids]
+        for number, array in enumerate(arrays):
+            array[10 + shift : 30 + shift, 10 : 40 + number] = True
+        images = [Image.fromarray(array) for array in arrays]
+        features = Features({"id": ROW_FEATURES["id"], "mask": ImageFeature()})
+        return Dataset.from_dict({"id": ids, "mask": images}, features=features), arrays
+
+    (found, first), (exact, second) = masks_of(["a", "b", "c"], 0), masks_of(["c", "b", "a", "x"], 3)
+    result = measure_quality(found, exact, GRID, progress=False)
+    pairs = list(zip(first, [second[2], second[1], second[0]], strict=True))
+    assert result["masks"] == 3 and result["exact"] == 4 and result["compared"] == 3
+    assert result["iou"]["mean"] == pytest.approx(np.mean([iou(*pair) for pair in pairs]))
+    assert result["boundary_f"]["mean"] == pytest.approx(np.mean([boundary_f(*pair) for pair in pairs]))
+    on_grid = [iou(GRID.mask_to_grid(one), GRID.mask_to_grid(two)) for one, two in pairs]
+    assert result["grid_iou"]["mean"] == pytest.approx(np.mean(on_grid))
+    with pytest.raises(ValueError, match="no row with a mask in common"):
+        measure_quality(found, masks_of(["y"], 0)[0], GRID)
+    with pytest.raises(ValueError, match="must be of one picture"):
+        compare(first[0], first[0].T, GRID)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("caption", ("An apple.", "An apple.", 2)),
+        ("question", ("Is it red?", "Is it red?", 1)),
+        ("question+answer", ("Is it red? An apple.", "Is it red?", 1)),
+    ],
+)
+def test_the_query_of_a_row(source, expected):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "<|image|>\nIs it red?"},
+        {"role": "assistant", "content": "An apple."},
+        {"role": "user", "content": "And the second?"},
+    ]
+    query = make_query(messages, source)
+    assert query == expected
+    assert query.query in messages[query.message_index]["content"]
+    assert make_query([{"role": "user", "content": "<|image|>"}], source) is None
+    assert make_query([], source) is None
+
+
+def test_what_is_no_data_set_is_said(tmp_path):
+    with pytest.raises(ValueError, match="has no Parquet files"):
+        load_table(str(tmp_path))
+    rows = str(tmp_path / "rows.parquet")
+    Dataset.from_dict({"id": ["a"], "mask": [None]}).to_parquet(rows)
+    with pytest.raises(ValueError, match="lacks the column images, messages"):
+        ground.main([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
+    with pytest.raises(ValueError, match="no complete run"):
+        read_masks(tmp_path)
+    assert load_masks(str(tmp_path))["id"] == ["a"]
