@@ -73,7 +73,8 @@ class Exact:
     decodes = False
 
     def __init__(self, place: Mapping[str, int], rows: Sequence[Mapping[str, Any]]):
-        self.place, self.rows, self.revisions = place, rows, {}
+        self.place, self.rows = place, rows
+        self.revisions: dict[str, str | None] = {}
 
     @classmethod
     def of(cls, data: Dataset) -> "Exact":

@@ -40,12 +40,12 @@ def corrupt(originals: Sequence[np.ndarray], kind: str, amount: float, seed: int
     generator = np.random.default_rng(seed)
     if kind == "shift":
         return [shifted(mask, amount, generator) for mask in originals]
-    hit = np.flatnonzero(generator.random(len(originals)) < amount)
+    hit = np.flatnonzero(generator.random(len(originals)) < amount).tolist()
     result: list[np.ndarray | None] = list(originals)
     if kind == "swap":
-        order = generator.permutation(hit)
+        order = generator.permutation(hit).astype(int).tolist()
         # Round in a circle, so that none keeps its own. One row alone has nobody to swap with.
-        for index, other in zip(order, np.roll(order, 1), strict=True):
+        for index, other in zip(order, order[-1:] + order[:-1], strict=True):
             result[index] = resized(originals[other], originals[index].shape)
     for index in hit:
         if kind == "drop":
@@ -98,7 +98,7 @@ def resized(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A mask stretched to another picture's size (nearest pixel; one stays where all would be passed over)."""
     if mask.shape == shape:
         return mask
-    result = np.array(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST))
+    result = np.array(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     if not result.any():
         row, column = (int(places.mean() / old * new) for places, old, new in zip(
             np.nonzero(mask), mask.shape, shape, strict=True))  # fmt: skip

@@ -5,7 +5,6 @@ written anew in moments. The paper keeps 77K masks of captions and 150K of instr
 are what makes a mask useless to Eq. 3.
 """
 
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,7 +60,8 @@ class Filters:
 
     def beyond_quota(self, kept_ids: Iterable[str]) -> set[str]:
         """Which of the rows that passed are over the number to keep."""
-        ids = list(kept_ids)
+        ids: list[str] = list(kept_ids)
         if self.keep is None or len(ids) <= self.keep:
             return set()
-        return set(ids) - set(heapq.nsmallest(self.keep, ids, key=lambda row_id: subset_hash(row_id, self.seed)))
+        hashed = sorted((subset_hash(row_id, self.seed), row_id) for row_id in ids)
+        return {row_id for _, row_id in hashed[self.keep :]}

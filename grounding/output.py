@@ -160,16 +160,16 @@ def card(summary: Mapping[str, Any]) -> str:
         for name, commit in summary["revisions"].items()
     )
     filters = ", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None)
+    # `datasets` refuses splits without rows.
+    rows = {"kept": summary["kept"], "rejected": summary["attempted"] - summary["kept"]}
+    files = "\n".join(f"  - split: {split}\n    path: data/{split}.parquet" for split in SPLITS if rows[split])
     wanted = summary["filters"]["keep"]
     short = f" {wanted:,} were wanted." if wanted is not None and wanted > summary["kept"] else ""
     return f"""---
 configs:
 - config_name: default
   data_files:
-  - split: kept
-    path: data/kept.parquet
-  - split: rejected
-    path: data/rejected.parquet
+{files}
 task_categories:
 - image-segmentation
 tags:
@@ -203,4 +203,7 @@ def read_masks(path: Path | str, split: str = "kept") -> Dataset:
     path = Path(path)
     if not (path / SUMMARY).is_file():
         raise ValueError(f"{path} holds no complete run of `agevlm ground`; run the same command again to complete it")
-    return Dataset.from_parquet(str(path / "data" / f"{split}.parquet"), features=OUTPUT_FEATURES)
+    file = path / "data" / f"{split}.parquet"
+    if pq.read_metadata(file).num_rows == 0:  # which `datasets` takes for a mistake
+        return Dataset(OUTPUT_FEATURES.arrow_schema.empty_table())
+    return Dataset.from_parquet(str(file), features=OUTPUT_FEATURES)

@@ -41,9 +41,8 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
         return [common[0], str(tmp_path / out), *common[1:], *more]
 
     def launch(out, *more):
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
-        return [*launcher, "0", "-m", "agevlm.ground", *command(out, *more)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        return [*launcher, "-m", "agevlm.ground", *command(out, *more)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     ground.main(command("one"))

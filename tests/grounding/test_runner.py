@@ -334,6 +334,15 @@ def test_quota_and_share_are_nested_and_do_not_depend_on_order(tmp_path):
     assert set(read_masks(tmp_path / "attempt")["id"]) == kept["some"]
 
 
+@pytest.mark.parametrize(("filters", "split"), [(Filters(), "kept"), (Filters(min_area=0.9), "rejected")])
+def test_a_split_without_rows_is_no_obstacle(tmp_path, filters, split):
+    rows, masks = _many(4)
+    run(rows, tmp_path / "out", exact(masks), filters=filters)
+    found = load_dataset(str(tmp_path / "out"))
+    assert {name: data.num_rows for name, data in found.items()} == {split: 4}
+    assert [len(read_masks(tmp_path / "out", name)) for name in ("kept", "rejected")].count(0) == 1
+
+
 def test_other_filters_write_anew_without_the_backend_and_another_run_is_refused(tmp_path):
     rows, masks = _many(10)
     run(rows, tmp_path, exact(masks))
