@@ -68,14 +68,16 @@ def _ground(argv: list[str]) -> None:
     if options.batch_size < 1:
         raise ValueError(f"`--batch-size` must be at least 1, got {options.batch_size}.")
 
+    import torch
     from accelerate import PartialState
 
     from agevlm.grounding.backends import Exact, load_backend
     from agevlm.grounding.rows import load_table
     from agevlm.grounding.runner import ground
 
-    # A process waits for the slowest at the end; the default limit of half an hour would end the run instead.
-    state = PartialState(timeout=datetime.timedelta(days=30))
+    # A process waits for the slowest at the end; the default limit of half an hour would end the run instead. Without
+    # `cpu` accelerate does not look for other processes on a machine that has no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(days=30))
     with state.main_process_first():  # one writes the cache, the others find it
         rows = load_table(options.dataset, options.split)
 
@@ -113,6 +115,8 @@ def _ground(argv: list[str]) -> None:
         print(f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons}): {options.out}")
         if options.keep is not None and summary["kept"] < options.keep:
             print(f"{options.keep - summary['kept']:,} fewer than asked for: raise --attempt", file=sys.stderr)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _grid(checkpoint: str | None) -> Any:
