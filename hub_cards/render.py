@@ -1,82 +1,267 @@
-"""Model cards, rendered from the facts that a run leaves behind (plain dictionaries, no model needed).
+"""Model cards, rendered from the facts that a run leaves behind (`facts.py`); no model is loaded.
 
-A card is never written by hand afterwards: it says what the lineage file says.
+    agevlm card runs/agevlm/stage4_instruct
+    agevlm card runs/agevlm/stage4_instruct --evaluation runs/evaluation/stage4_instruct/metrics.json
+    agevlm card scenes                                  # a data set
+
+A card is never written by hand afterwards: it says what the files in its folder say, and rendering it again gives the
+same. Scores stand in the card's table and, where the Hub knows the data set (`--dataset`), in
+`.eval_results/*.yaml`, the Hub's current format; the older `model-index` is not written.
 """
 
+import argparse
+import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from .datasets import is_dataset, write_dataset_card
+from .facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, read_facts
+from .figures import draw_losses
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-STAGES = 4
-TAGS = ["agevlm", "vision-language", "visual-grounding", "convnext", "llama"]
+STAGES = (
+    (1, "stage1-align", "projector, cross-attention blocks", "language modelling"),
+    (2, "stage2-adapt-vision", "+ last ConvNeXt stage", "language modelling"),
+    (3, "stage3-ground", "as 2", "language modelling + guidance"),
+    (4, "stage4-instruct", "everything", "language modelling (`agevlm-lm`: + guidance)"),
+)
+TAGS = ("agevlm", "custom_code", "vision-language", "visual-grounding")
+# What a model made from these must be published under, by their licences.
+LICENSES = {"meta-llama/Llama-3.2-": "llama3.2"}
+SETTINGS = (
+    "global_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "guidance_weight",
+    "guidance_normalisation",
+    "bf16",
+    "seed",
+)
+EVAL_FOLDER = ".eval_results"
 
 
 def render_card(facts: Mapping[str, Any]) -> ModelCard:
     """The card of an AGE-VLM checkpoint.
 
     Args:
-        facts: what `agevlm_stage.json` holds; every field may be missing. Used: `name`, `stage`, `variant`, `size`,
-            `repo` (the Hub repository), `parent` (`init_from`, `revision`, `repo` if that is a Hub repository), `data`
-            (`rows`, `guided_rows`, `fingerprint`), `recipe_hash`, `git_commit`, `versions`, `metrics`, and `license`
-            (`id`).
+        facts: what `read_facts` returns; every field may be missing, and what is missing is left out.
     """
-    stage = facts.get("stage")
-    parent = facts.get("parent") or {}
+    stage, parent, repo = facts.get("stage"), facts.get("parent") or {}, facts.get("repo")
+    bases = _bases(facts)
+    tags = [*TAGS] + ([] if stage is None else [f"stage-{stage}"])
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         language="en",
-        tags=TAGS,
-        license=facts.get("license"),
-        base_model=parent.get("repo"),
+        tags=tags,
+        license=next((name for start, name in LICENSES.items() for base in bases if base.startswith(start)), None),
+        base_model=bases if len(bases) > 1 else bases[0] if bases else None,
+        base_model_relation="finetune" if bases else None,
     )
     variant = facts.get("variant")
     title = "AGE-VLM" if variant is None else f"AGE-VLM ({variant}, {facts.get('size')} size)"
+    recipe = facts.get("recipe") or {}
+    training = recipe.get("training") or {}
+    config, processor = facts.get("config") or {}, (facts.get("processor") or {}).get("image_processor") or {}
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         title=title if stage is None else f"{title}, stage {stage}",
-        repo=facts.get("repo") or ".",
-        intermediate=stage is not None and stage < STAGES,
+        intermediate=stage is not None and stage < len(STAGES),
         stage=stage,
         stages=STAGES,
         name=facts.get("name"),
-        facts=_facts(facts, parent),
+        repo=repo,
+        revision=(facts.get("push") or {}).get("tag") if repo else None,
+        code=facts.get("code") or [],
+        figures=facts.get("figures") or [],
+        attention=ATTENTION_FILE,
+        loss=LOSS_FILE,
+        facts=_facts(facts, parent, bases),
+        parameters=facts.get("parameters") or {},
+        layers=config.get("cross_attention_layers"),
+        side=(processor.get("size") or {}).get("height"),
+        trains=recipe.get("trains"),
+        settings=[(name, training[name]) for name in SETTINGS if training.get(name) not in (None, -1)],
         metrics=[(name, _number(value)) for name, value in (facts.get("metrics") or {}).items()],
+        evaluation=_evaluation(facts.get("evaluation") or {}),
+        command=_command(facts, parent),
+        commit=facts.get("git_commit"),
+        versions=facts.get("versions") or {},
     )
 
 
-def write_card(folder: str | os.PathLike, facts: Mapping[str, Any]) -> Path:
-    """Render the card of `facts` into `folder` as README.md (replaced in one step) and return its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    target, temporary = folder / "README.md", folder / ".README.md.tmp"
-    temporary.write_text(str(render_card(facts)), encoding="utf-8")
-    os.replace(temporary, target)
-    return target
+def _bases(facts: Mapping[str, Any]) -> list[str]:
+    """Hub ids of what the model was made from: the last stage, or where that lies in this repository, the parts."""
+    parent = (facts.get("parent") or {}).get("repo")
+    return [parent] if parent and parent != facts.get("repo") else list(facts.get("base_models") or [])
 
 
-def _facts(facts: Mapping[str, Any], parent: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(facts: Mapping[str, Any], parent: Mapping[str, Any], bases: list[str]) -> list[tuple[str, str]]:
     data = facts.get("data") or {}
-    versions = facts.get("versions") or {}
+    start = parent.get("repo") or parent.get("init_from")
     rows = [
         ("stage", facts.get("name")),
-        ("started from", parent.get("init_from")),
+        # A folder is named, not placed: paths say more about a machine than about a model.
+        ("started from", None if start is None else start if parent.get("repo") else Path(start).name),
         ("revision of it", parent.get("revision")),
+        ("made from", ", ".join(base for base in facts.get("base_models") or [] if base not in (start,)) or None),
         ("rows", data.get("rows")),
         ("rows with a mask", data.get("guided_rows")),
         ("data fingerprint", data.get("fingerprint")),
         ("recipe hash", facts.get("recipe_hash")),
-        ("git commit", facts.get("git_commit")),
-        ("libraries", ", ".join(f"{name} {version}" for name, version in versions.items()) or None),
     ]
-    return [(key, str(value)) for key, value in rows if value is not None]
+    return [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in rows if value is not None]
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of results: rows of (benchmark, n, metric, score, the best that needs no looking, yes, unparsed)."""
+    rows = []
+    for name, result in (evaluation.get("benchmarks") or {}).items():
+        metric = result["headline"]
+        constants = {constant: scores[metric] for constant, scores in result.get("constants", {}).items()}
+        best = max(constants, key=lambda constant: constants[constant], default=None)
+        rows.append(
+            [
+                name,
+                result.get("n", ""),
+                metric,
+                _number(result[metric]),
+                "" if best is None else f"{_number(constants[best])} ({best})",
+                _number(result["yes_ratio"]) if "yes_ratio" in result else "",
+                _number(result["unparsed"]) if "unparsed" in result else "",
+            ]
+        )
+    grounding = {
+        name: (_number(value["mean"]), _number(evaluation["grounding"]["uniform"][name]))
+        for name, value in (evaluation.get("grounding") or {}).items()
+        if isinstance(value, Mapping) and "mean" in value
+    }
+    protocols = {name: result["protocol"] for name, result in (evaluation.get("benchmarks") or {}).items()}
+    return {"split": evaluation.get("split"), "rows": rows, "grounding": grounding, "protocols": protocols}
+
+
+def _command(facts: Mapping[str, Any], parent: Mapping[str, Any]) -> str | None:
+    if facts.get("name") is None:
+        return None
+    start = parent.get("repo") or (parent.get("init_from") and Path(parent["init_from"]).name) or "START"
+    at = f" --revision {parent['revision']}" if parent.get("repo") and parent.get("revision") else ""
+    return (
+        f"agevlm train {facts['name']} --variant {facts.get('variant')} --size {facts.get('size')} --data DATA "
+        f"--init_from {start}{at}"
+    )
 
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_card(folder: str | os.PathLike) -> Path:
+    """Draw the loss curve and render the card of `folder` as README.md (replaced in one step); returns its path.
+
+    Raises:
+        ValueError: a file that the card is made of is damaged.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_losses(read_facts(folder)["log_history"], folder / LOSS_FILE)
+    return _replace(folder / "README.md", str(render_card(read_facts(folder))))
+
+
+def write_eval_results(folder: Path, evaluation: Mapping[str, Any], dataset: str) -> list[Path]:
+    """One `.eval_results/<benchmark>.yaml` for each benchmark: its headline on the Hub's data set `dataset`."""
+    written = []
+    for name, result in evaluation["benchmarks"].items():
+        metric = result["headline"]
+        entry = EvalResultEntry(
+            dataset_id=dataset,
+            task_id=f"{evaluation['split']}/{name}",
+            value=round(result[metric], 4),
+            notes=f"{metric}; {result['protocol']}",
+        )
+        (folder / EVAL_FOLDER).mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        written.append(_replace(folder / EVAL_FOLDER / f"{name}.yaml", text))
+    return written
+
+
+def _replace(target: Path, text: str) -> Path:
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
+    """Put the result of `agevlm eval` into the folder, in place of an earlier one.
+
+    Raises:
+        ValueError: no such result.
+    """
+    text = metrics.read_text(encoding="utf-8")
+    try:
+        evaluation = json.loads(text)
+        _evaluation({name: evaluation[name] for name in ("split", "benchmarks", "grounding")})
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{metrics} is no result of `agevlm eval` (its metrics.json).") from error
+    shutil.rmtree(folder / EVAL_FOLDER, ignore_errors=True)
+    _replace(folder / EVALUATION_FILE, text)
+    if dataset is not None:
+        write_eval_results(folder, evaluation, dataset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Render the card of a checkpoint or of a data set again.
+
+    Raises:
+        ValueError: no such folder, or files that are no results or pictures.
+    """
+    parser = argparse.ArgumentParser(
+        prog="agevlm card",
+        description="Render the card (README.md) of a checkpoint, or scenes or masks, from the files in its folder.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="metrics.json of `agevlm eval`: is copied into the folder"
+    )
+    parser.add_argument(
+        "--dataset", metavar="ID", help="with --evaluation: the Hub data set of the benchmarks, for .eval_results"
+    )
+    parser.add_argument(
+        "--attention", type=Path, metavar="FILE.png", help="picture of `agevlm analyze attention`: copied likewise"
+    )
+    options = parser.parse_args(argv)
+    if not options.folder.is_dir():
+        raise ValueError(f"There is no folder {options.folder}.")
+    if options.dataset and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.dataset):
+        raise ValueError(
+            f"`--dataset` must be the id of a data set on the Hub, NAME/DATASET, got {options.dataset!r}."
+        )
+    if is_dataset(options.folder):
+        print(f"written: {write_dataset_card(options.folder)}")
+        return
+    if not (options.folder / "config.json").is_file():
+        raise ValueError(f"{options.folder} is neither a checkpoint (config.json) nor a data set (*.parquet).")
+    if options.evaluation is not None:
+        add_evaluation(options.folder, options.evaluation, options.dataset)
+    if options.attention is not None:
+        if options.attention.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+            raise ValueError(f"{options.attention} is no PNG picture.")
+        shutil.copyfile(options.attention, options.folder / f".{ATTENTION_FILE}.tmp")
+        os.replace(options.folder / f".{ATTENTION_FILE}.tmp", options.folder / ATTENTION_FILE)
+    print(f"written: {write_card(options.folder)}")

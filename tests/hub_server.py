@@ -199,6 +199,20 @@ class HubServer:
         return None
 
 
+def connect(hub: HubServer, monkeypatch, token: str | None = TOKEN) -> None:
+    """Let this process know no other Hub, without Xet and without waiting between the tries of the client."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+
 class HubHandler(BaseHTTPRequestHandler):
     """Answers one connection. `routes` at the end of the file maps requests to methods."""
 
@@ -308,7 +322,8 @@ class HubHandler(BaseHTTPRequestHandler):
         place = {"url": f"{self.hub.address}/{name if kind == 'model' else f'{kind}s/{name}'}"}
         if (kind, name) in self.hub.repos:
             raise Answer(409, {**place, "error": "You already created this model repo"})
-        self.hub.repos[kind, name] = Repo(kind, name, private=asked.get("visibility") == "private")
+        repo = self.hub.repos[kind, name] = Repo(kind, name, private=asked.get("visibility") == "private")
+        self.hub.commit(repo, "main", "initial commit", {})
         raise Answer(200, place)
 
     def validate(self, body: bytes) -> None:

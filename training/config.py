@@ -6,10 +6,12 @@ Deviations from TRL's defaults, each because of what a row of ours is:
   inputs.
 - `activation_checkpointing=True`: TRL's `gradient_checkpointing=True` under the name that is not deprecated.
 - `report_to="none"`: a run reports to its own folder; trackers are opt-in.
+- `hub_strategy="end"`, and it stays so: what goes to the Hub is complete (`publish.py`).
 """
 
 from dataclasses import dataclass, field
 
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from agevlm.training.losses import NORMALISATIONS
@@ -28,7 +30,8 @@ class AgeVlmSFTConfig(SFTConfig):
         spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
 
     Raises:
-        ValueError: an unknown normalisation, a negative weight or rate, or `remove_unused_columns=True`.
+        ValueError: an unknown normalisation, a negative weight or rate, `remove_unused_columns=True`, or another
+            `hub_strategy` than "end".
     """
 
     guidance_weight: float = field(
@@ -65,6 +68,9 @@ class AgeVlmSFTConfig(SFTConfig):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not take."}
     )
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "Must stay `end`: a stage is pushed when it is finished."}
+    )
     # HfArgumentParser reads this type only in TrainingArguments' own order.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers to report to, such as `trackio`, `tensorboard` or `wandb`."}
@@ -85,6 +91,11 @@ class AgeVlmSFTConfig(SFTConfig):
             raise ValueError(
                 "`remove_unused_columns` must stay False: the collator reads the columns `id` and `guidance`, which "
                 "would be removed because the model does not take them."
+            )
+        if HubStrategy(self.hub_strategy) != HubStrategy.END:
+            raise ValueError(
+                f"`hub_strategy` must stay 'end', got '{self.hub_strategy}': a stage is pushed when it is finished, "
+                "so that nobody loads half of one."
             )
         super().__post_init__()
 

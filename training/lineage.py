@@ -18,6 +18,7 @@ import torch
 import transformers
 import trl
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 import agevlm
 from agevlm.training.config import AgeVlmSFTConfig
@@ -25,6 +26,7 @@ from agevlm.training.streaming import MASK, POSITION, is_streamed
 
 
 LINEAGE_FILE = "agevlm_stage.json"
+INIT_FILE, PUSH_FILE = "agevlm_init.json", "agevlm_push.json"
 WHOLE_TEXTS = 20_000
 
 # The training arguments that decide the result. The batch counts as one number, however it is divided among devices
@@ -156,6 +158,43 @@ def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} is no valid JSON ({error}). Delete the folder, or train into another one."
         ) from error
+
+
+def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") -> dict[str, Any]:
+    """What a run knows about the model it starts from.
+
+    Returns:
+        `parent`: `init_from` (the name of a folder, not its place: paths say more about a machine than about a model),
+        and where it is on the Hub `repo` and `revision`; `base_models`: Hub ids of the published parts.
+    """
+    if init_from is None:
+        return {"parent": {"init_from": None, "revision": None, "repo": None}, "base_models": []}
+    folder = Path(init_from)
+    if folder.is_dir():
+        pushed = _read_json(folder / PUSH_FILE)
+        link = {"revision": None, "repo": None}
+        if pushed.get("status") == "pushed":
+            link = {"revision": pushed["commit"], "repo": pushed["repo"]}
+        parent = {"init_from": folder.resolve().name, **link}
+        files = {name: folder / name for name in (LINEAGE_FILE, INIT_FILE)}
+    else:
+        names = ("config.json", LINEAGE_FILE, INIT_FILE)
+        found = {
+            name: cached_file(init_from, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            for name in names
+        }
+        files = {name: Path(path) for name, path in found.items() if path is not None}
+        # The cache keeps what belongs to a commit in a folder of its name.
+        commit = files.pop("config.json").parent.name
+        parent = {"init_from": str(init_from), "revision": commit, "repo": str(init_from)}
+    known = {name: _read_json(path) for name, path in files.items()}
+    made = [known.get(INIT_FILE, {}).get(part, {}) for part in ("language_model", "vision_tower")]
+    published = [part["source"] for part in made if part.get("revision")]
+    return {"parent": parent, "base_models": known.get(LINEAGE_FILE, {}).get("base_models") or published}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:

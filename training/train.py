@@ -4,8 +4,8 @@
     accelerate launch -m agevlm.training.train stage1_align --data DATA --init_from REPO
 
 The stage's recipe sets the defaults of all training flags (TRL's parser, so `--config FILE.yaml` works too); whatever
-is given on the command line wins. `--push_to_hub` and `--hub_model_id` push model, code, processor and card to the
-Hub.
+is given on the command line wins. `--push_to_hub --hub_model_id ORG/NAME` pushes the finished stage to the Hub,
+private unless `--hub_private_repo false`, with its card and a tag (`publish.py`).
 """
 
 import argparse

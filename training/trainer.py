@@ -35,6 +35,7 @@ from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
+from agevlm.training.publish import push, repository_name
 from agevlm.training.sampling import BY_LENGTH, OrderSampler, row_lengths, set_sampler_epoch
 from agevlm.training.streaming import is_streamed
 
@@ -260,13 +261,6 @@ class AgeVlmSFTTrainer(SFTTrainer):
                 str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
             )
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Uploads run in the background, so they must read the final name; `_save_checkpoint` calls again with that.
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's (model, code, processor), with the model card and the lineage file."""
@@ -278,12 +272,48 @@ class AgeVlmSFTTrainer(SFTTrainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.lineage:
             write_lineage(folder, self.lineage)
-        write_card(folder, self.lineage)
+        write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's hook, called at each checkpoint and push: our card, made of the lineage."""
+        """TRL's hook, called at each checkpoint: our card, made of what lies in the folder."""
         if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self.lineage)
+            write_card(str(self.args.output_dir))
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Trainer's makes the repository now and ends the run if it cannot; ours is made by the push itself."""
+        self.hub_model_id = repository_name(self.args)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any] | None:
+        """Save into the output folder and push it in one commit (`publish.py`); the main process gets the record.
+
+        Raises:
+            PushError: what is saved stays saved, and `agevlm push` pushes it later.
+            ValueError: `blocking=False`, which there is not.
+        """
+        if not blocking:
+            raise ValueError("`push_to_hub` has no `blocking=False`: push from another process with `agevlm push`.")
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push(
+            str(self.args.output_dir),
+            repository_name(self.args),
+            token=token or self.args.hub_token,
+            private=(self.args.hub_private_repo if private is None else private) is not False,
+            branch=revision or self.args.hub_revision,
+            message=commit_message,
+        )
 
 
 def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -32,6 +32,8 @@ VERBS = {
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
     "ground": ("agevlm.ground", "Make masks from texts: Florence-2 + SAM and others; view, quality, COCO."),
     "convert": ("agevlm.baselines.convert", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
+    "push": ("agevlm.training.publish", "Publish a finished checkpoint on the Hub: one commit, one tag per stage."),
+    "card": ("agevlm.hub_cards.render", "Render the card of a checkpoint or data set from the files in its folder."),
     "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
     "serve": ("agevlm.serve", "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),

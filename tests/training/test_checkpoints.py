@@ -120,15 +120,6 @@ def test_old_checkpoints_are_removed_and_the_best_is_kept(tmp_path):
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 
 
-def test_pushing_reads_the_checkpoint_under_its_final_name(tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(Path(folder)))
-    monkeypatch.setattr(AgeVlmSFTTrainer, "init_hf_repo", lambda self, *_, **__: None)
-    monkeypatch.setattr(AgeVlmSFTTrainer, "_finish_current_push", lambda self: None)
-    make_trainer(tmp_path, push_to_hub=True, hub_model_id="someone/agevlm", **SAVING).train()
-    assert pushed == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
-
-
 # ---- Folder operations ----
 
 

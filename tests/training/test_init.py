@@ -139,8 +139,8 @@ def test_the_vocabulary_keeps_its_size_and_answers_end(start, llama):
 
 def test_the_record_says_what_it_was_made_of(start, llama, tower):
     record = json.loads((start / RECORD_FILE).read_text())
-    assert record["language_model"]["source"] == str(llama)
-    assert record["vision_tower"]["source"] == str(tower)
+    assert record["language_model"]["source"] == llama.name
+    assert record["vision_tower"]["source"] == tower.name
     assert record["vision_tower"]["layout"] == "timm"
     assert record["vision_tower"]["left_out"] == {"pooled norm and head": 2}
     assert (record["image_size"], record["visual_tokens"], record["cross_attention_layers"]) == (96, 9, [2])
@@ -157,7 +157,7 @@ def test_stage_1_starts_from_it(start, tmp_path):
     )
     result = run_stage(recipe, tmp_path / "run", data=make_rows("iiii"), init_from=start)
     assert result.status == "trained"
-    assert result.lineage["parent"]["init_from"] == str(start)
+    assert result.lineage["parent"]["init_from"] == start.name
     before = AgeVlmForConditionalGeneration.from_pretrained(start).state_dict()
     after = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -25,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from agevlm.data.prepare import prepare
 from agevlm.data.scenes import load_rows
+from agevlm.hub_cards import write_card
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.checkpoints import newest_checkpoint, publish_files, remove_leftovers, staging_folder
@@ -39,11 +40,13 @@ from agevlm.training.lineage import (
     git_commit,
     identity_hash,
     library_versions,
+    parent_lineage,
     read_lineage,
     training_identity,
     weights_fingerprint,
     write_lineage,
 )
+from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
@@ -278,6 +281,7 @@ def run_stage(
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
     if earlier is not None and earlier["status"] == "finished":
         console.print(f"{recipe.name}: {output_dir} is finished (recipe {lineage['recipe_hash']}), nothing to do.")
+        publish_stage(output_dir, args, init_from, console)
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
@@ -288,6 +292,7 @@ def run_stage(
         write_lineage(output_dir, lineage)
     if checkpoint is not None:
         console.print(f"{recipe.name}: goes on from {checkpoint.name}.")
+    warn_early(args, console)
 
     set_trainable(model, recipe.trains, recipe.frozen)
     trainer = AgeVlmSFTTrainer(
@@ -312,10 +317,9 @@ def run_stage(
             "metrics": _last_metrics(trainer.state.log_history),
         }
         _save_finished(trainer, output_dir)
-        if args.push_to_hub:
-            trainer.push_to_hub()
     finally:
         trainer.release_model()
+    publish_stage(output_dir, args, init_from, console)
     return StageResult("trained", output_dir, lineage, list(trainer.state.log_history))
 
 
@@ -349,7 +353,6 @@ def _lineage(
             "parent_weights": weights_fingerprint(model),
         }
     )
-    is_repo = init_from is not None and not Path(init_from).is_dir()
     return {
         "name": recipe.name,
         "stage": recipe.stage,
@@ -357,11 +360,7 @@ def _lineage(
         "size": recipe.size,
         "status": "unfinished",
         "repo": args.hub_model_id,
-        "parent": {
-            "init_from": None if init_from is None else str(init_from),
-            "revision": (model.config._commit_hash or revision) if is_repo else None,
-            "repo": str(init_from) if is_repo else None,
-        },
+        **parent_lineage(init_from, revision or "main"),
         "recipe_hash": identity_hash(identity),
         "recipe": identity,
         "data": {"part": recipe.data, "mask_fraction": recipe.mask_fraction, **data},
@@ -397,7 +396,10 @@ def _save_finished(trainer: AgeVlmSFTTrainer, output_dir: Path) -> None:
     staged = staging_folder(output_dir) / "final"
     trainer.save_model(str(staged), _internal_call=True)
     if trainer.args.should_save:
+        if trainer.state.best_model_checkpoint:
+            trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
         trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        write_card(staged)
         publish_files(staged, output_dir, last=LINEAGE_FILE)
         remove_leftovers(output_dir)
     trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,353 @@
+"""Finished checkpoints on the Hub: complete in one commit, or not there at all.
+
+    agevlm push runs/agevlm/stage1_align org/agevlm
+    agevlm train stage1_align ... --push_to_hub --hub_model_id org/agevlm     # the same, after the stage's last save
+
+The flags are transformers' own, what they do is not. Trainer's push asks the Hub before training (which then ends the
+run), writes into the finished folder file by file, and pickles the training arguments, token included, next to the
+weights that it uploads. And `upload_folder` (huggingface_hub 2.4 with hf_xet) divides a commit of more than 20 files
+that fails, so a part of a checkpoint could be seen.
+
+Here the files go up first and become visible by one commit; what an interrupted push has sent is not sent again
+(LFS and Xet find it by its hash). Each stage gets a tag (`stage1-align`), which moves if the stage is trained again.
+`main` shows the latest stage: one that is pushed after a later one gets its tag and leaves `main` alone.
+
+A push that fails never fails the run. `agevlm_push.json` in the folder, which stays here, says what happened; the same
+command again, the end of the next stage, and `agevlm push` finish it.
+"""
+
+import argparse
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session, httpx
+from rich.console import Console
+
+from agevlm.hub_cards import write_card
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
+
+
+# What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.md", "*.txt", "*.model", "*.png", ".eval_results/*.yaml")
+# What would be wrong beside another checkpoint's files.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.png", ".eval_results/*.yaml")
+INDEX_FILE = "model.safetensors.index.json"
+WAITS = (5.0, 30.0)  # seconds before the second and the third try
+SILENCE = 300.0  # seconds without a byte; huggingface_hub itself waits without end
+
+
+class PushError(ValueError):
+    """A push that failed, in one sentence that says what to do."""
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    *,
+    token: str | None = None,
+    private: bool = True,
+    branch: str | None = None,
+    message: str | None = None,
+) -> dict[str, Any]:
+    """Publish a finished checkpoint with its card, and tag it with its stage.
+
+    Args:
+        repo_id: made if it is not there; by default the one of the last push.
+        token: with the right to write; by default the one of `hf auth login`.
+        private: of a repository that is made.
+        branch: where to commit, made if need be; by default `main`, but for stages before one that is there already.
+        message: of the commit.
+
+    Returns:
+        What `agevlm_push.json` holds: `repo`, `private`, `branch`, `tag`, `status` (`pending`, `failed` or `pushed`),
+        `commit`, `tries`, `error`.
+
+    Raises:
+        PushError: the Hub does not take it. The folder is as before, and the record says why.
+        ValueError: no finished checkpoint, or no repository to push to.
+    """
+    folder = Path(folder)
+    lineage = read_lineage(folder) or {}
+    _check_finished(folder, lineage)
+    earlier = read_record(folder)
+    repo_id = repo_id or earlier.get("repo")
+    if not repo_id:
+        raise ValueError(f"{folder} was never pushed: name the repository, `agevlm push {folder} NAME/REPOSITORY`.")
+    record = {
+        "repo": repo_id,
+        "private": private,
+        "branch": branch,
+        "tag": stage_tag(lineage),
+        "status": "pending",
+        "commit": None,
+        "tries": earlier.get("tries", 0),
+        "error": None,
+    }
+    api = HfApi(token=token, library_name="agevlm")
+    for wait in (*WAITS, None):
+        record["tries"] += 1
+        try:
+            _write_record(folder, record)
+            commit = _publish(api, folder, lineage, record, message)
+            record |= {"status": "pushed", "commit": commit}
+            _write_record(folder, record)
+            return record
+        except Exception as error:  # of the Hub, the network, the disk, Xet's own: none may end a finished run
+            if wait is None or not is_temporary(error):
+                reason = explain(error, record["repo"])
+                with suppress(OSError):  # the disk may be what has failed
+                    _write_record(folder, {**record, "status": "failed", "error": reason})
+                raise PushError(
+                    f"{folder} is complete, but not on the Hub: {reason}. Push it later with "
+                    f"`agevlm push {folder} {record['repo']}`."
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _publish(api: HfApi, folder: Path, lineage: dict[str, Any], record: dict[str, Any], message: str | None) -> str:
+    """One try, which completes the name of the repository; returns the commit."""
+    get_session().timeout = SILENCE
+    repo = record["repo"] = api.create_repo(record["repo"], private=record["private"], exist_ok=True).repo_id
+    if lineage and lineage["repo"] != repo:
+        lineage["repo"] = repo
+        write_lineage(folder, lineage)
+    write_card(folder)
+    tag, refs = record["tag"], api.list_repo_refs(repo)
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    branch, passing = record["branch"] or "main", False
+    if record["branch"] is None and _is_late(tag, tags):
+        branch, passing = f"late/{tag}", True
+    if branch not in {ref.name for ref in refs.branches} | {"main"}:
+        api.create_branch(repo, branch=branch)
+    files = published_files(folder)
+    gone = [
+        path
+        for path in api.list_repo_files(repo, revision=branch)
+        if path not in files and any(fnmatch(path, pattern) for pattern in REPLACED)
+    ]
+    commit = api.create_commit(
+        repo,
+        [
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationDelete(path) for path in gone),
+        ],
+        commit_message=message or f"{lineage.get('name', 'checkpoint')} (recipe {lineage.get('recipe_hash', 'none')})",
+        revision=branch,
+    )
+    if tag is not None and tags.get(tag) != commit.oid:
+        if tag in tags:
+            api.delete_tag(repo, tag=tag)
+        api.create_tag(repo, tag=tag, revision=commit.oid)
+    if passing:
+        api.delete_branch(repo, branch=branch)
+    return commit.oid
+
+
+def published_files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint that go to the Hub, by their names there."""
+    found = sorted(path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in found
+        if path.name != PUSH_FILE and (path.parent != folder or not path.name.startswith("."))
+    }
+
+
+def stage_tag(lineage: Mapping[str, Any]) -> str | None:
+    """`stage1-align` for the stage `stage1_align`; None for a checkpoint of no stage."""
+    name = lineage.get("name")
+    return None if name is None else name.replace("_", "-")
+
+
+def _is_late(tag: str | None, tags: Mapping[str, str]) -> bool:
+    """Whether a later stage is on the Hub already."""
+    numbers = {name: int(match[1]) for name in [*tags, tag or ""] if (match := re.match(r"stage(\d+)-", name))}
+    return tag in numbers and max(numbers.values()) > numbers[tag]
+
+
+def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: no checkpoint, an unfinished one, or one without all its weights.
+    """
+    if lineage.get("status", "finished") != "finished":
+        raise ValueError(f"{folder} holds an unfinished run ({lineage['name']}). Run it again to finish it.")
+    shards = {"model.safetensors"}
+    if (folder / INDEX_FILE).is_file():
+        shards = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
+    elif (folder / "adapter_config.json").is_file():
+        shards = {"adapter_model.safetensors"}
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing or not ((folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
+        raise ValueError(f"{folder} is no checkpoint: there is no {missing[0] if missing else 'config.json'}.")
+
+
+# ---- The record ----
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is known of the last push of a folder; empty if there was none."""
+    path = Path(folder) / PUSH_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    temporary = folder / f".{PUSH_FILE}.tmp"
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / PUSH_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- Stages ----
+
+
+def publish_stage(folder: Path, args: AgeVlmSFTConfig, init_from: str | Path | None, console: Console) -> None:
+    """Push a finished stage as its flags say; first the one that it started from, if that push has failed.
+
+    What goes wrong is recorded and printed, not raised.
+    """
+    if not args.push_to_hub or args.process_index != 0:
+        return
+    parent = {} if init_from is None else read_record(init_from)
+    if init_from is not None and parent.get("status") in ("pending", "failed"):
+        settings = {"private": parent["private"], "branch": parent["branch"]}
+        parent = _push_and_tell(Path(init_from), parent["repo"], console, token=args.hub_token, **settings)
+    lineage = read_lineage(folder)
+    if lineage is not None and lineage["parent"]["repo"] is None and parent.get("status") == "pushed":
+        link = {"repo": parent["repo"], "revision": parent["commit"]}
+        write_lineage(folder, {**lineage, "parent": {**lineage["parent"], **link}})
+    wanted, record = repository_name(args), read_record(folder)
+    if record.get("status") == "pushed" and f"/{record['repo']}".endswith(f"/{wanted}"):
+        return
+    settings = {"private": args.hub_private_repo is not False, "branch": args.hub_revision}
+    _push_and_tell(folder, wanted, console, token=args.hub_token, **settings)
+
+
+def _push_and_tell(folder: Path, repo_id: str, console: Console, **settings: Any) -> dict[str, Any]:
+    try:
+        record = push(folder, repo_id, **settings)
+    except PushError as error:
+        console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+        return read_record(folder)
+    console.print(f"{folder}: on the Hub as {_place(record)}.", soft_wrap=True)
+    return record
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    tag = "" if record["tag"] is None else f", tag {record['tag']}"
+    return f"{constants.ENDPOINT}/{record['repo']}{tag}, commit {record['commit'][:12]}"
+
+
+def repository_name(args: AgeVlmSFTConfig) -> str:
+    """`--hub_model_id`, or as Trainer has it the name of the output folder."""
+    return args.hub_model_id or Path(str(args.output_dir)).absolute().name
+
+
+def warn_early(args: AgeVlmSFTConfig, console: Console) -> None:
+    """Say before training, not days later, if the Hub would not take a push."""
+    if not args.push_to_hub or args.process_index != 0:
+        return
+    get_session().timeout = 30.0
+    try:
+        HfApi(token=args.hub_token, library_name="agevlm").whoami()
+    except Exception as error:  # as in `push`
+        reason = explain(error, repository_name(args))
+        console.print(
+            f"As things are, nothing can be pushed: {reason}. Training goes on; the push is tried after it.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+# ---- Errors ----
+
+
+def _cause(error: BaseException) -> BaseException:
+    """huggingface_hub wraps what goes wrong in one of several uploads."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether trying again soon may help: the network, or a Hub in trouble."""
+    error = _cause(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429, 500, 502, 503, 504)
+    return isinstance(error, httpx.TransportError)
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """What went wrong and what to do about it, without a token or a stack of addresses in it."""
+    error = _cause(error)
+    hub = constants.ENDPOINT
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        reasons = {
+            401: f"{hub} does not accept the token (status 401); log in with `hf auth login`",
+            402: f"{hub} asks for a payment or more storage (status 402)",
+            403: f"the token may not write to {repo_id} (status 403); take one that may, or another repository",
+            404: f"{hub} has no {repo_id} that the token may see (status 404)",
+            413: f"a file is too large for {hub} (status 413)",
+            507: f"{hub} has no space left for {repo_id} (status 507)",
+        }
+        return reasons.get(status, f"{hub} answered with status {status}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token; log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is no name of a repository; take NAME/REPOSITORY"
+    if isinstance(error, httpx.ConnectError):
+        return f"{hub} cannot be reached"
+    if isinstance(error, httpx.TimeoutException):
+        return f"{hub} did not answer in time"
+    if isinstance(error, httpx.TransportError):
+        return f"the connection to {hub} broke"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "there is no space left on this machine"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---- Command line ----
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module.
+
+    Raises:
+        ValueError: nothing to push, or the Hub does not take it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="agevlm push",
+        description="Publish a finished checkpoint with its card: one commit, one tag per stage. What an interrupted "
+        "push has sent is not sent again.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="finished stage, or any AGE-VLM checkpoint")
+    parser.add_argument(
+        "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
+    )
+    parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
+    parser.add_argument("--branch", help="default: main, which keeps showing the latest stage")
+    options = parser.parse_args(argv)
+    if not options.folder.is_dir():
+        raise ValueError(f"There is no folder {options.folder}.")
+    record = push(options.folder, options.repo_id, private=not options.public, branch=options.branch)
+    print(f"{options.folder}: on the Hub as {_place(record)}")
+
+
+if __name__ == "__main__":
+    main()
