@@ -1,12 +1,12 @@
 """Several processes: each takes its share, one writes the output, and one process may finish what two began."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
@@ -51,11 +51,12 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
     assert read_masks(tmp_path / "two").to_list() == read_masks(tmp_path / "one").to_list()
 
     schema = JOURNAL_FEATURES.arrow_schema
-    begun = subprocess.Popen(launch("cut", "--batch-size", "1"), env=environment, start_new_session=True)
+    begun = subprocess.Popen(launch("cut", "--batch-size", "1"), env=environment)
     journal = tmp_path / "cut" / "journal"
     while begun.poll() is None and (not journal.exists() or len(Journals(journal, schema)) < 5):
         time.sleep(0.01)
-    os.killpg(begun.pid, signal.SIGKILL)
+    for process in [psutil.Process(begun.pid), *psutil.Process(begun.pid).children(recursive=True)]:
+        process.kill()
     begun.wait()
     assert 0 < len(Journals(journal, schema)) < 600
     ground.main(command("cut", "--batch-size", "64"))
