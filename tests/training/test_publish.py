@@ -10,10 +10,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import training_worker
 from hub_server import READ_TOKEN, TOKEN, HubServer, connect
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -358,6 +363,64 @@ def test_a_push_that_is_killed_shows_nothing_partial_and_the_next_one_finishes_i
 
 def lfs_files(stage: Path) -> list[bytes]:
     return [content for name, content in contents(stage).items() if name.endswith((".safetensors", ".png"))]
+
+
+WHOLE_RUN = """
+import sys
+import torch
+from training_worker import run_small_stage
+torch.set_num_threads(1)
+print("ready", flush=True)
+run_small_stage(sys.argv[1], push_to_hub=True, hub_model_id="org/m")
+"""
+
+
+def whole_run(folder: Path, hub: HubServer) -> subprocess.Popen:
+    """A stage with its push in a process of its own, which has imported everything."""
+    here = Path(training_worker.__file__).parent
+    known = {"PYTHONPATH": str(here), "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", WHOLE_RUN, str(folder)]
+    process = subprocess.Popen(command, env={**os.environ, **known}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_that_are_killed_anywhere_end_with_the_same_weights_here_and_on_the_hub(tmp_path, seed):
+    with HubServer(tmp_path / "whole-hub") as hub:
+        process, start = whole_run(tmp_path / "whole", hub), time.monotonic()
+        assert process.wait() == 0
+        duration = time.monotonic() - start
+    chance, kills = random.Random(seed), 0
+    with HubServer(tmp_path / "hub") as hub:
+        for number in range(4):
+            process = whole_run(tmp_path / "run", hub)
+            moment, seen = chance.randrange(1, MOMENTS), []
+
+            def kill_at_request(when: str, what: str, process=process, moment=moment, seen=seen) -> None:
+                seen.append(what)
+                if len(seen) == moment:
+                    process.kill()
+
+            if number % 2:  # while it talks to the Hub
+                hub.on_request = kill_at_request
+            else:  # at any time
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(chance.uniform(0, duration))
+                process.kill()
+            kills += process.wait() == -signal.SIGKILL
+            hub.on_request = lambda when, what: None
+            for repo in hub.repos.values():
+                for commit in [*repo.branches["main"], *repo.tags.values()]:
+                    shown = commit.files.keys()
+                    assert shown == {".gitattributes"} or shown >= ESSENTIAL
+        assert kills > 0
+        assert whole_run(tmp_path / "run", hub).wait() == 0
+        expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+        check_published(hub, tmp_path / "run", tag="stage3-ground")
 
 
 # ---- Stages ----
