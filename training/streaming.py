@@ -106,8 +106,8 @@ def is_streamed(rows: Any) -> bool:
 class ShardReader:
     """The transform of `open_shards`: numbers of rows to rows.
 
-    Files are opened and row groups kept (the last ones, up to `CACHE_BYTES`) in the process that reads; what travels
-    to a worker are names and numbers.
+    Files are opened and row groups kept (until they are read, at most `CACHE_BYTES`) in the process that reads; what
+    travels to a worker are names and numbers.
     """
 
     def __init__(self, files: Sequence[str], masks: Dataset | None = None):
@@ -146,11 +146,12 @@ class ShardReader:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": {}, "_cache": OrderedDict(), "_cached_bytes": 0}
+        return {**vars(self), "_opened": {}, "_cache": OrderedDict(), "_unread": {}, "_cached_bytes": 0}
 
     def _forget(self) -> None:
         self._opened: dict[str, pq.ParquetFile] = {}
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._unread: dict[int, int] = {}
         self._cached_bytes = 0
 
     def _open(self, name: str) -> pq.ParquetFile:
@@ -176,11 +177,23 @@ class ShardReader:
             raise ValueError(
                 f"{name}: row group {self.group_in_file[group]} cannot be read ({error}). Write the shard again."
             ) from error
-        self._cache[group] = table
+        self._cache[group], self._unread[group] = table, table.num_rows
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            self._drop(next(iter(self._cache)))
         return table
+
+    def _drop(self, group: int) -> None:
+        self._cached_bytes -= self._cache.pop(group).nbytes
+        del self._unread[group]
+
+    def _row(self, group: int, place: int) -> dict[str, Any]:
+        """One row of a row group, which is let go when as many rows as it has were read: an epoch reads each once."""
+        row = self._group(group).slice(place, 1).to_pylist()[0]
+        self._unread[group] -= 1
+        if not self._unread[group]:
+            self._drop(group)
+        return row
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         positions = np.asarray(batch[POSITION])
@@ -188,7 +201,7 @@ class ShardReader:
         mask_numbers = batch.get(MASK, [-1] * len(positions))
         rows = []
         for position, group, mask in zip(positions, groups, mask_numbers, strict=True):
-            row = self._group(int(group)).slice(int(position - self.starts[group]), 1).to_pylist()[0]
+            row = self._row(int(group), int(position - self.starts[group]))
             # What lies outside of the shard is not read: a name in it could be any file of this machine.
             row["images"] = [
                 _bytes_of(image, f"row {row['id']}, images[{index}]") for index, image in enumerate(row["images"])

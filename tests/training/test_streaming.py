@@ -90,11 +90,26 @@ def test_reader_keeps_few_row_groups_and_travels_without_them(folder, monkeypatc
     reader = rows.format["format_kwargs"]["transform"]
     one_group = reader._group(0).nbytes
     monkeypatch.setattr(streaming, "CACHE_BYTES", int(2.5 * one_group))
+    most = 0
     for place in OrderSampler(rows, seed=0):
         rows[place]
-    kept = sum(table.nbytes for table in reader._cache.values())
-    assert 0 < kept == reader._cached_bytes <= 2.5 * one_group
+        kept = sum(table.nbytes for table in reader._cache.values())
+        assert kept == reader._cached_bytes <= 2.5 * one_group
+        most = max(most, len(reader._cache))
+    assert most == 2
     assert len(pickle.dumps(rows)) < len(pickle.dumps(make_rows("gitg" * 5)))
+
+
+def test_a_row_group_is_let_go_when_it_has_been_read(folder):
+    rows = load_shards(str(folder), "captions", 1.0)
+    reader = rows.format["format_kwargs"]["transform"]
+    rows[0], rows[1]
+    assert list(reader._cache) == [0]
+    rows[2]
+    assert not reader._cache and not reader._unread and reader._cached_bytes == 0
+    for place in OrderSampler(rows, seed=0):
+        rows[place]
+    assert not reader._cache
 
 
 def test_fingerprint_knows_rows_and_masks_but_no_place(tmp_path, folder):
