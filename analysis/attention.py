@@ -14,11 +14,7 @@ noise glow.
 """
 
 import argparse
-import json
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +27,9 @@ from agevlm.data.rows import open_image
 
 from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
+from .files import file_name, save_arrays, save_image, save_json
 from .recording import Recorder, recording
-from .subjects import Subject, load_subject, unique_names
+from .subjects import Encoded, Subject, load_subject, unique_names
 
 
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
@@ -99,22 +96,18 @@ def attend(
             whose visual tokens cannot be placed on the picture.
     """
     subject = Subject(model, processor)
-    chosen = _layers(subject, layers)
+    chosen = choose_layers(subject, layers)
     question = question.strip()
     if not question:
         raise ValueError("the question is empty; ask something about the picture")
     encoded = subject.encode([image], [prompt or question], [question], answer_next=True)
     cells = cells_of(subject, image, encoded)
-    wanted = encoded.text_BT[0].nonzero()[:, 0]
-    length = encoded.text_BT.shape[1]
-    with recording(chosen, torch.cat([wanted, wanted.new_tensor([length - 1])])) as recorders:
+    with recording(chosen, _question_and_last(encoded)) as recorders:
         output = model.generate(
             **encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True
         )
-    generated = output[0, length:]
-    columns = slice(None) if encoded.image_BT is None else encoded.image_BT[0].nonzero()[:, 0].cpu()
-    looks = [_looks(recorder, columns, len(generated)) for recorder in recorders.values()]
-    weights, token_weights, mass = (np.stack(parts) for parts in zip(*looks, strict=True))
+    generated = output[0, encoded.text_BT.shape[1] :]
+    weights, token_weights, mass = _looks(recorders, encoded, len(generated))
     tokenizer = processor.tokenizer
     return Attended(
         answer=tokenizer.decode(generated, skip_special_tokens=True).strip(),
@@ -128,7 +121,26 @@ def attend(
     )
 
 
-def _layers(subject: Subject, wanted: Sequence[int] | None) -> dict[int, torch.nn.Module]:
+@torch.inference_mode()
+def question_look(
+    subject: Subject, image: Image.Image, question: str, layers: Sequence[int] | None = None
+) -> tuple[Cells, np.ndarray, np.ndarray]:
+    """The look of the question's tokens alone, without an answer: cells, `weights (K, V)` and `image_mass (K,)` of
+    [`Attended`]."""
+    encoded = subject.encode([image], [question], answer_next=True)
+    with recording(choose_layers(subject, layers), _question_and_last(encoded)) as recorders:
+        subject.model.base_model(**encoded.inputs, use_cache=False)
+    weights, _, mass = _looks(recorders, encoded, 0)
+    return cells_of(subject, image, encoded), weights, mass
+
+
+def _question_and_last(encoded: Encoded) -> torch.Tensor:
+    """Positions of the question's tokens, and of the prompt's last one, which predicts the first of the answer."""
+    return torch.cat([encoded.text_BT[0].nonzero()[:, 0].cpu(), torch.tensor([encoded.text_BT.shape[1] - 1])])
+
+
+def choose_layers(subject: Subject, wanted: Sequence[int] | None) -> dict[int, torch.nn.Module]:
+    """Index -> attention of the wanted layers; by default all cross layers, or the first self-attention layer."""
     known = subject.attention
     if wanted is None:
         wanted = list(known)[:1] if subject.concatenates else list(known)
@@ -138,15 +150,24 @@ def _layers(subject: Subject, wanted: Sequence[int] | None) -> dict[int, torch.n
     return {index: known[index] for index in sorted(set(wanted))}
 
 
-def _looks(recorder: Recorder, columns: Any, generated: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """One layer: attention on the visual tokens, of the question `(V,)` and of every generated token `(N, V)`, each
-    summing to 1, and the share of the question's attention that is on them."""
-    prompt, *steps = (weights.numpy()[:, columns] for weights in recorder.weights)
-    question, last = prompt[:-1].mean(0), prompt[-1:]
-    tokens = np.concatenate([last, *steps])[:generated]
-    totals = tokens.sum(1, keepdims=True)
-    mass = question.sum()
-    return question / (mass or 1), tokens / np.where(totals > 0, totals, 1), mass
+def _looks(
+    recorders: Mapping[int, Recorder], encoded: Encoded, generated: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attention on the visual tokens per layer, each summing to 1: of the question `(K, V)` and of every generated
+    token `(K, N, V)`; and the share of the question's attention that is on them, `(K,)`."""
+    columns: Any = slice(None) if encoded.image_BT is None else encoded.image_BT[0].cpu().numpy()
+    questions, answers, masses = [], [], []
+    for recorder in recorders.values():
+        prompt, *steps = (weights.numpy() for weights in recorder.weights)
+        # Later steps have more keys: the text that has been generated.
+        last = [row[:, : prompt.shape[1]][:, columns] for row in (prompt[-1:], *steps)]
+        tokens = np.concatenate(last)[:generated]
+        question = prompt[:-1, columns].mean(0)
+        totals = tokens.sum(1, keepdims=True)
+        questions.append(question / (question.sum() or 1))
+        answers.append(tokens / np.where(totals > 0, totals, 1))
+        masses.append(question.sum())
+    return np.stack(questions), np.stack(answers), np.stack(masses)
 
 
 def in_mask_mass(attended: Attended, mask: Image.Image) -> float:
@@ -225,9 +246,9 @@ def write_attention(
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "models": {}}
     arrays: dict[str, Any] = {}
     for name, result in attended.items():
-        pictures = {kind: f"{kind}-{_file_name(name)}.png" for kind in ("overlay", "tokens")}
-        _save(overlay(image, result.mean, peak, mask), output / pictures["overlay"])
-        _save(draw_tokens(result, image, f"{name}: {question}", mask), output / pictures["tokens"])
+        pictures = {kind: f"{kind}-{file_name(name)}.png" for kind in ("overlay", "tokens")}
+        save_image(overlay(image, result.mean, peak, mask), output / pictures["overlay"])
+        save_image(draw_tokens(result, image, f"{name}: {question}", mask), output / pictures["tokens"])
         summary["models"][name] = {
             "answer": result.answer,
             "generated": result.tokens,
@@ -240,7 +261,7 @@ def write_attention(
         token_maps = np.stack([result.token_map(index).astype(np.float16) for index in range(len(result.tokens))])
         arrays |= {f"{name}/maps": result.maps, f"{name}/mean": result.mean, f"{name}/token_maps": token_maps}
         arrays |= {f"{name}/weights": result.weights, f"{name}/token_weights": result.token_weights}
-    _save(draw_panels(attended, image, question, mask), output / "panels.png")
+    save_image(draw_panels(attended, image, question, mask), output / "panels.png")
     save_arrays(arrays, output / "maps.npz")
     save_json(summary, output / "attention.json")
     return summary
@@ -276,13 +297,13 @@ def write_examples(
         asked = row["question"] if prompt is None else prompt(row)
         attended = {name: attend(*pair, image, question, prompt=asked) for name, pair in models.items()}
         peak = _shared_peak(attended.values(), lambda result: result.mean)
-        stem = _file_name(row["id"])
+        stem = file_name(row["id"])
         picture = output / f"{stem}.png"
-        _save(image if mask is None else outline(image, mask), picture)
+        save_image(image if mask is None else outline(image, mask), picture)
         drawn = []
         for name, result in attended.items():
-            path = output / f"{stem}-{_file_name(name)}.png"
-            _save(overlay(image, result.mean, peak, mask), path)
+            path = output / f"{stem}-{file_name(name)}.png"
+            save_image(overlay(image, result.mean, peak, mask), path)
             drawn.append(
                 {
                     "title": name,
@@ -303,37 +324,6 @@ def write_examples(
             }
         )
     return examples
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` once it has been written."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
-    """Compressed `.npz`, without pickle."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def save_json(content: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        image.save(temporary)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -167,3 +167,23 @@ CONCATENATING = {
     "qwen": qwen,
 }
 EVERY = {"ours": ours, **CONCATENATING}
+
+
+def force(subject, token: int) -> None:
+    """Queries and keys of every layer that looks: all on one visual token. In the slowest rotary pair, which turns by
+    a thousandth per token."""
+    width = 8
+
+    def spread(output, places):
+        states = torch.zeros_like(output).unflatten(-1, (-1, width))
+        states[:, places, :, width // 2 - 1] = 20.0
+        return states.flatten(-2)
+
+    for module in subject.attention.values():
+        places = [token]
+
+        def key(_, __, output, places=places):
+            return spread(output, places if output.shape[1] > 1 else [])
+
+        module.q_proj.register_forward_hook(lambda _, __, output: spread(output, slice(None)))
+        module.k_proj.register_forward_hook(key)

@@ -30,6 +30,11 @@ VERBS = {
     "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": ("agevlm.evaluation.run", "Evaluate checkpoints on the benchmarks of a scenes folder."),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
+    "analyze similarity": (
+        "agevlm.analysis.similarity",
+        "Measure whether hidden states tell a picture's own text from another's.",
+    ),
+    "analyze padding": ("agevlm.analysis.padding", "Measure how much attention goes to padding; pad, stretch, crop."),
     "ground": ("agevlm.ground", "Make masks from texts: Florence-2 + SAM and others; view, quality, COCO."),
     "convert": ("agevlm.baselines.convert", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
     "push": ("agevlm.training.publish", "Publish a finished checkpoint on the Hub: one commit, one tag per stage."),

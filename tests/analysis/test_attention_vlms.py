@@ -6,7 +6,7 @@ import torch
 
 from agevlm.analysis.attention import attend, in_mask_mass, write_attention
 from builders import mask, picture, tiny_model, tiny_processor
-from vlms import CONCATENATING, EVERY, fast_vlm, llava, ours
+from vlms import CONCATENATING, EVERY, fast_vlm, force, llava, ours
 
 
 QUESTION = "Is there a red apple?"
@@ -20,26 +20,6 @@ CELLS = {
     "smolvlm": (4 + 3, (75, 15, 100, 30)),  # last of the second tile, which is the upper right quarter
     "qwen": (7, (40, 20, 60, 40)),  # 3 rows of 5
 }
-
-
-def force(subject, token: int) -> None:
-    """Queries and keys of every layer that looks: all on one visual token. In the slowest rotary pair, which turns by
-    a thousandth per token."""
-    width = 8
-
-    def spread(output, places):
-        states = torch.zeros_like(output).unflatten(-1, (-1, width))
-        states[:, places, :, width // 2 - 1] = 20.0
-        return states.flatten(-2)
-
-    for module in subject.attention.values():
-        places = [token]
-
-        def key(_, __, output, places=places):
-            return spread(output, places if output.shape[1] > 1 else [])
-
-        module.q_proj.register_forward_hook(lambda _, __, output: spread(output, slice(None)))
-        module.k_proj.register_forward_hook(key)
 
 
 @pytest.mark.parametrize("name", EVERY)

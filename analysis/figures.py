@@ -1,0 +1,102 @@
+"""Figures of the analyses as PNG files: histograms as in the paper's figure 2, and curves over layers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .files import replacing
+
+
+MATCHED, MISMATCHED = "#1f77b4", "#d95f02"
+COLOURS = {
+    "centroid": "#1f77b4",
+    "pairwise": "#6baed6",
+    "max": "#31a354",
+    "centred": "#d95f02",
+    "qk_cosine": "#756bb1",
+    "qk_logit": "#9e9ac8",
+}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_histogram(
+    matched: np.ndarray, mismatched: np.ndarray, name: str, numbers: Mapping[str, Any], output: Path
+) -> None:
+    """`histogram.png`: densities of both, on the range that there is."""
+    figure = Figure(figsize=(5.2, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    low, high = min(matched.min(), mismatched.min()), max(matched.max(), mismatched.max())
+    edges = np.linspace(low - 1e-6, high + 1e-6, 41).tolist()
+    axes.hist(matched, edges, density=True, alpha=0.6, color=MATCHED, label="matching")
+    axes.hist(mismatched, edges, density=True, alpha=0.6, color=MISMATCHED, label="non-matching")
+    axes.set_xlabel(f"{numbers['measure']} cosine, layer {numbers['layer']}")
+    axes.set_ylabel("density")
+    axes.set_title(f"{name}: AUROC {numbers['auroc']:.3f}, overlap {numbers['overlap']:.2f}", fontsize=10)
+    axes.legend(frameon=False)
+    _bare(axes)
+    _save(figure, output / "histogram.png")
+
+
+def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, output: Path) -> None:
+    """`layers.png`: AUROC with its interval per layer and measure, and the mean cosines that figure 2 shows."""
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for measure, entries in measures.items():
+        layers = [entry["layer"] for entry in entries]
+        low, high = zip(*(entry["auroc_interval"] for entry in entries), strict=True)
+        left.plot(layers, [entry["auroc"] for entry in entries], "o-", ms=3, color=COLOURS[measure], label=measure)
+        left.fill_between(layers, low, high, color=COLOURS[measure], alpha=0.12, lw=0)
+    left.axhline(0.5, color="grey", lw=0.8, ls="--")
+    left.set_ylabel("AUROC, matching over non-matching")
+    left.legend(frameon=False, fontsize=8)
+    for measure in ("centroid", "centred"):
+        entries = measures[measure]
+        layers = [entry["layer"] for entry in entries]
+        for side, style in (("matched", "-"), ("mismatched", "--")):
+            means = [entry[side]["mean"] for entry in entries]
+            right.plot(layers, means, style, color=COLOURS[measure], label=f"{measure}, {side}")
+    right.set_ylabel("mean cosine")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _bare(axes)
+    figure.suptitle(name, fontsize=10)
+    _save(figure, output / "layers.png")
+
+
+def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: Path) -> None:
+    """`padding.png`: enrichment of the cells that padding leaves empty, per layer and variant, with intervals."""
+    figure = Figure(figsize=(5.2, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    colours = {"own": "#636363", "pad": MISMATCHED, "stretch": MATCHED, "crop": "#31a354"}
+    for variant, entry in variants.items():
+        entries = [layer for layer in entry["layers"] if layer["enrichment"] is not None]
+        if not entries:
+            continue  # nothing is padded
+        layers = [layer["layer"] for layer in entries]
+        values = [layer["enrichment"] for layer in entries]
+        low, high = zip(*(layer["interval"] for layer in entries), strict=True)
+        axes.plot(layers, values, "o-", ms=3, color=colours[variant], label=variant)
+        axes.fill_between(layers, low, high, color=colours[variant], alpha=0.15, lw=0)
+    axes.axhline(1, color="grey", lw=0.8, ls="--")
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("attention over area")
+    axes.set_title(f"{name}: cells that padding leaves empty", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    _bare(axes)
+    _save(figure, output / "padding.png")

@@ -1,0 +1,227 @@
+"""Similarity on cases with a known answer, and on every kind of model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agevlm.analysis.pairs import Pair, load_pairs
+from agevlm.analysis.separation import derangement, overlap, separation
+from agevlm.analysis.similarity import (
+    HIDDEN,
+    QUERY_KEY,
+    centred,
+    main,
+    measure_similarity,
+    reduce_heads,
+    reduce_tokens,
+    score_batch,
+    score_pairs,
+)
+from builders import picture, tiny_model, tiny_processor
+from vlms import EVERY, llava, ours
+
+
+TEXTS = ["a red apple", "two blue cars on the left", "the green tree of a house", "a yellow image", "no cars"]
+PAIRS = [Pair(str(i), picture(60 + 8 * i, 60, seed=i), text) for i, text in enumerate(TEXTS)]
+
+
+def test_identical_states_score_one_and_random_ones_nothing():
+    states = torch.randn(1, 64).expand(5, 64)
+    assert all(value == pytest.approx(1, abs=1e-5) for value in reduce_tokens(states, states[:3]).values())
+    torch.manual_seed(0)
+    image, text = torch.randn(500, 4096), torch.randn(200, 4096)
+    scores = reduce_tokens(image, text)
+    assert abs(scores["centroid"]) < 0.05 and abs(scores["pairwise"]) < 0.01
+    assert scores["max"] == pytest.approx((2 * np.log(500) / 4096) ** 0.5, rel=0.2)  # the largest of 500 normals
+    heads = reduce_heads(states[None].expand(4, -1, -1), states[None].expand(2, -1, -1), 0.5)
+    assert heads["qk_cosine"] == pytest.approx(1, abs=1e-5)
+    assert heads["qk_logit"] == pytest.approx(0.5 * float(states[0] @ states[0]), rel=1e-4)
+    opposite = reduce_tokens(states, -states)
+    assert all(value == pytest.approx(-1, abs=1e-5) for value in opposite.values())
+
+
+def test_reductions_are_what_their_names_say():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 8), torch.randn(4, 8)
+    table = torch.stack([torch.cosine_similarity(image, word[None]) for word in text])
+    scores = reduce_tokens(image, text)
+    torch.testing.assert_close(scores["pairwise"], table.mean())
+    torch.testing.assert_close(scores["max"], table.max(1).values.mean())
+    query, key = torch.randn(4, 3, 8), torch.randn(2, 5, 8)
+    logits = query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.3
+    torch.testing.assert_close(reduce_heads(query, key, 0.3)["qk_logit"], logits.mean())
+
+
+@given(st.integers(2, 60), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_no_pair_is_left_in_its_place(n, seed):
+    partner = derangement(n, seed)
+    assert sorted(partner) == list(range(n)) and (partner != np.arange(n)).all()
+    np.testing.assert_array_equal(partner, derangement(n, seed))
+
+
+def test_separation_of_known_samples():
+    generator = np.random.default_rng(0)
+    base = generator.normal(0, 0.1, 400)
+    same = separation(base, [base, base])
+    assert same["auroc"] == 0.5 and same["overlap"] == 1 and same["cohens_d"] == 0
+    apart = separation(base + 0.9, [base - 0.9])
+    assert apart["auroc"] == 1 and apart["overlap"] == 0 and apart["auroc_interval"] == [1, 1]
+    constant = separation(np.ones(5), [np.ones(5)])
+    assert constant["auroc"] == 0.5 and constant["cohens_d"] is None
+    # Normals one deviation apart: d = 1, AUROC = Phi(1 / sqrt 2) = 0.760.
+    shifted = separation(base + 0.1, [generator.normal(0, 0.1, 400), generator.normal(0, 0.1, 400)])
+    assert shifted["cohens_d"] == pytest.approx(1, abs=0.15)
+    assert shifted["auroc"] == pytest.approx(0.76, abs=0.03)
+    assert shifted["auroc"] == pytest.approx(np.mean(shifted["auroc_seeds"]))
+    low, high = shifted["auroc_interval"]
+    assert low < shifted["auroc"] < high and 0.03 < high - low < 0.09
+    assert overlap(np.array([0.0, 0.5]), np.array([0.5, 0.5])) == 0.5
+
+
+def test_the_interval_holds_the_truth():
+    """In about 95 of 100 samples of two equal distributions the interval holds 0.5."""
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(100):
+        low, high = separation(generator.normal(size=60), [generator.normal(size=60)])["auroc_interval"]
+        held += low <= 0.5 <= high
+    assert held >= 88
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_of_model(name):
+    subject = EVERY[name]()
+    summary, arrays = measure_similarity(subject, PAIRS, seeds=(0, 1), batch_size=2, progress=False)
+    layers = 3 if subject.concatenates else 6
+    assert summary["headline"]["layer"] == (2 if subject.concatenates else 4)
+    assert {name: len(entries) for name, entries in summary["measures"].items()} == (
+        dict.fromkeys(HIDDEN, layers) | dict.fromkeys(QUERY_KEY, 2)
+    )
+    assert {key.split("/")[0] for key in arrays} == {"matched", "mismatched-0", "mismatched-1"}
+    for key, values in arrays.items():
+        assert values.shape == (2 if "qk" in key else layers, len(PAIRS)) and np.isfinite(values).all()
+        assert "logit" in key or np.abs(values).max() <= 1 + 1e-5
+    # Batches, and the rows beside a row, change nothing.
+    (alone,) = score_batch(subject, subject.encode([PAIRS[1].image], [TEXTS[1]]))
+    for measure in ("centroid", "max", *QUERY_KEY):
+        np.testing.assert_allclose(arrays[f"matched/{measure}"][:, 1], alone[measure], atol=2e-4)
+
+
+def test_states_are_those_of_the_model():
+    """LLaVA: recomputed from its own hidden states, and from its first layer's projections by hand."""
+    subject = llava()
+    encoded = subject.encode([PAIRS[0].image], [TEXTS[0]])
+    (scores,) = score_batch(subject, encoded)
+    with torch.no_grad():
+        states = subject.model.model(**encoded.inputs, output_hidden_states=True).hidden_states
+        layer = subject.decoder.layers[0]
+        normed = layer.input_layernorm(states[0][0])
+        query, key = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
+    words, cells = encoded.text_BT[0], encoded.image_BT[0]
+    assert subject.processor.tokenizer.decode(encoded.inputs["input_ids"][0][words]).strip() == TEXTS[0]
+    assert cells.sum() == 9
+    for index, layer_states in enumerate(states):
+        expected = torch.cosine_similarity(layer_states[0, cells].mean(0), layer_states[0, words].mean(0), dim=0)
+        assert scores["centroid"][index] == pytest.approx(float(expected), abs=1e-5)
+    query = query[words].unflatten(-1, (4, 8)).mean(0)
+    key = key[cells].unflatten(-1, (2, 8)).mean(0).repeat_interleave(2, 0)
+    assert scores["qk_cosine"][0] == pytest.approx(float(torch.cosine_similarity(query, key).mean()), abs=1e-5)
+
+
+def test_ours_compares_the_projected_picture_with_the_stream():
+    """The picture's side is one and the same in every layer; padded cells are not part of it."""
+    subject = ours()
+    encoded = subject.encode([picture(100, 30)], [TEXTS[0]])
+    (scores,) = score_batch(subject, encoded)
+    assert scores["image_means"].shape == (1, 32) and scores["text_means"].shape == (6, 32)
+    with torch.no_grad():
+        states = subject.model.model(**encoded.inputs).image_hidden_states[0, 0]
+    visible = encoded.inputs["visual_token_mask"][0, 0].bool()
+    assert 0 < visible.sum() < 9
+    np.testing.assert_allclose(scores["image_means"][0], states[visible].mean(0).numpy(), atol=1e-6)
+
+
+def test_a_common_part_hides_what_centring_shows():
+    """States that share a large offset: every cosine is near 1, and only centring tells the pairs apart."""
+    generator = np.random.default_rng(0)
+    shared, own = 50 * generator.normal(size=64), generator.normal(size=(1, 30, 64))
+    other = own[:, derangement(30, 0)]
+
+    class Run:
+        def __init__(self, text):
+            self.image_means, self.text_means = own + shared, text + shared
+
+    matched, mismatched = centred([Run(own), Run(other)])
+    assert matched.min() > 0.99 and np.abs(mismatched.mean()) < 0.1
+    plain = (Run(own).image_means * Run(other).text_means).sum(-1)
+    norms = np.linalg.norm(Run(own).image_means, axis=-1) * np.linalg.norm(Run(other).text_means, axis=-1)
+    assert (plain / norms).min() > 0.99
+
+
+def test_a_model_that_copies_the_picture_into_the_text_is_told_apart():
+    """A stand-in for perfect alignment: the same scores, with text states equal to the image's where they match."""
+    torch.manual_seed(0)
+    images = torch.randn(40, 9, 32)
+    partner = derangement(40, 0)
+    matched = [float(reduce_tokens(image, image)["centroid"]) for image in images]
+    mismatched = [float(reduce_tokens(images[i], images[partner[i]])["centroid"]) for i in range(40)]
+    assert separation(np.array(matched), [np.array(mismatched)])["auroc"] == 1
+
+
+def test_batches_do_not_matter():
+    subject = ours()
+    images = [pair.image for pair in PAIRS]
+    one, all_ = (score_pairs(subject, images, TEXTS, size, "", progress=False) for size in (1, 5))
+    for name in one.hidden:
+        np.testing.assert_allclose(one.hidden[name], all_.hidden[name], atol=1e-5)
+
+
+def _write_rows(path, rows):
+    features = {"id": Value("string"), "image": Image(), "question": Value("string"), "mask": Image()}
+    Dataset.from_list(rows, features=Features(features)).to_parquet(path)
+
+
+def test_pairs_from_a_file(tmp_path):
+    rows = [
+        {"id": "a", "image": picture(), "question": "Is it red?\nYes or no", "mask": None},
+        {"id": "b", "image": picture(seed=1), "question": "Is it red?", "mask": None},
+        {"id": "c", "image": {"bytes": b"broken", "path": None}, "question": "Broken?", "mask": None},
+        {"id": "d", "image": picture(seed=2), "question": "Is it blue?", "mask": None},
+    ]
+    _write_rows(tmp_path / "rows.parquet", rows)
+    pairs, left_out = load_pairs(tmp_path / "rows.parquet", 10, distinct=True)
+    assert [(pair.id, pair.text) for pair in pairs] == [("a", "Is it red?"), ("d", "Is it blue?")]
+    assert left_out == 2
+    assert [pair.id for pair in load_pairs(tmp_path / "rows.parquet", 10)[0]] == ["a", "b", "d"]
+    with pytest.raises(ValueError, match="row c, field image: the picture cannot be decoded"):
+        load_pairs(tmp_path / "rows.parquet", 10, strict=True)
+    with pytest.raises(ValueError, match="no text in title"):
+        load_pairs(tmp_path / "rows.parquet", 10, "title", strict=True)
+    with pytest.raises(ValueError, match="0 usable pair"):
+        load_pairs(tmp_path / "rows.parquet", 10, "title")
+    with pytest.raises(ValueError, match="neither a folder of scenes nor a file"):
+        load_pairs(tmp_path / "rows.txt", 10)
+    with pytest.raises(ValueError, match="there is no"):
+        load_pairs(tmp_path, 10)
+
+
+def test_command_line(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    rows = [{"id": str(i), "image": pair.image, "question": pair.text, "mask": None} for i, pair in enumerate(PAIRS)]
+    _write_rows(tmp_path / "rows.parquet", rows)
+    main([str(tmp_path / "model"), str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--seeds", "2"])
+    assert "over 5 pairs (0 rows left out)" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"similarity.json", "scores.npz", "histogram.png", "layers.png"}
+    summary = json.loads((tmp_path / "out" / "similarity.json").read_text(encoding="utf-8"))
+    assert summary["seeds"] == [0, 1] and summary["headline"]["measure"] == "centroid"
+    with np.load(tmp_path / "out" / "scores.npz", allow_pickle=False) as scores:
+        headline = scores["matched/centroid"][4]
+    assert summary["headline"]["matched"]["mean"] == pytest.approx(float(headline.mean()), abs=1e-6)
