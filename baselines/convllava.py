@@ -1,8 +1,6 @@
 """ConvLLaVA (768, 1024, 1536) as transformers' own `FastVlmForConditionalGeneration` around a ConvNeXt.
 
-FastVLM is what ConvLLaVA is: the tower's last map, row by row, through two linear layers into the prompt. Its
-configuration takes any tower that transformers knows; ConvNeXt's needs the field `hidden_size` beside its own. Five
-stages (stride 64) or four, as the tensors say.
+FastVLM is what ConvLLaVA is (`fast_vlm.py`). Five stages (stride 64) or four, as the tensors say.
 
 Which tower? The authors' loader ignores the tower inside the checkpoint and takes `mm_vision_tower`, the one after
 their second stage. So does this, unless told otherwise; how far the two differ is measured and recorded.
@@ -11,8 +9,9 @@ their second stage. So does this, unless told otherwise; how far the two differ 
 from typing import Any
 
 import torch
-from transformers import ConvNextConfig, FastVlmConfig, FastVlmForConditionalGeneration
+from transformers import FastVlmForConditionalGeneration
 
+from agevlm.baselines.fast_vlm import fast_vlm_config, tower_stride
 from agevlm.baselines.layout import LANGUAGE_MODEL, LEFT_OUT, Target, find_origins, read_config, text_config
 from agevlm.baselines.prompt import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN, build_processor, load_tokenizer
 from agevlm.baselines.weights import Weights
@@ -29,27 +28,6 @@ RENAMES = (
     (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
 )
 FIRST = "embeddings.patch_embeddings.weight"
-
-
-def fast_vlm_config(tower: ConvNextConfig, text: Any, image_token_id: int, image_size: int) -> FastVlmConfig:
-    """FastVLM's configuration around a ConvNeXt.
-
-    Raises:
-        ValueError: pictures that the tower's stride does not divide.
-    """
-    stride = tower_stride(tower)
-    if image_size % stride:
-        raise ValueError(f"Pictures of {image_size} pixels are no multiple of the tower's stride of {stride}.")
-    return FastVlmConfig(
-        vision_config={**tower.to_dict(), "hidden_size": tower.hidden_sizes[-1], "image_size": image_size},
-        text_config=text, image_token_index=image_token_id, image_seq_length=(image_size // stride) ** 2,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )  # fmt: skip
-
-
-def tower_stride(tower: ConvNextConfig) -> int:
-    """Pixels along the side of one visual token."""
-    return tower.patch_size * 2 ** (tower.num_stages - 1)
 
 
 def picture_settings(source: Source, config: dict[str, Any]) -> dict[str, Any]:

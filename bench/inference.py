@@ -39,7 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Cache,
     ConvNextConfig,
-    FastVlmConfig,
     FastVlmForConditionalGeneration,
     LlamaConfig,
     MllamaConfig,
@@ -49,6 +48,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from agevlm.baselines.fast_vlm import fast_vlm_config
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 
 
@@ -159,12 +159,9 @@ def contestants(size: dict, tokens: int, batch: int, dtype: torch.dtype) -> dict
 
     twin = build(
         FastVlmForConditionalGeneration,
-        FastVlmConfig(
-            text_config=text_config, image_token_index=IMAGE_TOKEN, image_seq_length=cells, tie_word_embeddings=True,
-            vision_config={**vision_config.to_dict(), "hidden_size": size["vision"]["hidden_sizes"][-1]},
-        ),
+        fast_vlm_config(vision_config, text_config, IMAGE_TOKEN, size["pixels"]),
         dtype,
-    )  # fmt: skip
+    )
     long_ids = torch.cat([torch.full((batch, cells), IMAGE_TOKEN), ids[:, 1:], ids[:, -1:]], dim=1)
 
     def twin_prefill(features):

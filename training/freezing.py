@@ -77,7 +77,8 @@ def set_trainable(model: PreTrainedModel, parts: Iterable[str], frozen: Iterable
 def _parameters(model: PreTrainedModel, part: str) -> Iterator[nn.Parameter]:
     tower = model.model.vision_tower
     if part == "vision_all":
-        yield from tower.parameters()
+        # A stock ConvNeXt (`baselines/twin.py`) also has the pooled vector's norm, which nothing reads.
+        yield from (p for name, p in tower.named_parameters() if not name.startswith("layernorm."))
     elif part == "vision_last_stage":
         yield from tower.encoder.stages[-1].parameters()
     elif part == "vision_last_block":
