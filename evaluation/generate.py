@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from .benchmark import Benchmark, Row, verdict
-from .inputs import RowError, encode, row_image
+from .inputs import RowError, each_picture_once, encode, picture_key, row_image
 from .processes import gather, my_share, rank, wait
 
 
@@ -132,7 +132,8 @@ def _answer(
                 raise
             lines.append(_line(row["id"], benchmark.prompt(row), error=str(error)))
     if usable:
-        outputs = answer_batch(model, processor, images, [benchmark.prompt(row) for row in usable], max_new_tokens)
+        with each_picture_once(model, [picture_key(row) for row in usable]):
+            outputs = answer_batch(model, processor, images, [benchmark.prompt(row) for row in usable], max_new_tokens)
         for row, output in zip(usable, outputs, strict=True):
             parsed = benchmark.parse(row, output)
             lines.append(_line(row["id"], benchmark.prompt(row), output, parsed, verdict(benchmark, row, parsed)))

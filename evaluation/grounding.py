@@ -22,7 +22,7 @@ from datasets import Image as ImageFeature
 from tqdm import tqdm
 
 from .benchmark import Benchmark, Metrics, Row
-from .inputs import RowError, encode, messages, row_image, row_mask
+from .inputs import RowError, each_picture_once, encode, messages, picture_key, row_image, row_mask
 from .processes import gather, my_share, rank
 
 
@@ -153,7 +153,7 @@ def _measure_batch(
     # V = N * L with one picture per row
     cells = batch.pop("guidance_mask").flatten(1).bool().cpu().numpy()
     visible = batch["visual_token_mask"].flatten(1).bool().cpu().numpy()
-    with torch.inference_mode():
+    with torch.inference_mode(), each_picture_once(model, [picture_key(row) for row in usable]):
         maps = model.base_model(**batch, use_cache=False).cross_attention_maps  # (K, B, V)
     maps = maps.float().cpu().numpy()
     mass, pointing = mass_and_pointing(maps, cells)

@@ -3,8 +3,8 @@
 `aAcc`: over questions. `fAcc`: share of figures all of whose questions are right. `qAcc`: share of questions that are
 right on all their figures. `paper`: VLMEvalKit's reading of the 951 rows with a picture, which the paper's numbers
 fit. `official` (all 1129 rows) and `lmms-eval` (951) are scored by a judge alone, who compares the answer with the
-row's `gt_answer_details`; saying nothing definite ("unclear") is right where a picture is needed and none was given. Their
-rule-based columns are those of `paper`.
+row's `gt_answer_details`; saying nothing definite ("unclear") is right where a picture is needed and none is there.
+Their rule-based columns are those of `paper`.
 Deviation: a judge's nonsense is "unjudged" and wrong; officially it is "unclear".
 """
 

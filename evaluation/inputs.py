@@ -3,7 +3,8 @@
 Any processor with a chat template will do: messages are transformers' lists of parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,43 @@ from PIL import Image
 from agevlm.data.rows import open_image
 
 from .benchmark import Row
+
+
+def picture_key(row: Row) -> Any:
+    """The same for rows that show the same stored picture."""
+    image = row["image"]
+    return (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else id(image)
+
+
+@contextmanager
+def each_picture_once(model: Any, keys: Sequence[Any]) -> Iterator[None]:
+    """While it lasts, the vision tower of a model of ours sees the distinct pictures of a batch alone.
+
+    Benchmarks ask several questions about a picture (POPE six), and the tower is most of the work of a short answer.
+    `keys`: one per row of the batch, equal where rows show the same picture. Other models are left alone.
+    """
+    tower = getattr(getattr(model, "model", None), "vision_tower", None)
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    if tower is None or model.config.model_type != "agevlm" or len(first) == len(keys):
+        yield
+        return
+    chosen = sorted(first.values())
+    place = {row: index for index, row in enumerate(chosen)}
+    spread = [place[first[key]] for key in keys]
+
+    def reduce(module: torch.nn.Module, inputs: tuple) -> tuple:
+        return (inputs[0][chosen], *inputs[1:])
+
+    def expand(module: torch.nn.Module, inputs: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[spread]
+        return output
+
+    hooks = [tower.register_forward_pre_hook(reduce), tower.register_forward_hook(expand)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class RowError(ValueError):

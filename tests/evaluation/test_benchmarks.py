@@ -1,28 +1,15 @@
 """Scores: constant answers have known values, on made-up rows and (where they lie at hand) on the public files."""
 
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from public_data import public
 
 from agevlm.evaluation.benchmark import check_fields, verdict
 from agevlm.evaluation.run import choose
 
 
 pope, cvbench, ocrbench, hallusionbench, realworldqa = choose(["all"])
-
-
-PUBLIC = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
-
-def public(name: str) -> list:
-    path = PUBLIC / name
-    if not path.exists():
-        pytest.skip(f"{name} is not at hand")
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
 
 
 # -- POPE ------------------------------------------------------------------------------------------------------------

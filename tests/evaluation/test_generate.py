@@ -65,6 +65,24 @@ def test_batches_equal_single_rows(model, processor, tmp_path):
     assert single[0]["prompt"] == "Is there a apple in the image? Please answer yes or no."
 
 
+def test_the_tower_sees_each_picture_once(model, processor, tmp_path, monkeypatch):
+    """Six questions about two pictures: the same answers as from six copies, two pictures seen."""
+    same = rows()
+    images = [same[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
+    same = same.remove_columns("image").add_column("image", images)
+    same = same.cast_column("image", ImageFeature(decode=False))
+    seen = []
+    watch = model.model.vision_tower.embeddings.register_forward_hook(lambda *call: seen.append(len(call[1][0])))
+    shared = generate(model, processor, same, tmp_path / "shared", batch_size=6)
+    assert seen == [2]
+    monkeypatch.setattr("agevlm.evaluation.generate.picture_key", lambda row: row["id"])
+    assert generate(model, processor, same, tmp_path / "apart", batch_size=6) == shared
+    assert seen == [2, 6]
+    watch.remove()
+    assert len({line["output"] for line in shared}) > 1
+    assert not model.model.vision_tower._forward_hooks and not model.model.vision_tower._forward_pre_hooks
+
+
 def test_predictions_are_on_disk_as_returned(model, processor, tmp_path):
     predictions = generate(model, processor, rows(), tmp_path)
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,146 @@
+"""The results page (docs/results.md) out of `metrics.json` files, beside the paper's Table 2.
+
+    python -m agevlm.evaluation.leaderboard docs/results/*/metrics.json --output docs/results.md
+
+The paper's rows are the paper's: printed in its Table 2, not measured here. Models evaluated on the published sets
+stand beside them in its columns and units; models evaluated on scenes, which are other questions, in tables of their
+own.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .benchmark import Metrics
+from .generate import write_text
+from .tables import benchmark_lines, grounding_lines, lookup, markdown_table
+
+
+# Columns of Table 2: title, benchmark, path of the metric, factor into the paper's units, decimals.
+COLUMNS: tuple[tuple[str, str, tuple[str, ...], float, int], ...] = (
+    ("HallusionBench aAcc", "hallusionbench", ("aAcc",), 1, 2),
+    ("fAcc", "hallusionbench", ("fAcc",), 1, 2),
+    ("qAcc", "hallusionbench", ("qAcc",), 1, 2),
+    ("OCRBench scene", "ocrbench", ("categories", "Scene Text-centric VQA"), 1, 0),
+    ("OCRBench key info.", "ocrbench", ("categories", "Key Information Extraction"), 1, 0),
+    ("CV-Bench 2D", "cvbench", ("2D",), 0.01, 2),
+    ("CV-Bench 3D", "cvbench", ("3D",), 0.01, 2),
+    ("RealWorldQA", "realworldqa", ("accuracy",), 0.01, 2),
+    ("POPE", "pope", ("f1",), 1, 2),
+)
+PAPER = {
+    "CA-Baseline": (40.38, 13.87, 11.21, 148, 51, 0.62, 0.50, 0.47, 85.11),
+    "ConvLLaVA": (24.71, 8.96, 4.84, 117, 26, 0.59, 0.57, 0.51, 77.76),
+    "mobile-vlm-v2": (44.37, 14.45, 11.65, 101, 2, 0.31, 0.40, 0.28, 84.30),
+    "AGE-VLM": (43.85, 15.32, 11.21, 149, 59, 0.61, 0.52, 0.48, 87.34),
+    "AGE-VLM-LM": (39.22, 11.56, 7.91, 126, 33, 0.66, 0.46, 0.51, 85.18),
+}
+# Of the public question files, whatever the pictures (tests/evaluation/test_benchmarks.py).
+BLIND = {
+    "always “yes”": {"aAcc": 42.17, "fAcc": 7.23, "qAcc": 4.62, "f1": 66.67},
+    "always “no”": {"aAcc": 57.83, "fAcc": 12.14, "qAcc": 20.00, "f1": 0.0},
+}
+_INTRODUCTION = """# Results
+
+Made by `python -m agevlm.evaluation.leaderboard` from `metrics.json` files of `agevlm eval`; do not edit.
+
+## The published benchmarks, in the columns and units of the paper's Table 2
+
+**Rows marked “paper” are what the paper prints; nobody here has measured them.** Its HallusionBench numbers fit the
+951 questions with a picture and strict reading, its POPE column is most likely F1, its CV-Bench is scored by a judge
+it does not specify. Always answering “no” beats every row of the paper on aAcc and qAcc.
+"""
+_NEEDED = ("model", "data", "split", "protocol", "judge", "benchmarks", "grounding", "versions")
+_NONE = "No model trained with this code has been evaluated on the published sets yet.\n"
+_SCENES = """## Grounded scenes
+
+Drawn scenes in the formats of the five benchmarks: other questions than theirs, not comparable with the table above.
+In brackets: bootstrap 95 % intervals. “Without looking”: the best that a constant answer or chance reaches.
+"""
+
+
+def is_published(metrics: Metrics) -> bool:
+    return metrics["data"] != "scenes"
+
+
+def table_2(results: Sequence[Metrics]) -> str:
+    """The paper's rows, answers without looking, then ours (a row as rules read it, one as the judge does)."""
+    lines = [["", "source", *(title for title, *_ in COLUMNS)]]
+    for name, values in PAPER.items():
+        numbers = [f"{value:.{digits}f}" for value, (*_, digits) in zip(values, COLUMNS, strict=True)]
+        lines.append([name, "paper", *numbers])
+    for name, known in BLIND.items():
+        found = [known.get(path[-1]) for _, _, path, *_ in COLUMNS]
+        lines.append([name, "question files", *("" if value is None else f"{value:.2f}" for value in found)])
+    for metrics in results:
+        source = f"ours, {metrics['protocol']}"
+        lines.append([metrics["model"], source, *_cells(metrics["benchmarks"])])
+        if metrics["judge"]:
+            judged = {name: result.get("judged", {}) for name, result in metrics["benchmarks"].items()}
+            lines.append([metrics["model"], f"{source}, judge {metrics['judge']}", *_cells(judged)])
+    return markdown_table(lines)
+
+
+def _cells(benchmarks: Mapping[str, Any]) -> list[str]:
+    found = [(lookup(benchmarks, (name, *path)), factor, digits) for _, name, path, factor, digits in COLUMNS]
+    return ["" if value is None else f"{factor * value:.{digits}f}" for value, factor, digits in found]
+
+
+def results_page(results: Sequence[Metrics]) -> str:
+    """The whole page; models in the order given, scenes by split and protocol."""
+    published = [metrics for metrics in results if is_published(metrics)]
+    parts = [_INTRODUCTION, table_2(published)] + ([] if published else [_NONE])
+    groups: dict[tuple[str, str], dict[str, Metrics]] = {}
+    for metrics in results:
+        if not is_published(metrics):
+            models = groups.setdefault((metrics["split"], metrics["protocol"]), {})
+            if metrics["model"] in models:
+                raise ValueError(f"two results for {metrics['model']} on split {metrics['split']}; give one")
+            models[metrics["model"]] = metrics
+    if groups:
+        parts.append(_SCENES)
+    for (split, protocol), models in groups.items():
+        parts.append(f"### Split {split}, protocol {protocol}\n")
+        names = dict.fromkeys(name for metrics in models.values() for name in metrics["benchmarks"])
+        for name in names:
+            having = {model: metrics for model, metrics in models.items() if name in metrics["benchmarks"]}
+            first = next(iter(having.values()))["benchmarks"][name]
+            parts += [f"**{name}**. {first['protocol']}\n", markdown_table(benchmark_lines(having, name))]
+        looked = grounding_lines({model: metrics["grounding"] for model, metrics in models.items()})
+        if looked:
+            parts += ["**Where they look**, over all rows with a mask (0 to 1)\n", markdown_table(looked)]
+    versions = sorted({f"{name} {value}" for metrics in results for name, value in metrics["versions"].items()})
+    return "\n".join([*parts, f"Versions: {', '.join(versions) or 'none'}.\n"])
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A `metrics.json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _NEEDED if key not in metrics]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is no metrics.json of `agevlm eval`: it lacks {', '.join(missing)}")
+    return {**metrics, "model": metrics["model"] or path.parent.name}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m agevlm.evaluation.leaderboard", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.json files of `agevlm eval`")
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    write_text(arguments.output, results_page([read_metrics(path) for path in arguments.metrics]))
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

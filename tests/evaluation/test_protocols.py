@@ -1,0 +1,293 @@
+"""Protocols: each harness reads as it does, the paper's own answers get a reader's verdict, and no text breaks one."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from public_data import public
+
+from agevlm.evaluation.benchmark import PROTOCOLS, verdict
+from agevlm.evaluation.run import BENCHMARKS, choose
+
+
+EVERY = [benchmark for known in BENCHMARKS.values() for benchmark in known.values()]
+ROWS = {
+    "pope": {"id": "0", "question": "Is there a cup in the image?", "answer": "yes", "category": "random"},
+    "cvbench": {
+        "id": "0", "type": "2D", "task": "Count", "source": "COCO", "question": "How many cats are in the image?",
+        "prompt": "How many cats are in the image? Select from the following choices. (A) 2 (B) 1 (C) 4 (D) 3 (E) 0",
+        "choices": ["2", "1", "4", "3", "0"], "answer": "(B)",
+    },
+    "ocrbench": {"id": "0", "dataset": "IIIT5K", "question": "what is written in the image?",
+                 "question_type": "Regular Text Recognition", "answer": ["Café 12"]},
+    "hallusionbench": {
+        "id": "0", "category": "VD", "subcategory": "chart", "set_id": "0", "figure_id": "1", "question_id": "0",
+        "question": "Is China the leading country?", "gt_answer": "0", "gt_answer_details": "Switzerland leads.",
+    },
+    "realworldqa": {"id": "0", "question": "Which way?\nA. left\nB. right\nAnswer with the letter.", "answer": "B"},
+}  # fmt: skip
+OPEN = {"id": "1", "question": "How many?\nPlease answer with a single word or number.", "answer": "3"}
+
+
+def outcome(name: str, protocol: str, output: str, **row) -> str:
+    benchmark = BENCHMARKS[name][protocol]
+    full = {**ROWS[name], **row}
+    return verdict(benchmark, full, benchmark.parse(full, output))
+
+
+# -- the paper's own answers (Fig. 1, Tables 3 and 5), in its words, with the verdict a reader gives ------------------
+
+SIDES = {"choices": ["left", "right"], "answer": "(A)", "question": "Where is the wall?", "task": "Relation"}
+WALL_OURS = "The wall (annotated by the red box) is located to the left of the fireplace."
+WALL_MOBILE = (
+    "The image shows a living room with a fireplace, a couch, and a chair. The wall (annotated by the red box) is "
+    "located to the left of the fireplace. The fireplace is in the middle of the room. The couch is to the right of "
+    "the fireplace. The chair is to the left of the couch. The relative positions of the objects are as described. "
+    "The answer is B."
+)
+CATS_OURS = (
+    "The correct answer is (B) 1. The image shows only one cat, which is the orange and white cat looking at its "
+    "reflection in the glass. There are no other cats present in the image."
+)
+LAPTOP = (
+    "Yes, there is a laptop in the image. It is partially visible in the background, partially obscured by the hands "
+    "of the person typing on the keyboard. The laptop is positioned to the left side of the image, and it appears to "
+    "be a standard model with a white exterior and black keys."
+)
+APPLE = (
+    "Yes, there is an apple in the image. It is located on the top shelf, to the left of the teddy bear. The apple is "
+    "red with a yellow stem and is placed among other items."
+)
+CUP = (
+    "Yes, there is a cup in the image. It is located on the right side of the plate, partially obscured by the bread. "
+    "The cup appears to be a clear glass, and it is filled with a transparent liquid, which could be water or another "
+    "clear beverage."
+)
+NO_CUP = (
+    "No, there is no cup in the image. The image primarily features fresh produce and does not include any cups or "
+    "containers that could be used for drinking. The focus is on the display of fruits and vegetables, which are "
+    "typically used for consumption rather than for drinking."
+)
+NO_CHAIR = (
+    "No, there is no chair in the image. The image is focused on the pizza and the person’s hands, with no chairs or "
+    "furniture visible in the frame."
+)
+NO_PERSON = (
+    "No, there is no person in the image. The image solely features food items on a plate, which are the main "
+    "subjects. There are no people present in the frame."
+)
+NO_BICYCLE = (
+    "No, there is no bicycle in the image. The image is a natural scene with animals and vegetation, and it does not "
+    "contain any man-made objects such as a bicycle."
+)
+NO_HUMAN = (
+    "No, there is no person in the image. The image solely features wildlife, specifically giraffes and zebras, in a "
+    "natural setting. There are no human figures or indications of human presence in the scene."
+)
+BACKPACK = "Yes, there is a backpack in the image. It is hanging on the wall to the right of the cat."
+NO_CHAIR_2 = (
+    "No, there is no chair in the image. The image shows a table with a pizza and a drink, and there is no chair "
+    "visible in the frame."
+)
+NO_BOWL = (
+    "No, there is no bowl in the image. The food is presented on a plate, which is a shallow dish typically used for "
+    "serving food rather than a bowl."
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "output", "expected"),
+    [
+        (SIDES, WALL_OURS, "correct"),
+        (SIDES, WALL_MOBILE, "wrong"),
+        ({}, CATS_OURS, "correct"),
+        ({}, "3", "wrong"),
+    ],
+)
+def test_figure_1(row, output, expected):
+    assert outcome("cvbench", "paper", output, **row) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "output", "expected"),
+    [
+        # Table 3
+        ("yes", "0", "unparsed"),
+        ("yes", "no", "wrong"),
+        ("yes", "No, there is no laptop in the image. The image features a person typing on a keyboard.", "wrong"),
+        ("yes", "No, there is no apple in the image. The image features a shelf with various items, including books, "
+                "a teddy bear, and a Christmas ornament.", "wrong"),
+        ("yes", "No, there is no cup in the image. The image only shows a plate of food, including a salad and a bowl "
+                "of soup.", "wrong"),
+        ("yes", LAPTOP, "correct"),
+        ("yes", APPLE, "correct"),
+        ("yes", CUP, "correct"),
+        # Table 5
+        ("no", "Yes, there is a cup in the image.", "wrong"),
+        ("no", "Yes, there is a chair in the image.", "wrong"),
+        ("no", NO_CUP, "correct"),
+        ("no", NO_CHAIR, "correct"),
+        ("no", NO_PERSON, "correct"),
+        ("no", "Yes, there is a bicycle in the image.", "wrong"),
+        ("no", NO_BICYCLE, "correct"),
+        ("no", NO_HUMAN, "correct"),
+        ("no", "There is no person visible in the image.", "correct"),
+        ("yes", "No, there is no backpack in the image. The image features a black cat standing next to a bottle of "
+                "wine.", "wrong"),
+        ("yes", BACKPACK, "correct"),
+        ("no", NO_CHAIR_2, "correct"),
+        ("no", NO_BOWL, "correct"),
+    ],
+)  # fmt: skip
+def test_tables_3_and_5(gold, output, expected):
+    assert outcome("pope", "paper", output, answer=gold) == expected
+
+
+# -- where harnesses disagree ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "output", "verdicts"),
+    [
+        ("pope", {}, "Yes", "correct correct correct correct"),
+        ("pope", {}, "Yes.", "correct correct unparsed correct"),
+        ("pope", {}, LAPTOP, "correct correct unparsed correct"),
+        ("pope", {"answer": "no"}, "NO", "correct wrong correct correct"),
+        ("pope", {"answer": "no"}, "There is no cup.", "correct correct unparsed unparsed"),
+        ("pope", {}, "", "unparsed correct unparsed unparsed"),
+        ("cvbench", {}, "B", "correct correct correct correct"),
+        ("cvbench", {}, CATS_OURS, "correct correct unparsed correct"),
+        ("cvbench", {}, "The answer is: (B)", "correct unparsed unparsed unparsed"),
+        ("cvbench", {}, "1", "correct unparsed unparsed unparsed"),
+        ("cvbench", SIDES, WALL_OURS, "correct unparsed unparsed unparsed"),
+        (
+            "cvbench",
+            {**SIDES, "choices": ["apple", "bookcase"], "answer": "(A)"},
+            "bookcase",
+            "wrong wrong wrong wrong",
+        ),
+        ("ocrbench", {}, "It says CAFÉ 12!", "correct correct correct correct"),
+        ("ocrbench", {}, "café １２", "wrong wrong correct wrong"),
+        ("ocrbench", {}, "Cafe 12", "wrong wrong wrong wrong"),
+        ("realworldqa", {}, "B", "correct - correct correct"),
+        ("realworldqa", {}, "B. right", "correct - correct wrong"),
+        ("realworldqa", {}, "right", "correct - unparsed wrong"),
+        ("realworldqa", {}, "The answer is B", "correct - correct correct"),
+        ("realworldqa", OPEN, "Three.", "correct - wrong wrong"),
+        ("realworldqa", OPEN, "3", "correct - correct correct"),
+        ("realworldqa", OPEN, "13", "wrong - wrong wrong"),
+        ("realworldqa", OPEN, "", "unparsed - unparsed unparsed"),
+    ],
+)
+def test_the_gap_between_harnesses(name, row, output, verdicts):
+    for protocol, expected in zip(PROTOCOLS, verdicts.split(), strict=True):
+        if expected != "-":
+            assert outcome(name, protocol, output, **row) == expected, protocol
+
+
+def test_prompts_differ_by_harness():
+    assert [BENCHMARKS["pope"][p].prompt(ROWS["pope"]).removeprefix(ROWS["pope"]["question"]) for p in PROTOCOLS] == [
+        " Please answer yes or no.",
+        "",
+        "\nAnswer the question using a single word or phrase.",
+        "\nAnswer the question using a single word or phrase.",
+    ]
+    note = BENCHMARKS["cvbench"]["lmms-eval"].prompt(ROWS["cvbench"])
+    assert note.startswith("Note: You only need to respond with A, B, C, D, E without providing any additional")
+    for benchmark in EVERY:
+        assert benchmark.query(ROWS[benchmark.name]) in benchmark.prompt(ROWS[benchmark.name])
+
+
+def test_lmms_eval_drops_unread_yes_from_the_recall():
+    rows = [{**ROWS["pope"], "id": str(i), "answer": answer} for i, answer in enumerate(["yes", "yes", "no"])]
+    parsed = ["yes", None, "no"]
+    assert BENCHMARKS["pope"]["paper"].score(rows, parsed)["recall"] == 50
+    assert BENCHMARKS["pope"]["lmms-eval"].score(rows, parsed)["recall"] == 100
+
+
+@pytest.mark.parametrize("name", ["pope", "hallusionbench"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_public_constants_under_every_protocol(name, protocol):
+    if protocol not in BENCHMARKS[name]:
+        pytest.skip(f"{name} has no protocol {protocol}")
+    benchmark = BENCHMARKS[name][protocol]
+    if name == "pope":
+        rows = [
+            {"id": f"{category}-{row['question_id']}", "question": row["text"], "answer": row["label"],
+             "category": category, "image_source": row["image"]}
+            for category in ("random", "popular", "adversarial") for row in public(f"coco_pope_{category}.json")
+        ]  # fmt: skip
+        metrics = benchmark.score(rows, [benchmark.parse(row, "yes") for row in rows])
+        assert metrics["n"] == 9000 and metrics["f1"] == pytest.approx(200 / 3)
+        assert {round(part["f1"], 2) for part in metrics["categories"].values()} == {66.67}
+    else:
+        rows = [row for row in public("HallusionBench.json") if benchmark.uses(row)]
+        assert len(rows) == (1129 if protocol == "official" else 951)
+        metrics = benchmark.score(rows, [benchmark.parse(row, "No.") for row in rows])
+        keys = ("category", "subcategory", "set_id", "question_id")
+        with_yes = {tuple(row[key] for key in keys) for row in rows if row["gt_answer"] == "1"}
+        questions = {tuple(row[key] for key in keys) for row in rows}
+        assert len(questions) == 455
+        assert metrics["qAcc"] == pytest.approx(100 * (1 - len(with_yes) / 455))
+        assert round(metrics["aAcc"], 2) == (57.13 if protocol == "official" else 57.83)
+        assert round(metrics["fAcc"], 2) == 12.14
+
+
+# -- arguments and odd answers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "protocol", "message"),
+    [
+        (["pope"], "vlmevalkit", "unknown protocol 'vlmevalkit'; use paper, official, lmms-eval, cambrian"),
+        (["hallusionbench"], "cambrian", "hallusionbench has no protocol 'cambrian'.*it has paper, official"),
+        (["realworldqa"], "official", "realworldqa has no protocol 'official'"),
+        (["all", "pope"], "paper", "unknown benchmark all"),
+    ],
+)
+def test_unknown_protocols_are_refused(names, protocol, message):
+    with pytest.raises(ValueError, match=message):
+        choose(names, protocol)
+
+
+def test_all_is_what_the_harness_scores():
+    assert [b.name for b in choose(["all"], "cambrian")] == ["pope", "cvbench", "ocrbench", "realworldqa"]
+    assert len(choose(["all"])) == 5
+
+
+@pytest.mark.parametrize("benchmark", EVERY, ids=lambda b: f"{b.name}-{b.protocol}")
+@given(output=st.text())
+def test_any_text_is_read(benchmark, output):
+    for row in (ROWS[benchmark.name], OPEN) if benchmark.name == "realworldqa" else (ROWS[benchmark.name],):
+        parsed = benchmark.parse(row, output)
+        assert parsed is None or isinstance(parsed, str)
+        assert parsed is None or parsed or output == ""
+        metrics = benchmark.score([row], [parsed])
+        assert metrics["unparsed"] == (100 if parsed is None else 0)
+
+
+@pytest.mark.parametrize("benchmark", EVERY, ids=lambda b: f"{b.name}-{b.protocol}")
+def test_an_empty_answer_is_never_right(benchmark):
+    for output in ("", " \n"):
+        row = {**ROWS[benchmark.name], **({"answer": "no"} if benchmark.name == "pope" else {})}
+        assert not benchmark.is_correct(row, benchmark.parse(row, output))
+
+
+@pytest.mark.parametrize("benchmark", EVERY, ids=lambda b: f"{b.name}-{b.protocol}")
+@pytest.mark.parametrize("filler", ["the answer is ", "answer" + " " * 60, "answer* ", "(A", ". ,", "A. "])
+def test_ten_thousand_tokens_are_read_at_once(benchmark, filler):
+    output, start = filler * (60_000 // len(filler)), time.process_time()
+    benchmark.parse(ROWS[benchmark.name], output)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"), [("１", "correct"), ("١", "correct"), ("३", "wrong"), ("①", "unparsed")]
+)
+def test_decimal_digits_of_any_script_are_numbers(output, expected):
+    """Circled ones are no decimal digits and are not guessed."""
+    assert outcome("cvbench", "paper", output) == expected
+    benchmark = BENCHMARKS["realworldqa"]["paper"]
+    found = verdict(benchmark, {**OPEN, "answer": "1"}, benchmark.parse(OPEN, output))
+    assert found == ("wrong" if expected == "unparsed" else expected)
