@@ -11,6 +11,7 @@ from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
 
 
+ROW_IDS = "row_ids"
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
 
 
@@ -27,6 +28,7 @@ class AgeVlmDataCollator:
             them out would leave the others waiting for its share. The trainer turns it on there.
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalised` makes of them there what the processor would have made. The trainer turns it on and does so.
+        row_ids: the batch names its rows (`row_ids`, a list of strings), which the trainer wants and takes out.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
@@ -40,6 +42,7 @@ class AgeVlmDataCollator:
     pad_to_multiple_of: int | None = None
     always_pictures: bool = False
     pixels_as_bytes: bool = False
+    row_ids: bool = False
 
     @property
     def _pixels(self) -> dict[str, bool]:
@@ -86,7 +89,8 @@ class AgeVlmDataCollator:
             blank = blank["pixel_values"]
             batch["pixel_values"] = torch.zeros_like(blank).expand(len(rows), *blank.shape)
             batch["image_mask"] = torch.zeros(len(rows), 1, dtype=torch.bool)
-        return self._cut(dict(batch), rows)
+        batch = self._cut(dict(batch), rows)
+        return {**batch, ROW_IDS: [row["id"] for row in rows]} if self.row_ids else batch
 
     def _cut(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The first `max_length` tokens. Cut here and not by the tokenizer, to know which row would lose a picture."""

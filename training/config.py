@@ -28,6 +28,10 @@ class AgeVlmSFTConfig(SFTConfig):
         projector_learning_rate, cross_attention_learning_rate, vision_learning_rate, language_model_learning_rate
             (`float`, *optional*): learning rate of one part; `learning_rate` where not given.
         spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
+        loss_spike (`float`, *optional*): stop before a step whose loss is this many times the median of the last 100,
+            as always before one that is not finite (`watching.py`).
+        probe_steps (`int`): every so many steps, draw where the model looks on the first 4 rows with a mask.
+        peak_tflops (`float`, *optional*): of one device, for `mfu`. Default: measured with a matrix product.
 
     Raises:
         ValueError: an unknown normalisation, a negative weight or rate, `remove_unused_columns=True`, or another
@@ -58,6 +62,15 @@ class AgeVlmSFTConfig(SFTConfig):
     )
     spread_guided_rows: bool = field(
         default=False, metadata={"help": "Spread the rows with a mask evenly over the steps instead of at random."}
+    )
+    loss_spike: float | None = field(
+        default=None, metadata={"help": "Stop before a step whose loss is this many times the usual one."}
+    )
+    probe_steps: int = field(
+        default=0, metadata={"help": "Draw where the model looks on fixed rows every so many steps. 0: never."}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}
     )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Learn the answers of all assistant turns and nothing else."}

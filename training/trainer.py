@@ -26,7 +26,6 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
-from trl import SFTTrainer
 
 from agevlm.hub_cards.render import write_card
 from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
@@ -36,16 +35,18 @@ from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
 from agevlm.training.publish import push, repository_name
-from agevlm.training.sampling import BY_LENGTH, OrderSampler, row_lengths, set_sampler_epoch
+from agevlm.training.sampling import BY_LENGTH, OrderSampler, guided_flags, row_lengths, set_sampler_epoch
 from agevlm.training.streaming import is_streamed
+from agevlm.training.watching import Probes, WatchedTrainer
 
 
 # Share of guided tokens in a batch from which one wider attention call is cheaper than computing their maps
 # (docs/benchmarks/guidance.md).
 MASS_FROM_SHARE = 0.25
+PROBES = 4  # rows that `probe_steps` draws
 
 
-class AgeVlmSFTTrainer(SFTTrainer):
+class AgeVlmSFTTrainer(WatchedTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with the guidance loss.
 
     Batches are those of `AgeVlmDataCollator`: the model's inputs, `labels`, and where rows are guided
@@ -78,7 +79,9 @@ class AgeVlmSFTTrainer(SFTTrainer):
             # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
             loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
             self.data_collator.always_pictures |= self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
-            self.data_collator.pixels_as_bytes = True
+            self.data_collator.pixels_as_bytes = self.data_collator.row_ids = True
+        if args.probe_steps:
+            self.add_callback(Probes(self, self._probe_rows(), args.probe_steps))
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
 
     def release_model(self) -> None:
@@ -178,6 +181,12 @@ class AgeVlmSFTTrainer(SFTTrainer):
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+
+    def _probe_rows(self) -> list[dict[str, Any]]:
+        guided = guided_flags(self.train_dataset).nonzero()[0][:PROBES]
+        if not len(guided):
+            raise ValueError("`probe_steps` draws rows with a mask, and the training set has none. Leave it at 0.")
+        return [self.train_dataset[int(place)] for place in guided]
 
     # ---- Batches ----
 

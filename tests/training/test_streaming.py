@@ -205,3 +205,9 @@ def test_killed_runs_see_the_rows_and_end_with_the_weights_of_the_uninterrupted_
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name])
+
+
+def test_a_set_that_cannot_go_on_where_it_stopped_is_refused(tmp_path):
+    rows = make_rows("gi").to_iterable_dataset()
+    with pytest.raises(ValueError, match="IterableDataset"):
+        run_streamed_stage(tmp_path / "run", rows)

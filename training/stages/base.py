@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
@@ -73,6 +73,7 @@ PAPER_TRAINING = {
     "logging_steps": 10,
     "save_steps": 500,
     "save_total_limit": 2,
+    "loss_spike": 10.0,
 }
 SOURCES = {
     "trains": "Table 1",
@@ -100,6 +101,7 @@ SMALLER: dict[str, dict[str, Any]] = {
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,
         "save_steps": 200,
+        "loss_spike": None,
     },
     "tiny": {
         "global_batch_size": 16,
@@ -110,6 +112,7 @@ SMALLER: dict[str, dict[str, Any]] = {
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,
         "save_steps": 100,
+        "loss_spike": None,
     },
 }
 
@@ -326,6 +329,8 @@ def run_stage(
 def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
     if data is None or isinstance(data, Dataset):
         return data
+    if isinstance(data, IterableDataset):
+        raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length)
@@ -411,6 +416,7 @@ def _last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
     for entry in log_history:
         metrics.update(entry)
     noise = ("runtime", "per_second", "total_flos", "epoch", "grad_norm", "learning_rate", "train_loss")
+    noise += ("data_wait", "mfu", "memory_gib")
     return {name: value for name, value in metrics.items() if not any(part in name for part in noise)}
 
 

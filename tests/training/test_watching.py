@@ -1,0 +1,178 @@
+"""What a run reports about itself, and that it stops before a step that would ruin it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from training_worker import make_trainer
+from transformers import TrainerCallback
+
+from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.freezing import set_trainable
+from agevlm.training.watching import DivergedError, Flops, measured_peak, overlays
+from builders import mask, picture, row, tiny_model, tiny_processor
+
+
+SPEED = {"tokens_per_second", "images_per_second", "data_wait", "mfu", "memory_gib"}
+
+
+class Poison(TrainerCallback):
+    """Makes a weight NaN before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            model.model.multi_modal_projector.linear_1.weight.data.fill_(float("nan"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with probes that reports to TensorBoard, and the same without either."""
+    pytest.importorskip("tensorboard", reason="needs the extra `watch`")
+    folder = tmp_path_factory.mktemp("run")
+    trainers = []
+    for name, watched in (("watched", {"probe_steps": 2, "report_to": "tensorboard"}), ("plain", {})):
+        trainer = make_trainer(folder / name, "gigt", max_steps=4, peak_tflops=1e-3, **watched)
+        trainer.train()
+        trainers.append(trainer)
+    return folder, *trainers
+
+
+def test_entries_of_the_log_say_how_fast_the_run_is(run):
+    _, trainer, _ = run
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry.keys() >= SPEED
+        assert entry["tokens_per_second"] > 0 and entry["mfu"] > 0 and 0 <= entry["data_wait"] <= 1
+        assert 0.05 < entry["memory_gib"] < 64
+    # Steps take turns: two pictures, then one.
+    per_picture = [entry["tokens_per_second"] / entry["images_per_second"] for entry in entries]
+    assert per_picture[0] < per_picture[1] == pytest.approx(per_picture[3])
+
+
+def test_probes_are_drawn_reported_and_change_nothing(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, watched, plain = run
+    drawn = sorted((folder / "watched/probes").iterdir())
+    assert [path.name for path in drawn] == ["step-00000002.png", "step-00000004.png"]
+    first, second = (Image.open(path).convert("RGB") for path in drawn)
+    assert first.size == (512, 512)  # two guided rows
+    assert first.tobytes() != second.tobytes()  # the model has moved
+    events = EventAccumulator(str(next((folder / "watched").rglob("events.*")).parent))
+    events.Reload()
+    assert events.Tags()["images"] == ["probes"]
+    assert set(events.Tags()["scalars"]) >= {f"train/{name}" for name in SPEED} | {"train/guidance_loss"}
+    for ours, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, other)
+    assert not (folder / "plain/probes").exists()
+
+
+def test_probes_need_a_row_with_a_mask(tmp_path):
+    with pytest.raises(ValueError, match="probe_steps"):
+        make_trainer(tmp_path, "it", probe_steps=1)
+
+
+def test_overlay_shows_the_heat_where_it_is():
+    heat = torch.zeros(40, 80)
+    heat[10:20, 50:60] = 0.3
+    line = overlays(Image.new("RGB", (80, 40), "blue"), heat.numpy(), mask(80, 40, box=(0, 0, 20, 20)), side=80)
+    assert line.size == (160, 80)
+    assert line.getpixel((80 + 55, 15)) == (255, 0, 0)
+    assert line.getpixel((80 + 5, 35)) == (0, 0, 255)
+    assert line.getpixel((20, 10)) != (0, 0, 255) == line.getpixel((60, 30))  # the mask's border
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_stops_before_the_step_and_names_its_rows(tmp_path, accumulation):
+    trainer = make_trainer(
+        tmp_path, "gigt" * 3, callbacks=[Poison(2)], gradient_accumulation_steps=accumulation, max_steps=3
+    )
+    with pytest.raises(DivergedError, match=r"stopped-before-step-2\.json"):
+        trainer.train()
+    facts = json.loads((tmp_path / "stopped-before-step-2.json").read_text())
+    assert facts["step"] == 2 and facts["loss"] == "nan" and "nan" in facts["reason"]
+    (process,) = facts["processes"]
+    rows = [batch["row_ids"] for batch in process["batches"]]
+    first = 2 * accumulation
+    assert rows == [[f"row-{first + 2 * b}", f"row-{first + 2 * b + 1}"] for b in range(accumulation)]
+    assert trainer.state.global_step == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped-before-step-2.json"]
+
+
+def test_a_spike_stops_if_that_is_asked_for(tmp_path):
+    trainer = make_trainer(tmp_path, loss_spike=5.0)
+    for loss in [1.0] * 19 + [30.0]:  # too early to know what is usual
+        trainer._step = [(torch.tensor(loss), ["a"])]
+        trainer.check_step()
+    trainer._step = [(torch.tensor(4.9), ["a"])]
+    trainer.check_step()
+    trainer._step = [(torch.tensor(3.0), ["b"]), (torch.tensor(2.5), ["c"])]
+    with pytest.raises(DivergedError, match=r"5\.5, more than 5 times the usual 1"):
+        trainer.check_step()
+    facts = json.loads((tmp_path / "stopped-before-step-1.json").read_text())
+    assert [batch["row_ids"] for batch in facts["processes"][0]["batches"]] == [["b"], ["c"]]
+    trainer.args.loss_spike = None
+    trainer.check_step()
+
+
+def test_a_gradient_that_overflows_stops_unless_a_scaler_skips_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer._step, trainer._gradient_norm = [(torch.tensor(1.0), ["a"])], torch.tensor(float("inf"))
+    with pytest.raises(DivergedError, match="norm is inf"):
+        trainer.check_step()
+    trainer.args.fp16 = True
+    trainer.check_step()
+
+
+def batch_of(rows):
+    return AgeVlmDataCollator(tiny_processor())(rows)
+
+
+def test_flops_are_those_that_torch_counts():
+    """Forward, a third of training all weights (torch counts grouped convolutions' backward as dense ones)."""
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    model.requires_grad_(True)
+    batch = batch_of([row("row-0"), row("row-1", seed=5)])
+    batch["labels"] = batch["input_ids"].clone()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    flops = Flops(model)
+    tokens, images, counted = flops.of(batch)
+    assert (tokens, images) == (batch["input_ids"].numel(), 2)
+    # torch counts both halves of causal attention.
+    counted += flops.self_attention * float((batch["attention_mask"].sum(1) ** 2).sum())
+    assert counted / 3 == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_flops_know_what_trains_and_what_is_there():
+    model = tiny_model()
+    pictures, text = batch_of([row("row-0", images=2)]), batch_of([row("row-0", images=0)])
+    costs = []
+    for parts in (("projector",), ("projector", "cross_attention"), ("projector", "cross_attention", "vision_all")):
+        set_trainable(model, parts)
+        costs.append(Flops(model).of(pictures)[2])
+    assert costs == sorted(costs) and costs[0] < costs[1] < costs[2]
+    assert Flops(model).of(text)[1:] < Flops(model).of(pictures)[1:]
+
+
+def test_peak_is_a_rate_that_a_product_reaches():
+    assert 1e8 < measured_peak(torch.device("cpu"), bf16=False, seconds=0.01) < 1e13
+
+
+def test_row_ids_reach_no_model(tmp_path):
+    trainer = make_trainer(tmp_path, "gi")
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert batch["row_ids"] == ["row-0", "row-1"]
+    assert "row_ids" not in trainer._prepare_inputs(batch)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_pictures_of_rows_may_be_small():
+    assert overlays(picture(3, 90), torch.zeros(90, 3).numpy(), mask(3, 90)).size == (512, 256)

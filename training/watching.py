@@ -1,0 +1,335 @@
+"""What a run says about itself: speed, waiting, memory, where it looks; and a stop before it is ruined.
+
+- `WatchedTrainer` logs, with every entry, `tokens_per_second`, `images_per_second`, `data_wait` (share of the time
+  spent waiting for batches), `mfu` (model FLOPs over the devices' peak) and `memory_gib` (peak of one device; on a CPU
+  of one process). They go wherever Trainer reports to (`report_to`: TensorBoard, trackio, ...).
+- It stops before the optimizer's step if that step's loss or gradient is not finite, or the loss is `loss_spike` times
+  the usual one, and writes down which rows were in it. All processes agree on it: one that stopped alone would leave
+  the others waiting.
+- `Probes` draws, every so many steps, where the model looks on a few fixed rows.
+
+FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
+as many again backward where a gradient passes through (everywhere but in frozen stages of the tower), and again where
+the weight trains (Kaplan et al. 2020, section 2.1). Activations that are computed twice count once.
+"""
+
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image, ImageChops, ImageFilter
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback
+from transformers.trainer_utils import unwrap_peft_model
+from trl import SFTTrainer
+
+from agevlm.data.rows import open_row
+from agevlm.training.collator import ROW_IDS
+from agevlm.training.freezing import part_of
+
+
+USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
+STRIDES = {
+    "embeddings": 4,
+    "encoder.stages.0": 4,
+    "encoder.stages.1": 8,
+    "encoder.stages.2": 16,
+    "encoder.stages.3": 32,
+}
+
+
+class DivergedError(RuntimeError):
+    """A step would have ruined the weights; the message names the file that says which rows were in it."""
+
+
+class StopBeforeStep(TrainerCallback):
+    """Lets a [`WatchedTrainer`] look at a step's loss and gradient before the optimizer uses them."""
+
+    def __init__(self, trainer: "WatchedTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_step()
+
+
+class WatchedTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` that measures itself and stops in time. Batches may carry their `row_ids`."""
+
+    def __init__(self, model: PreTrainedModel, args: Any, **kwargs):
+        self._flops: Flops | None = None
+        self._peak_flops: float | None = None
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._counted = torch.zeros(3, dtype=torch.float64)  # tokens, images, FLOPs
+        self._step: list[tuple[torch.Tensor, list[str]]] = []  # loss and rows of the step's batches
+        self._row_ids: deque[list[str]] = deque()
+        self._gradient_norm: Any = None
+        self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(StopBeforeStep(self))
+
+    # ---- Speed ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's, timed; the batches' row ids stay here."""
+        start = time.perf_counter()
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waited += time.perf_counter() - start
+        self._step.clear()
+        self._row_ids = deque(batch.pop(ROW_IDS, []) for batch in batch_samples)
+        if self._flops is None:
+            self._flops = Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
+        for batch in batch_samples:
+            self._counted += torch.tensor(self._flops.of(batch), dtype=torch.float64)
+        return batch_samples, num_items_in_batch
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        inputs.pop(ROW_IDS, None)  # of evaluations
+        return inputs
+
+    def _speed(self) -> dict[str, float]:
+        """Metrics since the last call, over all processes."""
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
+        sums = torch.cat([self._counted, torch.tensor([self._waited], dtype=torch.float64)])
+        self._counted, self._waited = torch.zeros_like(self._counted), 0.0
+        sums = self.accelerator.reduce(sums.float().to(self.args.device), reduction="sum").tolist()
+        tokens, images, flops, waited = (value / self.get_tp_size() for value in sums)
+        processes = self.accelerator.num_processes
+        if self._peak_flops is None:
+            tflops = self.args.peak_tflops
+            self._peak_flops = tflops * 1e12 if tflops else measured_peak(self.args.device, self.args.bf16)
+            self._started = time.perf_counter()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+            "data_wait": min(1.0, waited / processes * self.get_tp_size() / seconds),
+            "mfu": flops / seconds / (self._peak_flops * processes),
+            "memory_gib": peak_memory(self.args.device) / 2**30,
+        }
+
+    def train(self, *args, **kwargs):
+        self._started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the speed since the last entry of training."""
+        if self.model.training and "loss" in logs:
+            logs.update(self._speed())
+        super().log(logs, start_time)
+
+    # ---- Stopping ----
+
+    def training_step(self, *args, **kwargs):
+        """TRL's; its loss is kept for `check_step`."""
+        loss = super().training_step(*args, **kwargs)
+        self._step.append((loss.detach(), self._row_ids.popleft() if self._row_ids else []))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self._gradient_norm
+
+    def check_step(self) -> None:
+        """Stops if the step that has been computed must not be taken.
+
+        Raises:
+            DivergedError: in all processes, after the file has been written.
+        """
+        losses = torch.stack([loss.float() for loss, _ in self._step]) if self._step else torch.zeros(1)
+        loss = self.accelerator.reduce(losses.sum().to(self.args.device), reduction="mean").item()
+        # Half precision scales its losses up until they overflow now and then; the scaler skips such steps by itself.
+        norm = 0.0 if self._gradient_norm is None or self.args.fp16 else self._gradient_norm
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        usual = statistics.median(self._usual) if len(self._usual) >= FEWEST_STEPS else None
+        spike = self.args.loss_spike
+        if not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            reason = f"the gradient's norm is {norm}"
+        elif spike is not None and usual is not None and loss > spike * usual:
+            reason = f"the loss is {loss:.4g}, more than {spike:g} times the usual {usual:.4g}"
+        else:
+            self._usual.append(loss)
+            return
+        step = self.state.global_step + 1
+        batches = [{"loss": float(value), ROW_IDS: rows} for value, (_, rows) in zip(losses, self._step, strict=True)]
+        everywhere = gather_object([{"process": self.accelerator.process_index, "batches": batches}])
+        path = Path(self.args.output_dir) / f"stopped-before-step-{step}.json"
+        if self.args.should_save:
+            facts = {"step": step, "reason": reason, "loss": loss, "usual_loss": usual, "gradient_norm": norm}
+            write_json(path, {**facts, "processes": everywhere})
+        self.accelerator.wait_for_everyone()
+        raise DivergedError(
+            f"Stopped before step {step}: {reason}. {path} holds the ids of its rows. Look at them, lower the "
+            "learning rate or raise `loss_spike`; the checkpoints from before are untouched."
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file in one step. Numbers that JSON does not know become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(plain(value), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Flops:
+    """Floating-point operations that a batch costs a model, with what trains of it now."""
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config
+        text = config.get_text_config()
+        self.per_token = self.per_cell = self.per_answer = 0.0  # TRL's fused head computes answer tokens only
+        self.tower: list[tuple[float, int]] = []  # (FLOPs per position, stride)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                size = module.out_channels * module.in_channels // module.groups * math.prod(module.kernel_size)
+            elif isinstance(module, nn.Linear):
+                size = module.in_features * module.out_features
+            else:
+                continue
+            name, trains = name.removesuffix(".base_layer"), module.weight.requires_grad
+            if "vision_tower." in name:
+                place = name.split("vision_tower.")[1]
+                stride = next(value for key, value in STRIDES.items() if place.startswith(key))
+                self.tower.append((2 * size * (3 if trains else 1), stride))
+                continue
+            cost = 2 * size * (3 if trains else 2)
+            if name.endswith("lm_head"):
+                self.per_answer += cost
+            elif part_of(name) == "projector" or name.endswith(("cross_attn.k_proj", "cross_attn.v_proj")):
+                self.per_cell += cost
+            else:
+                self.per_token += cost
+        # Attention: query-key and attention-value products, forward once and backward twice.
+        width = text.num_attention_heads * text.head_dim
+        self.self_attention = 3 * 4 * width * text.num_hidden_layers / 2  # per pair of tokens, causal
+        self.cross_attention = 3 * 4 * width * len(config.cross_attention_layers)  # per token and cell
+
+    def of(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
+        """(tokens, images, FLOPs) of a batch; padding counts for nothing, as it does for the user."""
+        lengths = batch["attention_mask"].sum(1).double()
+        tokens, answers = float(lengths.sum()), float((batch["labels"] != -100).sum())
+        flops = self.per_token * tokens + self.per_answer * answers + self.self_attention * float((lengths**2).sum())
+        if "pixel_values" not in batch:
+            return tokens, 0.0, flops
+        per_row = batch["image_mask"].sum(1).double()
+        images, (height, width) = float(per_row.sum()), batch["pixel_values"].shape[-2:]
+        cells = height * width / 32**2
+        flops += images * sum(cost * height * width / stride**2 for cost, stride in self.tower)
+        flops += images * cells * self.per_cell + self.cross_attention * cells * float((lengths * per_row).sum())
+        return tokens, images, flops
+
+
+def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.2) -> float:
+    """FLOPs per second of the largest matrix products one device makes in the type that trains."""
+    size, dtype = (8192 if device.type != "cpu" else 512), torch.bfloat16 if bf16 else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of an accelerator's allocator, or of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    # macOS counts in bytes, Linux in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Probes(TrainerCallback):
+    """Draws where the model looks on a few fixed rows, into `probes/step-NNNNNNNN.png` of the run's folder.
+
+    One line per row: the picture with its mask's border, and the attention of the query on it, mean over the cross
+    layers. TensorBoard and trackio get the same picture, if the run reports to them.
+
+    Args:
+        trainer: its collator makes the batch.
+        rows: guided rows.
+        every: optimizer steps between two drawings.
+    """
+
+    def __init__(self, trainer: WatchedTrainer, rows: Sequence[Mapping[str, Any]], every: int):
+        self.trainer, self.every = trainer, every
+        self.rows = [open_row(row) for row in rows]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            self.draw(model, Path(args.output_dir) / "probes" / f"step-{state.global_step:08d}.png")
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> None:
+        """Draw the rows and report the picture. All processes compute (parameters may be sharded), one writes."""
+        was_training = model.training
+        model.eval()
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "guidance_mask")}
+        with self.trainer.compute_loss_context_manager():
+            maps_KBL = model(**inputs, logits_to_keep=1).cross_attention_maps
+        model.train(was_training)
+        if not self.trainer.args.should_save:
+            return
+        processor = self.trainer.data_collator.processor.image_processor
+        cells_BL = maps_KBL.float().mean(0).cpu().numpy()[:, : math.prod(processor.grid)]  # of the first picture
+        lines = []
+        for row, cells in zip(self.rows, cells_BL, strict=True):
+            image = row["images"][0]
+            heat = processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
+            lines.append(overlays(image, heat, row["guidance"]["mask"]))
+        sheet = Image.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
+        top = 0
+        for line in lines:
+            sheet.paste(line, (0, top))
+            top += line.height
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        sheet.save(temporary, format="PNG")
+        os.replace(temporary, path)
+        step = self.trainer.state.global_step
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("probes", np.asarray(sheet), step, dataformats="HWC")
+            elif isinstance(callback, TrackioCallback):
+                import trackio
+
+                trackio.log({"probes": trackio.Image(str(path)), "train/global_step": step})
+
+
+def overlays(image: Image.Image, heat: np.ndarray, mask: Image.Image, side: int = 256) -> Image.Image:
+    """A picture with its mask's border, and beside it `heat (height, width)` of its pixels in red, hottest opaque."""
+    factor = side / max(image.size)
+    size = tuple(max(1, round(length * factor)) for length in image.size)
+    shown, inside = image.resize(size), mask.convert("L").resize(size)
+    border = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MinFilter(5)))
+    levels = Image.fromarray((heat / max(heat.max(), 1e-12) * 255).clip(0, 255).astype(np.uint8)).resize(size)
+    line = Image.new("RGB", (2 * side, side), "white")
+    line.paste(Image.composite(Image.new("RGB", size, "white"), shown, border), (0, 0))
+    line.paste(Image.composite(Image.new("RGB", size, (255, 0, 0)), shown, levels), (side, 0))
+    return line
