@@ -2,15 +2,15 @@
 
 import os
 
+
+# TRL reports every trainer from a background thread. Tests need no network, and a thread that still waits for it when
+# its process exits can take the process down with it.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
+
 import pytest
 import torch
 
 from builders import tiny_model, tiny_processor
-
-
-# TRL reports every trainer from a background thread. Tests need no network, and a thread that still waits for it when
-# its process exits can take the process down with it.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(autouse=True)
