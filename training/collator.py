@@ -57,7 +57,7 @@ class AgeVlmDataCollator:
         scale_C11, shift_C11 = (torch.from_numpy(value).to(pixels.device) for value in (scale, shift))
         return pixels.float().mul_(scale_C11).add_(shift_C11)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [open_row(row) for row in rows]
         guided = [row["guidance"] for row in rows]
         spans = [

@@ -10,6 +10,7 @@ step `s` of a run with 128 rows per step, on any machine. That is what makes a p
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -77,7 +78,7 @@ def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
     accelerate's `set_epoch` does not reach a sampler behind both its shards for several processes and the batches that
     a resumed run skips: such a run would shuffle a later epoch as the first one.
     """
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     sampler = getattr(sampler, "sampler", None)

@@ -325,7 +325,7 @@ class Probes(TrainerCallback):
 def overlays(image: Image.Image, heat: np.ndarray, mask: Image.Image, side: int = 256) -> Image.Image:
     """A picture with its mask's border, and beside it `heat (height, width)` of its pixels in red, hottest opaque."""
     factor = side / max(image.size)
-    size = tuple(max(1, round(length * factor)) for length in image.size)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     shown, inside = image.resize(size), mask.convert("L").resize(size)
     border = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MinFilter(5)))
     levels = Image.fromarray((heat / max(heat.max(), 1e-12) * 255).clip(0, 255).astype(np.uint8)).resize(size)
