@@ -105,7 +105,8 @@ def test_every_data_file_is_packaged():
         for path in (ROOT / folder).rglob("*"):
             if path.is_dir() or path.suffix in {".py", ".pyc"}:
                 continue
-            package = "agevlm." + ".".join(path.parent.relative_to(ROOT).parts)
+            home = next(parent for parent in path.parents if (parent / "__init__.py").exists())
+            package = "agevlm." + ".".join(home.relative_to(ROOT).parts)
             patterns = config["package-data"].get(package, [])
             assert any(path.match(pattern) for pattern in patterns), f"{path.relative_to(ROOT)} is in no package data"
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import transformers
 import trl
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 import agevlm
@@ -106,12 +108,25 @@ def _queries(batch: Any) -> list[str | None]:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of all weights and their names: equal for equal models, wherever they were loaded from."""
+    """A hash of all weights and their names: equal for equal models, wherever they were loaded from.
+
+    Under DeepSpeed ZeRO-3 all processes must call it: each holds a part of the weights.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    with _gathered(model):
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _gathered(model: PreTrainedModel) -> AbstractContextManager:
+    """While inside, parameters that `from_pretrained` has divided among processes (ZeRO-3) are whole."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")])
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

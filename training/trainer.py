@@ -15,13 +15,16 @@ A row is guided if its mask has a cell and its query a token that sees a picture
 step is stock SFT; evaluation still measures where the model looks.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -94,13 +97,16 @@ class AgeVlmSFTTrainer(WatchedTrainer):
     def _on_backbone_output(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         """Keep the attention maps, or the mass, of the forward pass that is running."""
         self._attention = output.cross_attention_maps, output.cross_attention_mass
-        if torch.is_grad_enabled() and not output.last_hidden_state.requires_grad:
-            # Rows without pictures meet only frozen weights in stages 1 to 3. A zero from a trainable weight lets
-            # their backward pass run; inside the forward pass, where DistributedDataParallel looks for the weights in
-            # use.
-            anchor = next((p for p in backbone.parameters() if p.requires_grad), None)
-            if anchor is not None:
-                zero = 0.0 * anchor.flatten()[0]
+        if torch.is_grad_enabled() and output.image_hidden_states is None:
+            # A batch without pictures passes by the tower, the projector and the cross blocks. Their gradients are
+            # zero, not missing: an optimizer takes no step with what is missing, so that a step of text alone would
+            # depend on how its batches are divided. And in stages 1 to 3 nothing else trains. Added inside the forward
+            # pass, where DistributedDataParallel looks for the weights in use.
+            passed_by = [
+                p for n, p in backbone.named_parameters() if p.requires_grad and part_of(n) != "language_model"
+            ]
+            if passed_by:
+                zero = sum(0.0 * parameter.flatten()[0] for parameter in passed_by)
                 output.last_hidden_state = output.last_hidden_state + zero.to(output.last_hidden_state.dtype)
         return output
 
@@ -125,6 +131,12 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             inputs.pop("guidance_query_mask", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+        if mask is None and training and self.is_deepspeed_enabled:
+            # ZeRO-3 fetches weights in an order that all processes must share, and a map that is asked for is one more
+            # output whose gradient passes through a block. So every batch asks; without rows to guide, for zeros.
+            cells = math.prod(self.processing_class.image_processor.grid)
+            mask = guided.new_zeros(*inputs["image_mask"].shape, cells)
+            inputs["guidance_query_mask"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         if mask is not None and self._needs_mass_only(inputs["guidance_query_mask"]):
             inputs["guidance_mask"] = mask
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -273,7 +285,12 @@ class AgeVlmSFTTrainer(WatchedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's (model, code, processor), with the model card and the lineage file."""
-        super()._save(output_dir, state_dict)
+        if state_dict is not None:
+            # Gathered from shards, tied weights are two tensors.
+            tied = unwrap_peft_model(self.model).all_tied_weights_keys
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
         folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
         if not self.args.should_save:
             return
@@ -323,6 +340,17 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             branch=revision or self.args.hub_revision,
             message=commit_message,
         )
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """Gives a model sharded by FSDP2 its own class back for a while: its saved code would be torch's otherwise."""
+    sharded = type(model)
+    try:
+        model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
