@@ -14,6 +14,7 @@ from pathlib import Path
 import published_baselines as published
 import pytest
 import torch
+from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -454,6 +455,33 @@ def test_every_tensor_stays_bit_for_bit(pair):
         if name in grown or "inv_freq" in name or (original.system == "convllava" and "vision_tower" in name):
             continue
         assert tensor.numpy().tobytes() in values, name
+
+
+def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, vocabulary):
+    """Through the command, in a process that knows this Hub alone; pickles stay where they are unless asked for."""
+    original = Published(tmp_path, "convllava", words, vocabulary, bins=True)
+    (original.folder / "config.json").write_text(json.dumps({**original.config, "mm_vision_tower": "a/tower"}))
+    command = ["convert", "convllava", "a/convllava", str(tmp_path / "out")]
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.add_repo("a/convllava", original.folder).find("main").oid
+        hub.add_repo("a/tower", tmp_path / "tower")
+        environment = {
+            "PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"),
+            "HF_ENDPOINT": hub.address, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        script = (
+            "import sys\nfrom agevlm.cli import main\n"
+            "flags = sys.argv[1:]\n"
+            "for more in ([], ['--read-bin', '--revision', 'main']):\n"
+            "    sys.argv = ['agevlm', *flags, *more]\n"
+            "    try:\n        main()\n    except SystemExit as error:\n        print('left with', error.code)\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", script, *command], capture_output=True, text=True, timeout=240, env=environment
+        )
+    assert "left with 2" in run.stdout and "Or pass `--read-bin`" in run.stderr, run.stderr[-2000:]
+    record = json.loads((tmp_path / "out" / "agevlm_conversion.json").read_text())
+    assert record["revision"] == commit and record["vision_tower"]["source"] == "a/tower"
 
 
 # ---- Refusals ----
