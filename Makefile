@@ -34,7 +34,7 @@ test-upstream: install
 typecheck-links:
 	rm -rf .typecheck && mkdir -p .typecheck/agevlm
 	ln -s $(CURDIR)/src/agevlm/*.py .typecheck/agevlm/
-	for folder in analysis baselines data evaluation grounding hub_cards modeling_agevlm processing training; do \
+	for folder in analysis baselines data demo evaluation grounding hub_cards modeling_agevlm processing training; do \
 		ln -s $(CURDIR)/$$folder .typecheck/agevlm/$$folder; done
 
 typecheck: typecheck-links

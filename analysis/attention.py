@@ -16,12 +16,14 @@ noise glow.
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from agevlm.data.rows import open_image
 
@@ -49,7 +51,6 @@ class Attended:
         weights: float32 `(K, V)`, attention of the question on the visual tokens; a layer sums to 1.
         token_weights: float32 `(K, N, V)`, the same of each generated token.
         image_mass: float32 `(K,)`, share of the question's attention that went to the picture; 1 in cross-attention.
-        maps: float32 `(K, height, width)`, `weights` on the picture's pixels; 1 is an even spread over the picture.
     """
 
     answer: str
@@ -59,7 +60,11 @@ class Attended:
     weights: np.ndarray
     token_weights: np.ndarray
     image_mass: np.ndarray
-    maps: np.ndarray
+
+    @cached_property
+    def maps(self) -> np.ndarray:
+        """float32 `(K, height, width)`: `weights` on the picture's pixels; 1 is an even spread over the picture."""
+        return np.stack([self.cells.to_pixels(layer) for layer in self.weights])
 
     @property
     def mean(self) -> np.ndarray:
@@ -82,6 +87,7 @@ def attend(
     prompt: str | None = None,
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
+    streamer: BaseStreamer | None = None,
 ) -> Attended:
     """Asks `question` about `image` and reads off where the question's tokens and the answer's look.
 
@@ -90,6 +96,7 @@ def attend(
         prompt: what the model is asked, with `question` as a part of it (a benchmark's instruction follows it, say).
             Default: the question itself.
         layers: indices. Default: all cross layers, or the first self-attention layer.
+        streamer: transformers' own; gets the answer token by token.
 
     Raises:
         ValueError: an empty question, or one that is not a part of the prompt; a layer that there is not; a model
@@ -104,7 +111,12 @@ def attend(
     cells = cells_of(subject, image, encoded)
     with recording(chosen, _question_and_last(encoded)) as recorders:
         output = model.generate(
-            **encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True
+            **encoded.inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            streamer=streamer,
         )
     generated = output[0, encoded.text_BT.shape[1] :]
     weights, token_weights, mass = _looks(recorders, encoded, len(generated))
@@ -117,7 +129,6 @@ def attend(
         weights=weights,
         token_weights=token_weights,
         image_mass=mass,
-        maps=np.stack([cells.to_pixels(layer) for layer in weights]),
     )
 
 

@@ -9,7 +9,7 @@ Understood are LLaVA and FastVLM (one canvas), Idefics3 and SmolVLM (tiles and t
 than none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,6 +69,17 @@ class Cells:
     def shown(self) -> np.ndarray:
         """float32 `(V,)`: share of each cell that shows picture; the rest is padding."""
         return self.coverage(np.ones(self.size, dtype=bool))
+
+    def shrunk(self, side: int) -> "Cells":
+        """The same cells on the picture scaled down so that its longer side has at most `side` pixels."""
+        height, width = self.size
+        factor = min(1.0, side / max(self.size))
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        x, y = size[1] / width, size[0] / height
+        boxes = [
+            (left * x, top * y, right * x, bottom * y) for left, top, right, bottom in (v.box for v in self.views)
+        ]
+        return Cells(size, tuple(replace(view, box=box) for view, box in zip(self.views, boxes, strict=True)))
 
     def coverage(self, mask: np.ndarray) -> np.ndarray:
         """float32 `(V,)`: share of each cell that a mask `(height, width)` of the picture covers."""

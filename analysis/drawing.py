@@ -40,15 +40,21 @@ def overlay(
             f"heat of shape {heat.shape} on a picture of {image.height} x {image.width}; both must have the same size "
             "and the heat must be finite"
         )
-    peak = float(heat.max()) if peak is None else peak
-    share = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
     below = enlarge(image)
-    levels = Image.fromarray((share * 255).round().astype(np.uint8)).resize(below.size, Image.Resampling.BICUBIC)
-    colours = Image.fromarray((colormaps["jet"](np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
-    low, high = OPACITY
-    opacity = levels.point(lambda level: round(255 * low + (high - low) * level))
-    drawn = Image.composite(colours, below, opacity)
+    layer = heat_layer(heat, float(heat.max()) if peak is None else peak, below.size)
+    drawn = Image.composite(layer.convert("RGB"), below, layer.getchannel("A"))
     return drawn if mask is None else outline(drawn, mask)
+
+
+def heat_layer(heat: np.ndarray, peak: float, size: tuple[int, int]) -> Image.Image:
+    """`heat (height, width)`, 0 to `peak`, in colours that let what lies below them through: RGBA of `size` (width,
+    height)."""
+    share = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
+    levels = Image.fromarray((share * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    layer = Image.fromarray((colormaps["jet"](np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
+    low, high = OPACITY
+    layer.putalpha(levels.point(lambda level: round(255 * low + (high - low) * level)))
+    return layer
 
 
 def outline(image: Image.Image, mask: Image.Image) -> Image.Image:

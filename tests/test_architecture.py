@@ -13,6 +13,7 @@ FOLDERS = (
     "analysis",
     "baselines",
     "data",
+    "demo",
     "evaluation",
     "grounding",
     "hub_cards",
@@ -30,6 +31,7 @@ ALLOWED = {
     "evaluation": {"modeling_agevlm", "processing", "data"},
     "analysis": {"modeling_agevlm", "processing", "data"},
     "baselines": {"modeling_agevlm", "processing", "data"},
+    "demo": {"analysis", "data"},
 }
 CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
 # What is copied, flat, into every checkpoint of ours.

@@ -17,6 +17,10 @@ VERBS = {
         "agevlm.quickstart",
         "Build data, train every variant through all stages, evaluate, write a report.",
     ),
+    "reproduce": (
+        "agevlm.reproduce",
+        "Train and measure every variant, baseline and ablation on scenes; one report with the paper's claims.",
+    ),
     "init": (
         "agevlm.training.init",
         "Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.",
@@ -41,6 +45,7 @@ VERBS = {
     "card": ("agevlm.hub_cards.render", "Render the card of a checkpoint or data set from the files in its folder."),
     "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
     "serve": ("agevlm.serve", "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server."),
+    "demo": ("agevlm.demo.app", "A page to ask about pictures on, and to see where each word of the answer looked."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
 }
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}

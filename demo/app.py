@@ -1,0 +1,130 @@
+"""`agevlm demo`: a page that answers questions about a picture and shows where each token looked.
+
+    agevlm demo [MODEL] [SECOND] --port 7860
+
+For this machine unless `--host` or `--share` open it. Questions wait in one queue, a model answers one at a time; no
+user sees another's pictures, and uploads are deleted within the hour. Nothing is loaded from or sent to the network.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from agevlm.analysis.attention import Attended
+from agevlm.analysis.subjects import load_subject, unique_names
+from agevlm.data.rows import open_image
+
+from .answering import MAX_QUESTION, Answerer, ask
+from .figure import MEAN, SCRIPT, STYLE, finished, growing
+
+
+MAX_UPLOAD = 20  # MB
+MAX_WAITING = 32  # users in the queue
+KEPT = 3600  # seconds that an upload stays on the disk
+
+
+def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> Any:
+    """The `gradio.Blocks`; [`launch`] serves it.
+
+    Raises:
+        ValueError: Gradio is not installed.
+    """
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ValueError("`agevlm demo` needs Gradio: pip install 'agevlm[demo]'.") from error
+
+    def answer(picture: Any, question: Any) -> Iterator[list[str]]:
+        try:
+            image = _open_upload(picture)
+            question = question if isinstance(question, str) else ""
+            for state in ask(answerers, image, question, max_new_tokens):
+                yield [_draw(answerers[name], name, image, question, value) for name, value in state.items()]
+        except ValueError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+    with gr.Blocks(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
+        gr.Markdown("# Where does it look?\nAsk about a picture; then point at the words of the answer.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                # No preprocessing: Gradio would open files in every format that Pillow knows, whatever their size.
+                picture = gr.Image(
+                    type="filepath", label=f"Picture (at most {MAX_UPLOAD} MB)", sources=["upload", "clipboard"]
+                )
+                question = gr.Textbox(label="Question", max_length=MAX_QUESTION, elem_id="question", submit_btn="Ask")
+            with gr.Column(scale=2 * len(answerers)), gr.Row():
+                places = [
+                    gr.HTML(css_template=STYLE, js_on_load=SCRIPT, min_height=80, elem_classes="place")
+                    for _ in answerers
+                ]
+        question.submit(answer, [picture, question], places, api_name="ask", preprocess=False, concurrency_limit=1)
+    return page.queue(max_size=MAX_WAITING)
+
+
+def launch(page: Any, **options: Any) -> tuple[Any, str, str]:
+    """Serves the page; `options` are those of `gradio.Blocks.launch`. Returns what that returns: app, its address
+    here, its public address."""
+    return page.launch(
+        **{"share": False, **options},
+        max_file_size=f"{MAX_UPLOAD}mb",
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+    )
+
+
+def _open_upload(upload: Mapping[str, Any] | None) -> Image.Image:
+    """The picture of Gradio's description of a file, which Gradio has found to lie among its uploads."""
+    if not upload or not upload.get("path"):
+        raise ValueError("there is no picture; upload one")
+    name = Path(upload.get("orig_name") or "the upload").name
+    try:
+        return open_image(upload["path"], name)
+    except ValueError as error:
+        if error.__cause__ is None:
+            raise
+        # The decoder's own words name a path of this machine.
+        raise ValueError(f"{name} is no picture that can be opened; upload a PNG, JPEG or WebP file") from error
+
+
+def _draw(answerer: Answerer, name: str, image: Image.Image, question: str, value: str | Attended) -> str:
+    if isinstance(value, str):
+        return growing(name, value)
+    first = str(value.layers[0]) if answerer.subject.concatenates or len(value.layers) == 1 else MEAN
+    return finished(name, image, question, value, first)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the models, then serve until interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="agevlm demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="checkpoints/agevlm-tiny",
+        metavar="MODEL",
+        help="folder or Hub id of a checkpoint, ours or of another vision-language model (default: %(default)s)",
+    )
+    parser.add_argument("second", nargs="?", metavar="SECOND", help="another one, which answers beside the first")
+    parser.add_argument("--host", default="127.0.0.1", help="any other opens it to the network (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a checkpoint that is not ours"
+    )
+    options = parser.parse_args(argv)
+    paths = [path for path in (options.model, options.second) if path]
+    answerers = {
+        name: Answerer(load_subject(path, options.trust_remote_code))
+        for name, path in zip(unique_names(paths), paths, strict=True)
+    }
+    page = build_page(answerers, options.max_new_tokens)
+    launch(page, server_name=options.host, server_port=options.port, share=options.share)

@@ -1,0 +1,79 @@
+"""An answer as HTML: its tokens, and the picture under the attention of the one that the pointer is on.
+
+Every map is in the page from the start, a small translucent picture each, so following the pointer and changing the
+layer ask the server nothing; `figure.js` only chooses which one is seen. A layer's maps, the question's and every
+token's, share one colour scale, which is written below: maps of another layer or model have their own.
+"""
+
+import base64
+import io
+from html import escape
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image
+
+from agevlm.analysis.attention import LEAST_PEAK, Attended
+from agevlm.analysis.drawing import heat_layer
+
+
+PICTURE_SIDE = 768  # pixels at most
+HEAT_SIDE = 160  # pixels at most; browsers enlarge it smoothly
+QUESTION = "question"
+MEAN = "mean"
+SCRIPT = files(__package__).joinpath("figure.js").read_text(encoding="utf-8")
+STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8")
+
+
+def _address(image: Image.Image, kind: str, quality: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=quality)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def growing(name: str, text: str) -> str:
+    """An answer that is not complete yet."""
+    caption = f"<figcaption>{escape(name)}</figcaption>"
+    return f'<figure class="answer">{caption}<p class="text">{escape(text)}…</p></figure>'
+
+
+def finished(name: str, image: Image.Image, question: str, attended: Attended, first: str) -> str:
+    """The complete answer.
+
+    Args:
+        first: the layer shown at first, an index as text or `MEAN`.
+    """
+    tokens = {QUESTION: question.strip()} | {str(index): token for index, token in enumerate(attended.tokens)}
+    cells = attended.cells.shrunk(HEAT_SIDE)
+    heats, peaks = [], {}
+    # (layer, question and tokens, visual tokens)
+    weights = np.concatenate([attended.weights[:, None], attended.token_weights], axis=1)
+    layers = {str(layer): weights[index] for index, layer in enumerate(attended.layers)}
+    if len(layers) > 1:
+        layers[MEAN] = weights.mean(0)
+    for layer, rows in layers.items():
+        maps = [cells.to_pixels(row) for row in rows]
+        peaks[layer] = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
+        for token, heat in zip(tokens, maps, strict=True):
+            source = _address(heat_layer(heat, peaks[layer], (heat.shape[1], heat.shape[0])), "webp", 60)
+            heats.append(f'<img class="heat" data-token="{token}" data-layer="{layer}" alt="" src="{source}">')
+    options = "".join(
+        f'<option value="{layer}" data-peak="{peak:.1f}"{" selected" if layer == first else ""}>'
+        f"{'mean of all' if layer == MEAN else layer}</option>"
+        for layer, peak in peaks.items()
+    )
+    spans = "".join(
+        f'<span class="token" tabindex="0" data-token="{key}">{escape(token)}</span>'
+        for key, token in tokens.items()
+        if key != QUESTION
+    )
+    picture = image.copy()
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return (
+        f'<figure class="answer" data-done><figcaption>{escape(name)}</figcaption>'
+        f'<p class="text tokens"><span class="token asked" tabindex="0" data-token="{QUESTION}">'
+        f"{escape(tokens[QUESTION])}</span><br>{spans}</p>"
+        f'<div class="stage"><img class="picture" alt="the picture" src="{_address(picture, "jpeg", 85)}">'
+        f'{"".join(heats)}</div><p class="layers"><label>layer <select>{options}</select></label> '
+        'red: <span class="peak"></span> times an even spread over the picture</p></figure>'
+    )
