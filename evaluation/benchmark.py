@@ -19,6 +19,8 @@ from .measures import Measure, Path, interval, nested, share
 Row = Mapping[str, Any]
 Metrics = dict[str, Any]
 Answers = Sequence[str | None]
+Credits = Sequence[float] | np.ndarray | None  # None: as the answers deserve
+Guesses = dict[str, tuple[Answers, Credits]]
 PROTOCOLS = ("paper", "official", "lmms-eval", "cambrian")
 YES_NO = ("yes", "no")
 RIGHT, WRONG = "correct", "incorrect"
@@ -68,7 +70,7 @@ class Benchmark:
     parse: Callable[[Row, str], str | None]
     is_correct: Callable[[Row, str | None], bool]
     measures: Callable[[Sequence[Row], Answers, np.ndarray], dict[Path, Measure]]
-    guesses: Callable[[Sequence[Row]], dict[str, tuple[Answers, Sequence[float] | None]]]
+    guesses: Callable[[Sequence[Row]], Guesses]
     unit: Callable[[Row], Any]
     labels: Callable[[Row], tuple[str, ...]]
     uses: Callable[[Row], bool] = lambda row: True
@@ -80,20 +82,18 @@ class Benchmark:
         """1 for each right answer, else 0."""
         return np.array([self.is_correct(row, answer) for row, answer in zip(rows, parsed, strict=True)], dtype=float)
 
-    def all_measures(
-        self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None
-    ) -> dict[Path, Measure]:
+    def all_measures(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> dict[Path, Measure]:
         """The benchmark's own measures and the share of answers in which nothing was found."""
         earned = self.credits(rows, parsed) if credits is None else np.asarray(credits, dtype=float)
         unparsed = np.array([answer is None for answer in parsed], dtype=float)
         return {**self.measures(rows, parsed, earned), ("unparsed",): share(unparsed)}
 
-    def score(self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None) -> Metrics:
+    def score(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> Metrics:
         """Metrics over rows: `headline` (the name of the metric to compare), `n`, and those of the benchmark."""
         values = {path: measure.value() for path, measure in self.all_measures(rows, parsed, credits).items()}
         return {"headline": self.headline, "n": len(rows), **nested(values)}
 
-    def intervals(self, rows: Sequence[Row], parsed: Answers, credits: Sequence[float] | None = None) -> Metrics:
+    def intervals(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> Metrics:
         """Bootstrap 95 % intervals [low, high] of the metrics, in their layout; units are drawn whole."""
         units = units_of([self.unit(row) for row in rows])
         measures = self.all_measures(rows, parsed, credits)
@@ -104,7 +104,7 @@ class Benchmark:
         return {name: self.score(rows, *guess) for name, guess in self.guesses(rows).items()}
 
 
-def always(answers: Mapping[str, str], rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
+def always(answers: Mapping[str, str], rows: Sequence[Row]) -> Guesses:
     """Guesses: one answer for every row, by name."""
     return {name: ([answer] * len(rows), None) for name, answer in answers.items()}
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Hub, Row, always
+from .benchmark import Answers, Benchmark, Guesses, Hub, Row, always
 from .harnesses import cambrian_letter, lmms_letter
 from .measures import Measure, Path, mean, share
 from .parsing import LETTERS, parse_choice
@@ -48,7 +48,7 @@ def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[
     }
 
 
-def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, Sequence[float] | None]]:
+def guesses(rows: Sequence[Row]) -> Guesses:
     """Each letter as a constant answer, and `chance`: the expected score of a uniformly drawn option."""
     known = LETTERS[: max(len(row["choices"]) for row in rows)]
     chance = [""] * len(rows), [1 / len(row["choices"]) for row in rows]

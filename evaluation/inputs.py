@@ -72,11 +72,13 @@ def row_image(row: Row) -> Image.Image | None:
         raise RowError(str(error)) from error
 
 
-def row_mask(row: Row, image: Image.Image) -> Image.Image | None:
+def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
     """The row's mask of what to look at, or None. RowError if it is broken, empty or of another size."""
     if row.get("mask") is None:
         return None
     where = f"row {row['id']}, field mask"
+    if image is None:
+        raise RowError(f"{where}: marks a part of a picture that is not there; use null")
     try:
         mask = open_image(row["mask"], where, mode="1")
     except ValueError as error:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Hub, Row
+from .benchmark import Answers, Benchmark, Guesses, Hub, Row
 from .harnesses import fold_width
 from .measures import Measure, Path, count, share
 
@@ -57,7 +57,7 @@ def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[
     }
 
 
-def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
+def guesses(rows: Sequence[Row]) -> Guesses:
     """The most frequent gold answer, given every time."""
     word = Counter(answer for row in rows for answer in sorted(set(golds(row)))).most_common(1)[0][0]
     return {f"always '{word.strip()}'": ([parse(row, word) for row in rows], None)}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Hub, Row
+from .benchmark import Answers, Benchmark, Guesses, Hub, Row
 from .harnesses import cambrian_word, lmms_choice
 from .measures import Measure, Path, share
 from .parsing import LETTERS, number_value, parse_choice, simplify
@@ -51,7 +51,7 @@ def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[
     }
 
 
-def guesses(rows: Sequence[Row]) -> dict[str, tuple[Answers, None]]:
+def guesses(rows: Sequence[Row]) -> Guesses:
     """The most frequent answer to choice questions and to open ones, given every time."""
     found: dict[bool, Counter[str]] = defaultdict(Counter)
     for row in rows:

@@ -182,7 +182,7 @@ def evaluate(
                 write_lines(folder / "judged.jsonl", judged)
         results[benchmark.name] = {**result, "grounding": grounding or {"n": 0, "skipped": 0}}
         pooled += records
-    metrics = {
+    metrics: Metrics = {
         "format": FORMAT,
         "model": name,
         **source,

@@ -1,0 +1,1 @@
+"""The five tasks, as lmms-eval reads them (package data)."""
