@@ -100,3 +100,25 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
     axes.legend(frameon=False, fontsize=8)
     _bare(axes)
     _save(figure, output / "padding.png")
+
+
+def save_rows(rows: Mapping[str, Mapping[str, Any]], what: str, blind: float, path: Path) -> None:
+    """One line per row: its mean with its interval, every seed as a ring, and what looking at nothing gives.
+
+    Args:
+        rows: title -> `mean`, `interval`, `seeds` (seed -> value).
+    """
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for place, entry in enumerate(rows.values()):
+        axes.plot(entry["interval"], [place, place], color=MATCHED, lw=2, alpha=0.6)
+        axes.plot(entry["mean"], place, "o", ms=5, color=MATCHED)
+        axes.plot(
+            list(entry["seeds"].values()), [place] * len(entry["seeds"]), "o", ms=6, mfc="none", color=MISMATCHED
+        )
+    axes.axvline(blind, color="grey", lw=0.8, ls="--")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(what)
+    _bare(axes)
+    _save(figure, path)

@@ -19,7 +19,7 @@ from .charts import Line, Point, line_chart
 from .results import Example, Results, Run, Variant, claims, splits, summary, tables
 
 
-PICTURE_SIDE = 448
+PICTURE_SIDE, SECTION_SIDE = 448, 1000
 TEMPLATE = "report.html.jinja"
 _VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
 
@@ -37,7 +37,7 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
     """
     path_html, path_json = Path(path_html), Path(path_json)
     names = splits(results)
-    found = claims(results)
+    found = results.get("findings") or claims(results)
     seeds = sorted({run["seed"] for variant in results["variants"] for run in variant["runs"]})
     by_split = {split: tables(results, split) for split in names}
     page = {
@@ -52,6 +52,10 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
         "charts": charts(results),
         "classes": {variant["title"]: _css_class(index) for index, variant in enumerate(results["variants"])},
         "examples": [_inline(example) for example in results["examples"]],
+        "sections": [
+            {**section, "images": [data_uri(image, SECTION_SIDE) for image in section["images"]]}
+            for section in results.get("sections", [])
+        ],
         "total_seconds": sum(results["seconds"].values()),
     }
     environment = Environment(
@@ -62,6 +66,11 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
     _write(path_html, environment.get_template(TEMPLATE).render(page))
     data = {
         **results,
+        "findings": page["claims"] if "findings" in results else [],
+        "sections": [
+            {**section, "images": [_beside(image, path_json.parent) for image in section["images"]]}
+            for section in results.get("sections", [])
+        ],
         "examples": [_relative(example, path_json.parent) for example in results["examples"]],
         "summary": page["summary"],
         "claims": page["claims"],
@@ -141,22 +150,23 @@ def _inline(example: Example) -> dict[str, Any]:
     }
 
 
-def data_uri(path: str | Path) -> str:
-    """The picture as a WebP data URI of at most `PICTURE_SIDE` pixels a side."""
+def data_uri(path: str | Path, side: int = PICTURE_SIDE) -> str:
+    """The picture as a WebP data URI of at most `side` pixels a side."""
     with Image.open(path) as file:
         image = file.convert("RGB")
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _relative(example: Example, folder: Path) -> dict[str, Any]:
-    def relative(path: str) -> str:
-        return Path(os.path.relpath(path, folder)).as_posix()
+    panels = [{**panel, "overlay": _beside(panel["overlay"], folder)} for panel in example["panels"]]
+    return {**example, "image": _beside(example["image"], folder), "panels": panels}
 
-    panels = [{**panel, "overlay": relative(panel["overlay"])} for panel in example["panels"]]
-    return {**example, "image": relative(example["image"]), "panels": panels}
+
+def _beside(path: str, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _write(path: Path, text: str) -> None:

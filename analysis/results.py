@@ -61,9 +61,19 @@ class Example(TypedDict):
     panels: list[Panel]
 
 
+class Section(TypedDict):
+    """A table of texts (the first line is the head) and files of pictures below it."""
+
+    title: str
+    note: str
+    lines: list[list[str]]
+    images: list[str]
+
+
 class Results(TypedDict):
     """Everything the report shows. The first split of the evaluations is the one that the claims are about.
-    `seconds`: wall-clock time per part of the run, in order. `settings`: anything worth telling, flat."""
+    `seconds`: wall-clock time per part of the run, in order. `settings`: anything worth telling, flat. `findings`:
+    claims that replace those made here; `sections`: more tables; `numbers`: whatever the JSON should hold besides."""
 
     title: str
     variants: list[Variant]
@@ -72,6 +82,9 @@ class Results(TypedDict):
     versions: dict[str, str]
     commit: NotRequired[str | None]
     seconds: dict[str, float]
+    findings: NotRequired[Sequence["Claim"]]
+    sections: NotRequired[list[Section]]
+    numbers: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)

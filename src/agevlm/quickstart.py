@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -27,20 +26,21 @@ from transformers.utils import logging
 from agevlm.analysis.attention import write_examples
 from agevlm.analysis.report import write_report
 from agevlm.analysis.results import Example, Variant
+from agevlm.baselines.twin import concatenating_twin
 from agevlm.data.scenes import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
 from agevlm.evaluation.models import load_checkpoint
 from agevlm.evaluation.run import evaluate_scenes
-from agevlm.modeling_agevlm.assemble import assemble
+from agevlm.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
+from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
-from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.base import StageRecipe, run_stage
 
 
 # In the order in which the report shows them: without guidance first.
-VARIANTS = ("ca-baseline", "agevlm", "agevlm-lm")
-TITLES = {"ca-baseline": "CA-baseline", "agevlm": "AGE-VLM", "agevlm-lm": "AGE-VLM-LM"}
+VARIANTS = tuple(row.name for row in PAPER_ROWS)
+TITLES = {row.name: row.title for row in PAPER_ROWS}
 SPLIT = "composition"
 BENCHMARKS = (pope.PAPER.name, cvbench.PAPER.name)
 MAX_NEW_TOKENS = 32
@@ -77,31 +77,15 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a stage: its folder, its recipe and the run it starts from (None: the assembled parts)."""
-
-    name: str
-    recipe: StageRecipe
-    parent: str | None
-
-
 def plan(size: str, seed: int) -> list[Run]:
     """All stage runs of one seed, parents before children."""
+    return unique(chain(row, size, seed, _folder) for row in PAPER_ROWS)
 
-    def run(name: str, stage: ModuleType, variant: str, parent: str | None) -> Run:
-        recipe = stage.recipe(size=size, variant=variant)
-        return Run(name, recipe.override(seed=seed, disable_tqdm=True), parent)
 
-    return [
-        run("stage1", stage1_align, "agevlm", None),
-        run("stage2", stage2_adapt_vision, "agevlm", "stage1"),
-        run("stage3-guided", stage3_ground, "agevlm", "stage2"),
-        run("stage3-unguided", stage3_ground, "ca-baseline", "stage2"),
-        run("stage4-ca-baseline", stage4_instruct, "ca-baseline", "stage3-unguided"),
-        run("stage4-agevlm", stage4_instruct, "agevlm", "stage3-guided"),
-        run("stage4-agevlm-lm", stage4_instruct, "agevlm-lm", "stage3-guided"),
-    ]
+def _folder(row: Row, stage: int, address: str) -> str:
+    if stage == 3:
+        return "stage3-guided" if 3 in row.guided else "stage3-unguided"
+    return f"stage4-{row.name}" if stage == 4 else f"stage{stage}"
 
 
 def path_of(variant: str, runs: Sequence[Run]) -> list[Run]:
@@ -119,6 +103,22 @@ def steps_of(recipe: StageRecipe, size: Size) -> int:
     return math.ceil(rows / recipe.global_batch_size) * int(recipe.training["num_train_epochs"])
 
 
+def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
+    """The data set of a size; at once where it is there."""
+    return build_scenes(
+        folder,
+        captions=size.captions,
+        instructions=size.instructions,
+        turns=size.turns,
+        test=size.questions,
+        max_objects=size.max_objects,
+        names=size.names,
+        colours=size.colours,
+        cutouts=cutouts,
+        num_proc=min(2, os.cpu_count() or 1),
+    )
+
+
 def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | None) -> Path:
     """The folder of the pretrained parts: given, committed (tiny), or made now (small)."""
     if parts is not None:
@@ -131,13 +131,22 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     return folder
 
 
-def save_start(parts: Path, folder: Path, seed: int, cross_attention_layers: Sequence[int] | None) -> None:
+def save_start(
+    parts: Path, folder: Path, seed: int, cross_attention_layers: Sequence[int] | None, start: Start
+) -> None:
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
         return
+    model: Any
+    processor: Any
     language_model, vision_tower, processor = load_parts(parts)
+    depth = language_model.config.num_hidden_layers
+    default = cross_attention_layers or spread_cross_attention_layers(depth)
     set_seed(seed)
-    model = assemble(language_model, vision_tower, processor.image_token_id, cross_attention_layers)
+    layers = cross_layers(start.layers, default, depth)
+    model = assemble(language_model, vision_tower, processor.image_token_id, layers)
+    if start.concatenates:
+        model, processor = concatenating_twin(model, processor)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -166,7 +175,7 @@ def train(
             run.recipe,
             folder / run.name,
             data=scenes,
-            init_from=folder / (run.parent or "start"),
+            init_from=folder / run.origin,
             callbacks=[StepProgress(progress, task, done)],
             console=Console(quiet=True),
         )
@@ -252,18 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     console, size, started = Console(), SIZES[args.size], time.monotonic()
     console.rule("Data")
-    scenes = build_scenes(
-        args.output / "scenes",
-        captions=size.captions,
-        instructions=size.instructions,
-        turns=size.turns,
-        test=size.questions,
-        max_objects=size.max_objects,
-        names=size.names,
-        colours=size.colours,
-        cutouts=args.cutouts,
-        num_proc=min(2, os.cpu_count() or 1),
-    )
+    scenes = draw_scenes(args.output / "scenes", size, args.cutouts)
     timings = {"scenes": time.monotonic() - started}
     console.rule("Parts")
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
@@ -287,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         task = progress.add_task("training", total=total)
         for seed, runs in plans.items():
             folder = args.output / f"seed-{seed}"
-            save_start(parts, folder / "start", seed, size.cross_attention_layers)
+            save_start(parts, folder / Start().name, seed, size.cross_attention_layers, Start())
             done = train(runs, folder, scenes, size, progress, task, done)
 
     console.rule("Evaluation on unseen scenes")

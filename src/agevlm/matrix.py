@@ -1,0 +1,198 @@
+"""The matrix of experiments: every model as one row, a row as the stage runs that lead to it.
+
+`matrix()` is the recipe file of `agevlm reproduce`; the quickstart trains its first three rows. A row is changed in
+one thing at a time. Every row takes equally many steps: those of a stage that is left out go to the stage before it
+(of stage 1: to the one after).
+
+A run's name holds a digest of everything that decides its result but the seed, from the start on. Rows that begin with
+the same runs therefore share them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
+from agevlm.training.stages.base import StageRecipe
+
+
+STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+Layers = Literal["default", "first", "last", "every"]
+Query = Literal["text", "things"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What stage 1 starts from.
+
+    Args:
+        layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
+        concatenates: the concatenating twin of that model.
+    """
+
+    layers: Layers = "default"
+    concatenates: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        parts = [
+            "start",
+            *(["twin"] if self.concatenates else []),
+            *([self.layers] if self.layers != "default" else []),
+        ]
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the matrix.
+
+    Args:
+        name, title: for machines and for people.
+        group: what is varied.
+        guided: stages with guidance.
+        stages: stages that run.
+        normalisation: of the attention in Eq. 3.
+        mask_fraction: share of the guided stages' rows that bring their mask; None: the size's.
+        query: whose attention is guided (t_q of Eq. 3): all words of the text, or those from the first to the last
+            thing or colour that it names.
+        start: what stage 1 starts from.
+    """
+
+    name: str
+    title: str
+    group: str
+    guided: tuple[int, ...] = (3,)
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    normalisation: str = "sum"
+    mask_fraction: float | None = None
+    query: Query = "text"
+    start: Start = Start()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage: its folder, its recipe and the run it starts from (None: `start`).
+
+    Args:
+        address: digest of all that decides the result but the seed.
+        query: see `Row`.
+    """
+
+    name: str
+    recipe: StageRecipe
+    parent: str | None
+    start: Start = Start()
+    query: Query = "text"
+    address: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The folder that it starts from."""
+        return self.parent or self.start.name
+
+
+MAIN = "Main"
+PAPER_ROWS = (
+    Row("ca-baseline", "CA-baseline", MAIN, guided=()),
+    Row("agevlm", "AGE-VLM", MAIN),
+    Row("agevlm-lm", "AGE-VLM-LM", MAIN, guided=(3, 4)),
+)
+
+
+def matrix() -> list[Row]:
+    """All rows: the paper's variants, the concatenating twin, and the ablation in order of interest."""
+    return [
+        *PAPER_ROWS,
+        Row("twin", "Concatenating twin", MAIN, guided=(), start=Start(concatenates=True)),
+        Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
+        Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
+        Row("no-stage-1", "without stage 1", "Stages", stages=(2, 3, 4)),
+        Row("max", "attention divided by its maximum", "Normalisation", normalisation="max"),
+        Row("layers-first", "the first cross block alone", "Cross layers", start=Start("first")),
+        Row("layers-last", "the last cross block alone", "Cross layers", start=Start("last")),
+        Row("layers-every", "a cross block after every layer", "Cross layers", start=Start("every")),
+        Row("query-things", "guided words: the things named", "Query tokens (t_q)", query="things"),
+        Row("masks-10", "masks on 10 % of the rows", "Masks", mask_fraction=0.1),
+        Row("masks-1", "masks on 1 % of the rows", "Masks", mask_fraction=0.01),
+        Row("no-stage-3", "without stage 3, guided in 4", "Stages", stages=(1, 2, 4), guided=(4,)),
+        Row("no-stage-4", "without stage 4", "Stages", stages=(1, 2, 3)),
+    ]
+
+
+def choose_rows(names: Iterable[str] | None) -> list[Row]:
+    """Rows by name or group, in the matrix's order; all without names.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    rows = matrix()
+    if names is None:
+        return rows
+    wanted = {name.lower() for name in names}
+    known = {row.name for row in rows} | {row.group.lower() for row in rows}
+    if unknown := sorted(wanted - known):
+        raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
+    return [row for row in rows if {row.name, row.group.lower()} & wanted]
+
+
+def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] | None = None) -> list[Run]:
+    """The stage runs that lead to a row, first stage first.
+
+    Args:
+        name: folder of a run from row, stage and address. Default: `stage3-0123abcd`.
+    """
+    runs: list[Run] = []
+    identity: list[object] = [dataclasses.asdict(row.start)]
+    for stage in row.stages:
+        guided = stage in row.guided
+        recipe = STAGES[stage].recipe(size=size, variant=_variant(stage, row.guided))
+        longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
+        recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
+        if guided and row.normalisation != "sum":
+            recipe = recipe.override(guidance_normalisation=row.normalisation)
+        if guided and row.mask_fraction is not None:
+            recipe = recipe.override(mask_fraction=row.mask_fraction)
+        query: Query = row.query if guided else "text"
+        # The variant's name decides nothing beside the settings that follow from it.
+        identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
+        address = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
+        recipe = recipe.override(seed=seed, disable_tqdm=True)
+        folder = f"stage{stage}-{address}" if name is None else name(row, stage, address)
+        runs.append(Run(folder, recipe, runs[-1].name if runs else None, row.start, query, address))
+    return runs
+
+
+def unique(chains: Iterable[Sequence[Run]]) -> list[Run]:
+    """All runs of several chains, each once, parents before children."""
+    return list({run.name: run for path in chains for run in path}.values())
+
+
+def cross_layers(layers: Layers, default: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices in the interleaved stack of `depth` Llama layers and cross blocks.
+
+    Args:
+        default: those of the size.
+    """
+    before = [index - number for number, index in enumerate(default)]  # Llama layers in front of each block
+    if layers == "every":
+        return tuple(2 * number + 1 for number in range(depth))
+    if layers == "default":
+        return tuple(default)
+    return (before[0 if layers == "first" else -1],)
+
+
+def _variant(stage: int, guided: Sequence[int]) -> str:
+    """The stage recipes' variant with guidance in this stage or not."""
+    if stage == 4 and 4 in guided:
+        return "agevlm-lm"
+    return "agevlm" if stage < 3 or 3 in guided else "ca-baseline"
+
+
+def _heir(missing: int, stages: Sequence[int]) -> int:
+    """The stage that takes over the steps of one that is left out."""
+    return max((stage for stage in stages if stage < missing), default=min(stages))
