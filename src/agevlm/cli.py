@@ -32,7 +32,10 @@ VERBS = {
     ),
     "data check": ("agevlm.data.check", "Report what is wrong with a training set, before it costs time on a GPU."),
     "train": ("agevlm.training.train", "Run one of the four training stages."),
-    "eval": ("agevlm.evaluation.run", "Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes."),
+    "eval": (
+        "agevlm.evaluation.run",
+        "Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes.",
+    ),
     "analyze attention": ("agevlm.analysis.attention", "Answer a question about a picture and show where it looked."),
     "analyze similarity": (
         "agevlm.analysis.similarity",
