@@ -52,7 +52,10 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
             with gr.Column(scale=2):
                 # No preprocessing: Gradio would open files in every format that Pillow knows, whatever their size.
                 picture = gr.Image(
-                    type="filepath", label=f"Picture (at most {MAX_UPLOAD} MB)", sources=["upload", "clipboard"]
+                    type="filepath",
+                    label=f"Picture (at most {MAX_UPLOAD} MB)",
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
                 )
                 question = gr.Textbox(label="Question", max_length=MAX_QUESTION, elem_id="question", submit_btn="Ask")
             with gr.Column(scale=2 * len(answerers)), gr.Row():

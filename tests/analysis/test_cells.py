@@ -55,6 +55,22 @@ def test_an_even_spread_is_one_everywhere(size, geometry):
     assert cells.shown.sum() == pytest.approx(cells.count * min(1, 1 / spread), rel=0.02)
 
 
+def test_shrunk_cells_are_on_the_same_parts_of_the_picture():
+    """A map on the small picture is the map of the large one, seen from afar."""
+    views = (View(3, 4, (0, 0, 400, 200)), View(2, 2, (-50.0, 40.0, 250.0, 340.0)))
+    cells = Cells((200, 400), views)
+    small = cells.shrunk(100)
+    assert small.size == (50, 100)
+    np.testing.assert_allclose(small.shown, cells.shown, atol=0.02)
+    weights = np.random.default_rng(0).random(cells.count).astype(np.float32)
+    afar = cells.to_pixels(weights).reshape(50, 4, 100, 4).mean((1, 3))
+    inner = (slice(1, -1), slice(1, -1))
+    border = 0.15 * afar.max()  # a view's border, and the folds of the interpolation, lie within small pixels
+    np.testing.assert_allclose(small.to_pixels(weights)[inner], afar[inner], atol=border)
+    assert np.median(np.abs(small.to_pixels(weights) - afar)) < 0.01 * afar.max()
+    assert cells.shrunk(400) == cells
+
+
 def test_views_add_up():
     whole, tile = View(1, 2, (0, 0, 8, 4)), View(1, 1, (4, 0, 8, 4))
     cells = Cells((4, 8), (whole, tile))

@@ -1,0 +1,44 @@
+"""One server for all tests of the page: the tiny checkpoint, and a concatenating model beside it."""
+
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from agevlm.analysis.subjects import load_subject
+from agevlm.demo.answering import Answerer
+from agevlm.demo.app import build_page, launch
+from vlms import llava
+
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_NEW_TOKENS = 4
+
+
+class Server(NamedTuple):
+    address: str
+    answerers: dict[str, Answerer]
+    max_new_tokens: int
+
+
+@pytest.fixture(scope="session")
+def server():
+    pytest.importorskip("gradio", reason="the packages of `pip install 'agevlm[demo]'` are missing")
+    answerers = {
+        "agevlm-tiny": Answerer(load_subject(str(ROOT / "checkpoints" / "agevlm-tiny"))),
+        "llava": Answerer(llava()),
+    }
+    page = build_page(answerers, MAX_NEW_TOKENS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, address, public = launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port)
+    assert public is None
+    yield Server(address, answerers, MAX_NEW_TOKENS)
+    page.close()
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    return ROOT / "docs" / "images" / "example.png"

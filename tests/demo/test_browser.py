@@ -1,0 +1,76 @@
+"""The page in a real browser: upload, ask, see the answer, and the overlay that follows the pointer."""
+
+import demo_browser
+import pytest
+
+
+pytestmark = pytest.mark.skipif(demo_browser.missing() is not None, reason=str(demo_browser.missing()))
+QUESTION = "Is there a red apple in the image?"
+MARKUP = "What is <img src=x onerror='window.ran = 1'> ${window.ran = 2} {{value}}"
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with demo_browser.opened(server.address) as page:
+        yield page
+
+
+def seen(figure) -> list[tuple[str, str]]:
+    """Token and layer of the overlays that are displayed."""
+    heats = figure.find_elements("css selector", ".heat")
+    return [(h.get_attribute("data-token"), h.get_attribute("data-layer")) for h in heats if h.is_displayed()]
+
+
+def test_upload_ask_answer_overlay(page, example):
+    page.upload(example)
+    page.wait(lambda: page.all("#picture img"))
+    page.ask(QUESTION)
+    ours, other = page.answers()
+    assert seen(ours) == [("question", "mean")]
+    stage = ours.find_element("css selector", ".stage")
+    token = ours.find_element("css selector", ".token[data-token='0']")
+    assert token.text.strip() in ("Yes", "No")  # the checkpoint answers presence questions so
+    before = stage.screenshot_as_png
+    page.point(token)
+    page.wait(lambda: seen(ours) == [("0", "mean")])
+    assert seen(other) == [("question", "0")]  # a concatenating model shows its first layer, as the paper does
+    hovered = stage.screenshot_as_png
+    assert hovered != before
+
+    options = ours.find_elements("css selector", "option")
+    assert [option.get_attribute("value") for option in options] == ["1", "4", "mean"]
+    scale = ours.find_element("css selector", ".peak").text
+    options[0].click()
+    page.wait(lambda: seen(ours) == [("0", "1")])
+    assert stage.screenshot_as_png != hovered
+    assert ours.find_element("css selector", ".peak").text != scale
+
+    # The next answer starts with the look of its own question, which is text, whatever is in it.
+    page.ask(MARKUP)
+    ours, _ = page.answers()
+    assert seen(ours) == [("question", "mean")]
+    assert ours.find_element("css selector", ".asked").text == MARKUP
+    assert page.driver.execute_script("return window.ran") is None
+
+
+def test_what_cannot_be_answered_is_said(page, example, tmp_path):
+    page.ask("   ")
+    assert "question is empty" in page.message()
+    text = tmp_path / "notes.png"
+    text.write_text("no picture at all")
+    page.upload(text)
+    page.ask("What is this?")
+    assert "notes.png is no picture" in page.message()
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(50_000_000))
+    page.upload(large)
+    assert "maximum" in page.message().lower()
+    page.upload(example)
+    page.wait(lambda: page.all("#picture img"))
+    page.ask("Is there a car in the image?")
+    assert len(page.answers()) == 2
+
+
+def test_nothing_comes_from_elsewhere(page, server):
+    names = page.driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert names and not [name for name in names if not name.startswith((server.address, "data:", "blob:"))]

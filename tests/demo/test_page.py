@@ -1,0 +1,192 @@
+"""The page over HTTP: answers, users at once, and uploads that must not bring it down."""
+
+import itertools
+import json
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from agevlm.analysis.attention import attend
+from agevlm.analysis.subjects import Subject, load_subject
+from agevlm.demo.answering import MAX_QUESTION, Answerer, ask
+from agevlm.demo.app import MAX_UPLOAD, build_page
+from agevlm.demo.figure import finished
+from builders import picture, tiny_model, tiny_processor
+
+
+QUESTION = "Is there a red apple in the image?"
+OTHER = "How many cars are there in the image? Describe the picture."
+
+
+def call(address: str, image: object, question: object) -> list[str]:
+    """Asks as Gradio's API documents it. Raises RuntimeError with the server's words."""
+    body = json.dumps({"data": [image, question]}).encode()
+    send = urllib.request.Request(f"{address}gradio_api/call/ask", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(send, timeout=60) as response:
+        event = json.load(response)["event_id"]
+    with urllib.request.urlopen(f"{address}gradio_api/call/ask/{event}", timeout=120) as response:
+        *_, kind, data = (line for line in response.read().decode().splitlines() if line)
+    if kind == "event: error":
+        raise RuntimeError(data.removeprefix("data: "))
+    return json.loads(data.removeprefix("data: "))
+
+
+def upload(address: str, name: str, content: bytes) -> dict:
+    form = b'--part\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--part--\r\n'
+    send = urllib.request.Request(
+        f"{address}gradio_api/upload",
+        form % (name.encode(), content),
+        {"Content-Type": "multipart/form-data; boundary=part"},
+    )
+    with urllib.request.urlopen(send, timeout=60) as response:
+        (path,) = json.load(response)
+    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+def heats(html: str) -> list[str]:
+    return re.findall(r'class="heat"[^>]* src="([^"]+)"', html)
+
+
+@pytest.fixture
+def uploaded(server, example):
+    return upload(server.address, "example.png", example.read_bytes())
+
+
+def alone(server, image: Image.Image, question: str) -> list[str]:
+    """The overlays of every model's answer, without a server."""
+    drawn = []
+    for name, answerer in server.answerers.items():
+        attended = attend(
+            answerer.subject.model,
+            answerer.subject.processor,
+            image,
+            question,
+            layers=answerer.layers,
+            max_new_tokens=server.max_new_tokens,
+        )
+        drawn.append(finished(name, image, question, attended, "mean"))
+    return drawn
+
+
+def test_two_users_at_once_get_their_own_answers(server, example, tmp_path):
+    """Each what a model by itself says, with its maps: nothing of a request is in the other's."""
+    turned = tmp_path / "turned.png"
+    with Image.open(example) as image:
+        image.convert("RGB").transpose(Image.Transpose.ROTATE_180).save(turned)
+    users = [(example, QUESTION), (turned, OTHER)]
+    answers: dict[int, list[str]] = {}
+
+    def use(index: int) -> None:
+        path, question = users[index]
+        answers[index] = call(server.address, upload(server.address, path.name, path.read_bytes()), question)
+
+    threads = [threading.Thread(target=use, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, (path, question) in enumerate(users):
+        with Image.open(path) as image:
+            expected = alone(server, image.convert("RGB"), question)
+        assert len(answers[index]) == len(server.answerers) == 2
+        for given, own in zip(answers[index], expected, strict=True):
+            assert heats(given) == heats(own) and heats(own)
+            assert re.findall(r"<span.*?</span>", given) == re.findall(r"<span.*?</span>", own)
+    assert heats(answers[0][0]) != heats(answers[1][0])
+
+
+def test_one_model_asked_from_several_threads(example):
+    """Without the server's queue: a model's lock keeps its recordings apart."""
+    answerers = {"model": Answerer(load_subject(str(example.parents[2] / "checkpoints" / "agevlm-tiny")))}
+    images = [picture(seed=seed) for seed in range(3)]
+    alone = [[*ask(answerers, image, QUESTION, 3)][-1]["model"] for image in images]
+    together = {}
+    threads = [
+        threading.Thread(
+            target=lambda i=i, image=image: together.update({i: [*ask(answerers, image, QUESTION, 3)][-1]})
+        )
+        for i, image in enumerate(images)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, result in enumerate(alone):
+        assert together[index]["model"].tokens == result.tokens
+        assert (together[index]["model"].token_weights == result.token_weights).all()
+
+
+def test_answers_grow_word_by_word():
+    answerers = {"a": Answerer(Subject(tiny_model(), tiny_processor()))}
+    states = [state["a"] for state in ask(answerers, picture(), QUESTION, 40)]
+    *texts, last = states
+    assert len({*texts}) > 1
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert texts[-1].strip() == last.answer
+
+
+@pytest.mark.parametrize("question", ["", " \n ", None, 7])
+def test_an_empty_question_is_refused(server, uploaded, question):
+    with pytest.raises(RuntimeError, match="question is empty"):
+        call(server.address, uploaded, question)
+    assert len(call(server.address, uploaded, QUESTION)) == 2  # the server lives
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("x" * (MAX_QUESTION + 1), f"{MAX_QUESTION} or fewer"), ("What is <|image|>?", "image placeholder")],
+)
+def test_questions_that_are_none(server, uploaded, question, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(server.address, uploaded, question)
+
+
+def test_a_text_file_named_png_is_refused(server, uploaded):
+    text = upload(server.address, "notes.png", b"no picture at all")
+    with pytest.raises(RuntimeError, match=r"notes\.png is no picture") as refused:
+        call(server.address, text, QUESTION)
+    assert text["path"] not in str(refused.value)
+    assert len(call(server.address, uploaded, QUESTION)) == 2
+
+
+def test_a_picture_of_too_many_pixels_is_refused(server, tmp_path):
+    path = tmp_path / "huge.png"
+    Image.new("1", (10_000, 8_000)).save(path)
+    with pytest.raises(RuntimeError, match=r"10000 x 8000 pixels exceed the limit of 64000000"):
+        call(server.address, upload(server.address, path.name, path.read_bytes()), QUESTION)
+
+
+def test_an_upload_of_50_mb_is_refused(server, uploaded):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        upload(server.address, "large.png", bytes(MAX_UPLOAD * 2**20 + 1))
+    assert refused.value.code == 413
+    assert "maximum allowed size" in refused.value.read().decode()
+    with pytest.raises(OSError):  # the server hangs up long before the end
+        upload(server.address, "large.png", bytes(50_000_000))
+    assert len(call(server.address, uploaded, QUESTION)) == 2
+
+
+def test_no_picture_and_no_file_of_the_server(server, example):
+    with pytest.raises(RuntimeError, match="no picture; upload one"):
+        call(server.address, None, QUESTION)
+    for path in (example, example.parents[2] / "README.md"):
+        with pytest.raises(RuntimeError) as refused:
+            call(server.address, {"path": str(path), "meta": {"_type": "gradio.FileData"}}, QUESTION)
+        assert "is no picture" not in str(refused.value)  # not even looked at
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"pip install 'agevlm\[demo\]'"):
+        build_page({})
+
+
+def test_nothing_is_reported_to_anyone(server):
+    with urllib.request.urlopen(f"{server.address}config", timeout=60) as response:
+        config = json.load(response)
+    assert config["analytics_enabled"] is False
