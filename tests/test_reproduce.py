@@ -301,3 +301,7 @@ def test_padding_is_decided_by_every_seed(guided, unguided, verdict):
     claim = findings._padding({"agevlm": entries(guided), "ca-baseline": entries(unguided)})
     assert claim.holds is verdict
     assert f"{min(guided):.2f}" in claim.sentence
+    alone = findings._looks_at_padding({"ca-baseline": entries(unguided)})
+    assert alone.holds is (None if len(unguided) < 2 else False)
+    if len(unguided) > 1:
+        assert findings._looks_at_padding({"ca-baseline": entries([1.2, 1.1])}).holds is True

@@ -227,9 +227,7 @@ def claims(scores: Scores, similarity: Mapping[str, list[Any]], padding: Mapping
             "CA-baseline over the concatenating twin, POPE accuracy",
         )
     )
-    made.append(_apart(similarity))
-    made.append(_padding(padding))
-    return made
+    return [*made, _apart(similarity), _looks_at_padding(padding), _padding(padding)]
 
 
 def _apart(similarity: Mapping[str, list[Any]]) -> Claim:
@@ -243,12 +241,27 @@ def _apart(similarity: Mapping[str, list[Any]]) -> Claim:
     return Claim(title, holds, f"AUROC of the twin's final layer, one per seed: {words}; 0.5 tells nothing apart.")
 
 
+def _enrichment(padding: Mapping[str, list[Any]], name: str) -> list[float]:
+    """Of unmarked padding, per seed."""
+    return [entry["variants"]["pad"]["enrichment"] for entry in padding.get(name, [])]
+
+
+def _looks_at_padding(padding: Mapping[str, list[Any]]) -> Claim:
+    title = "Appendix C: without guidance, attention goes to padding"
+    found = _enrichment(padding, BASELINE)
+    if not found:
+        return Claim(title, None, "Not run: it needs the CA-baseline.")
+    sentence = (
+        f"The CA-baseline's attention on unmarked padding is {min(found):.2f} to {max(found):.2f} times that of an "
+        "even spread, lowest to highest seed."
+    )
+    return Claim(title, None if len(found) < 2 else min(found) > 1, sentence)
+
+
 def _padding(padding: Mapping[str, list[Any]]) -> Claim:
     """`pad`: what the models do where nobody tells them what is padding."""
     title = "Appendix C: guidance takes attention off padding"
-    low, high = (
-        [entry["variants"]["pad"]["enrichment"] for entry in padding.get(name, [])] for name in (GUIDED, BASELINE)
-    )
+    low, high = (_enrichment(padding, name) for name in (GUIDED, BASELINE))
     if not low or not high:
         return Claim(title, None, "Not run: it needs AGE-VLM and CA-baseline.")
     sentence = (
@@ -395,14 +408,13 @@ def write_findings(
         name: {title: number.as_json() for title, number in by_title.items()}
         for name, by_title in scores.numbers.items()
     }
-    commits = sorted(
-        {_commit(folder) for runs in found.values() for run in runs.values() for _, folder in run["stages"]}
-    )
+    folders = {folder for runs in found.values() for run in runs.values() for _, folder in run["stages"]}
     settings = {
         "size": size,
         "date": date.today().isoformat(),
         "split": SPLIT,
-        "stages trained at": ", ".join(commits),
+        "measured at commit": str(git_commit())[:12],
+        "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
     }
     settings |= {f"failed: {name}": reason for name, reason in failed.items()}
     variants = [_variant(name, titles[name], runs) for name, runs in found.items() if MASS in scores.numbers[name]]
