@@ -390,13 +390,8 @@ def write_findings(
     if not found:
         raise ValueError(f"{output}: no row has been trained and measured, so there is nothing to report")
     scores = Scores(found, scenes)
-    similarity = {
-        name: [read_json(run["measured"] / "similarity" / "similarity.json") for run in runs.values()]
-        for name, runs in found.items()
-    }
-    padding = {
-        name: [read_json(run["measured"] / "padding.json") for run in runs.values()] for name, runs in found.items()
-    }
+    similarity = _read_all(found, "similarity/similarity.json")
+    padding = _read_all(found, "padding.json")
     made = sections(scores, found, similarity, padding)
     titles = {row.name: row.title for row in matrix()}
     looking = {titles[name]: made[MASS].as_json() for name, made in scores.numbers.items() if MASS in made}
@@ -439,6 +434,13 @@ def write_findings(
     (output / ".report.md").write_text(page, encoding="utf-8")
     (output / ".report.md").replace(output / "report.md")
     return numbers
+
+
+def _read_all(found: Found, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Row -> a file of each seed that has it; rows without it are left out."""
+    files = {row: [run["measured"] / name for run in runs.values()] for row, runs in found.items()}
+    read = {row: [read_json(path) for path in paths if path.is_file()] for row, paths in files.items()}
+    return {row: entries for row, entries in read.items() if entries}
 
 
 def _commit(folder: Path) -> str:

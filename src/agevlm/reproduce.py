@@ -358,7 +358,7 @@ def _finished(folder: Path) -> bool:
 
 
 def collect(place: Place) -> dict[str, dict[int, dict[str, Any]]]:
-    """Row -> seed -> where the measured things and the stage runs lie, of all that is finished in the folder."""
+    """Row -> seed -> where the measured things and the stage runs lie, of all that has been evaluated."""
     seeds = sorted(
         int(folder.name.removeprefix("seed-"))
         for folder in place.output.glob("seed-*")
@@ -374,7 +374,7 @@ def collect(place: Place) -> dict[str, dict[int, dict[str, Any]]]:
                 "steps": sum(steps_of(run.recipe, SIZES[place.size]) for run in path),
             }
             for seed, path in paths.items()
-            if place.is_measured(seed, path)
+            if (place.measured(seed, path) / "evaluation" / RESULT).is_file()
         }
     return found
 
