@@ -31,6 +31,7 @@ from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
 from .files import file_name, save_arrays, save_image, save_json
 from .recording import Recorder, recording
+from .results import Example, Panel
 from .subjects import Encoded, Subject, load_subject, unique_names
 
 
@@ -285,7 +286,7 @@ def write_examples(
     *,
     prompt: Callable[[Mapping[str, Any]], str] | None = None,
     correct: Callable[[Mapping[str, Any], str], bool] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Example]:
     """Draws benchmark rows for the report: the picture with the mask's outline, and every model's mean map.
 
     Args:
@@ -300,7 +301,7 @@ def write_examples(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    examples = []
+    examples: list[Example] = []
     for row in rows:
         image = open_image(row["image"], f"row {row['id']}, field image")
         mask = None if row.get("mask") is None else open_image(row["mask"], f"row {row['id']}, field mask", mode="1")
@@ -311,7 +312,7 @@ def write_examples(
         stem = file_name(row["id"])
         picture = output / f"{stem}.png"
         save_image(image if mask is None else outline(image, mask), picture)
-        drawn = []
+        drawn: list[Panel] = []
         for name, result in attended.items():
             path = output / f"{stem}-{file_name(name)}.png"
             save_image(overlay(image, result.mean, peak, mask), path)

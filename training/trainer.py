@@ -106,7 +106,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
                 p for n, p in backbone.named_parameters() if p.requires_grad and part_of(n) != "language_model"
             ]
             if passed_by:
-                zero = sum(0.0 * parameter.flatten()[0] for parameter in passed_by)
+                zero: Any = sum(0.0 * parameter.flatten()[0] for parameter in passed_by)
                 output.last_hidden_state = output.last_hidden_state + zero.to(output.last_hidden_state.dtype)
         return output
 
@@ -347,7 +347,7 @@ def own_class(model: nn.Module) -> Iterator[None]:
     """Gives a model sharded by FSDP2 its own class back for a while: its saved code would be torch's otherwise."""
     sharded = type(model)
     try:
-        model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+        model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))  # type: ignore[assignment]
         yield
     finally:
         model.__class__ = sharded

@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 from agevlm.analysis.attention import write_examples
 from agevlm.analysis.figures import save_rows
 from agevlm.analysis.report import write_report
-from agevlm.analysis.results import Claim, Example, Section
+from agevlm.analysis.results import Claim, Example, Section, Variant
 from agevlm.data.scenes import load_benchmark
 from agevlm.evaluation import pope
 from agevlm.evaluation.benchmark import Benchmark, units_of
@@ -448,8 +448,8 @@ def _commit(folder: Path) -> str:
     return str(lineage["git_commit"])[:12] if lineage is not None else "unknown"
 
 
-def _variant(name: str, title: str, runs: Mapping[int, Any]) -> dict[str, Any]:
-    made = []
+def _variant(name: str, title: str, runs: Mapping[int, Any]) -> Variant:
+    made: list[Any] = []
     for seed, run in runs.items():
         stages = [
             {

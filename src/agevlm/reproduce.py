@@ -198,7 +198,7 @@ def measure_step(place: Place, seed: int, row: Row, path: Sequence[Run]) -> None
 
 def oblong_pairs(scenes: Path) -> list[Pair]:
     """The first presence questions with a mask, their pictures cut to the middle 16 : 9: scenes are square."""
-    pairs = []
+    pairs: list[Pair] = []
     for row in load_benchmark(scenes, SPLIT, pope.PAPER.name):
         if row["mask"] is None or len(pairs) == OBLONG:
             continue
@@ -254,7 +254,8 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
     devices = context.Queue()
     for job in range(jobs):
         devices.put(_device(job))
-    waiting, done, running = list(steps), set(), {}
+    waiting, done = list(steps), set[str]()
+    running: dict[Future, Step] = {}
     with ProcessPoolExecutor(jobs, context, _bind, (devices,)) as pool:
         while waiting or running:
             waiting = [step for step in waiting if not _left_out(step, failed)]
@@ -263,16 +264,16 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
                 waiting.remove(step)
             finished: set[Future] = wait(running, return_when=FIRST_COMPLETED)[0]
             for future in finished:
-                step, error = running.pop(future), future.exception()
-                if error is None:
+                step, failure = running.pop(future), future.exception()
+                if failure is None:
                     done.add(step.name)
                     tell(step.name)
                     continue
-                failed[step.name] = _reason(error)
+                failed[step.name] = _reason(failure)
                 tell(f"{step.name} failed: {failed[step.name]}")
                 if strict:
                     pool.shutdown(cancel_futures=True)
-                    raise error
+                    raise failure
     return failed
 
 

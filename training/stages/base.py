@@ -415,8 +415,8 @@ def _last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
     metrics: dict[str, float] = {}
     for entry in log_history:
         metrics.update(entry)
-    noise = ("runtime", "per_second", "total_flos", "epoch", "grad_norm", "learning_rate", "train_loss")
-    noise += ("data_wait", "mfu", "memory_gib")
+    noise = ["runtime", "per_second", "total_flos", "epoch", "grad_norm", "learning_rate", "train_loss"]
+    noise += ["data_wait", "mfu", "memory_gib"]
     return {name: value for name, value in metrics.items() if not any(part in name for part in noise)}
 
 
