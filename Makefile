@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/agevlm quickstart
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

@@ -45,7 +45,8 @@ def test_a_clipped_box_is_inside_and_has_a_pixel(box, size):
     clipped = masks.clip_box(box, size)
     if clipped is not None:
         left, top, right, bottom = clipped
-        assert 0 <= left <= right - 1 and right <= size[0] and 0 <= top <= bottom - 1 and bottom <= size[1]
+        assert left >= 0 and right - left >= 1 and right <= size[0]
+        assert top >= 0 and bottom - top >= 1 and bottom <= size[1]
 
 
 @given(mask=some_masks)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
 from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from agevlm.matrix import Start
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.quickstart import TINY_PARTS, save_start
 from agevlm.training.init import RECORD_FILE, count_parameters, main, parse, plan_parts, without_weights
@@ -177,7 +178,7 @@ def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp
 
 
 def test_parts_are_what_the_quickstart_starts_from(tmp_path):
-    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4))
+    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4), start=Start())
     places = ["--cross-attention-layers", "1", "4"]
     main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
     for name in ("model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
@@ -470,7 +471,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
 def test_the_command_prints_one_line_for_a_gated_model(hub, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "agevlm", "init", str(tmp_path / "start"), *flags("a/gated", "a/tower")],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"},
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": hub.address, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
