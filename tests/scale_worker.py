@@ -17,6 +17,7 @@ from training_worker import make_rows, sharp_model
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.stages import stage3_ground
 from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.train import end_processes
 from builders import tiny_processor
 
 
@@ -34,13 +35,15 @@ SHARDING = {
 }
 
 
-def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, **changes) -> StageResult:
+def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, callbacks=(), **changes) -> StageResult:
     """Stage 3, guided, of 4 rows a step in batches of `batch` rows, from the folder `start`."""
     recipe = stage3_ground.recipe(size="tiny").override(
         global_batch_size=4,
         per_device_train_batch_size=batch,
         logging_steps=1,
         learning_rate=1e-3,
+        projector_learning_rate=3e-3,
+        vision_learning_rate=3e-4,
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         **changes,
@@ -51,7 +54,7 @@ def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, **c
         # these processes had some; tensors stay on the CPU and collectives gloo's.
         PartialState._shared_state["distributed_type"] = sharding
         os.environ.pop("ACCELERATE_USE_CPU", None)
-    return run_stage(recipe, output_dir, data=make_rows(kinds), init_from=start, args=args)
+    return run_stage(recipe, output_dir, data=make_rows(kinds), init_from=start, args=args, callbacks=callbacks)
 
 
 def save_start(folder: Path) -> None:
@@ -69,6 +72,8 @@ def main() -> None:
     for batch, kinds in DIVISIONS.items():
         folder = arguments.folder / f"{arguments.kind}-{batch}"
         run_scaled_stage(folder, arguments.folder / "start", kinds, batch, SHARDING.get(arguments.kind))
+    end_processes()
+    assert not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

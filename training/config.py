@@ -105,6 +105,11 @@ class AgeVlmSFTConfig(SFTConfig):
                 "`remove_unused_columns` must stay False: the collator reads the columns `id` and `guidance`, which "
                 "would be removed because the model does not take them."
             )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel`: Liger knows models by their type and has no kernels for this one; nothing would "
+                "change. Its largest saving, the loss without logits, TRL's fused head has already."
+            )
         if HubStrategy(self.hub_strategy) != HubStrategy.END:
             raise ValueError(
                 f"`hub_strategy` must stay 'end', got '{self.hub_strategy}': a stage is pushed when it is finished, "

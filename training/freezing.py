@@ -95,6 +95,8 @@ def trainable_table(model: PreTrainedModel) -> list[TableRow]:
     """Parameter counts of an AGE-VLM, one row per module and a last row `total`. Tied weights count once."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
+        if "original_module" in name.split("."):
+            continue  # PEFT keeps what it copies; the copy counts
         row = counts.setdefault(_module_of(name), [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() if parameter.requires_grad else 0

@@ -9,16 +9,20 @@ private unless `--hub_private_repo false`, with its card and a tag (`publish.py`
 """
 
 import argparse
+import gc
 import importlib
 import inspect
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from trl import TrlParser
 
+from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.stages.base import StageRecipe, StageResult, run_stage
+from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.stages.recipe import StageRecipe
 
 
 STAGES = ("stage1_align", "stage2_adapt_vision", "stage3_ground", "stage4_instruct")
@@ -74,8 +78,8 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     return built if arguments.mask_fraction is None else built.override(mask_fraction=arguments.mask_fraction)
 
 
-def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig]:
-    """Recipe, stage flags and training arguments of a command line that begins with a stage's name.
+def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig, AdapterArguments]:
+    """Recipe, stage flags, training arguments and adapter flags of a command line that begins with a stage's name.
 
     Raises:
         ValueError: see `build_stage`.
@@ -93,29 +97,40 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     if namespace.per_device_train_batch_size is not None:
         defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
     parser = TrlParser(
-        (StageArguments, AgeVlmSFTConfig),  # type: ignore[arg-type]  # as above
+        (StageArguments, AgeVlmSFTConfig, AdapterArguments),  # type: ignore[arg-type]  # as above
         prog=f"agevlm train {{{','.join(STAGES)}}}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults_with_config(**recipe.training_arguments(**defaults))
-    arguments, training = parser.parse_args_and_config(flags or (["--help"] if not argv else []))
-    return recipe, arguments, training
+    arguments, training, adapters = parser.parse_args_and_config(flags or (["--help"] if not argv else []))
+    return recipe, arguments, training, adapters
+
+
+def end_processes() -> None:
+    """Leave the process group, if there is one: the threads of gloo and NCCL outlive a script that does not, and have
+    aborted finished runs on their way out."""
+    if torch.distributed.is_initialized():
+        gc.collect()  # trainers hold the group in reference cycles
+        torch.distributed.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> StageResult:
     """Parse `argv` (default: the command line) and run the stage it names."""
-    recipe, arguments, training = parse(list(sys.argv[1:] if argv is None else argv))
-    return run_stage(
+    recipe, arguments, training, adapters = parse(list(sys.argv[1:] if argv is None else argv))
+    result = run_stage(
         recipe,
         str(training.output_dir),
         data=arguments.data,
         init_from=arguments.init_from,
         revision=arguments.revision,
         args=training,
+        adapters=adapters,
         resume=arguments.resume,
         dry_run=arguments.dry_run,
     )
+    end_processes()
+    return result
 
 
 if __name__ == "__main__":

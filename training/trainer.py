@@ -78,6 +78,10 @@ class AgeVlmSFTTrainer(WatchedTrainer):
         self._guided_rows: torch.Tensor | None = None
         self._guidance_sums: dict[str, Any] = defaultdict(float)
         super().__init__(model=model, args=args, **kwargs)
+        if getattr(model, "hf_quantizer", None) is not None:
+            # TRL keeps what trains beside quantised weights in bfloat16, where a step of 1e-5 is rounded away.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         if isinstance(self.data_collator, AgeVlmDataCollator):
             # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
             loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1

@@ -7,7 +7,7 @@ from agevlm.training.train import STAGES, main, parse
 
 def test_a_stage_without_flags_is_its_recipe():
     for number, stage in enumerate(STAGES, start=1):
-        recipe, arguments, training = parse([stage])
+        recipe, arguments, training, _ = parse([stage])
         assert (recipe.stage, recipe.variant, recipe.size) == (number, "agevlm", "paper")
         assert (arguments.dry_run, arguments.resume) == (False, True)
         assert training.learning_rate == 1e-5
@@ -17,7 +17,7 @@ def test_a_stage_without_flags_is_its_recipe():
 
 
 def test_flags_win_over_the_recipe_and_the_batch_is_kept():
-    recipe, arguments, training = parse(
+    recipe, arguments, training, _ = parse(
         [
             "stage4_instruct",
             "--variant",
@@ -55,7 +55,7 @@ def test_flags_win_over_the_recipe_and_the_batch_is_kept():
 
 def test_a_config_file_stands_between_recipe_and_flags(tmp_path):
     (tmp_path / "run.yaml").write_text("size: tiny\nlearning_rate: 0.5\nseed: 3\n")
-    recipe, _, training = parse(["stage1_align", "--config", str(tmp_path / "run.yaml"), "--seed", "9"])
+    recipe, _, training, _ = parse(["stage1_align", "--config", str(tmp_path / "run.yaml"), "--seed", "9"])
     assert recipe.size == "tiny"
     assert (training.learning_rate, training.seed) == (0.5, 9)
     assert training.lr_scheduler_type == "cosine"

@@ -276,6 +276,7 @@ def test_parts_have_their_own_learning_rates(tmp_path):
         ({"guidance_normalisation": "softmax"}, "one of sum, max, got 'softmax'"),
         ({"guidance_weight": -1.0}, "must be 0 .off. or positive, got -1.0"),
         ({"vision_learning_rate": -1e-3}, "`vision_learning_rate` must not be negative"),
+        ({"use_liger_kernel": True}, "no kernels for this one"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False"),
     ],
 )

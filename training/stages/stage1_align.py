@@ -9,7 +9,7 @@ Starts from: a pretrained language model and a pretrained ConvNeXt, joined by `a
 
 import sys
 
-from .base import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
+from .recipe import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
 
 
 NAME = "stage1_align"

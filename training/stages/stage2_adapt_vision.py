@@ -9,7 +9,7 @@ Starts from: stage 1.
 
 import sys
 
-from .base import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
+from .recipe import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
 
 
 NAME = "stage2_adapt_vision"

@@ -11,7 +11,7 @@ seen the same number of steps.
 
 import sys
 
-from .base import CAMBRIAN_CAPTIONS, CAPTION_MASKS, StageRecipe, build_recipe
+from .recipe import CAMBRIAN_CAPTIONS, CAPTION_MASKS, StageRecipe, build_recipe
 
 
 NAME = "stage3_ground"

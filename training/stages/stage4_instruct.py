@@ -10,7 +10,7 @@ Variants: `agevlm` and `ca-baseline` train the language-modelling loss alone, `a
 
 import sys
 
-from .base import CAMBRIAN_INSTRUCTIONS, INSTRUCTION_MASKS, StageRecipe, build_recipe
+from .recipe import CAMBRIAN_INSTRUCTIONS, INSTRUCTION_MASKS, StageRecipe, build_recipe
 
 
 NAME = "stage4_instruct"
