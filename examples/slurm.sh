@@ -16,7 +16,8 @@ set -euo pipefail
 
 export CONFIG HEAD
 CONFIG="$(python -c 'import pathlib, agevlm.training as t; print(pathlib.Path(t.__file__).parent / "accelerate")')"
-HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# No pipe into head: it may close before the last name is written, which pipefail takes for an error.
+read -r HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 # SLURM_NODEID differs from node to node, so the inner shell reads it there.
 srun --kill-on-bad-exit=1 bash -c 'accelerate launch \
