@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from agevlm import findings, quickstart, reproduce
+from agevlm import claims, findings, quickstart, reproduce
+from agevlm.claims import compared, decide
 from agevlm.evaluation.measures import share
-from agevlm.findings import Number, compared, decide
 from agevlm.matrix import PAPER_ROWS, STAGES, chain, choose_rows, cross_layers, matrix, unique
 from agevlm.modeling_agevlm import AgeVlmConfig
-from agevlm.queries import things_named
+from agevlm.queries import things_named, vocabulary
 from agevlm.reproduce import Step, execute
+from agevlm.scores import MASS, TABLE_2, Number, Scores
 from agevlm.training.lineage import LINEAGE_FILE, read_lineage, write_lineage
 
 
@@ -203,12 +205,35 @@ def test_the_twin_end_to_end(minute, tmp_path):
     arguments = ["--output", str(output), "--parts", str(PARTS), "--only", "twin", "--strict"]
     reproduce.main(arguments)
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert set(report["numbers"]["twin"]) == {title for _, _, title in findings.TABLE_2}
+    assert set(report["numbers"]["twin"]) == {title for _, _, title in TABLE_2}
     assert not list(output.glob("seed-0/stage*/training_args.bin"))
     weights = {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")}
     assert len(weights) == 4
     reproduce.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")} == weights
+
+
+def test_guided_words_are_narrowed_for_the_rows_that_vary_them_alone(tmp_path):
+    size = dataclasses.replace(quickstart.SIZES["tiny"], captions=12, instructions=6, questions=6)
+    quickstart.draw_scenes(tmp_path, size, None)
+    words = vocabulary(tmp_path)
+
+    def rows_of(name):
+        return reproduce.rows_of(tmp_path, chain(ROWS[name], "tiny", 0)[2])  # of stage 3
+
+    plain, narrow = rows_of("agevlm"), rows_of("query-things")
+    assert narrow.features == plain.features
+    assert narrow["messages"] == plain["messages"]
+    shorter = 0
+    for before, after in zip(plain["guidance"], narrow["guidance"], strict=True):
+        assert (before is None) == (after is None)
+        if before is not None:
+            assert {**after, "query": ""} == {**before, "query": ""}  # same picture of the mask, same message
+            assert after["query"] == things_named(before["query"], words)
+            shorter += len(after["query"]) < len(before["query"])
+    assert shorter > 6
+    few = rows_of("masks-10")["guidance"]
+    assert sum(entry is not None for entry in few) < sum(entry is not None for entry in plain["guidance"])
 
 
 def test_runs_of_a_quickstart_are_taken_if_they_are_the_same(tmp_path):
@@ -246,9 +271,9 @@ def test_runs_of_a_quickstart_are_taken_if_they_are_the_same(tmp_path):
 # -- what the numbers say ---------------------------------------------------------------------------------------------
 
 
-def scores_of(first: list[np.ndarray], second: list[np.ndarray]) -> findings.Scores:
+def scores_of(first: list[np.ndarray], second: list[np.ndarray]) -> Scores:
     """Two rows with the given right answers per seed."""
-    made = object.__new__(findings.Scores)
+    made = object.__new__(Scores)
     units = np.arange(len(first[0]))
     made.numbers = {
         name: {"accuracy": Number({seed: share(right) for seed, right in enumerate(answers)}, units)}
@@ -274,7 +299,7 @@ def test_claims_follow_from_the_numbers(low, high, verdict):
     )
     difference = scores.difference("ca-baseline", "agevlm", "accuracy")
     assert decide(difference) is verdict
-    claim = compared("A claim", difference, "accuracy")
+    claim = compared("A claim", "accuracy", difference)
     assert claim.holds is verdict
     assert f"{difference['difference']:+.1f} points" in claim.sentence
     expected = np.mean([s.value() for s in scores.numbers["agevlm"]["accuracy"].seeds.values()]) - np.mean(
@@ -283,13 +308,70 @@ def test_claims_follow_from_the_numbers(low, high, verdict):
     assert difference["difference"] == pytest.approx(expected)
 
 
+def test_rows_that_answer_blindly_decide_nothing():
+    scores = scores_of([answers(0.5, 0)] * 2, [answers(0.8, 1)] * 2)
+    scores.constants = {"accuracy": 50.0}
+    assert [scores.is_above_blind(name, "accuracy") for name in ("ca-baseline", "agevlm")] == [False, True]
+    better = claims._above(scores, "ca-baseline", "agevlm", "accuracy", "A claim")
+    assert better.holds is True
+    scores.constants = {"accuracy": 90.0}
+    blind = claims._above(scores, "ca-baseline", "agevlm", "accuracy", "A claim")
+    assert blind.holds is None
+    assert "decides nothing" in blind.sentence
+
+
+def test_a_claim_that_fails_says_how():
+    equal = scores_of([answers(0.5, 0)] * 2, [answers(0.5, 0)] * 2).difference("ca-baseline", "agevlm", "accuracy")
+    worse = scores_of([answers(0.8, 0)] * 2, [answers(0.5, 1)] * 2).difference("ca-baseline", "agevlm", "accuracy")
+    assert compared("A claim", "accuracy", equal).sentence.endswith("No difference can be told.")
+    assert compared("A claim", "accuracy", worse).sentence.endswith("The difference is reversed.")
+    assert [findings._reading(found) for found in (equal, worse)] == ["no difference told", "worse"]
+    one_seed = {**worse, "seeds": {"0": -30.0}}
+    assert findings._reading(one_seed) == "one seed"
+    assert findings._reading({**worse, "seeds": {"0": -30.0, "1": 1.0}}) == "no difference told"
+
+
+def test_table_2_is_claimed_where_the_paper_has_it():
+    scores = scores_of([answers(0.5, 0)], [answers(0.5, 1)])
+    titles = [claim.title for claim in claims.claims(scores, {}, {})]
+    assert len(titles) == len(set(titles))
+    told = {rival: {title.split(":")[0].removeprefix("Table 2, ") for title in titles if f"above {rival} (" in title}
+            for rival in ("CA-baseline", "the concatenating twin")}  # fmt: skip
+    assert told["CA-baseline"] == set(claims.PAPER) - {"CV-Bench 2D", "Hallusion qAcc"}  # lower and equal in the paper
+    assert told["the concatenating twin"] == set(claims.PAPER) - {"CV-Bench 3D", "RealWorldQA"}
+    assert set(claims.PAPER) < {title for _, _, title in TABLE_2}
+    assert MASS not in claims.PAPER
+
+
+def test_answers_and_attention_are_shown_together(tmp_path):
+    for name in ("picture", "ours", "twin"):
+        Image.new("RGB", (64, 48), "white").save(tmp_path / f"{name}.png")
+
+    def panel(title, answer, mass, name):
+        return {"title": title, "answer": answer, "correct": True, "in_mask_mass": mass,
+                "overlay": str(tmp_path / f"{name}.png")}  # fmt: skip
+
+    drawn = [panel("AGE-VLM", "Yes.", 0.5, "ours"), panel("Twin", "No.", 0.1, "twin")]
+    example = {"id": "1", "question": "Is there a cup?", "answer": "yes", "image": str(tmp_path / "picture.png"),
+               "has_mask": True, "panels": drawn}  # fmt: skip
+    made = findings.attention_section([example, example], tmp_path / "attention.png")
+    assert made["lines"] == [
+        ["question", "truth", "AGE-VLM", "Twin"],
+        *[["Is there a cup?", "yes", "Yes.", "No."]] * 2,
+    ]
+    with Image.open(tmp_path / "attention.png") as sheet:
+        assert sheet.width > 3 * 240
+        assert sheet.height > 2 * 240
+    assert "![" in findings.markdown("tiny", {}, [], [made])
+
+
 def test_what_was_not_run_is_not_claimed():
     scores = scores_of([answers(0.5, 0)], [answers(0.5, 1)])
-    claim = compared("A claim", scores.difference("twin", "agevlm", "accuracy"), "accuracy")
+    claim = compared("A claim", "accuracy", scores.difference("twin", "agevlm", "accuracy"))
     assert claim.holds is None
     assert "Not run" in claim.sentence
-    assert findings._apart({}).holds is None
-    assert "Not run" in findings._padding({"agevlm": []}).sentence
+    assert claims._apart({}).holds is None
+    assert "Not run" in claims._padding({"agevlm": []}).sentence
 
 
 @pytest.mark.parametrize("guided, unguided, verdict", [((0.2, 0.3), (0.9, 1.1), True), ((0.2, 1.0), (0.9, 1.1), False),
@@ -298,10 +380,10 @@ def test_padding_is_decided_by_every_seed(guided, unguided, verdict):
     def entries(values):
         return [{"variants": {"pad": {"enrichment": value}}} for value in values]
 
-    claim = findings._padding({"agevlm": entries(guided), "ca-baseline": entries(unguided)})
+    claim = claims._padding({"agevlm": entries(guided), "ca-baseline": entries(unguided)})
     assert claim.holds is verdict
     assert f"{min(guided):.2f}" in claim.sentence
-    alone = findings._looks_at_padding({"ca-baseline": entries(unguided)})
+    alone = claims._looks_at_padding({"ca-baseline": entries(unguided)})
     assert alone.holds is (None if len(unguided) < 2 else False)
     if len(unguided) > 1:
-        assert findings._looks_at_padding({"ca-baseline": entries([1.2, 1.1])}).holds is True
+        assert claims._looks_at_padding({"ca-baseline": entries([1.2, 1.1])}).holds is True

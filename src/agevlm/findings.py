@@ -1,274 +1,32 @@
 """What a reproduction found: tables, claims, figures and three files, `report.html`, `report.json` and `report.md`.
 
-Two kinds of uncertainty stand beside each number and are never mixed: in brackets the bootstrap 95 % interval over the
-questions (of the mean over seeds, each question in all seeds at once), in parentheses the lowest and highest seed.
-
-A claim of the paper holds where the paired interval of the difference over questions excludes 0 in its favour *and*
-every seed agrees in sign; it does not hold where the interval excludes 0 against it, or spans it; with fewer than two
-seeds it is undecided. A claim whose rows are missing is listed as not run.
+`report.md` and the two pictures that it shows, `looking.png` and `attention.png`, are made to be copied.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from agevlm.analysis.attention import write_examples
+from agevlm.analysis.drawing import panels
 from agevlm.analysis.figures import save_rows
+from agevlm.analysis.files import save_image
 from agevlm.analysis.report import write_report
 from agevlm.analysis.results import Claim, Example, Section, Variant
+from agevlm.analysis.subjects import load_subject
+from agevlm.claims import GUIDED, PAPER, claims
 from agevlm.data.scenes import load_benchmark
 from agevlm.evaluation import pope
-from agevlm.evaluation.benchmark import Benchmark, units_of
-from agevlm.evaluation.generate import without_pictures as plain
-from agevlm.evaluation.measures import Measure, interval, mean, paired_difference, share
-from agevlm.evaluation.models import load_checkpoint
-from agevlm.evaluation.run import BENCHMARKS, load_scenes
 from agevlm.evaluation.tables import markdown_table
 from agevlm.matrix import MAIN, Row, matrix
 from agevlm.quickstart import SPLIT
+from agevlm.scores import MASS, TABLE_2, Found, Scores, read_json
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
-
-
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # row -> seed -> see `reproduce.collect`
-TABLE_2 = (
-    ("pope", ("f1",), "POPE F1"),
-    ("pope", ("accuracy",), "POPE accuracy"),
-    ("cvbench", ("2D",), "CV-Bench 2D"),
-    ("cvbench", ("3D",), "CV-Bench 3D"),
-    ("realworldqa", ("accuracy",), "RealWorldQA"),
-    ("hallusionbench", ("aAcc",), "Hallusion aAcc"),
-    ("hallusionbench", ("fAcc",), "Hallusion fAcc"),
-    ("hallusionbench", ("qAcc",), "Hallusion qAcc"),
-    ("ocrbench", ("accuracy",), "OCRBench"),
-)
-MASS = "attention inside the mask"
-BASELINE, GUIDED, TWIN = "ca-baseline", "agevlm", "twin"
-
-
-@dataclass(frozen=True)
-class Number:
-    """One number of a row: of each seed, their mean's interval over questions, and the measures it comes from."""
-
-    seeds: dict[int, Measure]
-    units: np.ndarray
-
-    @property
-    def over_seeds(self) -> Measure:
-        return mean(list(self.seeds.values()))
-
-    def text(self) -> str:
-        values = [measure.value() for measure in self.seeds.values()]
-        low, high = interval(self.over_seeds, self.units)
-        seeds = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-        return f"{self.over_seeds.value():.1f} [{low:.1f}, {high:.1f}]{seeds}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "mean": self.over_seeds.value(),
-            "interval": interval(self.over_seeds, self.units),
-            "seeds": {str(seed): measure.value() for seed, measure in self.seeds.items()},
-        }
-
-
-class Scores:
-    """All numbers of all measured rows, read from the files of `found`.
-
-    Rows of a benchmark that any model skipped are left out for all, so that numbers compare and pair.
-    """
-
-    def __init__(self, found: Found, scenes: Path):
-        self.found = {name: runs for name, runs in found.items() if runs}
-        self.benchmarks = [known["paper"] for known in BENCHMARKS.values()]
-        data = load_scenes(scenes, SPLIT, self.benchmarks)
-        self.rows: dict[str, list[Any]] = {}
-        self.numbers: dict[str, dict[str, Number]] = {name: {} for name in self.found}
-        self.constants: dict[str, float] = {}
-        for benchmark in self.benchmarks:
-            self._read_answers(benchmark, list(plain(data[benchmark.name])))
-        self._read_looking()
-
-    def _files(self, name: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
-        return {
-            (row, seed): read_lines(run["measured"] / "evaluation" / name)
-            for row, runs in self.found.items()
-            for seed, run in runs.items()
-        }
-
-    def _read_answers(self, benchmark: Benchmark, rows: list[Any]) -> None:
-        predictions = self._files(f"{benchmark.name}/predictions.jsonl")
-        kept = [
-            index
-            for index in range(len(rows))
-            if all(lines[index]["verdict"] != "skipped" for lines in predictions.values())
-        ]
-        usable = self.rows[benchmark.name] = [rows[index] for index in kept]
-        units = units_of([benchmark.unit(row) for row in usable])
-        wanted = [(path, title) for name, path, title in TABLE_2 if name == benchmark.name]
-        for path, title in wanted:
-            scores = [value for made in benchmark.constants(usable).values() if (value := _at(made, path)) is not None]
-            self.constants[title] = max(scores)
-        for row, runs in self.found.items():
-            measures = {}
-            for seed in runs:
-                lines = predictions[row, seed]
-                parsed = [benchmark.parse(rows[index], lines[index]["output"]) for index in kept]
-                measures[seed] = benchmark.all_measures(usable, parsed)
-            for path, title in wanted:
-                self.numbers[row][title] = Number({seed: made[path] for seed, made in measures.items()}, units)
-
-    def _read_looking(self) -> None:
-        """Attention inside the mask, mean over cross layers, on all questions that have one."""
-        records: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for benchmark in self.benchmarks:
-            for key, lines in self._files(f"{benchmark.name}/grounding.jsonl").items():
-                records.setdefault(key, []).extend(lines)
-        records = {key: lines for key, lines in records.items() if lines}
-        if not records:
-            return
-        common = set.intersection(*({line["id"] for line in lines} for lines in records.values()))
-        unit = {row["id"]: (b.name, b.unit(row)) for b in self.benchmarks for row in self.rows[b.name]}
-        for row, runs in self.found.items():
-            measures, units = {}, np.zeros(0, dtype=np.int64)
-            for seed in runs:
-                lines = [line for line in records.get((row, seed), []) if line["id"] in common]
-                if lines:
-                    measures[seed] = share([np.mean(line["in_mask_mass"]) for line in lines])
-                    units = units_of([unit.get(line["id"], line["id"]) for line in lines])
-                    self.constants[MASS] = 100 * float(np.mean([line["uniform"]["in_mask_mass"] for line in lines]))
-            if measures:
-                self.numbers[row][MASS] = Number(measures, units)
-
-    def difference(self, first: str, second: str, title: str) -> dict[str, Any] | None:
-        """`second` - `first` over the seeds that both have: paired over questions, and for each seed."""
-        one, other = (self.numbers.get(name, {}).get(title) for name in (first, second))
-        if one is None or other is None:
-            return None
-        seeds = sorted(set(one.seeds) & set(other.seeds))
-        if not seeds:
-            return None
-        pair = [mean([number.seeds[seed] for seed in seeds]) for number in (one, other)]
-        by_seed = {str(seed): other.seeds[seed].value() - one.seeds[seed].value() for seed in seeds}
-        return {**paired_difference(pair[0], pair[1], one.units), "seeds": by_seed}
-
-
-def _at(values: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        if not isinstance(values, Mapping) or key not in values:
-            return None
-        values = values[key]
-    return values
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# -- claims -----------------------------------------------------------------------------------------------------------
-
-
-def decide(difference: Mapping[str, Any]) -> bool | None:
-    """Whether `second` is above `first`: see the top of this file."""
-    if len(difference["seeds"]) < 2:
-        return None
-    return difference["interval"][0] > 0 and all(value > 0 for value in difference["seeds"].values())
-
-
-def compared(title: str, difference: Mapping[str, Any] | None, what: str) -> Claim:
-    """A claim that one row is above another in one number."""
-    if difference is None:
-        return Claim(title, None, f"Not run: {what} needs rows that are not there.")
-    low, high = difference["interval"]
-    seeds = ", ".join(f"{value:+.1f}" for value in difference["seeds"].values())
-    sentence = (
-        f"{what}: {difference['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] over questions; seeds {seeds}."
-    )
-    return Claim(title, decide(difference), sentence)
-
-
-def claims(scores: Scores, similarity: Mapping[str, list[Any]], padding: Mapping[str, list[Any]]) -> list[Claim]:
-    """The paper's claims, each from numbers."""
-    made = [
-        compared(
-            "Section 3.2.2: guidance moves the cross-attention onto the object",
-            scores.difference(BASELINE, GUIDED, MASS),
-            "AGE-VLM over CA-baseline, attention inside the mask",
-        ),
-        compared(
-            "Section 3.2.3: guiding stage 4 too moves it further",
-            scores.difference(GUIDED, "agevlm-lm", MASS),
-            "AGE-VLM-LM over AGE-VLM, attention inside the mask",
-        ),
-    ]
-    made += [
-        compared(
-            f"Table 2, {title}: AGE-VLM above the CA-baseline",
-            scores.difference(BASELINE, GUIDED, title),
-            f"AGE-VLM over CA-baseline, {title}",
-        )
-        for _, _, title in TABLE_2
-    ]
-    made.append(
-        compared(
-            "Table 2: cross-attention above concatenation",
-            scores.difference(TWIN, BASELINE, "POPE accuracy"),
-            "CA-baseline over the concatenating twin, POPE accuracy",
-        )
-    )
-    return [*made, _apart(similarity), _looks_at_padding(padding), _padding(padding)]
-
-
-def _apart(similarity: Mapping[str, list[Any]]) -> Claim:
-    title = "Figure 2: final hidden states of a concatenating model do not tell matched pairs from mismatched ones"
-    if not similarity.get(TWIN):
-        return Claim(title, None, "Not run: it needs the concatenating twin.")
-    spans = [entry["headline"]["auroc_interval"] for entry in similarity[TWIN]]
-    words = ", ".join(f"{e['headline']['auroc']:.3f} [{low:.3f}, {high:.3f}]"
-                      for e, (low, high) in zip(similarity[TWIN], spans, strict=True))  # fmt: skip
-    holds = None if len(spans) < 2 else all(low <= 0.5 <= high for low, high in spans)
-    return Claim(title, holds, f"AUROC of the twin's final layer, one per seed: {words}; 0.5 tells nothing apart.")
-
-
-def _enrichment(padding: Mapping[str, list[Any]], name: str) -> list[float]:
-    """Of unmarked padding, per seed."""
-    return [entry["variants"]["pad"]["enrichment"] for entry in padding.get(name, [])]
-
-
-def _looks_at_padding(padding: Mapping[str, list[Any]]) -> Claim:
-    title = "Appendix C: without guidance, attention goes to padding"
-    found = _enrichment(padding, BASELINE)
-    if not found:
-        return Claim(title, None, "Not run: it needs the CA-baseline.")
-    sentence = (
-        f"The CA-baseline's attention on unmarked padding is {min(found):.2f} to {max(found):.2f} times that of an "
-        "even spread, lowest to highest seed."
-    )
-    return Claim(title, None if len(found) < 2 else min(found) > 1, sentence)
-
-
-def _padding(padding: Mapping[str, list[Any]]) -> Claim:
-    """`pad`: what the models do where nobody tells them what is padding."""
-    title = "Appendix C: guidance takes attention off padding"
-    low, high = (_enrichment(padding, name) for name in (GUIDED, BASELINE))
-    if not low or not high:
-        return Claim(title, None, "Not run: it needs AGE-VLM and CA-baseline.")
-    sentence = (
-        f"Attention on unmarked padding over its share of the area, lowest to highest seed: AGE-VLM {min(low):.2f} to "
-        f"{max(low):.2f}, CA-baseline {min(high):.2f} to {max(high):.2f}; 1 is indifference."
-    )
-    return Claim(title, None if min(len(low), len(high)) < 2 else max(low) < min(high), sentence)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -280,30 +38,27 @@ def sections(
     """The report's tables, in the order of the paper."""
     rows = {row.name: row for row in matrix()}
     main = [name for name in scores.found if rows[name].group == MAIN]
-    note = (
-        "Mean over seeds, [bootstrap 95 % interval over questions], (lowest to highest seed). Percent. “Blind”: the "
-        "best constant answer or chance; for looking, spread evenly."
-    )
     titles = [title for _, _, title in TABLE_2]
-    table_2 = [["", *(rows[name].title for name in main), "blind"]]
+    table_2 = [["", *(rows[name].title for name in main), "blind", "paper"]]
     for title in [*titles, MASS]:
         if title in scores.constants:
             cells = [_text(scores, name, title) for name in main]
-            table_2.append([title, *cells, f"{scores.constants[title]:.1f}"])
-    table_2.append(["seeds", *(_seeds(found[name]) for name in main), ""])
+            paper = " / ".join(f"{PAPER[title][name]:.1f}" for name in main) if title in PAPER else ""
+            table_2.append([title, *cells, f"{scores.constants[title]:.1f}", paper])
+    table_2.append(["seeds", *(_seeds(found[name]) for name in main), "", ""])
     shown = ("POPE accuracy", "CV-Bench 2D", MASS)
-    ablation = [["what", "row", "seeds", "steps", *shown, f"{MASS}, over AGE-VLM"]]
+    ablation = [["what", "row", "seeds", "steps", *shown, f"{MASS}, over AGE-VLM", "so it looks"]]
     for row in matrix():
         runs = found.get(row.name, {})
         if not runs:
-            ablation.append([row.group, row.title, "not run", *[""] * (len(shown) + 2)])
+            ablation.append([row.group, row.title, "not run", *[""] * (len(shown) + 3)])
             continue
         against = scores.difference(GUIDED, row.name, MASS) if row.name != GUIDED else None
         steps = str(next(iter(runs.values()))["steps"])
         numbers = [_text(scores, row.name, title) for title in shown]
-        ablation.append([row.group, row.title, _seeds(runs), steps, *numbers, _difference(against)])
+        ablation.append([row.group, row.title, _seeds(runs), steps, *numbers, _difference(against), _reading(against)])
     made = (
-        ("Table 2's analogue", note, table_2),
+        ("Table 2's analogue", _TABLE_2, table_2),
         ("Figure 2's analogue: similarity", _SIMILARITY, _similarity(similarity, rows)),
         ("Appendix C's analogue: padding", _PADDING, _padding_lines(padding, rows)),
         ("Matrix and ablation", _ABLATION, ablation),
@@ -311,6 +66,11 @@ def sections(
     return [{"title": title, "note": note, "lines": lines, "images": []} for title, note, lines in made]
 
 
+_TABLE_2 = (
+    "Percent. Mean over seeds, [bootstrap 95 % interval over questions], (lowest to highest seed). “Blind”: the best "
+    "constant answer or chance; for looking, spread evenly. †: not above blind, the interval holds it or lies below. "
+    "“Paper”: its Table 2 for the same columns, where the twin stands for ConvLLaVA."
+)
 _SIMILARITY = (
     "Mean over seeds (lowest to highest). Cosines of the headline layer: the last one of a concatenating model, the "
     "last cross block of ours. AUROC 0.5: matched and mismatched pairs cannot be told apart. Paper: ConvLLaVA 0.96 to "
@@ -322,14 +82,16 @@ _PADDING = (
     "`crop` the same cells show picture."
 )
 _ABLATION = (
-    "Every row differs from AGE-VLM in what its name says. The last column is paired over the questions and the seeds "
-    "that both rows have. Rows of one seed show what to look at next, not what is so."
+    "Every row differs from AGE-VLM in what its name says. The difference is paired over the questions and the seeds "
+    "that both rows have (each seed's in parentheses). Rows of one seed show what to look at next, not what is so."
 )
 
 
 def _text(scores: Scores, name: str, title: str) -> str:
     number = scores.numbers[name].get(title)
-    return "–" if number is None else number.text()
+    if number is None:
+        return "–"
+    return number.text() if scores.is_above_blind(name, title) else f"{number.text()} †"
 
 
 def _seeds(runs: Mapping[int, Any]) -> str:
@@ -340,7 +102,21 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     low, high = found["interval"]
-    return f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    seeds = ", ".join(f"{value:+.1f}" for value in found["seeds"].values())
+    return f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({seeds})"
+
+
+def _reading(found: Mapping[str, Any] | None) -> str:
+    """What a difference says: something only if the interval excludes 0 and two seeds or more agree in sign."""
+    if found is None:
+        return ""
+    if len(found["seeds"]) < 2:
+        return "one seed"
+    signs = {value > 0 for value in found["seeds"].values()}
+    low, high = found["interval"]
+    if len(signs) > 1 or low <= 0 <= high:
+        return "no difference told"
+    return "better" if low > 0 else "worse"
 
 
 def _spread(values: Sequence[float | None], digits: int = 3) -> str:
@@ -411,6 +187,9 @@ def write_findings(
         "measured at commit": str(git_commit())[:12],
         "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
     }
+    examples = _examples(found, scenes, output / "examples", titles)
+    if examples:
+        made.insert(3, attention_section(examples, output / "attention.png"))
     settings |= {f"failed: {name}": reason for name, reason in failed.items()}
     variants = [_variant(name, titles[name], runs) for name, runs in found.items() if MASS in scores.numbers[name]]
     main = {row.name for row in matrix() if row.group == MAIN}
@@ -420,7 +199,7 @@ def write_findings(
         {
             "title": f"AGE-VLM reproduction, size {size}",
             "variants": [variant for variant in variants if variant["name"] in main] or variants,
-            "examples": _examples(found, scenes, output / "examples", titles),
+            "examples": examples,
             "settings": settings,
             "versions": library_versions(),
             "commit": git_commit(),
@@ -465,14 +244,17 @@ def _variant(name: str, title: str, runs: Mapping[int, Any]) -> Variant:
 
 
 def _examples(found: Found, scenes: Path, output: Path, titles: Mapping[str, str], count: int = 4) -> list[Example]:
-    """The first presence questions with something to look at, for every cross-attention row of the main group."""
+    """The first presence questions with something to look at, for every row of the main group and its first seed.
+
+    Of a concatenating model the look is that of its first self-attention layer, as in the paper."""
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
     models = {}
     for row in matrix():
-        if row.group == MAIN and not row.start.concatenates and row.name in found:
+        if row.group == MAIN and row.name in found:
             run = next(iter(found[row.name].values()))
-            models[titles[row.name]] = load_checkpoint(str(run["stages"][-1][1]))
+            subject = load_subject(str(run["stages"][-1][1]))
+            models[titles[row.name]] = (subject.model, subject.processor)
     if not models:
         return []
     return write_examples(
@@ -482,6 +264,28 @@ def _examples(found: Found, scenes: Path, output: Path, titles: Mapping[str, str
         prompt=pope.PAPER.prompt,
         correct=lambda row, answer: pope.PAPER.is_correct(row, pope.PAPER.parse(row, answer)),
     )
+
+
+def attention_section(examples: Sequence[Example], path: Path) -> Section:
+    """Tables 3 and 5 (answers) as a table, 4 and 6 (where the models look) as one picture at `path`."""
+    names = [panel["title"] for panel in examples[0]["panels"]]
+    lines = [["question", "truth", *names]]
+    rows = []
+    for example in examples:
+        lines.append([example["question"], example["answer"], *(panel["answer"] for panel in example["panels"])])
+        row = [(f"{example['question']} ({example['answer']})", Image.open(example["image"]))]
+        for panel in example["panels"]:
+            mass = panel["in_mask_mass"]
+            inside = "" if mass is None else f", {100 * mass:.0f} % in the mask"
+            row.append((f"{panel['title']}{inside}", Image.open(panel["overlay"])))
+        rows.append(row)
+    save_image(panels(rows, side=240), path)
+    note = (
+        "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
+        "tokens, heads and cross layers; of the concatenating twin, the first self-attention layer, as in the paper."
+    )
+    return {"title": "Tables 3 to 6's analogue: answers and attention", "note": note, "lines": lines,
+            "images": [str(path)]}  # fmt: skip
 
 
 _VERDICTS = {True: "**holds**", False: "**does not hold**", None: "undecided"}
