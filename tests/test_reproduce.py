@@ -144,8 +144,10 @@ def test_a_failure_takes_along_what_needs_it_and_nothing_else(tmp_path, jobs):
         Step("d", partial(note, log, "d"), ("c",)),
         Step("e", partial(note, log, "e"), ("a",)),
     ]
-    failed = execute(steps, jobs, strict=False, tell=lambda text: None)
+    told: list[str] = []
+    failed = execute(steps, jobs, strict=False, tell=told.append)
     assert log.read_text().split() == ["a", "e"]
+    assert sorted(line.split(":")[0] for line in told) == ["a", "b failed", "c left out", "d left out", "e"]
     assert failed == {"b": "ValueError: boom", "c": "needs b", "d": "needs c"}
     with pytest.raises(ValueError, match="boom"):
         execute(steps, jobs, strict=True, tell=lambda text: None)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -232,23 +233,34 @@ def make_steps(place: Place, rows: Sequence[Row], seeds: Sequence[int]) -> list[
 def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str], None]) -> dict[str, str]:
     """Do all steps, `jobs` at a time, each in a process that sees one accelerator; one job stays in this process.
 
+    Args:
+        tell: gets one line for every step.
+
     Returns:
         Name -> reason of every step that failed or could not be begun.
     """
     failed: dict[str, str] = {}
+
+    def left_out(step: Step) -> bool:
+        missing = next((name for name in step.after if name in failed), None)
+        if missing is not None:
+            failed[step.name] = f"needs {missing}"
+            tell(f"{step.name} left out: {failed[step.name]}")
+        return missing is not None
+
+    def note(step: Step, error: BaseException | None, seconds: float) -> None:
+        if error is not None:
+            failed[step.name] = f"{type(error).__name__}: {error}"
+        tell(f"{step.name}: {seconds:.0f} s" if error is None else f"{step.name} failed: {failed[step.name]}")
+
     if jobs == 1:
         for step in steps:
-            if _left_out(step, failed):
+            if left_out(step):
                 continue
-            started = time.monotonic()
-            try:
-                step.call()
-                tell(f"{step.name}: {time.monotonic() - started:.0f} s")
-            except Exception as error:
-                if strict:
-                    raise
-                failed[step.name] = _reason(error)
-                tell(f"{step.name} failed: {failed[step.name]}")
+            error, seconds = _timed(step.call)
+            note(step, error, seconds)
+            if error is not None and strict:
+                raise error
         return failed
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
@@ -258,34 +270,31 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
     running: dict[Future, Step] = {}
     with ProcessPoolExecutor(jobs, context, _bind, (devices,)) as pool:
         while waiting or running:
-            waiting = [step for step in waiting if not _left_out(step, failed)]
+            waiting = [step for step in waiting if not left_out(step)]
             for step in [step for step in waiting if done.issuperset(step.after)][: jobs - len(running)]:
-                running[pool.submit(step.call)] = step
+                running[pool.submit(_timed, step.call)] = step
                 waiting.remove(step)
             finished: set[Future] = wait(running, return_when=FIRST_COMPLETED)[0]
             for future in finished:
-                step, failure = running.pop(future), future.exception()
-                if failure is None:
+                step, death = running.pop(future), future.exception()  # death: of the process itself
+                error, seconds = (death, 0.0) if death is not None else future.result()
+                note(step, error, seconds)
+                if error is None:
                     done.add(step.name)
-                    tell(step.name)
-                    continue
-                failed[step.name] = _reason(failure)
-                tell(f"{step.name} failed: {failed[step.name]}")
-                if strict:
+                elif strict:
                     pool.shutdown(cancel_futures=True)
-                    raise failure
+                    raise error
     return failed
 
 
-def _left_out(step: Step, failed: dict[str, str]) -> bool:
-    missing = [name for name in step.after if name in failed]
-    if missing:
-        failed[step.name] = f"needs {missing[0]}"
-    return bool(missing)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _timed(call: Callable[[], None]) -> tuple[Exception | None, float]:
+    """What a call raised, and how long it took."""
+    started = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        return error, time.monotonic() - started
+    return None, time.monotonic() - started
 
 
 def _device(job: int) -> str | None:
@@ -415,7 +424,16 @@ def main(argv: list[str] | None = None) -> None:
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
     place = Place(args.output, args.size, parts, scenes, args.quickstart)
     describe(place, rows, args.seeds, jobs, console)
-    failed = execute(make_steps(place, rows, args.seeds), jobs, args.strict, console.print)
+    steps = make_steps(place, rows, args.seeds)
+    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(steps))
+
+        def tell(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+            progress.advance(task)
+
+        failed = execute(steps, jobs, args.strict, tell)
     write_findings(args.output, args.size, scenes, collect(place), failed, time.monotonic() - started)
     console.print(f"Report: {args.output / 'report.html'} ({(time.monotonic() - started) / 60:.1f} minutes)")
     if failed:

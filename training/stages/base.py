@@ -150,7 +150,7 @@ def run_stage(
         callbacks=list(callbacks),
         peft_config=lora,
     )
-    if callbacks and args.disable_tqdm:
+    if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
