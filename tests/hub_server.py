@@ -449,7 +449,7 @@ class HubHandler(BaseHTTPRequestHandler):
             raise Answer(404, {"error": f"{folder} does not exist"}, X_Error_Code="EntryNotFound")
         raise Answer(200, listing, Content_Type="application/json")
 
-    def resolve(self, body: bytes, kind: str, name: str, revision: str, path: str) -> None:
+    def resolve(self, body: bytes, name: str, revision: str, path: str, kind: str = "model") -> None:
         repo = self.repo(kind, name)
         if repo.gated is not None:
             status, code = repo.gated
@@ -460,20 +460,14 @@ class HubHandler(BaseHTTPRequestHandler):
                 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found", X_Repo_Commit=commit.oid
             )
         blob = commit.files[path]
-        content, status, headers = self.hub.read(blob), 200, {}
+        content, status = self.hub.read(blob), 200
+        headers = {"ETag": f'"{blob.sha256 or blob.oid}"', "X_Repo_Commit": commit.oid, "Accept_Ranges": "bytes"}
         if reach := self.headers.get("Range"):
             first, last = reach.removeprefix("bytes=").split("-")
             whole, status = len(content), 206
             content = content[int(first) : int(last or whole) + 1]
             headers["Content_Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{whole}"
-        raise Answer(
-            status,
-            content,
-            ETag=f'"{blob.sha256 or blob.oid}"',
-            X_Repo_Commit=commit.oid,
-            Accept_Ranges="bytes",
-            **headers,
-        )
+        raise Answer(status, content, **headers)
 
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"
@@ -493,10 +487,9 @@ ROUTES = [
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", HubHandler.tree),
     ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", HubHandler.info),
     ("GET", _API, HubHandler.info),
-    ("GET HEAD", rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", lambda h, b, **k: h.resolve(b, "model", **k)),
     (
         "GET HEAD",
-        rf"/datasets/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
-        lambda h, b, **k: h.resolve(b, "dataset", **k),
+        rf"/(?:(?P<kind>dataset)s/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        HubHandler.resolve,
     ),
 ]
