@@ -173,10 +173,10 @@ def load_subject(name: str, trust_remote_code: bool = False) -> Subject:
         ValueError: there is no vision-language checkpoint of that name.
     """
     try:
+        # No kernel is asked for: sdpa is transformers' choice wherever a part has attention, and a tower may have none.
         settings: dict[str, Any] = {
             "dtype": "auto",
             "device_map": torch.accelerator.current_accelerator(check_available=True),
-            "attn_implementation": "sdpa",
         }
         if AgeVlmConfig.get_config_dict(name)[0].get("model_type") == AgeVlmConfig.model_type:
             model = AgeVlmForConditionalGeneration.from_pretrained(name, **settings)
