@@ -127,6 +127,7 @@ def count(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
     found = scene.find(name)
     start = rng.randint(max(0, len(found) - 3), min(2, len(found)))
     choices = [str(number) for number in range(start, start + 4)]
+    rng.shuffle(choices)  # in ascending order the right one would mostly be among the first two
     query = f"How many {plural(name)} are in the image?"
     return _multiple_choice("count", query, choices, str(len(found)), found, [(None, name)])
 

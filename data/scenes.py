@@ -35,7 +35,7 @@ from .rows import MASK_FEATURES, ROW_FEATURES
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
-FORMAT = 1  # raise when the same arguments would give other pictures or questions
+FORMAT = 2  # raise when the same arguments would give other pictures or questions (2: choices of counts shuffled)
 PARTS = ("captions", "instructions")
 _CHUNK = 256
 

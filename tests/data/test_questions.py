@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agevlm.data.conversations import caption_messages, question_messages, sample_caption, tell, text_conversations
 from agevlm.data.layout import sample_scene
 from agevlm.data.objects import COLOURS
-from agevlm.data.questions import absent, presence, sample_questions
+from agevlm.data.questions import LETTERS, absent, count, presence, sample_questions
 from agevlm.data.words import NUMBERS, article, cell, join_phrases, plural, position
 
 
@@ -73,6 +73,23 @@ def test_presence_is_balanced_and_every_kind_of_question_occurs(icons):
     assert 0.5 < kinds.count("presence") / len(kinds) < 0.75
     letters = [q.answer for q in asked if q.kind in ("relation", "depth")]
     assert 0.4 < letters.count("(A)") / len(letters) < 0.6
+
+
+def test_the_place_of_a_right_count_says_nothing(icons):
+    """Overall and for every number: in ascending order "(A)" and "(B)" would be right most of the time."""
+    rng, pool = random.Random(0), icons.pools["composition"]
+    places: dict[str, list[int]] = {"any": []}
+    for _ in range(4000):
+        question = count(rng, sample_scene(rng, pool, 2, 4, 0), pool)
+        place = LETTERS.index(question.answer[1])
+        places["any"].append(place)
+        places.setdefault(question.choices[place], []).append(place)
+        numbers = sorted(map(int, question.choices))
+        assert numbers == list(range(numbers[0], numbers[0] + 4))
+    assert places.keys() == {"any", "0", "1", "2", "3", "4"}
+    for found in (found for found in places.values() if len(found) > 400):
+        for place in range(4):
+            assert abs(found.count(place) / len(found) - 0.25) < 2 / len(found) ** 0.5  # over 4 standard errors
 
 
 @pytest.mark.parametrize("turns", [1, 3, 6, 16])
