@@ -211,6 +211,8 @@ def test_the_twin_end_to_end(minute, tmp_path):
     assert not list(output.glob("seed-0/stage*/training_args.bin"))
     weights = {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")}
     assert len(weights) == 4
+    for folder in output.glob("seed-0/stage*"):
+        assert json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["truncation"] is None
     reproduce.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")} == weights
 

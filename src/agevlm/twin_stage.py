@@ -98,6 +98,8 @@ def run_twin_stage(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     staged = staging_folder(output) / "final"
     trainer.save_model(str(staged))
+    # The tokenizer that trained carries its last call's truncation and padding into its files; a fresh one does not.
+    AutoProcessor.from_pretrained(init_from).save_pretrained(staged)
     # Trainer pickles its arguments beside the weights; the lineage holds what counts of them.
     (staged / "training_args.bin").unlink(missing_ok=True)
     trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
