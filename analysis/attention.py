@@ -29,7 +29,7 @@ from agevlm.data.rows import open_image
 
 from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
-from .files import file_name, save_arrays, save_image, save_json
+from .files import file_name, make_folder, save_arrays, save_image, save_json
 from .recording import Recorder, recording
 from .results import Example, Panel
 from .subjects import Encoded, Subject, load_subject, unique_names
@@ -38,6 +38,8 @@ from .subjects import Encoded, Subject, load_subject, unique_names
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
 LAYERS_DRAWN = 8  # at most, evenly spaced; the arrays hold all
 COLUMNS = 6  # of the sheet of generated tokens
+PANEL_SIDE, TOKEN_SIDE = 320, 200  # pixels of a drawn picture on the sheets
+TOKEN_MAP_SIDE = 1024  # pixels at most: a token's map each, of a large photograph, would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,6 @@ class Attended:
     def mean(self) -> np.ndarray:
         """float32 `(height, width)`: mean over layers."""
         return self.maps.mean(0)
-
-    def token_map(self, index: int, layer: int | None = None) -> np.ndarray:
-        """float32 `(height, width)`: the map of generated token `index`, of the `layer`-th of `layers` or the mean."""
-        weights = self.token_weights[:, index].mean(0) if layer is None else self.token_weights[layer, index]
-        return self.cells.to_pixels(weights)
 
 
 @torch.inference_mode()
@@ -192,34 +189,54 @@ def _shared_peak(attended: Iterable[Attended], maps: Callable[[Attended], np.nda
     return max(LEAST_PEAK, *(float(maps(result).max()) for result in attended))
 
 
+def _reduced(attended: Attended, image: Image.Image, mask: Image.Image | None, side: int) -> tuple[
+    Cells, Image.Image, Image.Image | None
+]:  # fmt: skip
+    """Cells, picture and mask for a drawing whose longer side has at most `side` pixels."""
+    cells = attended.cells.shrunk(side)
+    size = cells.size[1], cells.size[0]
+    return cells, image.resize(size), None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+
+
 def draw_panels(
     attended: Mapping[str, Attended], image: Image.Image, question: str, mask: Image.Image | None = None
 ) -> Image.Image:
     """One row per model: the picture, each layer, their mean; one colour scale for all."""
-    peak = _shared_peak(attended.values(), lambda result: result.maps)
-    shown = image if mask is None else outline(image, mask)
-    rows = []
+    rows: list[list[tuple[str, Any]]] = []
     for name, result in attended.items():
+        cells, small, outlined = _reduced(result, image, mask, 2 * PANEL_SIDE)
         count = len(result.layers)
         drawn = sorted({round(index) for index in np.linspace(0, count - 1, min(count, LAYERS_DRAWN))})
-        row = [(f"{name}: {result.answer}", shown)]
-        row += [(f"layer {result.layers[index]}", overlay(image, result.maps[index], peak, mask)) for index in drawn]
+        row = [(_layer_title(result, index), cells.to_pixels(result.weights[index])) for index in drawn]
         if count > 1:
-            row.append(("mean", overlay(image, result.mean, peak, mask)))
-        rows.append(row)
-    return panels(rows, question)
+            row.append(("mean", cells.to_pixels(result.weights.mean(0))))
+        rows.append([(f"{name}: {result.answer}", None), *row])
+    peak = max(LEAST_PEAK, *(float(heat.max()) for row in rows for _, heat in row if heat is not None))
+    shown = small if outlined is None else outline(small, outlined)
+    titled = [
+        [(title, shown if heat is None else overlay(small, heat, peak, outlined)) for title, heat in row]
+        for row in rows
+    ]
+    return panels(titled, question, PANEL_SIDE, peak)
+
+
+def _layer_title(attended: Attended, index: int) -> str:
+    mass = attended.image_mass[index]
+    part = "" if mass > 0.9995 else f", {100 * mass:.0f} % on the picture"  # of cross-attention it is all
+    return f"layer {attended.layers[index]}{part}"
 
 
 def draw_tokens(attended: Attended, image: Image.Image, question: str, mask: Image.Image | None = None) -> Image.Image:
     """A sheet of one overlay per generated token (mean over layers), one colour scale for all."""
-    maps = [attended.token_map(index) for index in range(len(attended.tokens))]
+    cells, small, outlined = _reduced(attended, image, mask, 2 * TOKEN_SIDE)
+    maps = [cells.to_pixels(weights) for weights in attended.token_weights.mean(0)]
     peak = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
     titled = [
-        (repr(token)[1:-1], overlay(image, heat, peak, mask))
+        (repr(token)[1:-1], overlay(small, heat, peak, outlined))
         for token, heat in zip(attended.tokens, maps, strict=True)
     ]
     rows = [titled[start : start + COLUMNS] for start in range(0, len(titled), COLUMNS)]
-    return panels(rows, question, side=200)
+    return panels(rows, question, TOKEN_SIDE, peak)
 
 
 def write_attention(
@@ -236,15 +253,15 @@ def write_attention(
     `attention.json`, whose content it returns.
 
     `maps.npz` holds, per model, `NAME/maps (K, height, width)` and `NAME/mean (height, width)` in float32,
-    `NAME/token_maps (N, height, width)` in float16 (mean over layers), and on the visual tokens `NAME/weights (K, V)`
-    and `NAME/token_weights (K, N, V)`; see [`Attended`].
+    `NAME/token_maps (N, height, width)` in float16 (mean over layers; of a picture scaled down to `TOKEN_MAP_SIDE`
+    pixels where it is larger), and on the visual tokens `NAME/weights (K, V)` and `NAME/token_weights (K, N, V)`; see
+    [`Attended`]. `overlay-NAME.png` is of the picture's proportions, without a frame; `overlay_peak` says what its
+    hottest colour stands for, in times an even spread.
 
     Args:
         models: name -> (model, processor).
         mask: of the picture's size; outlined, and the attention inside it is measured.
     """
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     if mask is not None and mask.size != image.size:
         raise ValueError(
             f"the mask is {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; give a mask "
@@ -254,8 +271,10 @@ def write_attention(
         name: attend(*pair, image, question, layers=layers, max_new_tokens=max_new_tokens)
         for name, pair in models.items()
     }
+    output = make_folder(output)
     peak = _shared_peak(attended.values(), lambda result: result.mean)
-    summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "models": {}}
+    summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "overlay_peak": peak,
+                               "models": {}}  # fmt: skip
     arrays: dict[str, Any] = {}
     for name, result in attended.items():
         pictures = {kind: f"{kind}-{file_name(name)}.png" for kind in ("overlay", "tokens")}
@@ -270,7 +289,8 @@ def write_attention(
         }
         if mask is not None:
             summary["models"][name]["in_mask_mass"] = in_mask_mass(result, mask)
-        token_maps = np.stack([result.token_map(index).astype(np.float16) for index in range(len(result.tokens))])
+        small = result.cells.shrunk(TOKEN_MAP_SIDE)
+        token_maps = np.stack([small.to_pixels(w).astype(np.float16) for w in result.token_weights.mean(0)])
         arrays |= {f"{name}/maps": result.maps, f"{name}/mean": result.mean, f"{name}/token_maps": token_maps}
         arrays |= {f"{name}/weights": result.weights, f"{name}/token_weights": result.token_weights}
     save_image(draw_panels(attended, image, question, mask), output / "panels.png")
@@ -299,8 +319,7 @@ def write_examples(
     Returns:
         One `agevlm.analysis.results.Example` per row.
     """
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(output)
     examples: list[Example] = []
     for row in rows:
         image = open_image(row["image"], f"row {row['id']}, field image")
@@ -374,6 +393,9 @@ def main(argv: list[str] | None = None) -> None:
         max_new_tokens=arguments.max_new_tokens,
     )
     for name, result in summary["models"].items():
-        mass = f" (in-mask attention mass {result['in_mask_mass']:.3f})" if mask is not None else ""
-        print(f"{name}: {result['answer']}{mass}")
+        print(f"{name}: {result['answer']}")
+        shares = ", ".join(f"{100 * mass:.0f} %" for mass in result["image_mass"])
+        layers = ", ".join(map(str, result["layers"]))
+        inside = f"; in-mask attention mass {result['in_mask_mass']:.3f}" if mask is not None else ""
+        print(f"  layer {layers}: {shares} of the question's attention on the picture{inside}")
     print(f"written to {arguments.output}")

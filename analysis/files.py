@@ -17,6 +17,16 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing. Raises ValueError where a file is in its place."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path} cannot be a folder, a file is in its place; give another one") from error
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` once it has been written."""

@@ -27,14 +27,17 @@ from tqdm import tqdm
 
 from .attention import question_look
 from .figures import save_padding
-from .files import save_json
-from .pairs import Pair, load_pairs
+from .files import make_folder, save_json
+from .options import at_least
+from .pairs import LeftOut, Pair, load_pairs
+from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
 from .subjects import Subject, load_subject
 
 
 VARIANTS = ("own", "pad", "stretch", "crop")
 PADDING = 0.5  # a cell that shows less picture than this is padding
 RESAMPLES = 1000
+CHUNK = 16  # pictures in a part that a resumed run does not repeat
 
 
 def squared(image: Image.Image, variant: str, colour: int | tuple[int, ...] = 0) -> Image.Image:
@@ -60,17 +63,18 @@ def mean_colour(subject: Subject) -> tuple[int, ...]:
 
 
 def measure_picture(subject: Subject, pair: Pair, layers: Sequence[int] | None = None) -> dict[str, dict[str, Any]]:
-    """Variant -> `share (K,)`, `area`, `image_mass (K,)`, and with a mask `in_mask (K,)` and `mask_area` (both None
+    """Variant -> `share (K,)`, `area`, `image_mass (K,)`, and with a mask `in_mask (K,)` and `mask_area` (but not
     where `crop` has cut the masked part away)."""
     results: dict[str, dict[str, Any]] = {}
-    white = Image.new("1", pair.image.size, 1)
+    own, own_mask = pair.image, pair.mask
+    white = Image.new("1", own.size, 1)
     border = None
     for variant in VARIANTS:
         if variant == "own":
-            image, mask = pair.image, pair.mask
+            image, mask = own, own_mask
         else:
-            image = squared(pair.image, variant, mean_colour(subject))
-            mask = None if pair.mask is None else squared(pair.mask, variant)
+            image = squared(own, variant, mean_colour(subject))
+            mask = None if own_mask is None else squared(own_mask, variant)
         cells, weights, mass = question_look(subject, image, pair.text, layers)
         if variant == "own":
             padding = cells.shown < PADDING
@@ -79,11 +83,9 @@ def measure_picture(subject: Subject, pair: Pair, layers: Sequence[int] | None =
                 border = cells.coverage(np.asarray(squared(white, "pad"))) < PADDING
             padding = border
         result = {"share": weights[:, padding].sum(1), "area": float(padding.mean()), "image_mass": mass}
-        if mask is not None:
-            seen = mask.getbbox() is not None
-            inside = cells.inside(np.asarray(mask)) if seen else None
-            result["in_mask"] = weights[:, inside].sum(1) if seen else None
-            result["mask_area"] = float(inside.mean()) if inside is not None else None
+        if mask is not None and mask.getbbox() is not None:
+            inside = cells.inside(np.asarray(mask))
+            result |= {"in_mask": weights[:, inside].sum(1), "mask_area": float(inside.mean())}
         results[variant] = result
     return results
 
@@ -111,7 +113,7 @@ def summarise(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int
         entry = _ratio(shares.mean(1), areas)
         entry["layers"] = [{"layer": layer, **_ratio(shares[:, at], areas)} for at, layer in enumerate(layers)]
         entry["image_mass"] = np.mean([row["image_mass"] for row in rows], axis=0).tolist()
-        masked = [row for row in rows if row.get("in_mask") is not None]
+        masked = [row for row in rows if "in_mask" in row]
         if masked:
             inside = np.array([row["in_mask"].mean() for row in masked], dtype=np.float64)
             entry["in_mask"] = {"n": len(masked), **_ratio(inside, np.array([row["mask_area"] for row in masked]))}
@@ -119,29 +121,65 @@ def summarise(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int
     return summary
 
 
+def _measure_rows(subject: Subject, pairs: Sequence[Pair], layers: Sequence[int], strict: bool) -> list[Row]:
+    """[`measure_picture`] of each with keys `VARIANT/NAME`; nothing of pictures that leave no cell empty; or why it
+    failed."""
+
+    def measure(pair: Pair) -> Row:
+        if pair.image.width == pair.image.height:
+            return {}
+        record = measure_picture(subject, pair, layers)
+        if not record["pad"]["area"]:
+            return {}
+        return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
+
+    return [measured(lambda pair=pair: measure(pair), pair.id, strict) for pair in pairs]
+
+
 def measure_padding(
-    subject: Subject, pairs: Sequence[Pair], *, layers: Sequence[int] | None = None, progress: bool = True
+    subject: Subject,
+    pairs: Sequence[Pair],
+    *,
+    layers: Sequence[int] | None = None,
+    keep: Keep = without_keeping,
+    strict: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The four variants over all pictures that are not square.
 
     Args:
         layers: indices. Default: every layer in which text looks at pictures.
+        keep: see [`Parts.keep`](agevlm.analysis.resume).
+        strict: stop at a picture that cannot be measured; else it is left out and named in `left_out`.
 
     Raises:
         ValueError: all pictures are square, or so nearly that no cell is padding.
     """
     chosen = list(subject.attention) if layers is None else sorted(set(layers))
-    oblong = [pair for pair in pairs if pair.image.width != pair.image.height]
-    records = []
-    for pair in tqdm(oblong, desc="padding", unit="picture", disable=not progress):
-        record = measure_picture(subject, pair, chosen)
-        if record["pad"]["area"]:
+    rows: list[Row] = []
+    with tqdm(total=len(pairs), desc="padding", unit="picture", disable=not progress) as bar:
+        for start in range(0, len(pairs), CHUNK):
+            part = pairs[start : start + CHUNK]
+            rows += keep(f"padding-{start}", lambda part=part: _measure_rows(subject, part, chosen, strict))
+            bar.update(len(part))
+    left_out = failures(pairs, rows)
+    records: list[dict[str, dict[str, Any]]] = []
+    for row in rows:
+        if row and ERROR not in row:
+            record: dict[str, dict[str, Any]] = {variant: {} for variant in VARIANTS}
+            for key, value in row.items():
+                variant, name = key.split("/")
+                record[variant][name] = value
             records.append(record)
     if not records:
-        raise ValueError(f"none of {len(pairs)} pictures leaves a cell empty when it is padded; give oblong pictures")
+        first = f"; {len(left_out)} failed, the first: {left_out[0]['reason']}" if left_out else ""
+        raise ValueError(
+            f"none of {len(pairs)} pictures leaves a cell empty when it is padded; give oblong pictures{first}"
+        )
     return {
         "pictures": len(records),
-        "without_padding": len(pairs) - len(records),
+        "without_padding": len(pairs) - len(records) - len(left_out),
+        "left_out": left_out,
         "layers": chosen,
         "variants": summarise(records, chosen),
     }
@@ -157,18 +195,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--text", metavar="COLUMN", help="default: the first answer of `messages`, caption or question"
     )
-    parser.add_argument("--limit", type=int, default=200, metavar="N", help="pictures (default 200)")
+    parser.add_argument("--limit", type=at_least(2), default=200, metavar="N", help="pictures (default 200)")
     parser.add_argument("--strict", action="store_true", help="stop at a bad row instead of leaving it out")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     arguments = parser.parse_args(argv)
-    pairs, skipped = load_pairs(arguments.data, arguments.limit, arguments.text, strict=arguments.strict)
+    output = make_folder(arguments.output)
+    pairs, left_out = load_pairs(
+        arguments.data, arguments.limit, arguments.text, strict=arguments.strict, progress=True
+    )
     subject = load_subject(arguments.model, arguments.trust_remote_code)
-    name, output = Path(arguments.model).resolve().name, Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    summary = {"model": name, "rows_left_out": skipped, **measure_padding(subject, pairs)}
+    name = Path(arguments.model).resolve().name
+    parts = Parts(output, job_of("padding", subject.model, pairs))
+    summary = {"model": name, **measure_padding(subject, pairs, keep=parts.keep, strict=arguments.strict)}
+    summary["left_out"] = left_out.bad + summary["left_out"]
     save_padding(summary["variants"], name, output)
     save_json(summary, output / "padding.json")
-    print(f"{name}: {summary['pictures']} pictures, {summary['without_padding']} without padding, {skipped} left out")
+    parts.finish()
+    print(
+        f"{name}: {summary['pictures']} pictures, {summary['without_padding']} without padding, "
+        f"{LeftOut(summary['left_out'])}"
+    )
     for variant, entry in summary["variants"].items():
         ratio = "-" if entry["enrichment"] is None else f"{entry['enrichment']:.2f}"
         inside = f", in the mask {entry['in_mask']['share']:.3f}" if "in_mask" in entry else ""

@@ -1,7 +1,7 @@
 """Pictures with a text each, out of scenes, training rows or benchmark rows."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from PIL import Image
+from tqdm import tqdm
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image
+from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image, resolve_inside
 
 
 CAPTIONS = "captions/train.parquet"  # of a folder of scenes
@@ -19,22 +20,56 @@ COLUMNS = ("caption", "text", "question")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and what is said or asked about it; `mask` (of its size) marks what that is about, if known."""
+    """A picture and what is said or asked about it. Pictures are decoded each time they are asked for: a thousand
+    decoded photographs would fill the memory.
+
+    Attributes:
+        picture: anything that `open_image` takes.
+        outline: the same of a mask that marks what the text is about, None if that is not known.
+    """
 
     id: str
-    image: Image.Image
+    picture: Any
     text: str
-    mask: Image.Image | None = None
+    outline: Any = None
+
+    @property
+    def image(self) -> Image.Image:
+        return open_image(self.picture, f"row {self.id}, field image")
+
+    @property
+    def mask(self) -> Image.Image | None:
+        """Of the picture's size."""
+        return None if self.outline is None else open_image(self.outline, f"row {self.id}, field mask", mode="1")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows that are no pairs: id and reason of bad ones, and how many only repeat the text of an earlier one."""
+
+    bad: list[dict[str, str]] = field(default_factory=list)
+    repeated: int = 0
+
+    def __str__(self) -> str:
+        return f"{len(self.bad)} bad row(s) left out" + (
+            f", {self.repeated} with a text that was there" if self.repeated else ""
+        )
 
 
 def load_pairs(
-    data: str | Path, limit: int, column: str | None = None, *, distinct: bool = False, strict: bool = False
-) -> tuple[list[Pair], int]:
-    """The first `limit` usable pairs, and how many rows were left out on the way.
+    data: str | Path,
+    limit: int,
+    column: str | None = None,
+    *,
+    distinct: bool = False,
+    strict: bool = False,
+    progress: bool = False,
+) -> tuple[list[Pair], LeftOut]:
+    """The first `limit` usable pairs, and what was left out on the way.
 
     Args:
         data: a folder of scenes, whose captions are read, or one `.parquet`, `.json` or `.jsonl` file with `image` or
-            `images`, and a text.
+            `images`, and a text. Pictures may be paths inside of the file's folder.
         column: of the text. Default: the first answer in `messages`, else `caption`, `text` or `question` (its first
             line: options and instructions stand on lines of their own).
         distinct: of rows with equal texts, take the first; a mismatched pair of equal texts would match.
@@ -43,34 +78,37 @@ def load_pairs(
     Raises:
         ValueError: no such data, no text or picture in it, fewer than two pairs.
     """
-    rows = _open(Path(data))
+    path = Path(data) / CAPTIONS if Path(data).is_dir() else Path(data)
     pairs: list[Pair] = []
     texts: set[str] = set()
-    left_out = 0
-    for index, row in enumerate(_undecoded(rows)):
-        if len(pairs) == limit:
-            break
-        name = str(row.get("id", index))
-        try:
-            pair = _pair(row, name, column)
-        except ValueError:
-            if strict:
-                raise
-            left_out += 1
-            continue
-        if distinct and pair.text in texts:
-            left_out += 1
-        else:
+    bad: list[dict[str, str]] = []
+    repeated = 0
+    with tqdm(desc="reading", total=limit, unit="pair", disable=not progress) as bar:
+        for index, row in enumerate(_undecoded(_open(path))):
+            if len(pairs) == limit:
+                break
+            name = str(row.get("id", index))
+            try:
+                pair = _pair(row, name, column, path.parent)
+            except ValueError as error:
+                if strict:
+                    raise
+                bad.append({"id": name, "reason": str(error)})
+                continue
+            if distinct and pair.text in texts:
+                repeated += 1
+                continue
             pairs.append(pair)
             texts.add(pair.text)
+            bar.update()
+    left_out = LeftOut(bad, repeated)
     if len(pairs) < 2:
-        raise ValueError(f"{data}: {len(pairs)} usable pair(s) of picture and text, {left_out} row(s) left out")
+        first = f"; the first: {bad[0]['reason']}" if bad else ""
+        raise ValueError(f"{data}: {len(pairs)} usable pair(s) of picture and text, {left_out}{first}")
     return pairs, left_out
 
 
 def _open(path: Path) -> Dataset:
-    if path.is_dir():
-        path = path / CAPTIONS
     readers = {".parquet": Dataset.from_parquet, ".json": Dataset.from_json, ".jsonl": Dataset.from_json}
     if path.suffix not in readers:
         raise ValueError(f"{path} is neither a folder of scenes nor a file of type {', '.join(readers)}")
@@ -89,7 +127,7 @@ def _undecoded(rows: Dataset) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _pair(row: Mapping[str, Any], name: str, column: str | None) -> Pair:
+def _pair(row: Mapping[str, Any], name: str, column: str | None, root: Path) -> Pair:
     images = row.get("images")
     picture = row.get("image") if images is None else (images[0] if len(images) == 1 else None)
     if picture is None:
@@ -97,11 +135,22 @@ def _pair(row: Mapping[str, Any], name: str, column: str | None) -> Pair:
     text = _text(row, name, column).replace(IMAGE_PLACEHOLDER, "").strip()
     if not text:
         raise ValueError(f"row {name}: its text is empty")
-    image = open_image(picture, f"row {name}, field image")
-    mask = None if row.get("mask") is None else open_image(row["mask"], f"row {name}, field mask", mode="1")
-    if mask is not None and mask.size != image.size:
-        raise ValueError(f"row {name}, field mask: {mask.size} but the picture is {image.size}")
-    return Pair(name, image, text, mask)
+    mask = row.get("mask")
+    try:
+        pair = Pair(name, _source(picture, root), text, None if mask is None else _source(mask, root))
+    except ValueError as error:
+        raise ValueError(f"row {name}, field image or mask: {error}") from error
+    shape, outline = pair.image.size, pair.mask
+    if outline is not None and outline.size != shape:
+        raise ValueError(f"row {name}, field mask: {outline.size} but the picture is {shape}")
+    return pair
+
+
+def _source(picture: Any, root: Path) -> Any:
+    """Bytes of a picture, or its path, which must lie inside of `root`."""
+    if isinstance(picture, Mapping):
+        picture = picture.get("bytes") or picture.get("path")
+    return resolve_inside(root, picture) if isinstance(picture, str) else picture
 
 
 def _text(row: Mapping[str, Any], name: str, column: str | None) -> str:

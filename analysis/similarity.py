@@ -29,14 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 
 from .figures import save_histogram, save_layers
-from .files import save_arrays, save_json
-from .pairs import Pair, load_pairs
+from .files import make_folder, save_arrays, save_json
+from .options import at_least
+from .pairs import LeftOut, Pair, load_pairs
+from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
 from .separation import derangement, separation
 from .subjects import Encoded, Subject, load_subject
 
@@ -44,6 +45,7 @@ from .subjects import Encoded, Subject, load_subject
 HIDDEN = ("centroid", "pairwise", "max", "centred")
 QUERY_KEY = ("qk_cosine", "qk_logit")
 HEADLINE = "centroid"
+CHUNK = 64  # pairs in a part that a resumed run does not repeat
 
 
 @dataclass(frozen=True)
@@ -183,20 +185,53 @@ def score_batch(subject: Subject, encoded: Encoded) -> list[dict[str, Any]]:
     return rows
 
 
+def _score_rows(
+    subject: Subject, pairs: Sequence[Pair], texts: Sequence[str], batch_size: int, strict: bool
+) -> list[Row]:
+    """[`score_batch`] of pair after pair; where a batch fails, its rows one by one."""
+    rows: list[Row] = []
+    for start in range(0, len(pairs), batch_size):
+        part = list(zip(pairs[start : start + batch_size], texts[start : start + batch_size], strict=True))
+        try:
+            rows += score_batch(subject, subject.encode([pair.image for pair, _ in part], [text for _, text in part]))
+        except ValueError:
+            for pair, text in part:
+
+                def alone(pair=pair, text=text):
+                    return score_batch(subject, subject.encode([pair.image], [text]))[0]
+
+                rows.append(measured(alone, pair.id, strict))
+    return rows
+
+
 def score_pairs(
-    subject: Subject, images: Sequence[Image.Image], texts: Sequence[str], batch_size: int, title: str, progress: bool
-) -> Scores:
-    """One joint forward pass per pair (image i, text i)."""
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(images), desc=title, unit="pair", disable=not progress) as bar:
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            rows += score_batch(subject, subject.encode(images[part], texts[part]))
-            bar.update(len(images[part]))
-    stacked = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
-    image_means, text_means = stacked.pop("image_means"), stacked.pop("text_means")
-    query_key = {name: stacked.pop(name) for name in QUERY_KEY}
-    return Scores(stacked, query_key, image_means, text_means)
+    subject: Subject,
+    pairs: Sequence[Pair],
+    texts: Sequence[str],
+    batch_size: int,
+    title: str,
+    *,
+    keep: Keep = without_keeping,
+    strict: bool = False,
+    progress: bool = True,
+) -> list[Row]:
+    """One joint forward pass per picture of `pairs` and its text of `texts`: what [`score_batch`] returns of each, or
+    why it failed."""
+    rows: list[Row] = []
+    with tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
+        for start in range(0, len(pairs), CHUNK):
+            part, words = pairs[start : start + CHUNK], texts[start : start + CHUNK]
+            rows += keep(f"{title}-{start}", lambda p=part, w=words: _score_rows(subject, p, w, batch_size, strict))
+            bar.update(len(part))
+    return rows
+
+
+def stacked(rows: Sequence[Row]) -> Scores:
+    """The scores of all pairs, `(layers, N)` and `(layers, N, D)`."""
+    scores = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
+    image_means, text_means = scores.pop("image_means"), scores.pop("text_means")
+    query_key = {name: scores.pop(name) for name in QUERY_KEY}
+    return Scores(scores, query_key, image_means, text_means)
 
 
 def centred(runs: Sequence[Scores]) -> list[np.ndarray]:
@@ -212,20 +247,48 @@ def centred(runs: Sequence[Scores]) -> list[np.ndarray]:
 
 
 def measure_similarity(
-    subject: Subject, pairs: Sequence[Pair], *, seeds: Sequence[int] = (0, 1, 2), batch_size: int = 8,
+    subject: Subject,
+    pairs: Sequence[Pair],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 8,
+    keep: Keep = without_keeping,
+    strict: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Scores of matched and mismatched pairs and how far they lie apart.
+
+    A pair that cannot be scored is left out of everything: by itself before pairs are mismatched, and where only a
+    mismatched text is at fault, together with its picture's other scores.
+
+    Args:
+        keep: see [`Parts.keep`](agevlm.analysis.resume).
+        strict: stop at a pair that cannot be scored.
 
     Returns:
         The summary: `headline` (measure, layer and what [`separation`] returns), `layers` and `measures`: name -> one
-        [`separation`] per layer. And the scores as arrays: `matched/NAME` and `mismatched-SEED/NAME`, `(layers, N)`.
+        [`separation`] per layer, `left_out`: id and reason of pairs. And the scores as arrays: `matched/NAME` and
+        `mismatched-SEED/NAME`, `(layers, N)`, with the pictures' `ids (N,)`.
+
+    Raises:
+        ValueError: fewer than two pairs can be scored.
     """
-    images, texts = [pair.image for pair in pairs], [pair.text for pair in pairs]
-    runs = [score_pairs(subject, images, texts, batch_size, "matched", progress)]
+    settings: dict[str, Any] = {"keep": keep, "strict": strict, "progress": progress}
+    matched = score_pairs(subject, pairs, [pair.text for pair in pairs], batch_size, "matched", **settings)
+    left_out = failures(pairs, matched)
+    usable = [(pair, row) for pair, row in zip(pairs, matched, strict=True) if ERROR not in row]
+    if len(usable) < 2:
+        raise ValueError(f"{len(usable)} of {len(pairs)} pairs can be scored; the first: {left_out[0]['reason']}")
+    pairs, scored = [pair for pair, _ in usable], [[row for _, row in usable]]
     for seed in seeds:
-        others = [texts[index] for index in derangement(len(pairs), seed)]
-        runs.append(score_pairs(subject, images, others, batch_size, f"mismatched, seed {seed}", progress))
+        others = [pairs[index].text for index in derangement(len(pairs), seed)]
+        scored.append(score_pairs(subject, pairs, others, batch_size, f"mismatched-{seed}", **settings))
+        left_out += failures(pairs, scored[-1])
+    whole = [index for index in range(len(pairs)) if not any(ERROR in rows[index] for rows in scored)]
+    if len(whole) < 2:
+        raise ValueError(f"{len(whole)} of {len(pairs)} pairs can be scored; the first: {left_out[0]['reason']}")
+    pairs = [pairs[index] for index in whole]
+    runs = [stacked([rows[index] for index in whole]) for rows in scored]
     by_run = [
         {**run.hidden, "centred": middle, **run.query_key} for run, middle in zip(runs, centred(runs), strict=True)
     ]
@@ -244,8 +307,10 @@ def measure_similarity(
     arrays = {
         f"{title}/{name}": values for title, run in zip(titles, by_run, strict=True) for name, values in run.items()
     }
+    arrays["ids"] = np.array([pair.id for pair in pairs])
     summary = {
         "pairs": len(pairs),
+        "left_out": left_out,
         "seeds": list(seeds),
         "concatenates": subject.concatenates,
         "headline": {"measure": HEADLINE, **headline},
@@ -255,20 +320,33 @@ def measure_similarity(
 
 
 def write_similarity(
-    subject: Subject, name: str, pairs: Sequence[Pair], output: str | Path, **settings: Any
+    subject: Subject,
+    name: str,
+    pairs: Sequence[Pair],
+    output: str | Path,
+    left_out: LeftOut | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Writes `similarity.json` (returned), `scores.npz`, `histogram.png` (as figure 2) and `layers.png`."""
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    summary, arrays = measure_similarity(subject, pairs, **settings)
-    summary = {"model": name, **summary}
+    """Writes `similarity.json` (returned), `scores.npz`, `histogram.png` (as figure 2) and `layers.png`. Stopped
+    before, it goes on where it was.
+
+    Args:
+        left_out: of the rows that `pairs` come from, for the summary.
+        settings: of [`measure_similarity`].
+    """
+    output, left_out = make_folder(output), left_out or LeftOut()
+    parts = Parts(output, job_of("similarity", subject.model, pairs))
+    summary, arrays = measure_similarity(subject, pairs, keep=parts.keep, **settings)
+    summary = {"model": name, **summary, "left_out": left_out.bad + summary["left_out"]}
+    summary["repeated_texts"] = left_out.repeated
     headline = summary["headline"]
     at = next(i for i, entry in enumerate(summary["measures"][HEADLINE]) if entry["layer"] == headline["layer"])
-    mismatched = [values[at] for key, values in arrays.items() if key.endswith(f"/{HEADLINE}") and key[1] == "i"]
+    mismatched = [arrays[f"mismatched-{seed}/{HEADLINE}"][at] for seed in summary["seeds"]]
     save_histogram(arrays[f"matched/{HEADLINE}"][at], np.concatenate(mismatched), name, headline, output)
     save_layers(summary["measures"], name, output)
     save_arrays(arrays, output / "scores.npz")
     save_json(summary, output / "similarity.json")
+    parts.finish()
     return summary
 
 
@@ -282,24 +360,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--text", metavar="COLUMN", help="default: the first answer of `messages`, caption or question"
     )
-    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="pairs (default 1000)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of mismatched pairings (default 3)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
+    parser.add_argument("--limit", type=at_least(2), default=1000, metavar="N", help="pairs (default 1000)")
+    parser.add_argument(
+        "--seeds", type=at_least(1), default=3, metavar="N", help="number of mismatched pairings (default 3)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
     parser.add_argument("--strict", action="store_true", help="stop at a bad row instead of leaving it out")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     arguments = parser.parse_args(argv)
-    pairs, skipped = load_pairs(
-        arguments.data, arguments.limit, arguments.text, distinct=True, strict=arguments.strict
+    output = make_folder(arguments.output)
+    pairs, left_out = load_pairs(
+        arguments.data, arguments.limit, arguments.text, distinct=True, strict=arguments.strict, progress=True
     )
     subject = load_subject(arguments.model, arguments.trust_remote_code)
     name = Path(arguments.model).resolve().name
-    settings = {"seeds": range(arguments.seeds), "batch_size": arguments.batch_size}
-    summary = write_similarity(subject, name, pairs, arguments.output, **settings)
+    summary = write_similarity(
+        subject,
+        name,
+        pairs,
+        output,
+        left_out,
+        seeds=range(arguments.seeds),
+        batch_size=arguments.batch_size,
+        strict=arguments.strict,
+    )
     headline = summary["headline"]
     low, high = headline["auroc_interval"]
     print(
         f"{name}, layer {headline['layer']}: matched {headline['matched']['mean']:.3f}, mismatched "
         f"{headline['mismatched']['mean']:.3f}, overlap {headline['overlap']:.2f}, AUROC {headline['auroc']:.3f} "
-        f"[{low:.3f}, {high:.3f}] over {len(pairs)} pairs ({skipped} rows left out)"
+        f"[{low:.3f}, {high:.3f}] over {summary['pairs']} pairs "
+        f"({LeftOut(summary['left_out'], left_out.repeated)})"
     )
-    print(f"written to {arguments.output}")
+    print(f"written to {output}")

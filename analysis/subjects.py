@@ -172,8 +172,10 @@ def load_subject(name: str, trust_remote_code: bool = False) -> Subject:
     Raises:
         ValueError: there is no vision-language checkpoint of that name.
     """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} is no checkpoint: it has no config.json; give its folder or Hub id")
     try:
-        # No kernel is asked for: sdpa is transformers' choice wherever a part has attention, and a tower may have none.
+        # No kernel is asked for: sdpa is transformers' choice wherever a part has attention; a tower may have none.
         settings: dict[str, Any] = {
             "dtype": "auto",
             "device_map": torch.accelerator.current_accelerator(check_available=True),

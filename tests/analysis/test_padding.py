@@ -7,8 +7,10 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PilImage
 
+from agevlm.analysis import padding
 from agevlm.analysis.padding import main, mean_colour, measure_padding, measure_picture, squared
 from agevlm.analysis.pairs import Pair
+from agevlm.analysis.resume import Parts, job_of
 from builders import mask, picture, tiny_model, tiny_processor
 from vlms import EVERY, force, llava, ours
 
@@ -81,6 +83,40 @@ def test_square_pictures_are_refused():
         measure_padding(ours(), [Pair("square", picture(), QUESTION)], progress=False)
 
 
+def test_an_interrupted_run_goes_on_past_a_picture_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(padding, "CHUNK", 2)
+    subject, others = ours(), [Pair("tall", picture(40, 120), QUESTION), Pair("square", picture(), QUESTION)]
+    pairs = [WIDE, Pair("gone", tmp_path / "gone.png", QUESTION), *others]
+    whole = measure_padding(subject, pairs, progress=False)
+    assert (whole["pictures"], whole["without_padding"]) == (2, 1)
+    assert [row["id"] for row in whole["left_out"]] == ["gone"]
+    with pytest.raises(ValueError, match=r"row gone: .*gone\.png"):
+        measure_padding(subject, pairs, strict=True, progress=False)
+
+    def parts():
+        return Parts(tmp_path, job_of("padding", subject.model, pairs))
+
+    calls, once = [], padding.measure_picture
+
+    def measure(limit):
+        def counted(subject, pair, layers):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(pair.id)
+            return once(subject, pair, layers)
+
+        monkeypatch.setattr(padding, "measure_picture", counted)
+
+    measure(1)
+    with pytest.raises(KeyboardInterrupt):
+        measure_padding(subject, pairs, keep=parts().keep, progress=False)
+    measure(2)
+    assert measure_padding(subject, pairs, keep=parts().keep, progress=False) == whole
+    assert calls == ["wide", "tall"]
+    parts().finish()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_command_line(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
@@ -90,7 +126,7 @@ def test_command_line(tmp_path, capsys):
     features = Features({"id": Value("string"), "image": Image(), "question": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     main([str(tmp_path / "model"), str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out")])
-    assert "model: 3 pictures, 0 without padding, 0 left out" in capsys.readouterr().out
+    assert "model: 3 pictures, 0 without padding, 0 bad row(s) left out" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"padding.json", "padding.png"}
     summary = json.loads((tmp_path / "out" / "padding.json").read_text(encoding="utf-8"))
     assert summary["variants"]["own"]["share"] == 0 and "in_mask" not in summary["variants"]["own"]

@@ -9,8 +9,9 @@ from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agevlm.analysis import similarity
 from agevlm.analysis.pairs import Pair, load_pairs
-from agevlm.analysis.separation import derangement, overlap, separation
+from agevlm.analysis.separation import cohens_d, derangement, overlap, separation
 from agevlm.analysis.similarity import (
     HIDDEN,
     QUERY_KEY,
@@ -21,7 +22,10 @@ from agevlm.analysis.similarity import (
     reduce_tokens,
     score_batch,
     score_pairs,
+    stacked,
+    write_similarity,
 )
+from agevlm.analysis.subjects import Subject
 from builders import picture, tiny_model, tiny_processor
 from vlms import EVERY, llava, ours
 
@@ -94,6 +98,41 @@ def test_the_interval_holds_the_truth():
     assert held >= 88
 
 
+def test_separation_derived_again():
+    """AUROC from ranks (Mann-Whitney, ties one half), overlap bin by bin, d by its formula, and the interval from
+    pictures drawn one by one: a picture brings its matched and all its mismatched scores along."""
+    generator = np.random.default_rng(3)
+    quality = generator.normal(0, 0.2, 60)  # a picture's own: its scores belong together
+    matched = np.round((quality + generator.normal(0.1, 0.05, 60)).clip(-1, 1), 2)  # rounded: ties
+    mismatched = [np.round((quality + generator.normal(0.0, 0.05, 60)).clip(-1, 1), 2) for _ in range(2)]
+    result = separation(matched, mismatched)
+
+    def auroc(first, second):
+        both = np.sort(np.concatenate([first, second]))
+        ranks = (np.searchsorted(both, first, "left") + np.searchsorted(both, first, "right") + 1) / 2
+        return (ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(second))
+
+    by_seed = [auroc(matched, values) for values in mismatched]
+    assert result["auroc_seeds"] == pytest.approx(by_seed, abs=1e-6)
+    assert result["auroc"] == pytest.approx(np.mean(by_seed), abs=1e-6)
+    pooled = np.concatenate(mismatched)
+    low = np.floor((np.arange(200) / 100 - 1) * 1e9) / 1e9
+    shares = [[np.mean((v >= a - 1e-12) & (v < a + 0.01 - 1e-12)) for a in low] for v in (matched, pooled)]
+    assert result["overlap"] == pytest.approx(np.minimum(*shares).sum(), abs=0.06)  # scores lie on the bins' edges
+    spread = np.sqrt((np.std(matched, ddof=1) ** 2 + np.std(pooled, ddof=1) ** 2) / 2)
+    assert cohens_d(matched, pooled) == pytest.approx((matched.mean() - pooled.mean()) / spread)
+    draws = [generator.integers(0, 60, 60) for _ in range(2000)]
+    again = [np.mean([auroc(matched[draw], values[draw]) for values in mismatched]) for draw in draws]
+    np.testing.assert_allclose(result["auroc_interval"], np.quantile(again, (0.025, 0.975)), atol=0.015)
+    # Both resampled on their own would say less than is known: what a picture's scores have in common cancels.
+    apart = [
+        np.mean([auroc(matched[one], values[other]) for values in mismatched])
+        for one, other in zip(draws[:1000], draws[1000:], strict=True)
+    ]
+    low, high = result["auroc_interval"]
+    assert high - low < 0.75 * float(np.diff(np.quantile(apart, (0.025, 0.975)))[0])
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_kind_of_model(name):
     subject = EVERY[name]()
@@ -103,6 +142,7 @@ def test_every_kind_of_model(name):
     assert {name: len(entries) for name, entries in summary["measures"].items()} == (
         dict.fromkeys(HIDDEN, layers) | dict.fromkeys(QUERY_KEY, 2)
     )
+    assert list(arrays.pop("ids")) == [pair.id for pair in PAIRS]
     assert {key.split("/")[0] for key in arrays} == {"matched", "mismatched-0", "mismatched-1"}
     for key, values in arrays.items():
         assert values.shape == (2 if "qk" in key else layers, len(PAIRS)) and np.isfinite(values).all()
@@ -176,8 +216,7 @@ def test_a_model_that_copies_the_picture_into_the_text_is_told_apart():
 
 def test_batches_do_not_matter():
     subject = ours()
-    images = [pair.image for pair in PAIRS]
-    one, all_ = (score_pairs(subject, images, TEXTS, size, "", progress=False) for size in (1, 5))
+    one, all_ = (stacked(score_pairs(subject, PAIRS, TEXTS, size, "", progress=False)) for size in (1, 5))
     for name in one.hidden:
         np.testing.assert_allclose(one.hidden[name], all_.hidden[name], atol=1e-5)
 
@@ -197,18 +236,104 @@ def test_pairs_from_a_file(tmp_path):
     _write_rows(tmp_path / "rows.parquet", rows)
     pairs, left_out = load_pairs(tmp_path / "rows.parquet", 10, distinct=True)
     assert [(pair.id, pair.text) for pair in pairs] == [("a", "Is it red?"), ("d", "Is it blue?")]
-    assert left_out == 2
+    assert left_out.repeated == 1
+    (broken,) = left_out.bad
+    assert broken["id"] == "c" and "row c, field image: the picture cannot be decoded" in broken["reason"]
     assert [pair.id for pair in load_pairs(tmp_path / "rows.parquet", 10)[0]] == ["a", "b", "d"]
     with pytest.raises(ValueError, match="row c, field image: the picture cannot be decoded"):
         load_pairs(tmp_path / "rows.parquet", 10, strict=True)
     with pytest.raises(ValueError, match="no text in title"):
         load_pairs(tmp_path / "rows.parquet", 10, "title", strict=True)
-    with pytest.raises(ValueError, match="0 usable pair"):
+    with pytest.raises(ValueError, match=r"0 usable pair.*4 bad row.*the first: row a: no text in title"):
         load_pairs(tmp_path / "rows.parquet", 10, "title")
     with pytest.raises(ValueError, match="neither a folder of scenes nor a file"):
         load_pairs(tmp_path / "rows.txt", 10)
     with pytest.raises(ValueError, match="there is no"):
         load_pairs(tmp_path, 10)
+
+
+def test_pictures_of_a_file_lie_in_its_folder(tmp_path):
+    folder = tmp_path / "rows"
+    (folder / "pictures").mkdir(parents=True)
+    for name in ("a", "b"):
+        picture().save(folder / "pictures" / f"{name}.png")
+    picture().save(tmp_path / "outside.png")
+    images = ["pictures/a.png", "../outside.png", str(tmp_path / "outside.png"), "gone.png", "pictures/b.png"]
+    rows = [{"image": image, "caption": f"text {index}"} for index, image in enumerate(images)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs, left_out = load_pairs(folder / "rows.jsonl", 10)
+    assert [pair.text for pair in pairs] == ["text 0", "text 4"] and pairs[0].image.size == (96, 96)
+    assert [row["id"] for row in left_out.bad] == ["1", "2", "3"]
+    assert all("leaves its folder" in row["reason"] for row in left_out.bad[:2])
+
+
+class _Stop(Exception):
+    """The machine goes down."""
+
+
+def _stop_after(monkeypatch, batches):
+    """`score_batch` does its work `batches` times more, then the machine is gone. Counts."""
+    calls = []
+
+    def counted(*arguments):
+        if len(calls) == batches:
+            raise _Stop
+        calls.append(len(arguments[1].text_BT))
+        return score_batch(*arguments)
+
+    monkeypatch.setattr(similarity, "score_batch", counted)
+    return calls
+
+
+def test_an_interrupted_run_goes_on_and_says_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(similarity, "CHUNK", 2)
+    subject, settings = ours(), {"seeds": (0,), "batch_size": 2, "progress": False}
+    whole = write_similarity(subject, "m", PAIRS, tmp_path / "whole", **settings)
+    assert not (tmp_path / "whole" / "parts").exists()
+    _stop_after(monkeypatch, 4)
+    with pytest.raises(_Stop):
+        write_similarity(subject, "m", PAIRS, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut" / "similarity.json").exists()
+    with pytest.raises(ValueError, match=r"another run \(pairs differ\)"):
+        write_similarity(subject, "m", PAIRS[1:], tmp_path / "cut", **settings)
+    with pytest.raises(ValueError, match=r"another run \(model differ\)"):
+        write_similarity(Subject(tiny_model(seed=1), subject.processor), "m", PAIRS, tmp_path / "cut", **settings)
+    calls = _stop_after(monkeypatch, 100)
+    # A smaller batch, because the machine ran out of memory, say.
+    resumed = write_similarity(subject, "m", PAIRS, tmp_path / "cut", **{**settings, "batch_size": 1})
+    assert calls == [1, 1, 1]  # of 5 matched and 5 mismatched pairs, the first 7 had been scored: 2, 2, 1 and 2
+    assert resumed["headline"]["auroc"] == whole["headline"]["auroc"] and resumed["pairs"] == 5
+    names = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert names == {"similarity.json", "scores.npz", "histogram.png", "layers.png"}
+    with np.load(tmp_path / "whole" / "scores.npz") as first, np.load(tmp_path / "cut" / "scores.npz") as second:
+        assert first.files == second.files
+        for key in set(first.files) - {"ids"}:
+            np.testing.assert_allclose(first[key], second[key], atol=1e-5)
+
+
+def test_a_pair_that_cannot_be_scored_is_named_and_left_out(tmp_path):
+    """A text without a word, a picture that has gone since it was read, and with --strict a stop at the first."""
+    gone = tmp_path / "gone.png"
+    bad = [Pair("wordless", picture(), "<|eot_id|>"), Pair("vanished", gone, "a house")]
+    pairs = [PAIRS[0], bad[0], *PAIRS[1:4], bad[1], PAIRS[4]]
+    subject = ours()
+    summary, arrays = measure_similarity(subject, pairs, seeds=(0,), batch_size=3, progress=False)
+    assert [row["id"] for row in summary["left_out"]] == ["wordless", "vanished"]
+    assert "without any token" in summary["left_out"][0]["reason"] and "gone.png" in summary["left_out"][1]["reason"]
+    clean, expected = measure_similarity(subject, PAIRS, seeds=(0,), batch_size=3, progress=False)
+    assert summary["pairs"] == clean["pairs"] == 5
+    np.testing.assert_allclose(arrays["mismatched-0/centroid"], expected["mismatched-0/centroid"], atol=1e-5)
+    with pytest.raises(ValueError, match="row wordless: a text without any token"):
+        measure_similarity(subject, pairs, seeds=(0,), strict=True, progress=False)
+    with pytest.raises(ValueError, match="1 of 3 pairs can be scored; the first: a text without"):
+        measure_similarity(subject, [*bad, PAIRS[0]], seeds=(0,), progress=False)
+
+
+@pytest.mark.parametrize(("option", "least"), [("--limit", 2), ("--seeds", 1), ("--batch-size", 1)])
+def test_too_few_of_anything_is_said_at_once(option, least, capsys):
+    with pytest.raises(SystemExit):
+        main(["model", "data", "--output", "out", option, str(least - 1)])
+    assert f"argument {option}: {least - 1} is too few; give {least} or more" in capsys.readouterr().err
 
 
 def test_command_line(tmp_path, capsys):
@@ -217,7 +342,7 @@ def test_command_line(tmp_path, capsys):
     rows = [{"id": str(i), "image": pair.image, "question": pair.text, "mask": None} for i, pair in enumerate(PAIRS)]
     _write_rows(tmp_path / "rows.parquet", rows)
     main([str(tmp_path / "model"), str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--seeds", "2"])
-    assert "over 5 pairs (0 rows left out)" in capsys.readouterr().out
+    assert "over 5 pairs (0 bad row(s) left out)" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"similarity.json", "scores.npz", "histogram.png", "layers.png"}
     summary = json.loads((tmp_path / "out" / "similarity.json").read_text(encoding="utf-8"))
