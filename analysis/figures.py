@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from .files import replacing
 
 
+MOST_TICKS = 12
 MATCHED, MISMATCHED = "#1f77b4", "#d95f02"
 COLOURS = {
     "centroid": "#1f77b4",
@@ -30,6 +31,21 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _beside(axes: Any) -> None:
+    """The legend to the right of the curves, where it hides none of them."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+
+
+def _over_layers(axes: Any, layers: Sequence[int]) -> None:
+    """Every layer is a tick, unless there are too many."""
+    axes.set_xlabel("layer")
+    if len(layers) <= MOST_TICKS:
+        axes.set_xticks(layers)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _bare(axes)
 
 
 def save_histogram(
@@ -52,7 +68,7 @@ def save_histogram(
 
 def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, output: Path) -> None:
     """`layers.png`: AUROC with its interval per layer and measure, and the mean cosines that figure 2 shows."""
-    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for measure, entries in measures.items():
         layers = [entry["layer"] for entry in entries]
@@ -61,27 +77,25 @@ def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, 
         left.fill_between(layers, low, high, color=COLOURS[measure], alpha=0.12, lw=0)
     left.axhline(0.5, color="grey", lw=0.8, ls="--")
     left.set_ylabel("AUROC, matching over non-matching")
-    left.legend(frameon=False, fontsize=8)
     for measure in ("centroid", "centred"):
         entries = measures[measure]
         layers = [entry["layer"] for entry in entries]
-        for side, style in (("matched", "-"), ("mismatched", "--")):
+        for side, word, style in (("matched", "matching", "-"), ("mismatched", "non-matching", "--")):
             means = [entry[side]["mean"] for entry in entries]
-            right.plot(layers, means, style, color=COLOURS[measure], label=f"{measure}, {side}")
+            right.plot(layers, means, style, color=COLOURS[measure], label=f"{measure}, {word}")
     right.set_ylabel("mean cosine")
-    right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
-        axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _bare(axes)
+        _beside(axes)
+        _over_layers(axes, [entry["layer"] for entry in measures["centroid"]])
     figure.suptitle(name, fontsize=10)
     _save(figure, output / "layers.png")
 
 
 def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: Path) -> None:
     """`padding.png`: enrichment of the cells that padding leaves empty, per layer and variant, with intervals."""
-    figure = Figure(figsize=(5.2, 3.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.6, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots()
+    labels = {"own": "own processing", "pad": "padded, not told", "stretch": "stretched", "crop": "cropped"}
     colours = {"own": "#636363", "pad": MISMATCHED, "stretch": MATCHED, "crop": "#31a354"}
     for variant, entry in variants.items():
         entries = [layer for layer in entry["layers"] if layer["enrichment"] is not None]
@@ -90,15 +104,14 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
         layers = [layer["layer"] for layer in entries]
         values = [layer["enrichment"] for layer in entries]
         low, high = zip(*(layer["interval"] for layer in entries), strict=True)
-        axes.plot(layers, values, "o-", ms=3, color=colours[variant], label=variant)
+        axes.plot(layers, values, "o-", ms=3, color=colours[variant], label=labels[variant])
         axes.fill_between(layers, low, high, color=colours[variant], alpha=0.15, lw=0)
     axes.axhline(1, color="grey", lw=0.8, ls="--")
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("attention over area")
     axes.set_title(f"{name}: cells that padding leaves empty", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    _bare(axes)
+    _beside(axes)
+    _over_layers(axes, [layer["layer"] for layer in variants["pad"]["layers"]])
     _save(figure, output / "padding.png")
 
 

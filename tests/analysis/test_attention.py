@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PilImage
 
 from agevlm.analysis.attention import attend, in_mask_mass, main, write_attention, write_examples
 from builders import mask, picture, tiny_model, tiny_processor
@@ -90,6 +91,23 @@ def test_written_files(tmp_path):
         write_attention(models, picture(120, 80), QUESTION, tmp_path, mask())
 
 
+def test_a_large_picture_keeps_its_own_pixels_but_not_for_every_token(tmp_path):
+    models = {"m": (tiny_model(), tiny_processor())}
+    summary = write_attention(models, picture(2048, 60), QUESTION, tmp_path, max_new_tokens=2)
+    with np.load(tmp_path / "maps.npz", allow_pickle=False) as maps:
+        assert maps["m/maps"].shape == (2, 60, 2048)
+        assert maps["m/token_maps"].shape[1:] == (30, 1024)
+        assert summary["overlay_peak"] == pytest.approx(max(5, maps["m/mean"].max()))
+    with PilImage.open(tmp_path / "overlay-m.png") as drawn:
+        assert drawn.size == (2048, 60)
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file cannot be a folder"):
+        write_attention({"m": (tiny_model(), tiny_processor())}, picture(), QUESTION, tmp_path / "file")
+
+
 def test_examples_for_the_report(tmp_path):
     models = {"One": (tiny_model(), tiny_processor()), "Two": (tiny_model(seed=1), tiny_processor())}
     rows = [
@@ -121,7 +139,7 @@ def test_command_line(tmp_path, capsys):
         [*arguments, "--output", str(tmp_path / "out"), "--mask", str(tmp_path / "mask.png"), "--max-new-tokens", "3"]
     )
     assert (tmp_path / "out" / "overlay-checkpoint.png").is_file()
-    assert "in-mask attention mass" in capsys.readouterr().out
+    assert "layer 1, 4: 100 %, 100 % of the question's attention on the picture; in-mask" in capsys.readouterr().out
 
 
 def test_command_line_names_a_broken_picture(tmp_path):

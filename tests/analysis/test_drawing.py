@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from agevlm.analysis.drawing import SIDE, enlarge, outline, overlay, panels
+from agevlm.analysis.drawing import GAP, MOST_LINES, SIDE, _font, _lines, enlarge, outline, overlay, panels
 from builders import mask
 
 
@@ -65,3 +65,34 @@ def test_panels_hold_every_picture_and_any_title():
     colours = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 0, 255)} <= colours
     assert sheet.width > 2 * 320 and sheet.height > 2 * 320
+
+
+def test_rows_are_as_high_as_their_pictures_and_their_titles():
+    wide = Image.new("RGB", (90, 30), "blue")
+    low = panels([[("one", wide), ("two", wide)]], side=300)
+    assert low.height < 100 + 60
+    high = panels([[("one", wide), ("two words " * 12, wide)]], side=300)
+    assert 15 < high.height - low.height < 100
+    # Pictures of a row stand at one height, below the longest title, and nothing covers them.
+    blue = np.asarray(high)[..., 2] - np.asarray(high)[..., 0].astype(int) == 255
+    tops = [blue[:, GAP + column * (300 + GAP) :][:, :300].any(1).argmax() for column in range(2)]
+    assert tops[0] == tops[1] and blue.sum() == 2 * 300 * 100
+
+
+def test_lines_hold_the_whole_text_where_there_is_room():
+    font, text = _font(15), "Is there a red apple in the image, left of Donaudampfschifffahrtsgesellschaft, Привет?"
+    lines = _lines(text, font, 200)
+    assert all(font.getlength(line) <= 200 for line in lines) and len(lines) <= MOST_LINES
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    cut = _lines(text * 4, font, 200)
+    assert len(cut) == MOST_LINES and cut[-1].endswith("…") and font.getlength(cut[-1]) <= 200
+    assert _lines(" \n ", font, 200) == []
+
+
+def test_the_scale_says_what_the_hottest_colour_is():
+    sheet = panels([[("", GREY)]], side=200)
+    scaled = panels([[("", GREY)]], side=200, peak=7.0)
+    assert scaled.crop((0, 0, *sheet.size)).tobytes() == sheet.tobytes()
+    below = np.asarray(scaled.crop((0, sheet.height, *scaled.size))).astype(int)
+    ends = [np.argwhere((below == colour).all(-1))[:, 1] for colour in ((0, 0, 128), (128, 0, 0))]
+    assert 0 < ends[0].max() < ends[1].min() < 200
