@@ -3,11 +3,14 @@ own processor and chat template; in 4 bits and with a PEFT adapter on request.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from agevlm.hub_cards import weights_fingerprint
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 
@@ -97,6 +100,15 @@ def load_model(
     if adapter is not None:
         model.load_adapter(adapter)
     return model.eval(), processor
+
+
+def stored_fingerprint(name: str, revision: str = "main", adapter: str | None = None) -> str | None:
+    """`weights_fingerprint` of the files that `load_model` has read (with an adapter: of its files); None where they
+    are no safetensors."""
+    place, revision = (name, revision) if adapter is None else (adapter, "main")
+    if not Path(place).is_dir():
+        place = snapshot_download(place, revision=revision, allow_patterns="*.safetensors", local_files_only=True)
+    return weights_fingerprint(place)
 
 
 def _check_kind(name: str, remote: dict[str, Any]) -> None:

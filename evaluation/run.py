@@ -31,7 +31,7 @@ from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
 from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
 from .measures import mcnemar, paired_difference
-from .models import load_model
+from .models import load_model, stored_fingerprint
 from .processes import rank, wait
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
@@ -109,6 +109,7 @@ def evaluate(
     *,
     source: Mapping[str, str],
     name: str | None = None,
+    weights: str | None = None,
     judge: Judge | None = None,
     masked: Dataset | None = None,
     limit: int | None = None,
@@ -125,6 +126,8 @@ def evaluate(
         data: rows by benchmark.
         source: where the rows come from, for the record: `data` and `split`.
         name: of the model, for the record.
+        weights: fingerprint of the files it was loaded from (`models.stored_fingerprint`), by which a card knows that
+            the result is its own.
         judge: reads every output a second time.
         masked: more rows to measure looking on (`grounding.load_masked`).
         limit: first rows of each benchmark only.
@@ -162,6 +165,10 @@ def evaluate(
     finished = _read_finished(output / RESULT, whole)
     wait()
     if finished is not None:
+        if weights is not None and finished.get("weights") != weights:  # of before, or the same weights stored anew
+            finished["weights"] = weights
+            if rank() == 0:
+                write_json(output / RESULT, finished)
         return finished
 
     start, was_training = time.monotonic(), model.training
@@ -185,6 +192,7 @@ def evaluate(
     metrics: Metrics = {
         "format": FORMAT,
         "model": name,
+        "weights": weights,
         **source,
         "protocol": benchmarks[0].protocol,
         "judge": judge.name if judge is not None else None,
@@ -410,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             output / name,
             source=source,
             name=name,
+            weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
             judge=judge,
             masked=masked,
             limit=arguments.limit,

@@ -6,6 +6,7 @@ Read are the files that a run leaves behind: `agevlm_stage.json` (recipe, parent
 `attention.png`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ PARTS = {
 
 def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """The fields of `agevlm_stage.json`, and where the folder has them `push`, `config`, `processor`, `log_history`,
-    `evaluation`, `parameters` (of each part), `code` (files that are run on loading) and `figures`.
+    `evaluation`, `evaluation_fits`, `parameters` (of each part), `code` (files that are run on loading) and `figures`.
 
     Raises:
         ValueError: a file of them is damaged.
@@ -42,6 +43,7 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
         "processor": _read(folder / "processor_config.json"),
         "log_history": _read(folder / STATE_FILE).get("log_history", []),
         "evaluation": _read(folder / EVALUATION_FILE),
+        "evaluation_fits": evaluation_fits(folder),
         "parameters": count_parameters(folder),
         "code": sorted(path.name for path in folder.glob("*.py")),
         "figures": [name for name in (ATTENTION_FILE, LOSS_FILE) if (folder / name).is_file()],
@@ -60,6 +62,45 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def evaluation_fits(folder: Path, evaluation: Mapping[str, Any] | None = None) -> bool | None:
+    """Whether results (by default those in the folder) were measured on the folder's weights.
+
+    None: there are no results, or they do not say on which weights; they do since `metrics.json` has `weights`.
+    """
+    measured = (_read(folder / EVALUATION_FILE) if evaluation is None else evaluation).get("weights")
+    return None if measured is None else measured == weights_fingerprint(folder)
+
+
+def weights_fingerprint(folder: str | os.PathLike) -> str | None:
+    """A hash of the names, types, shapes and bytes of all tensors in a folder's weights (or adapter); None without.
+
+    It is that of the stored tensors, however they are spread over files and whatever they are loaded as. (The one of
+    `training/lineage.py` is that of a model in memory.)
+
+    Raises:
+        ValueError: a file that is no safetensors.
+    """
+    tensors: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")) or sorted(
+        Path(folder).glob("adapter_model.safetensors")
+    ):
+        start, header = _header(path)
+        tensors |= {name: (path, start, tensor) for name, tensor in header.items()}
+    digest = hashlib.blake2b(digest_size=16)
+    for name, (path, start, tensor) in sorted(tensors.items()):
+        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+        first, last = tensor["data_offsets"]
+        with path.open("rb") as file:
+            file.seek(start + first)
+            while first < last:
+                read = file.read(min(last - first, 2**24))
+                if not read:
+                    raise ValueError(f"{path} is cut off: the tensor {name} is not complete.")
+                digest.update(read)
+                first += len(read)
+    return digest.hexdigest() if tensors else None
+
+
 def count_parameters(folder: Path) -> dict[str, int]:
     """Parameters per part, read from the headers of the weights; empty without whole weights (an adapter, a draft).
 
@@ -68,13 +109,14 @@ def count_parameters(folder: Path) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        for name, tensor in _header(path).items():
+        for name, tensor in _header(path)[1].items():
             part = next((part for part, starts in PARTS.items() if name.startswith(starts)), "other")
             counts[part] = counts.get(part, 0) + math.prod(tensor["shape"])
     return {part: counts[part] for part in (*PARTS, "other") if part in counts}
 
 
-def _header(path: Path) -> Mapping[str, Any]:
+def _header(path: Path) -> tuple[int, Mapping[str, Any]]:
+    """Where the tensors of a safetensors file begin, and its header."""
     with path.open("rb") as file:
         size = file.read(8)
         length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
@@ -85,4 +127,4 @@ def _header(path: Path) -> Mapping[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path} is no safetensors file.") from error
     header.pop("__metadata__", None)
-    return header
+    return 8 + length, header

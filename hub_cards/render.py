@@ -6,7 +6,8 @@
 
 A card is never written by hand afterwards: it says what the files in its folder say, and rendering it again gives the
 same. Scores stand in the card's table and, where the Hub knows the data set (`--dataset`), in
-`.eval_results/*.yaml`, the Hub's current format; the older `model-index` is not written.
+`.eval_results/*.yaml`, the Hub's current format; the older `model-index` is not written. Results of other weights are
+refused, and left out where the weights were replaced later.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .datasets import is_dataset, write_dataset_card
-from .facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, read_facts
+from .facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, evaluation_fits, read_facts, weights_fingerprint
 from .figures import draw_losses
 
 
@@ -96,7 +97,9 @@ def render_card(facts: Mapping[str, Any]) -> ModelCard:
         trains=recipe.get("trains"),
         settings=[(name, training[name]) for name in SETTINGS if training.get(name) not in (None, -1)],
         metrics=[(name, _number(value)) for name, value in (facts.get("metrics") or {}).items()],
-        evaluation=_evaluation(facts.get("evaluation") or {}),
+        evaluation=_evaluation({} if facts.get("evaluation_fits") is False else facts.get("evaluation") or {}),
+        evaluation_file=EVALUATION_FILE,
+        evaluation_fits=facts.get("evaluation_fits"),
         command=_command(facts, parent),
         commit=facts.get("git_commit"),
         versions=facts.get("versions") or {},
@@ -211,7 +214,7 @@ def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
     """Put the result of `agevlm eval` into the folder, in place of an earlier one.
 
     Raises:
-        ValueError: no such result.
+        ValueError: no such result, or that of other weights.
     """
     text = metrics.read_text(encoding="utf-8")
     try:
@@ -219,6 +222,11 @@ def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
         _evaluation({name: evaluation[name] for name in ("split", "benchmarks", "grounding")})
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{metrics} is no result of `agevlm eval` (its metrics.json).") from error
+    if evaluation_fits(folder, evaluation) is False:
+        raise ValueError(
+            f"{metrics} was measured on other weights than those in {folder} (their fingerprints are "
+            f"{evaluation['weights']} and {weights_fingerprint(folder)}). Evaluate these, or name their result."
+        )
     shutil.rmtree(folder / EVAL_FOLDER, ignore_errors=True)
     _replace(folder / EVALUATION_FILE, text)
     if dataset is not None:

@@ -28,7 +28,7 @@ ALLOWED = {
     "data": set(),
     "grounding": {"data"},
     "training": {"modeling_agevlm", "processing", "data", "hub_cards"},
-    "evaluation": {"modeling_agevlm", "processing", "data"},
+    "evaluation": {"modeling_agevlm", "processing", "data", "hub_cards"},
     "analysis": {"modeling_agevlm", "processing", "data"},
     "baselines": {"modeling_agevlm", "processing", "data"},
     "demo": {"analysis", "data"},

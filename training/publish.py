@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
-from agevlm.hub_cards import write_card
+from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 
@@ -41,7 +41,8 @@ from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 # What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.md", "*.txt", "*.model", "*.png", ".eval_results/*.yaml")
 # What would be wrong beside another checkpoint's files.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.png", ".eval_results/*.yaml")
+RESULTS = (EVALUATION_FILE, ".eval_results/*.yaml")
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.png", *RESULTS)
 INDEX_FILE = "model.safetensors.index.json"
 WAITS = (5.0, 30.0)  # seconds before the second and the third try
 SILENCE = 300.0  # seconds without a byte; huggingface_hub itself waits without end
@@ -156,13 +157,16 @@ def _publish(api: HfApi, folder: Path, lineage: dict[str, Any], record: dict[str
 
 
 def published_files(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint that go to the Hub, by their names there."""
+    """The files of a checkpoint that go to the Hub, by their names there. Results of other weights stay here."""
     found = sorted(path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file())
-    return {
+    kept = {
         path.relative_to(folder).as_posix(): path
         for path in found
         if path.name != PUSH_FILE and (path.parent != folder or not path.name.startswith("."))
     }
+    if evaluation_fits(folder) is False:
+        kept = {name: path for name, path in kept.items() if not any(fnmatch(name, result) for result in RESULTS)}
+    return kept
 
 
 def stage_tag(lineage: Mapping[str, Any]) -> str | None:

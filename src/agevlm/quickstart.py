@@ -29,7 +29,7 @@ from agevlm.analysis.results import Example, Variant
 from agevlm.baselines.twin import concatenating_twin
 from agevlm.data.scenes import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
-from agevlm.evaluation.models import load_checkpoint
+from agevlm.evaluation.models import load_checkpoint, stored_fingerprint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
 from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
@@ -190,7 +190,8 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
     for seed, stage_runs in plans.items():
         folder = output / f"seed-{seed}"
         path = path_of(name, stage_runs)
-        model, processor = load_checkpoint(str(folder / path[-1].name))
+        checkpoint = str(folder / path[-1].name)
+        model, processor = load_checkpoint(checkpoint)
         evaluation = evaluate_scenes(
             model,
             processor,
@@ -199,6 +200,7 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
             folder / "evaluation" / name,
             benchmarks=BENCHMARKS,
             name=TITLES[name],
+            weights=stored_fingerprint(checkpoint),
             batch_size=50,
             max_new_tokens=MAX_NEW_TOKENS,
         )

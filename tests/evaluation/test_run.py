@@ -1,14 +1,19 @@
 """The runner on a real folder of scenes with a random model: what it writes, resumes, refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
+from hub_server import HubServer, connect
+from huggingface_hub import hf_hub_download
 
 from agevlm.data.scenes import build_scenes
 from agevlm.evaluation import run
 from agevlm.evaluation.digests import weights_digest
+from agevlm.evaluation.models import stored_fingerprint
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes, main
 from agevlm.evaluation.tables import summary_table
+from agevlm.hub_cards import weights_fingerprint
 from builders import tiny_model, tiny_processor
 
 
@@ -110,10 +115,31 @@ def test_command_line(scenes, tmp_path, capsys):
     models = [str(tmp_path / "one"), str(tmp_path / "two")]
     rest = ["--scenes", str(scenes), "--output", str(tmp_path / "out"), "--limit", "2", "--max-new-tokens", "2"]
     main([*models, *rest, "--benchmarks", "pope", "cvbench"])
-    for name in ("one", "two"):
-        metrics = json.loads((tmp_path / "out" / name / "metrics.json").read_text(encoding="utf-8"))
+    paths = [tmp_path / "out" / name / "metrics.json" for name in ("one", "two")]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for metrics, model in zip(results, models, strict=True):
         assert set(metrics["benchmarks"]) == {"pope", "cvbench"}
+        assert metrics["weights"] == weights_fingerprint(model)
+    assert results[0]["weights"] != results[1]["weights"]
     assert "without looking" in capsys.readouterr().out
+    # Results from before fingerprints were recorded get theirs by the same call, which measures nothing again
+    paths[0].write_text(json.dumps({name: value for name, value in results[0].items() if name != "weights"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "generate_predictions", None)
+        main([*models, *rest, "--benchmarks", "pope", "cvbench"])
+    assert json.loads(paths[0].read_text(encoding="utf-8")) == results[0]
+
+
+def test_the_fingerprint_of_a_model_of_the_hub_is_that_of_its_files(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with HubServer(tmp_path / "hub") as hub:
+        connect(hub, monkeypatch)
+        hub.add_repo("org/model", tmp_path / "model")
+        cached = hf_hub_download("org/model", "model.safetensors", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert stored_fingerprint("org/model") == weights_fingerprint(tmp_path / "model") is not None
+    assert weights_fingerprint(Path(cached).parent) == weights_fingerprint(tmp_path / "model")
+    assert stored_fingerprint("org/model", adapter=str(tmp_path)) is None  # an adapter's own weights count
 
 
 def test_command_line_refuses_what_is_no_checkpoint(scenes, tmp_path):

@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
-from agevlm.hub_cards import read_facts, render_card, write_card
+from agevlm.hub_cards import read_facts, render_card, weights_fingerprint, write_card
 from agevlm.hub_cards.facts import count_parameters
 from agevlm.hub_cards.render import main
+from agevlm.training.publish import published_files
 from builders import tiny_model, tiny_processor
 
 
@@ -194,6 +196,52 @@ def test_results_and_attention_are_copied_shown_and_written_as_the_hub_reads_the
     (tmp_path / "metrics.json").write_text(json.dumps({**EVALUATION, "benchmarks": {}}))
     main([str(folder), *flags[:2]])  # of another checkpoint, say: nothing of the old one stays
     assert not (folder / ".eval_results").exists() and "## Evaluation" not in check_well_formed(folder)
+
+
+def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
+    """Not of how they lie in files; another model, type or a single other value has another one."""
+    model, folders = tiny_model(), [tmp_path / name for name in ("whole", "shards", "seed", "half", "value")]
+    model.save_pretrained(folders[0])
+    model.save_pretrained(folders[1], max_shard_size="200KB")
+    assert len(list(folders[1].glob("model*.safetensors"))) > 1
+    tiny_model(seed=1).save_pretrained(folders[2])
+    tiny_model().half().save_pretrained(folders[3])
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-1, -1] += 1e-3
+    model.save_pretrained(folders[4])
+    whole, shards, *others = map(weights_fingerprint, folders)
+    assert whole == shards and len({whole, *others}) == 4
+    assert weights_fingerprint(tmp_path) is None
+    weights = folders[0] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is cut off"):
+        weights_fingerprint(folders[0])
+
+
+def test_results_belong_to_the_weights_they_were_measured_on(folder, tmp_path):
+    results = tmp_path / "metrics.json"
+
+    def card(**weights) -> str:
+        results.write_text(json.dumps({**EVALUATION, **weights}))
+        main([str(folder), "--evaluation", str(results), "--dataset", "org/scenes"])
+        return check_well_formed(folder)
+
+    scores = "| pope | 600 | f1 | 61.25"
+    for before in ({}, {"weights": None}):
+        assert scores in card(**before) and "**Unchecked**" in card(**before)
+    own = card(weights=weights_fingerprint(folder))
+    assert scores in own and "Unchecked" not in own
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"metrics\.json was measured on other weights .*0ther and [0-9a-f]{32}"):
+        card(weights="0ther")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+    results_on_hub = {"agevlm_evaluation.json", ".eval_results/pope.yaml"}
+    assert published_files(folder).keys() >= results_on_hub
+    tiny_model(seed=1).save_pretrained(folder)  # trained again
+    text = check_well_formed(write_card(folder).parent)
+    assert scores not in text and "`agevlm_evaluation.json` were measured on other weights and are left out" in text
+    assert not published_files(folder).keys() & results_on_hub
 
 
 def test_mistakes_are_named(folder, tmp_path):
