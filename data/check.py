@@ -38,7 +38,7 @@ _CHUNK, _EXAMPLES = 1_000, 5
 # What no single row shows. The row would be used:
 WARNED = {
     "too_long": "more tokens than max_length: the end is cut off",
-    "image_behind_cut": "a picture's placeholder behind max_length: training refuses the row",
+    "image_behind_cut": "a picture's placeholder behind max_length: training leaves the row out",
     "evaluation_same": "a picture that is a file of an evaluation set",
     "evaluation_similar": "a picture that looks like one of an evaluation set",
 }
@@ -165,7 +165,7 @@ def _examine(chunk: Chunk) -> dict[str, Any]:
                 sources.setdefault(error.source or "unknown", Counter())["dropped"] += 1
             if draft is not None:
                 ids.append((*draft_hashes(draft), position, row is not None))
-            if row is not None:
+            if draft is not None and row is not None:
                 counts.update({"good": 1, "pictures": len(row.images)})
                 sources.setdefault(draft.source, Counter())["rows"] += 1
             counts.update({kind for kind, _ in notes})

@@ -11,7 +11,11 @@ from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
 
 
-ROW_IDS = "row_ids"
+ROW_IDS, SKIPPED_ROWS = "row_ids", "skipped_rows"
+# In place of a row that cannot be used
+NOTHING: dict[str, Any] = {
+    "id": "", "images": [], "messages": [{"role": "user", "content": ""}], "guidance": None, "span": None,
+}  # fmt: skip
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
 
 
@@ -29,12 +33,20 @@ class AgeVlmDataCollator:
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalised` makes of them there what the processor would have made. The trainer turns it on and does so.
         row_ids: the batch names its rows (`row_ids`, a list of strings), which the trainer wants and takes out.
+        strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
+            the batch says so (`skipped_rows`, a list of [id, reason], there if a row is bad). Losses are sums over
+            answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
+            the batch keeps its number of rows, on which processes must agree. The trainer sets it to
+            `AgeVlmSFTConfig.strict`, which is off.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
 
+    A row is bad if `data.rows.open_row` refuses it, or if `max_length` cuts one of its placeholders off: the model
+    takes no picture without one.
+
     Raises:
-        ValueError: a bad row; the message names the row, the field and the fix.
+        ValueError: a bad row, where `strict`; the message names the row, the field and the fix.
     """
 
     processor: AgeVlmProcessor
@@ -43,6 +55,7 @@ class AgeVlmDataCollator:
     always_pictures: bool = False
     pixels_as_bytes: bool = False
     row_ids: bool = False
+    strict: bool = True
 
     @property
     def _pixels(self) -> dict[str, bool]:
@@ -58,14 +71,40 @@ class AgeVlmDataCollator:
         return pixels.float().mul_(scale_C11).add_(shift_C11)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [open_row(row) for row in rows]
-        guided = [row["guidance"] for row in rows]
-        spans = [
-            self.processor.message_span(row["messages"], guidance["message_index"], guidance["query"])
-            if guidance is not None
-            else None
-            for row, guidance in zip(rows, guided, strict=True)
-        ]
+        skipped: dict[int, str] = {}
+        opened = []
+        for place, row in enumerate(rows):
+            try:
+                opened.append(self._open(row))
+            except ValueError as error:
+                if self.strict:
+                    raise
+                skipped[place] = str(error)
+                opened.append(NOTHING)
+        batch = self._batch(opened)
+        cut = self._cut_pictures(batch, opened)
+        if cut:
+            if self.strict:
+                raise ValueError(next(iter(cut.values())))
+            skipped |= cut
+            # Again without them, because the others are padded to the longest row that is left.
+            batch = self._batch([NOTHING if place in cut else row for place, row in enumerate(opened)])
+        if self.max_length is not None:
+            batch = {
+                name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()
+            }
+        if skipped:
+            batch[SKIPPED_ROWS] = [[str(rows[place].get("id")), skipped[place]] for place in sorted(skipped)]
+        return {**batch, ROW_IDS: [str(row.get("id")) for row in rows]} if self.row_ids else batch
+
+    def _open(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its pictures opened and the `span` of its query."""
+        row, guidance = open_row(row), row.get("guidance")
+        span = guidance and self.processor.message_span(row["messages"], guidance["message_index"], guidance["query"])
+        return {**row, "span": span}
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Whole tensors of opened rows."""
         batch = self.processor.apply_chat_template(
             [row["messages"] for row in rows],
             tokenize=True,
@@ -74,8 +113,8 @@ class AgeVlmDataCollator:
             return_tensors="pt",
             processor_kwargs={
                 "images": [row["images"] for row in rows],
-                "guidance_spans": spans,
-                "guidance_masks": [guidance and guidance["mask"] for guidance in guided],
+                "guidance_spans": [row["span"] for row in rows],
+                "guidance_masks": [row["guidance"] and row["guidance"]["mask"] for row in rows],
                 "padding": True,
                 "padding_side": "right",
                 "pad_to_multiple_of": self.pad_to_multiple_of,
@@ -89,18 +128,16 @@ class AgeVlmDataCollator:
             blank = blank["pixel_values"]
             batch["pixel_values"] = torch.zeros_like(blank).expand(len(rows), *blank.shape)
             batch["image_mask"] = torch.zeros(len(rows), 1, dtype=torch.bool)
-        batch = self._cut(dict(batch), rows)
-        return {**batch, ROW_IDS: [row["id"] for row in rows]} if self.row_ids else batch
+        return dict(batch)
 
-    def _cut(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The first `max_length` tokens. Cut here and not by the tokenizer, to know which row would lose a picture."""
+    def _cut_pictures(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[int, str]:
+        """Which rows would lose a picture, by place, and why. The tokenizer, cutting by itself, would not tell."""
         if self.max_length is None:
-            return batch
+            return {}
         lost = batch["input_ids"][:, self.max_length :] == self.processor.image_token_id
-        for row, placeholders in zip(rows, lost.sum(1).tolist(), strict=True):
-            if placeholders:
-                raise ValueError(
-                    f"row {row['id']}: {placeholders} of its picture placeholders lie behind the first "
-                    f"{self.max_length} tokens. Raise `max_length`, or shorten what comes before them."
-                )
-        return {name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()}
+        return {
+            place: f"row {rows[place]['id']}: {placeholders} of its picture placeholders lie behind the first "
+            f"{self.max_length} tokens. Raise `max_length`, or shorten what comes before them."
+            for place, placeholders in enumerate(lost.sum(1).tolist())
+            if placeholders
+        }

@@ -31,6 +31,8 @@ class AgeVlmSFTConfig(SFTConfig):
         loss_spike (`float`, *optional*): stop before a step whose loss is this many times the median of the last 100,
             as always before one that is not finite (`watching.py`).
         probe_steps (`int`): every so many steps, draw where the model looks on the first 4 rows with a mask.
+        strict (`bool`): stop at a row that cannot be used (a broken picture, or one behind `max_length`) instead of
+            leaving it out, writing it into `skipped_rows.jsonl` and counting it (`skipped_rows`).
         peak_tflops (`float`, *optional*): of one device, for `mfu`. Default: measured with a matrix product.
 
     Raises:
@@ -68,6 +70,10 @@ class AgeVlmSFTConfig(SFTConfig):
     )
     probe_steps: int = field(
         default=0, metadata={"help": "Draw where the model looks on fixed rows every so many steps. 0: never."}
+    )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "Stop at a row that cannot be used instead of leaving it out and counting it."},
     )
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}

@@ -87,6 +87,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
             self.data_collator.always_pictures |= self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
             self.data_collator.pixels_as_bytes = self.data_collator.row_ids = True
+            self.data_collator.strict = args.strict
         if args.probe_steps:
             self.add_callback(Probes(self, self._probe_rows(), args.probe_steps))
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
@@ -266,6 +267,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
         staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
         if self.args.should_save:
             remove_leftovers(run_folder)
+        self.record_skipped()  # whoever goes on from here finds what was skipped before
         self.accelerator.wait_for_everyone()
         try:
             self._staging = staging

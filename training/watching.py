@@ -6,6 +6,8 @@
 - It stops before the optimizer's step if that step's loss or gradient is not finite, or the loss is `loss_spike` times
   the usual one, and writes down which rows were in it. All processes agree on it: one that stopped alone would leave
   the others waiting.
+- A row that cannot be used is left out (`collator.py`), listed in `skipped_rows.jsonl` in the run's folder, once, and
+  counted in the log. More bad rows than good ones are no accident: the run stops.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
 
 FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
@@ -37,11 +39,12 @@ from transformers.trainer_utils import unwrap_peft_model
 from trl import SFTTrainer
 
 from agevlm.data.rows import open_row
-from agevlm.training.collator import ROW_IDS
+from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS
 from agevlm.training.freezing import part_of
 
 
 USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
+SKIPPED_FILE, FEWEST_ROWS = "skipped_rows.jsonl", 32  # most rows are bad: known after so many
 STRIDES = {
     "embeddings": 4,
     "encoder.stages.0": 4,
@@ -78,6 +81,9 @@ class WatchedTrainer(SFTTrainer):
         self._row_ids: deque[list[str]] = deque()
         self._gradient_norm: Any = None
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
+        self.skipped_rows: dict[str, str] = {}  # id -> reason, of all processes; up to date after each log entry
+        self._skipped: list[list[str]] = []  # since then, of this process
+        self._rows = torch.zeros(2, dtype=torch.int64)  # trained on by this process: all, bad
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(StopBeforeStep(self))
 
@@ -90,6 +96,10 @@ class WatchedTrainer(SFTTrainer):
         self._waited += time.perf_counter() - start
         self._step.clear()
         self._row_ids = deque(batch.pop(ROW_IDS, []) for batch in batch_samples)
+        for batch in batch_samples:
+            bad = batch.pop(SKIPPED_ROWS, [])
+            self._skipped += bad
+            self._rows += torch.tensor([len(batch["input_ids"]), len(bad)])
         if self._flops is None:
             self._flops = Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
         for batch in batch_samples:
@@ -98,7 +108,9 @@ class WatchedTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        inputs.pop(ROW_IDS, None)  # of evaluations
+        # Of evaluations
+        inputs.pop(ROW_IDS, None)
+        self._skipped += inputs.pop(SKIPPED_ROWS, [])
         return inputs
 
     def _speed(self) -> dict[str, float]:
@@ -122,15 +134,48 @@ class WatchedTrainer(SFTTrainer):
             "memory_gib": peak_memory(self.args.device) / 2**30,
         }
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        path = Path(self.args.output_dir) / SKIPPED_FILE
+        self.skipped_rows, self._skipped, self._rows = {}, [], torch.zeros_like(self._rows)
+        if resume_from_checkpoint and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.skipped_rows = {line["id"]: line["reason"] for line in map(json.loads, lines)}
+        elif self.args.should_save:
+            path.unlink(missing_ok=True)
         self._started = time.perf_counter()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the speed since the last entry of training."""
+        """TRL's, with the speed since the last entry of training, and how many rows could not be used."""
         if self.model.training and "loss" in logs:
             logs.update(self._speed())
+        self.record_skipped(at_end="train_loss" in logs)
+        if self.skipped_rows:
+            logs["skipped_rows"] = len(self.skipped_rows)
         super().log(logs, start_time)
+
+    # ---- Rows that cannot be used ----
+
+    def record_skipped(self, at_end: bool = False) -> None:
+        """Exchanges what has been skipped since the last call, and lists it; all processes call it.
+
+        Raises:
+            ValueError: most rows are bad, in all processes; at the end of training, none was good.
+        """
+        known = len(self.skipped_rows)
+        for row_id, reason in gather_object(self._skipped):
+            self.skipped_rows.setdefault(row_id, reason)
+        self._skipped = []
+        path = Path(self.args.output_dir) / SKIPPED_FILE
+        if len(self.skipped_rows) > known and self.args.should_save:
+            lines = [json.dumps({"id": row_id, "reason": reason}) for row_id, reason in self.skipped_rows.items()]
+            write_text(path, "\n".join(lines) + "\n")
+        rows, bad = self.accelerator.reduce(self._rows.to(self.args.device), reduction="sum").tolist()
+        if (rows >= FEWEST_ROWS and 2 * bad > rows) or (at_end and 0 < rows == bad):
+            raise ValueError(
+                f"{bad} of {rows} rows could not be used, which is no accident. {path} says why, for example: "
+                f"{next(iter(self.skipped_rows.values()))}"
+            )
 
     # ---- Stopping ----
 
@@ -190,9 +235,14 @@ def write_json(path: Path, value: Any) -> None:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
+    write_text(path, json.dumps(plain(value), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(plain(value), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -182,9 +183,15 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def late_row() -> dict:
+    """Its picture stands behind the first 40 tokens, and it is longer than other rows."""
+    late = guide(conversation(id="late"), message_index=3, query=QUESTION)
+    late["messages"][1]["content"], late["messages"][3]["content"] = QUESTION * 3, QUESTION + IMAGE
+    return late
+
+
 def test_cutting_a_picture_off_is_refused(collator):
-    late = conversation(id="late")
-    late["messages"][1]["content"], late["messages"][3]["content"] = QUESTION, QUESTION + IMAGE
+    late = late_row()
     with pytest.raises(ValueError, match=r"row late: 1 of its picture placeholders lie behind the first 40 tokens"):
         AgeVlmDataCollator(collator.processor, max_length=40)([row(), late])
 
@@ -220,6 +227,31 @@ def test_bad_rows_are_named(collator, case):
     bad, message = BROKEN[case]
     with pytest.raises(ValueError, match=rf"(?s)id 'bad'.*{message}"):
         collator([row("good"), bad, text_row()])
+
+
+@pytest.mark.parametrize("case", [*BROKEN, "picture cut off"])
+def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(collator, case):
+    bad, message = BROKEN[case] if case in BROKEN else (late_row(), "1 of its picture placeholders lie behind")
+    good = [guide(row("good"), query="red apple", message_index=0), text_row()]
+    lenient = AgeVlmDataCollator(collator.processor, max_length=40, row_ids=True, strict=False)
+    expected, batch = lenient(good), lenient([good[0], bad, good[1]])
+    ((name, reason),) = batch.pop("skipped_rows")
+    assert name == bad["id"] and re.search(message, reason, re.DOTALL)
+    assert batch.pop("row_ids") == ["good", bad["id"], "text"] and expected.pop("row_ids") == ["good", "text"]
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(batch[key][[0, 2]], value), key
+    assert (batch["labels"][1] == -100).all()
+    assert not batch["image_mask"][1].any() and not batch["guidance_query_mask"][1].any()
+    assert not batch["guidance_mask"][1].any()
+
+
+def test_a_batch_without_any_good_row_teaches_nothing(collator):
+    lenient = AgeVlmDataCollator(collator.processor, max_length=40, strict=False)
+    batch = lenient([late_row(), BROKEN["broken bytes"][0]])
+    assert [name for name, _ in batch.pop("skipped_rows")] == ["late", "bad"]
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"} and (batch["labels"] == -100).all()
+    assert tiny_model()(**batch).logits.isfinite().all()
 
 
 def test_decompression_bombs_are_refused(collator):

@@ -1,13 +1,16 @@
 """What a run reports about itself, and that it stops before a step that would ruin it."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from training_worker import make_trainer
+from training_worker import make_rows, make_trainer, sharp_model
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.freezing import set_trainable
@@ -128,6 +131,90 @@ def test_a_gradient_that_overflows_stops_unless_a_scaler_skips_the_step(tmp_path
         trainer.check_step()
     trainer.args.fp16 = True
     trainer.check_step()
+
+
+# ---- Rows that cannot be used ----
+
+
+def with_late_row(rows: Dataset, place: int) -> Dataset:
+    """`rows` and among them one whose picture stands behind 200 tokens."""
+    late = {**rows[0], "id": "late", "images": [picture()], "guidance": None}
+    late["messages"] = [
+        {"role": "user", "content": "red apple " * 200 + "<|image|>"},
+        {"role": "assistant", "content": "No"},
+    ]
+    parts = rows.select(range(place)), Dataset.from_list([late], features=rows.features)
+    return concatenate_datasets([*parts, rows.select(range(place, len(rows)))])
+
+
+def trained(folder, rows: Dataset, **overrides):
+    trainer = make_trainer(folder, max_length=128, num_train_epochs=2, **overrides)
+    trainer.train_dataset = rows
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("place", "batches", "batches_without"),
+    [(3, {"per_device_train_batch_size": 6}, {"per_device_train_batch_size": 5}),
+     (1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
+      {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}),
+     (4, {"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 3})],
+    ids=["in a batch", "a batch of its own", "in the last batch"],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_changes_no_step(tmp_path, place, batches, batches_without):
+    """The weights are those of a run over the other rows in the same steps; what is left out is listed and counted."""
+    rows = make_rows("gigtg")
+    without = trained(tmp_path / "without", rows, **batches_without)
+    trainer = trained(tmp_path / "with", with_late_row(rows, place), **batches)
+    assert trainer.state.global_step == without.state.global_step
+    moved = 0.0
+    for ours, other, start in zip(
+        trainer.model.parameters(), without.model.parameters(), sharp_model().parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
+        moved = max(moved, float((ours - start).detach().abs().max()))
+    assert moved > 1e-3
+    (line,) = (tmp_path / "with" / "skipped_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "late" and "behind the first 128 tokens" in json.loads(line)["reason"]
+    assert trainer.state.log_history[-1]["skipped_rows"] == 1
+    assert not (tmp_path / "without" / "skipped_rows.jsonl").exists()
+    assert "skipped_rows" not in without.state.log_history[-1]
+
+
+def test_a_strict_run_stops_at_such_a_row(tmp_path):
+    with pytest.raises(ValueError, match="row late: 1 of its picture placeholders"):
+        trained(tmp_path, with_late_row(make_rows("gi"), 1), strict=True)
+
+
+def test_a_run_that_learns_from_no_row_is_no_success(tmp_path):
+    with pytest.raises(ValueError, match=r"2 of 2 rows could not be used.*behind the first 128"):
+        trained(tmp_path, with_late_row(make_rows("g"), 0).select([0]))
+
+
+def test_a_resumed_run_keeps_the_list_and_a_new_one_begins_another(tmp_path):
+    trainer = make_trainer(tmp_path, "gi", max_steps=1)
+    trainer._skipped = [["a", "broken"], ["a", "broken"]]  # in two epochs
+    trainer.record_skipped()
+    trainer._skipped = [["b", "cut off"]]
+    trainer.record_skipped()
+    listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
+    assert listed == [{"id": "a", "reason": "broken"}, {"id": "b", "reason": "cut off"}]
+    with patch.object(SFTTrainer, "train"):
+        again = make_trainer(tmp_path, "gi")
+        again.train(resume_from_checkpoint="checkpoint-1")
+        assert again.skipped_rows == {"a": "broken", "b": "cut off"}
+        again.train()
+    assert not again.skipped_rows and not (tmp_path / "skipped_rows.jsonl").exists()
+
+
+def test_rows_of_which_most_are_bad_stop_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, "gi")
+    trainer._rows, trainer._skipped = torch.tensor([40, 20]), [["a", "broken"]]
+    trainer.record_skipped()
+    trainer._rows = torch.tensor([40, 21])
+    with pytest.raises(ValueError, match=r"21 of 40 rows could not be used.*skipped_rows\.jsonl.*broken"):
+        trainer.record_skipped()
 
 
 def batch_of(rows):

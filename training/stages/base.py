@@ -17,7 +17,13 @@ from agevlm.data.scenes import load_rows
 from agevlm.hub_cards import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.adapters import AdapterArguments, load_model, merge
-from agevlm.training.checkpoints import newest_checkpoint, publish_files, remove_leftovers, staging_folder
+from agevlm.training.checkpoints import (
+    newest_checkpoint,
+    publish_files,
+    remove_checkpoints,
+    remove_leftovers,
+    staging_folder,
+)
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
@@ -39,6 +45,7 @@ from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
+from agevlm.training.watching import SKIPPED_FILE
 
 from .dry_run import print_dry_run
 from .recipe import StageRecipe
@@ -130,6 +137,8 @@ def run_stage(
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
+        if not resume:
+            remove_checkpoints(output_dir)
         write_lineage(output_dir, lineage)
     if checkpoint is not None:
         console.print(f"{recipe.name}: goes on from {checkpoint.name}.")
@@ -154,6 +163,14 @@ def run_stage(
         trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.skipped_rows:
+            console.print(
+                f"{len(trainer.skipped_rows)} rows could not be used and were left out: {output_dir / SKIPPED_FILE} "
+                "says which and why.",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
         lineage = trainer.lineage = {
             **lineage,
             "status": "finished",
