@@ -3,19 +3,21 @@
     agevlm demo [MODEL] [SECOND] --port 7860
 
 For this machine unless `--host` or `--share` open it. Questions wait in one queue, a model answers one at a time; no
-user sees another's pictures, and uploads are deleted within the hour. Nothing is loaded from or sent to the network.
+user sees another's pictures, and uploads are deleted after an hour. Nothing is loaded from or sent to the network.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from agevlm.analysis.attention import Attended
+from agevlm.analysis.options import at_least
 from agevlm.analysis.subjects import load_subject, unique_names
-from agevlm.data.rows import open_image
+from agevlm.data.rows import MAX_PIXELS, open_image
 
 from .answering import MAX_QUESTION, Answerer, ask
 from .figure import MEAN, SCRIPT, STYLE, finished, growing
@@ -23,7 +25,8 @@ from .figure import MEAN, SCRIPT, STYLE, finished, growing
 
 MAX_UPLOAD = 20  # MB
 MAX_WAITING = 32  # users in the queue
-KEPT = 3600  # seconds that an upload stays on the disk
+KEPT = 3600  # seconds that an upload stays on the disk, and at most a quarter more
+EXAMPLE = "Is there a red apple in the image?"  # about example.png
 
 
 def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> Any:
@@ -47,7 +50,10 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     with gr.Blocks(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
-        gr.Markdown("# Where does it look?\nAsk about a picture; then point at the words of the answer.")
+        gr.Markdown(
+            "# Where does it look?\nAsk about a picture; then point at the question or at a word of the answer to see "
+            "where the model looked."
+        )
         with gr.Row():
             with gr.Column(scale=2):
                 # No preprocessing: Gradio would open files in every format that Pillow knows, whatever their size.
@@ -55,15 +61,25 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
                     type="filepath",
                     label=f"Picture (at most {MAX_UPLOAD} MB)",
                     sources=["upload", "clipboard"],
+                    format="png",
                     elem_id="picture",
                 )
-                question = gr.Textbox(label="Question", max_length=MAX_QUESTION, elem_id="question", submit_btn="Ask")
+                question = gr.Textbox(
+                    label="Question", max_length=MAX_QUESTION, max_lines=5, elem_id="question", submit_btn="Ask"
+                )
+                example = gr.Button("Show me an example", size="sm", variant="secondary", elem_id="example")
+            places = []
             with gr.Column(scale=2 * len(answerers)), gr.Row():
-                places = [
-                    gr.HTML(css_template=STYLE, js_on_load=SCRIPT, min_height=80, elem_classes="place")
-                    for _ in answerers
-                ]
-        question.submit(answer, [picture, question], places, api_name="ask", preprocess=False, concurrency_limit=1)
+                for _ in answerers:
+                    with gr.Column(min_width=300):  # beside each other where there is room
+                        places.append(
+                            gr.HTML(css_template=STYLE, js_on_load=SCRIPT, min_height=80, elem_classes="place")
+                        )
+        asking: dict[str, Any] = {"inputs": [picture, question], "outputs": places, "preprocess": False,
+                                  "concurrency_limit": 1, "concurrency_id": "ask"}  # fmt: skip
+        question.submit(answer, **asking, api_name="ask")
+        shown = example.click(_example, None, [picture, question], api_name=False, show_progress="hidden")
+        shown.then(answer, **asking, api_name=False)
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -82,6 +98,11 @@ def launch(page: Any, **options: Any) -> tuple[Any, str, str]:
     )
 
 
+def _example() -> tuple[Image.Image, str]:
+    with files(__package__).joinpath("example.png").open("rb") as file:
+        return open_image(file.read(), "example.png"), EXAMPLE
+
+
 def _open_upload(upload: Mapping[str, Any] | None) -> Image.Image:
     """The picture of Gradio's description of a file, which Gradio has found to lie among its uploads."""
     if not upload or not upload.get("path"):
@@ -92,6 +113,8 @@ def _open_upload(upload: Mapping[str, Any] | None) -> Image.Image:
     except ValueError as error:
         if error.__cause__ is None:
             raise
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise ValueError(f"{name} has too many pixels; shrink it below {MAX_PIXELS // 10**6} million") from error
         # The decoder's own words name a path of this machine.
         raise ValueError(f"{name} is no picture that can be opened; upload a PNG, JPEG or WebP file") from error
 
@@ -119,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="any other opens it to the network (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a checkpoint that is not ours"
     )
@@ -130,4 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, path in zip(unique_names(paths), paths, strict=True)
     }
     page = build_page(answerers, options.max_new_tokens)
-    launch(page, server_name=options.host, server_port=options.port, share=options.share)
+    try:
+        launch(page, server_name=options.host, server_port=options.port, share=options.share)
+    except OSError as error:
+        raise ValueError(f"cannot serve on {options.host}, port {options.port}: {error}") from error

@@ -11,6 +11,8 @@ from html import escape
 from importlib.resources import files
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from agevlm.analysis.attention import LEAST_PEAK, Attended
@@ -22,7 +24,8 @@ HEAT_SIDE = 160  # pixels at most; browsers enlarge it smoothly
 QUESTION = "question"
 MEAN = "mean"
 SCRIPT = files(__package__).joinpath("figure.js").read_text(encoding="utf-8")
-STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8")
+COLOURS = ", ".join(to_hex(colormaps["jet"](share)) for share in np.linspace(0, 1, 9))
+STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8").replace("COLOURS", COLOURS)
 
 
 def _address(image: Image.Image, kind: str, quality: int) -> str:
@@ -35,6 +38,19 @@ def growing(name: str, text: str) -> str:
     """An answer that is not complete yet."""
     caption = f"<figcaption>{escape(name)}</figcaption>"
     return f'<figure class="answer">{caption}<p class="text">{escape(text)}…</p></figure>'
+
+
+def _layer_name(layer: str, attended: Attended) -> str:
+    """As in the list of layers; in self-attention with the part of the question's look that is on the picture."""
+    if layer == MEAN:
+        return "mean of all"
+    mass = attended.image_mass[attended.layers.index(int(layer))]
+    return layer if mass > 0.9995 else f"{layer} ({100 * mass:.0f} % on the picture)"
+
+
+def _special(token: str, answer: str) -> str:
+    """The class of a token that is no part of the answer's text, such as its end."""
+    return "" if token.strip() in answer else " special"
 
 
 def finished(name: str, image: Image.Image, question: str, attended: Attended, first: str) -> str:
@@ -59,11 +75,11 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
             heats.append(f'<img class="heat" data-token="{token}" data-layer="{layer}" alt="" src="{source}">')
     options = "".join(
         f'<option value="{layer}" data-peak="{peak:.1f}"{" selected" if layer == first else ""}>'
-        f"{'mean of all' if layer == MEAN else layer}</option>"
+        f"{_layer_name(layer, attended)}</option>"
         for layer, peak in peaks.items()
     )
     spans = "".join(
-        f'<span class="token" tabindex="0" data-token="{key}">{escape(token)}</span>'
+        f'<span class="token{_special(token, attended.answer)}" tabindex="0" data-token="{key}">{escape(token)}</span>'
         for key, token in tokens.items()
         if key != QUESTION
     )
@@ -71,9 +87,11 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     return (
         f'<figure class="answer" data-done><figcaption>{escape(name)}</figcaption>'
-        f'<p class="text tokens"><span class="token asked" tabindex="0" data-token="{QUESTION}">'
-        f"{escape(tokens[QUESTION])}</span><br>{spans}</p>"
-        f'<div class="stage"><img class="picture" alt="the picture" src="{_address(picture, "jpeg", 85)}">'
+        f'<p class="text"><span class="token asked" tabindex="0" data-token="{QUESTION}">'
+        f'{escape(tokens[QUESTION])}</span></p><p class="text tokens">{spans}</p>'
+        f'<div class="stage" style="--ratio: {image.width / image.height:.4f}">'
+        f'<img class="picture" alt="the picture" src="{_address(picture, "jpeg", 85)}">'
         f'{"".join(heats)}</div><p class="layers"><label>layer <select>{options}</select></label> '
-        'red: <span class="peak"></span> times an even spread over the picture</p></figure>'
+        '<span class="scale">0 <span class="colours"></span> <span class="peak"></span> × an even spread</span>'
+        "</p></figure>"
     )

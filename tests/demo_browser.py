@@ -2,7 +2,7 @@
 
 The screenshot is of a demo that runs (`agevlm demo MODEL SECOND`):
 
-    python tests/demo_browser.py http://127.0.0.1:7860 PICTURE QUESTION docs/images/demo.png
+    python tests/demo_browser.py http://127.0.0.1:7860 PICTURE QUESTION docs/images/demo.webp
 """
 
 import io
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 WAIT = 60  # seconds; answers take one
@@ -110,7 +110,8 @@ def main(address: str, picture: str, question: str, output: str) -> None:
         page.answers()  # with the look of the question
         page.driver.execute_script("window.scrollTo(0, 0)")
         shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-        shot.quantize(256, dither=Image.Dither.NONE).save(output, optimize=True)
+        used = ImageChops.invert(shot).getbbox() or (0, 0, *shot.size)
+        shot.crop((0, 0, shot.width, min(shot.height, used[3] + 24))).save(output, quality=88, method=6)
         print(f"{output}: {Path(output).stat().st_size / 1000:.0f} kB")
 
 

@@ -2,6 +2,7 @@
 
 import demo_browser
 import pytest
+from PIL import Image
 
 
 pytestmark = [
@@ -43,6 +44,7 @@ def test_upload_ask_answer_overlay(page, example):
 
     options = ours.find_elements("css selector", "option")
     assert [option.get_attribute("value") for option in options] == ["1", "4", "mean"]
+    assert "% on the picture)" in other.find_element("css selector", "option").text
     scale = ours.find_element("css selector", ".peak").text
     options[0].click()
     page.wait(lambda: seen(ours) == [("0", "1")])
@@ -55,6 +57,28 @@ def test_upload_ask_answer_overlay(page, example):
     assert seen(ours) == [("question", "mean")]
     assert ours.find_element("css selector", ".asked").text == MARKUP
     assert page.driver.execute_script("return window.ran") is None
+
+
+def test_the_example_asks_itself(page):
+    page.one("#example").click()
+    ours, other = page.answers()
+    assert ours.find_element("css selector", ".asked").text == QUESTION == other.find_element(
+        "css selector", ".asked").text  # fmt: skip
+    assert seen(ours) == [("question", "mean")]
+    end = ours.find_elements("css selector", ".token")[-1]
+    page.point(end)
+    page.wait(lambda: seen(ours) == [(end.get_attribute("data-token"), "mean")])
+
+
+def test_a_tall_picture_fits_the_window(page, tmp_path):
+    tall = tmp_path / "tall.png"
+    Image.new("RGB", (40, 400), "red").save(tall)
+    page.upload(tall)
+    page.wait(lambda: page.all("#picture img"))
+    page.ask(QUESTION)
+    shown = page.answers()[0].find_element("css selector", ".picture").rect
+    assert shown["height"] == pytest.approx(10 * shown["width"], abs=10)
+    assert shown["height"] <= 0.71 * page.driver.execute_script("return window.innerHeight")
 
 
 def test_what_cannot_be_answered_is_said(page, example, tmp_path):

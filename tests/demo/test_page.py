@@ -1,5 +1,7 @@
 """The page over HTTP: answers, users at once, and uploads that must not bring it down."""
 
+import base64
+import io
 import itertools
 import json
 import re
@@ -7,14 +9,16 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from agevlm.analysis.attention import attend
 from agevlm.analysis.subjects import Subject, load_subject
 from agevlm.demo.answering import MAX_QUESTION, Answerer, ask
-from agevlm.demo.app import MAX_UPLOAD, build_page
+from agevlm.demo.app import MAX_UPLOAD, build_page, main
 from agevlm.demo.figure import finished
 from builders import picture, tiny_model, tiny_processor
 
@@ -159,6 +163,86 @@ def test_a_picture_of_too_many_pixels_is_refused(server, tmp_path):
     Image.new("1", (10_000, 8_000)).save(path)
     with pytest.raises(RuntimeError, match=r"10000 x 8000 pixels exceed the limit of 64000000"):
         call(server.address, upload(server.address, path.name, path.read_bytes()), QUESTION)
+
+
+def _bytes(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(server, uploaded):
+    """A few bytes that claim 3.6 gigapixels."""
+    small = _bytes(Image.new("1", (8, 8)), "PNG")
+    header = b"IHDR" + (60_000).to_bytes(4) * 2 + small[24:29]
+    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4) + small[33:]
+    with pytest.raises(RuntimeError, match=r"bomb\.png has too many pixels; shrink it below 64 million"):
+        call(server.address, upload(server.address, "bomb.png", bomb), QUESTION)
+    assert len(call(server.address, uploaded, QUESTION)) == 2
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    return exif
+
+
+HALVES = Image.new("RGB", (60, 40), "blue")
+HALVES.paste("red", (0, 0, 30, 40))
+FADING = HALVES.convert("RGBA")
+FADING.paste((0, 255, 0, 0), (30, 0, 60, 40))
+DEEP = np.full((40, 60), 50_000, dtype=np.uint16)
+DEEP[:, :30] = 10_000
+KINDS = {
+    # name: (file, size as shown, colours on the left and the right, or above and below)
+    "alpha.png": (_bytes(FADING, "PNG"), (60, 40), ((255, 0, 0), (255, 255, 255))),
+    "deep.png": (_bytes(Image.fromarray(DEEP), "PNG"), (60, 40), ((39,) * 3, (195,) * 3)),
+    "turned.jpg": (_bytes(HALVES, "JPEG", exif=_turned(), quality=95), (40, 60), ((255, 0, 0), (0, 0, 255))),
+    "moving.gif": (_bytes(HALVES, "GIF", save_all=True, append_images=[Image.new("RGB", (60, 40), "green")]),
+                   (60, 40), ((255, 0, 0), (0, 0, 255))),
+    "palette.webp": (_bytes(HALVES, "WEBP", lossless=True), (60, 40), ((255, 0, 0), (0, 0, 255))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_is_shown_as_a_viewer_shows_it(server, name):
+    """Transparency on white, 16 bits scaled, cameras' rotation applied, the first frame; the overlay has its shape."""
+    content, size, colours = KINDS[name]
+    ours, other = call(server.address, upload(server.address, name, content), QUESTION)
+    (shown,) = re.findall(r'class="picture"[^>]* src="data:image/jpeg;base64,([^"]+)"', ours)
+    assert [*re.findall(r'class="picture"[^>]* src="data:image/jpeg;base64,([^"]+)"', other)] == [shown]
+    picture = Image.open(io.BytesIO(base64.b64decode(shown)))
+    assert picture.size == size
+    places = ((10, 20), (50, 20)) if size[0] > size[1] else ((20, 10), (20, 50))
+    for place, colour in zip(places, colours, strict=True):
+        np.testing.assert_allclose(picture.getpixel(place), colour, atol=8)
+    heat = Image.open(io.BytesIO(base64.b64decode(heats(ours)[0].partition(",")[2])))
+    assert heat.size == size and heat.mode == "RGBA"
+
+
+def test_a_picture_of_one_line_is_answered(server):
+    line = upload(server.address, "line.png", _bytes(Image.new("RGB", (3000, 1), "red"), "PNG"))
+    for answer in call(server.address, line, QUESTION):
+        heat = Image.open(io.BytesIO(base64.b64decode(heats(answer)[0].partition(",")[2])))
+        assert heat.size == (160, 1)
+
+
+def test_the_longest_question_is_answered(server, uploaded):
+    question = ("Is there a red apple? " * 100)[:MAX_QUESTION].strip()
+    ours, _ = call(server.address, uploaded, question)
+    assert question in ours
+
+
+def test_the_end_of_an_answer_is_set_apart(server, uploaded):
+    ours, _ = call(server.address, uploaded, QUESTION)
+    tokens = re.findall(r'<span class="token( special)?"[^>]*>(.*?)</span>', ours)
+    assert tokens[0] in (("", "Yes"), ("", "No")) and tokens[-1] == (" special", "&lt;|eot_id|&gt;")
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(server, example):
+    port = server.address.rstrip("/").rpartition(":")[2]
+    with pytest.raises(ValueError, match=f"cannot serve on 127.0.0.1, port {port}"):
+        main([str(example.parents[2] / "checkpoints" / "agevlm-tiny"), "--port", port])
 
 
 def test_an_upload_of_50_mb_is_refused(server, uploaded):
