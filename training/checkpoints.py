@@ -50,12 +50,24 @@ def remove_leftovers(run_folder: str | os.PathLike) -> None:
     shutil.rmtree(staging_folder(run_folder), ignore_errors=True)
 
 
-def newest_checkpoint(run_folder: str | os.PathLike) -> Path | None:
-    """The complete checkpoint with the most steps in `run_folder`, None without one."""
+def find_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
+    """The complete checkpoints in `run_folder`, in the order of their steps."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [
         (int(match.group(1)), path)
         for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.is_dir() and (match := pattern.fullmatch(path.name))
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(run_folder: str | os.PathLike) -> Path | None:
+    """The complete checkpoint with the most steps in `run_folder`, None without one."""
+    return next(reversed(find_checkpoints(run_folder)), None)
+
+
+def remove_checkpoints(run_folder: str | os.PathLike) -> None:
+    """Delete the checkpoints of a run that is started again: with more steps than its own, they would count as newer
+    and be kept in their place."""
+    for checkpoint in find_checkpoints(run_folder):
+        shutil.rmtree(checkpoint)

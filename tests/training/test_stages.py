@@ -266,8 +266,10 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path):
     run_small_stage(killed)
     lineage = json.loads((killed / "agevlm_stage.json").read_text())
     (killed / "agevlm_stage.json").write_text(json.dumps({**lineage, "status": "unfinished"}))
+    (killed / "checkpoint-6").rename(killed / "checkpoint-60")  # it had come further
     count = CountSteps()
     run_small_stage(killed, callbacks=[count], resume=False)
     assert count.steps == 6
+    assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     first, second = weights(killed), weights(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)
