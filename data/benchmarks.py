@@ -95,8 +95,9 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
     category = ("random", "popular", "adversarial")[index % 3]
     picture = builder.picture(rng, pool, word_rate=0.0)
     with_colour = True if any(pool.rare_colours.values()) else None  # the words must name the held-out pair
-    pair = [present(rng, picture.scene, pool, with_colour), absent(rng, picture.scene, pool, category)]
-    if pair[1] is None:
+    yes = present(rng, picture.scene, pool, with_colour)
+    no = absent(rng, picture.scene, pool, category)
+    if no is None:
         return None
     encoded = stored(encode_image(picture.image))
     return [
@@ -108,7 +109,7 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
             "category": category,
             "image_source": f"scene-{index:06d}",
         }
-        for number, question in enumerate(pair)
+        for number, question in enumerate((yes, no))
     ]
 
 
@@ -205,7 +206,7 @@ def _recolor(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
     index = rng.choice(_single(scene))
     thing = scene.objects[index]
     others = [c for c in colours_of(pool, thing.name) if c != thing.colour]
-    if not others:
+    if not others or thing.colour is None:
         return None
     colour = rng.choice(others)
     asked = _has_colour(thing.name, thing.colour), _has_colour(thing.name, colour)
@@ -243,7 +244,8 @@ def _swap(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
         return None
     edited = _changed(_changed(scene, a, x=second.x, y=second.y), b, x=first.x, y=first.y)
     sides = ("left", "right") if rng.random() < 0.5 else ("right", "left")
-    return edited, tuple(_is_beside(first.name, second.name, side) for side in sides)
+    one, other = (_is_beside(first.name, second.name, side) for side in sides)
+    return edited, (one, other)
 
 
 _EDITS = {"recolor": _recolor, "remove": _remove, "replace": _replace, "swap": _swap}

@@ -119,8 +119,11 @@ def stored(encoded: bytes) -> dict:
 
 
 def _mask_row(name: str, query: str, message_index: int, picture: Picture, objects, sign: bool = False) -> dict:
-    mask = stored(encode_mask(picture.mask(objects, sign)))
-    return {"id": name, "query": query, "message_index": message_index, "mask": mask, "source": "scenes", "score": 1.0}
+    mask = picture.mask(objects, sign)
+    assert mask is not None, "a guided turn has something to look at"
+    encoded = stored(encode_mask(mask))
+    guidance = {"query": query, "message_index": message_index, "mask": encoded, "source": "scenes", "score": 1.0}
+    return {"id": name, **guidance}
 
 
 def _load_backgrounds(folder: str) -> tuple[list[Image.Image], str]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .layout import Scene, keep
-from .objects import CutoutSource, IconSource, Sprite
+from .objects import CutoutSource, IconSource, Sprite, rgb
 
 
 MAX_HIDDEN = 0.6
@@ -51,7 +51,7 @@ def _noise(size: int) -> np.ndarray:
 def _muted(rng: random.Random) -> tuple[int, int, int]:
     """A greyish colour of middle brightness: the named object colours all stand out from it."""
     level = rng.randint(95, 190)
-    return tuple(level + rng.randint(-14, 14) for _ in range(3))
+    return rgb(level + rng.randint(-14, 14) for _ in range(3))
 
 
 def draw_background(rng: random.Random, size: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def draw_background(rng: random.Random, size: int) -> np.ndarray:
         light = rng.randint(-spread, spread)
         values += bytes(value + light + rng.randint(-5, 5) for value in base)
     image = Image.frombytes("RGB", (cells, cells), bytes(values)).resize((size, size), Image.Resampling.BICUBIC)
-    canvas = np.asarray(image, dtype=np.float32)
+    canvas: np.ndarray = np.asarray(image, dtype=np.float32)
     if rng.random() < 0.3:
         across, down = rng.uniform(-0.12, 0.12), rng.uniform(-0.12, 0.12)
         grid = np.arange(size, dtype=np.float32) * (224 / size)
@@ -83,7 +83,7 @@ def crop_background(rng: random.Random, photo: Image.Image, size: int) -> np.nda
 
 
 @lru_cache(maxsize=32)
-def _sign_font(size: int) -> ImageFont.FreeTypeFont:
+def _sign_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -91,7 +91,7 @@ def draw_sign(rng: random.Random, word: str, size: int) -> Image.Image:
     """A small board with `word` on it (RGB)."""
     paper, ink = rng.choice(_SIGN_COLOURS)
     font = _sign_font(max(8, round(size * rng.uniform(0.09, 0.13))))
-    left, top, right, bottom = font.getbbox(word)
+    left, top, right, bottom = map(int, font.getbbox(word))
     pad = max(3, size // 40)
     board = Image.new("RGB", (right - left + 2 * pad, bottom - top + 2 * pad), paper)
     ImageDraw.Draw(board).text((pad - left, pad - top), word, font=font, fill=ink)
@@ -172,7 +172,7 @@ def compose(
         for colour, layer in sprite.layers:
             box = (x, y, x + sprite.side, y + sprite.side)
             canvas.paste(colour, box if isinstance(colour, tuple) else (x, y), layer)
-    if board is not None:
+    if board is not None and sign_box is not None:
         canvas.paste(board, sign_box[:2])
     return Picture(canvas, owner, scene)
 

@@ -18,7 +18,7 @@ def hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def save_hashes(path: Path, rows: Sequence[Sequence[int]]) -> None:
+def save_hashes(path: Path, rows: Sequence[Sequence[int]] | np.ndarray) -> None:
     """Writes rows of whole numbers, the first of which is the hash to compare, as (rows, numbers) uint64."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:

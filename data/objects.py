@@ -92,6 +92,11 @@ def _mip(extent: int) -> int:
     return min(_MAX_MIP, max(_MIN_MIP, 1 << math.ceil(math.log2(max(extent, 1)))))
 
 
+def rgb(values: Iterable[int]) -> tuple[int, int, int]:
+    red, green, blue = values
+    return red, green, blue
+
+
 def _place(picture: Image.Image, extent: float, angle: float) -> Image.Image:
     """Scales a square `picture` to `extent` pixels and turns it by `angle` degrees, in one resampling."""
     radians = math.radians(angle)
@@ -107,9 +112,10 @@ def _place(picture: Image.Image, extent: float, angle: float) -> Image.Image:
 def _fit(picture: Image.Image, side: int) -> Image.Image:
     """`picture` scaled so that its longer side fills a square of `side` pixels but for a clear rim of one pixel."""
     scale = (side - 2) / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
     square = Image.new(picture.mode, (side, side))
-    square.paste(picture.resize(size, Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
+    scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(scaled, ((side - width) // 2, (side - height) // 2))
     return square
 
 
@@ -177,11 +183,12 @@ class IconSource:
         silhouette = np.where(_outside(ink >= 128), ink, 255).astype(np.uint8)
         return Image.fromarray(ink), Image.fromarray(silhouette)
 
-    def draw(self, name: str, style: str, colour: str, extent: int, angle: float, shade: float) -> Sprite:
+    def draw(self, name: str, style: str, colour: str | None, extent: int, angle: float, shade: float) -> Sprite:
         """`extent`: longer side in pixels before turning; `shade`: -1 (darker) to 1 (lighter)."""
+        assert colour is not None, "icons have no colours of their own"
         ink, silhouette = (_place(layer, extent, angle) for layer in self._layers(name, style, _mip(extent)))
-        tone = tuple(min(255, max(0, round(value + 10 * shade))) for value in COLOURS[colour])
-        hole = tuple(round(value * 0.4 + (70 if colour == "white" else 255) * 0.6) for value in tone)
+        tone = rgb(min(255, max(0, round(value + 10 * shade))) for value in COLOURS[colour])
+        hole = rgb(round(value * 0.4 + (70 if colour == "white" else 255) * 0.6) for value in tone)
         return Sprite(((hole, silhouette), (tone, ink)), np.asarray(silhouette) >= 128)
 
 

@@ -30,7 +30,8 @@ def difference_hash(picture: Image.Image) -> tuple[int, int] | None:
     if grey.std() < _FLAT:
         return None
     right, below = grey[:8, 1:] > grey[:8, :-1], grey[1:, :8] > grey[:-1, :8]
-    return tuple(int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in (right, below))
+    first, second = (int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in (right, below))
+    return first, second
 
 
 @dataclass(frozen=True)

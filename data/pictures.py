@@ -89,7 +89,7 @@ class PictureStore:
         """
         found = self.find(path)
         try:
-            if found.offset is not None:
+            if found.offset is not None and found.size is not None:
                 self._check_size(found.size, path)
                 return self._archives[found.container].read(found.offset, found.size), found.note
             file = resolve_inside(self.folders[found.container], found.path)
@@ -194,9 +194,9 @@ class PictureStore:
                         yield _folded(path), path, number, None, None
         for number, archive in enumerate(self._archives):
             for name, offset, size in archive.members():
-                path = _normal(name)
-                if path is not None and _storable(path):
-                    yield _folded(path), path, number, offset, size
+                inside = _normal(name)
+                if inside is not None and _storable(inside):
+                    yield _folded(inside), inside, number, offset, size
 
 
 class Archive:
@@ -311,10 +311,11 @@ def _remarks(data: bytes, path: str) -> list[tuple[str, str]]:
             notes.append(("image_animated", path))
         if file.mode in _UNUSUAL_MODES or ";" in file.mode:
             notes.append(("image_unusual_mode", f"{path} is {file.mode}"))
-        suffixes = _SUFFIXES.get(file.format, {f".{file.format.lower()}"})
+        kind = file.format or ""  # an opened file has one
+        suffixes = _SUFFIXES.get(kind, {f".{kind.lower()}"})
         suffix = os.path.splitext(path)[1].lower()
         if suffix and suffix not in suffixes:
-            notes.append(("image_wrong_suffix", f"{path} is {file.format}"))
+            notes.append(("image_wrong_suffix", f"{path} is {kind}"))
     if min(width, height) < 8:
         notes.append(("image_tiny", f"{path} is {width} x {height}"))
     elif max(width, height) > 20 * min(width, height):

@@ -169,11 +169,14 @@ def relation(rng: random.Random, scene: Scene, pool: Pool, axis: str | None = No
 
 def depth(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
     """Which of two overlapping objects is in front."""
-    pairs = [(f, b) for f, b in sorted(scene.in_front) if scene.reference(f) and scene.reference(b)]
+    pairs = [
+        ((f, b), [nearer, farther])
+        for f, b in sorted(scene.in_front)
+        if (nearer := scene.reference(f)) and (farther := scene.reference(b))
+    ]
     if not pairs:
         return None
-    front, back = rng.choice(pairs)
-    names = [scene.reference(front), scene.reference(back)]
+    (front, back), names = rng.choice(pairs)
     shown = names if rng.random() < 0.5 else names[::-1]
     query = f"Which object is closer to the camera taking this photo, the {shown[0]} or the {shown[1]}?"
     return _multiple_choice("depth", query, shown, names[0], (front, back), _about(scene, front, back))
@@ -233,27 +236,25 @@ def _free(rng: random.Random, query: str, answer: str, look_at, about, distracto
 
 
 def what_colour(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [i for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
+    single = [(i, o.name, o.colour) for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
     if not single:
         return None
-    index = rng.choice(single)
-    thing = scene.objects[index]
-    others = [c for c in colours_of(pool, thing.name) if c != thing.colour]
+    index, name, colour = rng.choice(single)
+    others = [c for c in colours_of(pool, name) if c != colour]
     rng.shuffle(others)
-    return _free(rng, f"What color is the {thing.name}?", thing.colour, (index,), [(None, thing.name)], others)
+    return _free(rng, f"What color is the {name}?", colour, (index,), [(None, name)], others)
 
 
 def what_is_coloured(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
     colours = [o.colour for o in scene.objects]
-    single = [i for i, colour in enumerate(colours) if colour and colours.count(colour) == 1]
+    single = [(i, colour) for i, colour in enumerate(colours) if colour and colours.count(colour) == 1]
     if not single:
         return None
-    index = rng.choice(single)
-    thing = scene.objects[index]
+    index, colour = rng.choice(single)
+    name = scene.objects[index].name
     others = [n for n in absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
-              if pool.allowed(thing.colour, n)]  # fmt: skip
-    about = [(thing.colour, thing.name)]
-    return _free(rng, f"What object is {thing.colour}?", thing.name, (index,), about, others)
+              if pool.allowed(colour, n)]  # fmt: skip
+    return _free(rng, f"What object is {colour}?", name, (index,), [(colour, name)], others)
 
 
 def how_many_objects(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:

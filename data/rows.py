@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 MAX_PIXELS = 64_000_000
 # Pillow reads more, among it PostScript, for which it starts a program.
 Image.init()
-FORMATS = [
+FORMATS: list[str] = [
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 ]
 
@@ -56,6 +56,7 @@ def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     fix = "replace the picture or drop the row"
+    opened: Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
@@ -109,7 +110,8 @@ def open_row(row: Mapping[str, Any], where: str = "row") -> dict[str, Any]:
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise ValueError(f"{where}: field id is {row.get('id')!r}; give every row a non-empty string id")
     name = f"{where} (id {row['id']!r})"
-    images, messages = row.get("images"), row.get("messages")
+    images = row.get("images")
+    messages: Any = row.get("messages")
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"{name}: field images is {type(images).__name__}; use a list, empty for text-only rows")
     _validate_messages(name, messages)

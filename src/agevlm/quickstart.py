@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from agevlm.analysis.attention import write_examples
 from agevlm.analysis.report import write_report
-from agevlm.analysis.results import Example, Variant
+from agevlm.analysis.results import Example, Stage, Variant
+from agevlm.analysis.results import Run as SeedRun
 from agevlm.baselines.twin import concatenating_twin
 from agevlm.data.scenes import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
@@ -127,6 +128,7 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
         return TINY_PARTS
     folder = output / "parts"
     if not folder.exists():
+        assert cutouts is not None, "`main` asks for them"
         make_small(folder, output / "parts-work", cutouts, scenes=40_000, seed=1000)
     return folder
 
@@ -186,7 +188,7 @@ def train(
 
 def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes: Path) -> Variant:
     """Evaluation and training log of one variant over all seeds, as the report wants them."""
-    runs = []
+    runs: list[SeedRun] = []
     for seed, stage_runs in plans.items():
         folder = output / f"seed-{seed}"
         path = path_of(name, stage_runs)
@@ -204,7 +206,7 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
             batch_size=50,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        stages = [
+        stages: list[Stage] = [
             {
                 "name": run.recipe.name,
                 "log": TrainerState.load_from_json(str(folder / run.name / TRAINER_STATE_NAME)).log_history,
@@ -243,15 +245,24 @@ def settings(size: str, seeds: Sequence[int], plans: dict[int, list[Run]]) -> di
     return told
 
 
+SIZE_HELP = (
+    "tiny (default): drawn icons, 10 minutes a seed on 2 CPU cores; small: SmolLM2-135M and cut-out pictures, hours"
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="agevlm quickstart",
         description="Build data, train every variant through all stages, evaluate on unseen scenes, write a report.",
     )
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="tiny: minutes on 2 CPU cores (default)")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help=SIZE_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed")
-    parser.add_argument("--parts", type=Path, help="pretrained parts (default: checkpoints/tiny-parts for tiny)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
+    )
+    parser.add_argument(
+        "--parts", type=Path, help="pretrained tower and language model (default: checkpoints/tiny-parts for tiny)"
+    )
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
     args = parser.parse_args(argv)
     if args.size == "small" and args.cutouts is None:
