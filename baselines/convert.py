@@ -79,8 +79,7 @@ def write_checkpoint(target: Target, source: Source, system: str, folder: Path, 
     config.architectures = [target.model_class.__name__]
     config.dtype = target.dtype("lm_head.weight")
     config.save_pretrained(folder)
-    words = target.origins["lm_head.weight"][0].shapes["lm_head.weight"][0]
-    generation_config(config.text_config, target.processor, words).save_pretrained(folder)
+    generation_config(config.text_config, target.processor, target.num_words).save_pretrained(folder)
     target.processor.save_pretrained(folder)
     record = {
         "system": system,

@@ -16,7 +16,7 @@ from agevlm.baselines.layout import LANGUAGE_MODEL, LEFT_OUT, Target, find_origi
 from agevlm.baselines.prompt import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN, build_processor, load_tokenizer
 from agevlm.baselines.weights import Weights
 from agevlm.modeling_agevlm.convert_vision import tower_config
-from agevlm.modeling_agevlm.sources import Source, locate
+from agevlm.modeling_agevlm.sources import PickledWeightsError, Source, locate
 
 
 TOWER = "model.vision_tower."
@@ -89,9 +89,10 @@ def prepare(
         try:
             tower_source = locate(tower_name, bins=bins)
         except ValueError as error:
+            pickled = " Pass `--read-bin` to have it read as tensors alone." * isinstance(error, PickledWeightsError)
             raise ValueError(
-                f"The vision tower that the authors' loader takes: {error} Give another with `--vision-tower`, or "
-                "take the one inside the checkpoint with `--vision-from-checkpoint`."
+                f"The vision tower that the authors' loader takes: {error}{pickled} Give another with "
+                "`--vision-tower`, or take the one inside the checkpoint with `--vision-from-checkpoint`."
             ) from error
     pictures = picture_settings(tower_source, config)
     weights = Weights(source)
@@ -120,7 +121,7 @@ def prepare(
     made = {f"{TOWER}layernorm.weight": torch.ones(width), f"{TOWER}layernorm.bias": torch.zeros(width)}
     return Target(
         FastVlmForConditionalGeneration, model_config,
-        build_processor(tokenizer, cell_size=tower_stride(tower), **pictures), origins,
+        build_processor(tokenizer, cell_size=tower_stride(tower), **pictures), config["vocab_size"], origins,
         made={name: tensor for name, tensor in made.items() if name not in origins},
         left_out=weights.matching(LEFT_OUT), notes=notes,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
 from agevlm.baselines.weights import Weights
@@ -39,6 +40,7 @@ class Target:
 
     Attributes:
         model_class, config, processor: of transformers, or remote code of ours.
+        num_words: published size of the vocabulary.
         origins: name in the model -> the weights that hold it and its name there.
         made: tensors that are in no checkpoint and that nothing reads.
         left_out: names in the checkpoint that the model has no use for.
@@ -48,6 +50,7 @@ class Target:
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     processor: LlavaProcessor
+    num_words: int
     origins: dict[str, tuple[Weights, str]]
     made: dict[str, torch.Tensor] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -99,19 +102,27 @@ def read_config(source: Source, **expected: Any) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any], num_tokens: int) -> LlamaConfig:
-    """The language model's configuration, its vocabulary grown to a multiple of 64 that holds `num_tokens`."""
+    """The language model's configuration, its vocabulary grown to a multiple of 64 that holds `num_tokens`.
+
+    Raises:
+        ValueError: fields that make up none.
+    """
     fields = {name: config[name] for name in (*REQUIRED, *OPTIONAL) if config.get(name) is not None}
-    if num_tokens > fields["vocab_size"]:
-        fields["vocab_size"] = -(-num_tokens // 64) * 64
-    return LlamaConfig(**{"tie_word_embeddings": False, **fields})
+    try:
+        if num_tokens > fields["vocab_size"]:
+            fields["vocab_size"] = -(-num_tokens // 64) * 64
+        return LlamaConfig(**{"tie_word_embeddings": False, **fields})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json describes no Llama: {' '.join(str(error).split())}") from error
 
 
 def generation_config(config: LlamaConfig, processor: LlavaProcessor, num_words: int) -> GenerationConfig:
-    """Greedy, as both repositories evaluate, and never one of the tokens behind the `num_words` words."""
+    """Greedy, as both repositories evaluate, and never `<image>` or another token behind the `num_words` words."""
     tokenizer = processor.tokenizer
+    unsaid = {processor.image_token_id, *range(num_words, config.vocab_size)}
     return GenerationConfig(
         do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=list(range(num_words, config.vocab_size)),
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=sorted(unsaid),
     )  # fmt: skip
 
 
@@ -141,8 +152,9 @@ def check_names(target: Target) -> dict[str, torch.Tensor]:
         if name not in expected:
             continue
         wanted = tuple(expected[name].shape)
-        fits = shape[1:] == wanted[1:] and shape[0] <= wanted[0] if name in GROWN else shape == wanted
-        if not fits:
+        if name in GROWN:  # as published, before they grow
+            wanted = (target.num_words, *wanted[1:])
+        if shape != wanted:
             wrong.append(f"{source} {list(shape)} instead of {list(wanted)}")
     problems = {
         "missing": [name for name in expected if name not in available],

@@ -74,6 +74,6 @@ def prepare(source: Source) -> Target:
     return Target(
         MobileVlmForConditionalGeneration, model_config,
         build_processor(tokenizer, vision.image_size, vision.image_size // GRID),
-        find_origins(weights, RENAMES), left_out=weights.matching(LEFT_OUT),
+        config["vocab_size"], find_origins(weights, RENAMES), left_out=weights.matching(LEFT_OUT),
         notes={"vision_tower": {"source": source.name, "revision": source.revision}},
     )  # fmt: skip

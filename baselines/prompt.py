@@ -34,7 +34,7 @@ def load_tokenizer(source: Source) -> LlamaTokenizer:
     """The checkpoint's tokenizer with `<image>`, padding on the left with `<unk>` as the originals do.
 
     Raises:
-        ValueError: no tokenizer, or no sentencepiece to read it with.
+        ValueError: no tokenizer, one that cannot be read, or no sentencepiece to read it with.
     """
     settings = source.configuration("tokenizer_config.json")
     fast, slow = (source.folder / name for name in ("tokenizer.json", "tokenizer.model"))
@@ -50,7 +50,11 @@ def load_tokenizer(source: Source) -> LlamaTokenizer:
     # out `<s>` then. `legacy` decides whether a second turn starts with a space; single turns are the same either way.
     defaults = {"legacy": True, "add_bos_token": True, "add_eos_token": False}
     stated = {name: value for name in defaults if (value := settings.get(name)) is not None}
-    tokenizer = LlamaTokenizer.from_pretrained(source.folder, **{**defaults, **stated})
+    try:
+        tokenizer = LlamaTokenizer.from_pretrained(source.folder, **{**defaults, **stated})
+    except Exception as error:  # transformers tries one reader after another; each has errors of its own
+        file = fast if fast.is_file() else slow
+        raise ValueError(f"{file} cannot be read as a tokenizer ({error}). Download it again.") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.padding_side = "left"

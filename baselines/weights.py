@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 import torch
 from safetensors import safe_open
 
-from agevlm.modeling_agevlm.convert_vision import read_shapes
+from agevlm.modeling_agevlm.convert_vision import read_shapes, some
 from agevlm.modeling_agevlm.sources import Source, fetch
 
 
@@ -23,7 +23,7 @@ class Weights(Mapping[str, torch.Tensor]):
     """The tensors of a source by name. Each is read when it is asked for; files are mapped, not loaded.
 
     Raises:
-        ValueError: see `fetch`, and a file that is something else or not complete.
+        ValueError: see `fetch`; a file that is something else, not complete, or holds numbers of another kind.
     """
 
     def __init__(self, source: Source):
@@ -39,8 +39,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 self.dtypes |= {name: tensor.dtype for name, tensor in self._bins[file].items()}
             else:
                 shapes = read_shapes([file])
-                with safe_open(file, "pt") as tensors:
-                    self.dtypes |= {name: DTYPES[tensors.get_slice(name).get_dtype()] for name in shapes}
+                self.dtypes |= _read_dtypes(file, list(shapes))
             self.shapes |= shapes
             self._files |= dict.fromkeys(shapes, file)
 
@@ -60,6 +59,18 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _read_dtypes(file: Path, names: list[str]) -> dict[str, torch.dtype]:
+    with safe_open(file, "pt") as tensors:
+        stored = {name: tensors.get_slice(name).get_dtype() for name in names}
+    strange = [f"{name} ({kind})" for name, kind in stored.items() if kind not in DTYPES]
+    if strange:
+        raise ValueError(
+            f"{file} holds {some(strange)}. Converted are weights of {', '.join(DTYPES)}: take the checkpoint before "
+            "it was quantised."
+        )
+    return {name: DTYPES[kind] for name, kind in stored.items()}
 
 
 def _read_bin(file: Path) -> dict[str, torch.Tensor]:

@@ -40,8 +40,20 @@ class PickledWeightsError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file, empty where there is none.
+
+    Raises:
+        ValueError: it holds something else than a table in JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Download it again.")
+    return content
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
     """The safetensors files that make up one model, or with `bins` its `pytorch_model.bin` if there are none.
 
     Raises:
-        PickledWeightsError: only pickles.
+        PickledWeightsError: only pickles, and nobody has asked for them.
         ValueError: nothing, or several files that do not belong together.
     """
     found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
@@ -113,6 +125,11 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
         return (BIN_FILE,)
     if not found:
         pickles = sorted(file for file in files if file.endswith(PICKLES))
+        if pickles and bins:
+            raise ValueError(
+                f"{name} holds {', '.join(pickles[:3])}, but neither {BIN_FILE} nor {BIN_INDEX_FILE}, which names its "
+                "parts. Is a file missing?"
+            )
         if pickles:
             raise PickledWeightsError(
                 f"{name} holds its weights only as {', '.join(pickles[:3])}, and a pickle can run code when it is "
@@ -121,6 +138,23 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
             )
         raise ValueError(f"{name} holds no weights: there is no safetensors file.")
     return tuple(found)
+
+
+def _shards(index: Path) -> tuple[str, ...]:
+    """The files that an index names. They are files beside it, of the kind that its own name says: an index must not
+    lead out of the folder, nor to pickles where nobody has asked for them.
+
+    Raises:
+        ValueError: no index of weights, or one that names other files.
+    """
+    weight_map = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: `weight_map` is no table of tensors and files. Download it again.")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for file in set(weight_map.values()):
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != suffix:
+            raise ValueError(f"{index} names {file!r}: shards are {suffix} files in the same folder.")
+    return tuple(sorted(set(weight_map.values())))
 
 
 def locate(name: str, revision: str | None = None, bins: bool = False) -> Source:
@@ -144,9 +178,9 @@ def locate(name: str, revision: str | None = None, bins: bool = False) -> Source
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION))
         revision = folder.name
     for index in (INDEX_FILE, BIN_INDEX_FILE) if bins else (INDEX_FILE,):
-        shards = set(read_json(folder / index).get("weight_map", {}).values())
+        shards = _shards(folder / index)
         if shards:
-            return Source(name, folder, revision, tuple(sorted(shards)))
+            return Source(name, folder, revision, shards)
     files = [file.name for file in folder.glob("*")]
     if revision is not None and not any(file.endswith(".safetensors") for file in files):
         with hub_errors(name):

@@ -196,11 +196,11 @@ def pixels(picture: Image.Image, size: int) -> torch.Tensor:
     return torch.from_numpy(((resized - MEAN) / STD).transpose(2, 0, 1)[None])
 
 
-def prompt(turns: list[str]) -> str:
+def prompt(turns: list[str], picture: bool = True) -> str:
     """User's and assistant's turns in alternation, the picture before the first, up to the next answer."""
     text = SYSTEM + " "
     for number, turn in enumerate(turns):
-        question = f"<image>\n{turn}" if number == 0 else turn
+        question = f"<image>\n{turn}" if number == 0 and picture else turn
         text += f"USER: {question} " if number % 2 == 0 else f"ASSISTANT: {turn}</s>"
     return text + "ASSISTANT:"
 
@@ -224,11 +224,11 @@ def token_ids(model: bytes, text: str, legacy: bool = False) -> list[int]:
 
 
 def splice(language: LlamaForCausalLM, ids: list[int], picture: torch.Tensor) -> torch.Tensor:
-    """Logits (1, tokens, words) with the picture's tokens (1, cells, width) in place of -200."""
+    """Embeddings (1, tokens, width) with the picture's tokens (1, cells, width) in place of -200."""
     at = ids.index(-200)
     words = language.get_input_embeddings()
     before, after = (words(torch.tensor([part], dtype=torch.long)) for part in (ids[:at], ids[at + 1 :]))
-    return language(inputs_embeds=torch.cat([before, picture, after], dim=1)).logits
+    return torch.cat([before, picture, after], dim=1)
 
 
 def load_part(model: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str = "") -> torch.nn.Module:

@@ -1,12 +1,8 @@
-"""`agevlm convert`: published layouts at full size (names, shapes) and tiny (logits, tokens, pixels), refusals.
-
-The other side of every comparison is `published_baselines.py`, which knows nothing of `agevlm.baselines`.
-"""
+"""`agevlm convert`: what it writes and from where, what it refuses, and that nothing half-written is left."""
 
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,240 +11,13 @@ import published_baselines as published
 import pytest
 import torch
 from hub_server import HubServer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaTokenizer
+from tiny_baselines import LAYERS, QUESTION, Published, conversation, encode
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from agevlm.baselines import convert, convllava, mobilevlm
-from agevlm.baselines.layout import check_names
-from agevlm.baselines.prompt import build_processor, load_tokenizer
 from agevlm.modeling_agevlm.sources import Source
 from builders import picture
-
-
-DEPTHS, WIDTHS, CONVLLAVA_SIZE = [1, 1, 1, 1, 2], [8, 16, 16, 32, 48], 320  # 5 x 5 tokens of 64 pixels
-HIDDEN, MLP, LAYERS, HEADS = 32, 48, 2, 4
-CLIP = {"width": 128, "mlp": 64, "layers": 2, "patch": 2, "positions": 24 * 24 + 1}
-QUESTION = "Is there a red apple in the image?"
-LLAVA = {"model_type": "llava", "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "rms_norm_eps": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def words() -> bytes:
-    return published.sentencepiece_model()
-
-
-@pytest.fixture(scope="module")
-def vocabulary(words) -> int:
-    return published.sentencepiece.SentencePieceProcessor(model_proto=words).vocab_size()
-
-
-def language_config(vocabulary: int) -> dict:
-    return {
-        **LLAVA, "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": vocabulary,
-        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
-
-
-class Published:
-    """A tiny published checkpoint: its folder, its weights, and what its authors' code makes of a question."""
-
-    def __init__(self, folder: Path, system: str, words: bytes, vocabulary: int, bins: bool = False):
-        self.system, self.words, self.folder = system, words, folder / "published"
-        self.config = language_config(vocabulary)
-        llama = published.llama_shapes(HIDDEN, MLP, LAYERS, vocabulary, rotary=system == "mobilevlm-v2")
-        if system == "convllava":
-            self.size = CONVLLAVA_SIZE
-            tower = published.convnext_shapes(DEPTHS, WIDTHS)
-            shapes = published.convllava_shapes(llama, tower, WIDTHS[-1], HIDDEN)
-            # the tower that the loader takes: another one, without the pooled vector's norm
-            bare = published.convnext_shapes(DEPTHS, WIDTHS, pooled=False)
-            self.tower = published.random_weights(bare, seed=5)
-            stated = {"model_type": "convnext", "depths": DEPTHS, "hidden_sizes": WIDTHS, "hidden_act": "gelu"}
-            published.save_folder(folder / "tower", self.tower, stated, bins=bins)
-            self.config |= {
-                "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -1, "mm_vision_resolution": self.size,
-                "mm_vision_tower": str(folder / "tower"),
-            }  # fmt: skip
-        else:
-            self.size = 48
-            shapes = published.mobilevlm_shapes(llama, published.clip_shapes(**CLIP), CLIP["width"], HIDDEN)
-            self.config |= {
-                "mm_projector_type": "ldpnetv2", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-                "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-            }  # fmt: skip
-        self.weights = published.random_weights(shapes)
-        published.save_folder(self.folder, self.weights, self.config, words, bins)
-        self.language = published.llama(self.weights, self.config)
-
-    @torch.no_grad()
-    def logits(self, image, turns: list[str], tower: dict | None = None) -> torch.Tensor:
-        pixels = published.pixels(image, self.size)
-        if self.system == "convllava":
-            tokens = published.convllava_picture(self.weights, tower or self.tower, DEPTHS, WIDTHS, pixels)
-        else:
-            config = CLIPVisionConfig(
-                hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
-                patch_size=2, hidden_act="quick_gelu",
-            )  # fmt: skip
-            tokens = published.mobilevlm_picture(self.weights, config, pixels)
-        return published.splice(self.language, published.token_ids(self.words, published.prompt(turns)), tokens)
-
-    def continuation(self, image, question: str, steps: int) -> list[int]:
-        """Greedy, without a cache: every token's answer is a forward pass over the whole text."""
-        ids: list[int] = []
-        prompt = published.token_ids(self.words, published.prompt([question]))
-        pixels = published.pixels(image, self.size)
-        with torch.no_grad():
-            tokens = published.convllava_picture(self.weights, self.tower, DEPTHS, WIDTHS, pixels)
-            while len(ids) < steps and ids[-1:] != [2]:
-                ids.append(published.splice(self.language, prompt + ids, tokens)[0, -1].argmax().item())
-        return ids
-
-
-@pytest.fixture(scope="module", params=["convllava", "mobilevlm-v2"])
-def pair(request, tmp_path_factory, words, vocabulary):
-    """A published checkpoint and the folder that it was converted to; ConvLLaVA's from pickles."""
-    folder = tmp_path_factory.mktemp(request.param)
-    original = Published(folder, request.param, words, vocabulary, bins=request.param == "convllava")
-    flags = ["--read-bin"] if request.param == "convllava" else []
-    convert.main([request.param, str(original.folder), str(folder / "converted"), *flags])
-    return original, folder / "converted"
-
-
-@pytest.fixture(scope="module")
-def loaded(pair):
-    original, folder = pair
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    return original, model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-
-
-def conversation(image, turns: list[str]) -> list[dict]:
-    first = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": turns[0]}]}
-    roles = ("user", "assistant")
-    rest = [{"role": roles[n % 2], "content": [{"type": "text", "text": turn}]} for n, turn in enumerate(turns)]
-    return [first, *rest[1:]]
-
-
-def encode(processor, conversations: list[list[dict]]):
-    return processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("size", [(300, 200), (90, 260), (64, 64)])
-@pytest.mark.parametrize("turns", [[QUESTION], [QUESTION, "Yes.", "How many cars are there?"]])
-def test_logits_are_those_of_the_published_code(loaded, size, turns):
-    original, model, processor = loaded
-    image = picture(*size)
-    inputs = encode(processor, [conversation(image, turns)])
-    expected = original.logits(image, turns)
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    assert logits.shape[1] == expected.shape[1]
-    words = expected.shape[-1]
-    assert (logits[..., :words] - expected).abs().max() < 1e-5
-    assert expected.std() > 0.1  # the comparison means something
-
-
-def test_the_picture_decides_the_logits(loaded):
-    original = loaded[0]
-    first, second = (original.logits(picture(90, 60, seed=seed), [QUESTION])[0, -1] for seed in (0, 1))
-    assert (first - second).abs().max() > 1e-3
-
-
-def test_pixels_are_those_of_the_published_code(loaded):
-    original, _, processor = loaded
-    for image in (picture(300, 200), picture(31, 64)):
-        made = encode(processor, [conversation(image, [QUESTION])])["pixel_values"]
-        assert torch.allclose(made, published.pixels(image, original.size), atol=1e-5)
-
-
-def test_a_padded_batch_is_its_rows(loaded):
-    _, model, processor = loaded
-    asked = [conversation(picture(80, 50), [QUESTION]), conversation(picture(50, 80), ["blue?"])]
-    batch = encode(processor, asked)
-    assert batch["attention_mask"][1, 0] == 0  # padded on the left
-    alone = [encode(processor, [one]) for one in asked]
-    with torch.no_grad():
-        together = model(**batch).logits[:, -1]
-        apart = torch.cat([model(**one).logits[:, -1] for one in alone])
-    assert torch.allclose(together, apart, atol=1e-5)
-    generated = model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :]
-    for row, one in zip(generated, alone, strict=True):
-        expected = model.generate(**one, max_new_tokens=6, use_cache=False)[0, one["input_ids"].shape[1] :]
-        assert row[: len(expected)].tolist() == expected.tolist()
-
-
-def test_generation_is_the_published_codes_without_a_cache(loaded):
-    original, model, processor = loaded
-    if original.system != "convllava":
-        pytest.skip("the loop without a cache is written for ConvLLaVA; MobileVLM shares splice and language model")
-    image = picture(80, 50)
-    inputs = encode(processor, [conversation(image, [QUESTION])])
-    made = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
-    assert made == original.continuation(image, QUESTION, 8)
-
-
-def test_added_tokens_change_no_word_and_are_never_said(loaded):
-    original, model, processor = loaded
-    words = original.config["vocab_size"]
-    rows = model.lm_head.weight
-    assert rows.shape[0] % 64 == 0 and model.config.image_token_id == words == processor.image_token_id
-    assert torch.equal(rows[:words], original.weights["lm_head.weight"])
-    with torch.no_grad():
-        model.lm_head.weight[words:] *= 50  # would win every step
-        inputs = encode(processor, [conversation(picture(), [QUESTION])])
-        said = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
-        model.lm_head.weight[words:] /= 50
-    assert (said < words).all()
-
-
-def test_strings_with_this_projects_placeholder_are_read_the_same(loaded):
-    _, _, processor = loaded
-    image = picture()
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": f"<|image|>{QUESTION}"}], add_generation_prompt=True, tokenize=False
-    )
-    made = processor(images=[[image]], text=[text], return_tensors="pt")
-    assert torch.equal(made["input_ids"], encode(processor, [conversation(image, [QUESTION])])["input_ids"])
-
-
-def test_a_user_without_the_repository_loads_asks_and_saves(pair, loaded, tmp_path):
-    original, folder = pair
-    _, model, processor = loaded
-    image = picture(70, 40)
-    image.save(tmp_path / "picture.png")
-    inputs = encode(processor, [conversation(image, [QUESTION])])
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    generated = model.generate(**inputs, max_new_tokens=8)
-    save_file(
-        {"input_ids": inputs["input_ids"], "logits": logits, "generated": generated}, tmp_path / "expected.safetensors"
-    )
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    worker = Path(__file__).parent.parent / "baselines_worker.py"
-    arguments = [
-        worker,
-        folder,
-        tmp_path / "picture.png",
-        QUESTION,
-        tmp_path / "expected.safetensors",
-        tmp_path / "re",
-    ]
-    result = subprocess.run(
-        [sys.executable, "-I", *map(str, arguments)], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
-    code = [path.name for path in folder.glob("*.py")]
-    assert code == ([] if original.system == "convllava" else ["modeling_mobilevlm.py"])
-    assert not [path.name for path in folder.iterdir() if path.suffix in {".bin", ".model", ".pt"}]
 
 
 def test_convllava_takes_the_tower_that_the_authors_loader_takes(tmp_path, words, vocabulary, capsys):
@@ -284,138 +53,6 @@ def test_pictures_are_as_large_as_the_loader_makes_them(tmp_path):
     assert convllava.picture_settings(tower, {"mm_vision_resolution": 256})["image_size"] == 512
     assert convllava.picture_settings(tower, {"mm_vision_resolution": 768})["image_size"] == 768
     assert convllava.picture_settings(tower, {})["image_mean"] == [0.1, 0.2, 0.3]
-
-
-# ---- Tokens ----
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "not-legacy"])
-def speaker(request, tmp_path_factory, words):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model").write_bytes(words)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": request.param}))
-    tokenizer = load_tokenizer(Source("tokenizer", folder, None, ()))
-    return build_processor(tokenizer, 64, 64), request.param
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    turns=st.lists(st.text(st.characters(exclude_characters="<>▁", exclude_categories=["Cs", "Cc"]), min_size=1)
-                   .filter(lambda text: text.strip() == text), min_size=1, max_size=5)
-    .filter(lambda turns: len(turns) % 2 == 1)
-)  # fmt: skip
-def test_tokens_are_those_of_the_published_code(speaker, words, turns):
-    processor, legacy = speaker
-    ids = encode(processor, [conversation(picture(8, 8), turns)])["input_ids"][0].tolist()
-    expected = published.token_ids(words, published.prompt(turns), legacy)
-    assert ids == [processor.image_token_id if token == -200 else token for token in expected]
-
-
-def test_answers_are_what_is_learned(speaker):
-    processor, _ = speaker
-    turns = [QUESTION, "Yes.", "Sure?", "No."]
-    made = processor.apply_chat_template(
-        [conversation(picture(8, 8), turns)], tokenize=True, return_dict=True, return_tensors="pt",
-        return_assistant_tokens_mask=True,
-    )  # fmt: skip
-    learned = made["input_ids"][0][torch.as_tensor(made["assistant_masks"][0]).bool()]
-    assert processor.tokenizer.decode(learned) == "Yes.</s>No.</s>"
-
-
-# ---- Full size, without weights ----
-
-
-class Shapes:
-    """Stands in for `Weights`: names and shapes, nothing else."""
-
-    def __init__(self, shapes: dict[str, list[int]], name: str = "published"):
-        self.name = name
-        self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def matching(self, pattern: str) -> tuple[str, ...]:
-        return tuple(key for key in self.shapes if re.fullmatch(pattern, key))
-
-
-VICUNA = {"hidden": 4096, "mlp": 11008, "layers": 32, "vocab": 32000}
-MOBILE_LLAMA = {
-    "1.7B": {"hidden": 2048, "mlp": 5632, "layers": 24, "vocab": 32000},
-    "3B": {"hidden": 2560, "mlp": 6912, "layers": 32, "vocab": 32000},
-    "7B": VICUNA,
-}
-CLIP_L = {"width": 1024, "mlp": 4096, "layers": 24, "patch": 14, "positions": 577}
-FIVE_STAGES = ([3, 3, 27, 3, 6], [192, 384, 768, 1536, 3072])
-
-
-def full_size_folder(folder: Path, llama: dict, **config) -> Source:
-    """Configuration and a tokenizer of the published size."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, 32000)}
-    LlamaTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
-    stated = {
-        **LLAVA, "hidden_size": llama["hidden"], "intermediate_size": llama["mlp"],
-        "num_hidden_layers": llama["layers"], "num_attention_heads": 32 if llama["hidden"] != 2048 else 16,
-        "vocab_size": llama["vocab"], **config,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(stated))
-    return Source("published", folder, None, ())
-
-
-def parameters(shapes: dict) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
-
-
-@pytest.mark.parametrize(("pixels", "tokens"), [(768, 144), (1024, 256), (1536, 576)])
-def test_full_size_convllava(pixels, tokens, tmp_path, monkeypatch):
-    depths, widths = FIVE_STAGES
-    tower = published.convnext_shapes(depths, widths)
-    shapes = published.convllava_shapes(published.llama_shapes(**VICUNA), tower, 3072, 4096)
-    # what is known of the published index: its size, and that of the tower
-    assert len(shapes) == 695
-    assert parameters(tower) == pytest.approx(669.2e6, rel=1e-3)
-    assert published.index_bytes(shapes, 2, 2 * parameters(shapes)) == 70_781
-    monkeypatch.setattr(convllava, "Weights", lambda source: Shapes(shapes))
-    source = full_size_folder(
-        tmp_path, VICUNA, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-1, mm_vision_resolution=pixels
-    )
-    target = convllava.prepare(source, from_checkpoint=True)
-    expected = check_names(target)
-    assert len(expected) == len(target.origins) == 695 and not target.made and not target.left_out
-    config = target.config
-    assert (config.image_seq_length, config.image_token_id, config.text_config.vocab_size) == (tokens, 32000, 32064)
-    assert (config.vision_config.depths, config.vision_config.hidden_size) == (depths, 3072)
-    assert target.processor.patch_size == 64 and target.processor.image_processor.size.shortest_edge == pixels
-
-
-@pytest.mark.parametrize(("size", "total"), [("1.7B", 1674.1e6), ("3B", 3.0e9), ("7B", 7.1e9)])
-def test_full_size_mobilevlm(size, total, tmp_path, monkeypatch):
-    llama = MOBILE_LLAMA[size]
-    clip = published.clip_shapes(**CLIP_L)
-    shapes = published.mobilevlm_shapes(published.llama_shapes(**llama), clip, 1024, llama["hidden"])
-    assert parameters(shapes) == pytest.approx(total, rel=0.02)
-    if size == "1.7B":
-        assert len(shapes) == 616 and parameters(shapes) == pytest.approx(total, rel=1e-4)
-    rotary = published.llama_shapes(**llama, rotary=True)
-    buffers = {name: shape for name, shape in rotary.items() if name.endswith("inv_freq")}
-    if size == "7B":
-        assert published.index_bytes(shapes | buffers, 2, 2 * parameters(shapes)) == 76_178
-    monkeypatch.setattr(mobilevlm, "Weights", lambda source: Shapes(shapes | buffers))
-    source = full_size_folder(
-        tmp_path, llama, mm_projector_type="ldpnetv2", mm_vision_select_layer=-2, mm_vision_select_feature="patch",
-        mm_vision_tower="openai/clip-vit-large-patch14-336",
-    )  # fmt: skip
-    target = mobilevlm.prepare(source)
-    expected = check_names(target)
-    assert len(expected) == len(target.origins) == len(shapes) and len(target.left_out) == llama["layers"]
-    vision = target.config.vision_config
-    assert (vision.image_size, vision.num_attention_heads, vision.num_hidden_layers) == (336, 16, 24)
-    assert target.config.image_seq_length == 144 and target.processor.patch_size == 28
-    projector = sum(shape.numel() for name, shape in expected.items() if "multi_modal_projector" in name)
-    assert size != "1.7B" or projector == pytest.approx(6.316e6, rel=1e-3)
-
-
-# ---- Writing ----
 
 
 def test_shards_hold_the_same_tensors_one_shard_at_a_time(pair, tmp_path, monkeypatch):
@@ -457,6 +94,20 @@ def test_every_tensor_stays_bit_for_bit(pair):
         assert tensor.numpy().tobytes() in values, name
 
 
+def test_half_precision_stays_as_it_is_published(tmp_path, words, vocabulary):
+    """The checkpoint in bfloat16, its tower in float32, as ConvLLaVA's: no tensor is cast on the way."""
+    original, dtype = Published(tmp_path, "convllava", words, vocabulary), torch.bfloat16
+    rewrite(original, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
+    convert.main(["convllava", str(original.folder), str(tmp_path / "out")])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in written.items()}
+    assert {kinds[name] for name in kinds if "vision_tower" in name} == {torch.float32}
+    assert {kinds[name] for name in kinds if "vision_tower" not in name} == {dtype}
+    assert torch.equal(written["lm_head.weight"][:vocabulary], original.weights["lm_head.weight"].to(dtype))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, vocabulary):
     """Through the command, in a process that knows this Hub alone; pickles stay where they are unless asked for."""
     original = Published(tmp_path, "convllava", words, vocabulary, bins=True)
@@ -485,6 +136,9 @@ def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, v
 
 
 # ---- Refusals ----
+
+
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -531,6 +185,64 @@ def test_other_configurations_are_refused_by_field(small, tmp_path, field, value
     refuse(["mobilevlm-v2", small.folder], f"`{field}` of config.json is {value!r}", tmp_path / "out")
 
 
+@pytest.mark.parametrize("table", ["embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_of_another_size_is_refused_not_grown(small, tmp_path, table):
+    rewrite(small, lambda w: {k: v[:-3].clone() if k.endswith(table) else v for k, v in w.items()})
+    words = small.config["vocab_size"]
+    refuse(
+        ["mobilevlm-v2", small.folder], rf"{table} \[{words - 3}, 32\] instead of \[{words}, 32\]", tmp_path / "out"
+    )
+
+
+def test_quantised_weights_are_refused(small, tmp_path):
+    rewrite(small, lambda w: w | {"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)})
+    refuse(["mobilevlm-v2", small.folder], r"up_proj\.qweight \(I32\).*before it was quantised", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / SHARD).unlink(), f"holds no {SHARD}, which its index names"),
+        (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:5000]), f"{SHARD} cannot be read as safetensors"),
+        (lambda f: (f / INDEX).write_text("{"), f"{INDEX} cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), r"config\.json holds no table"),
+        (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
+        (lambda f: (f / "tokenizer.model").unlink(), r"holds neither tokenizer\.model nor"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model cannot be read as a tokenizer"),
+    ],
+    ids=["no shard", "half a shard", "index", "config", "no config", "no tokenizer", "tokenizer"],
+)
+def test_damaged_folders_are_refused_by_file(small, tmp_path, damage, message):
+    damage(small.folder)
+    refuse(["mobilevlm-v2", small.folder], message, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "32"), ("num_attention_heads", 5), ("vocab_size", "many")]
+)
+def test_sizes_that_make_up_no_llama_are_refused(small, tmp_path, field, value):
+    (small.folder / "config.json").write_text(json.dumps({**small.config, "num_key_value_heads": None, field: value}))
+    refuse(["mobilevlm-v2", small.folder], r"config\.json describes no Llama", tmp_path / "out")
+
+
+def test_pictures_that_the_stride_does_not_divide_are_refused(tmp_path, words, vocabulary):
+    original = Published(tmp_path, "convllava", words, vocabulary)
+    (original.folder / "config.json").write_text(json.dumps({**original.config, "mm_vision_resolution": 300}))
+    refuse(["convllava", original.folder], "300 pixels are no multiple of the tower's stride of 64", tmp_path / "out")
+
+
+def test_an_index_leads_neither_out_of_its_folder_nor_to_pickles(small, tmp_path):
+    """Pickles under the name of safetensors' index, shards beside the folder; nobody has passed `--read-bin`."""
+    index, command = small.folder / INDEX, ["mobilevlm-v2", small.folder]
+    text = index.read_text()
+    for shard in small.folder.glob("*.safetensors"):
+        torch.save(load_file(shard), shard.with_suffix(".bin"))
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    for elsewhere in (SHARD.replace(".safetensors", ".bin"), f"../{SHARD}", str(tmp_path / SHARD)):
+        index.write_text(text.replace(SHARD, elsewhere))
+        refuse(command, f"names '{elsewhere}': shards are .safetensors files in the same folder", tmp_path / "out")
+
+
 def test_the_other_system_is_refused(small, tmp_path):
     refuse(["convllava", small.folder], "mm_projector_type", tmp_path / "out")
 
@@ -543,6 +255,10 @@ def test_pickles_are_read_only_when_asked_for_and_only_for_tensors(tmp_path, wor
     original = Published(tmp_path, "mobilevlm-v2", words, vocabulary, bins=True)
     command = ["mobilevlm-v2", original.folder]
     refuse(command, r"only as pytorch_model.*Or pass `--read-bin`", tmp_path / "out")
+    index = original.folder / "pytorch_model.bin.index.json"
+    index.rename(tmp_path / "index")
+    refuse([*command, "--read-bin"], r"neither pytorch_model\.bin nor pytorch_model\.bin\.index", tmp_path / "out")
+    (tmp_path / "index").rename(index)
     file = original.folder / "pytorch_model-00001-of-00002.bin"
     good = file.read_bytes()
     torch.save({"model.norm.weight": Evil()}, file)
@@ -563,6 +279,25 @@ def test_a_tower_that_cannot_be_had_says_what_to_do(tmp_path, words, vocabulary,
     original = Published(tmp_path, "convllava", words, vocabulary)
     (original.folder / "config.json").write_text(json.dumps({**original.config, "mm_vision_tower": "/gone/tower"}))
     refuse(["convllava", original.folder], "--vision-tower.*--vision-from-checkpoint", tmp_path / "out")
+
+
+def test_a_pickled_tower_says_what_to_pass(tmp_path, words, vocabulary):
+    original = Published(tmp_path, "convllava", words, vocabulary)
+    tower = published.save_folder(tmp_path / "pickled", original.tower, {"hidden_act": "gelu"}, bins=True)
+    command = ["convllava", original.folder, "--vision-tower", tower]
+    refuse(command, "vision tower .* `--read-bin` .*`--vision-from-checkpoint`", tmp_path / "out")
+    convert.main([*map(str, command), str(tmp_path / "out"), "--read-bin"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_empty_folder_is_taken_and_a_finished_one_left_alone(small, tmp_path):
+    (tmp_path / "out").mkdir()
+    command = ["mobilevlm-v2", str(small.folder), str(tmp_path / "out")]
+    convert.main(command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="is there already"):
+        convert.main(command)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_folder_in_use_and_a_killed_run(small, tmp_path, monkeypatch):
