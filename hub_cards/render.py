@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="agevlm card",
         description="Render the card (README.md) of a checkpoint, or scenes or masks, from the files in its folder.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="checkpoint, or folder of scenes or masks")
     parser.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="metrics.json of `agevlm eval`: is copied into the folder"
     )

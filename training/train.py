@@ -28,6 +28,9 @@ from agevlm.training.stages.recipe import StageRecipe
 STAGES = ("stage1_align", "stage2_adapt_vision", "stage3_ground", "stage4_instruct")
 
 
+DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON, Parquet files, or a Hub data set."
+
+
 @dataclass
 class StageArguments:
     """Flags of `agevlm train` beside those of the trainer."""
@@ -39,7 +42,7 @@ class StageArguments:
         default="paper",
         metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
     )
-    data: str | None = field(default=None, metadata={"help": "Folder of the data set (`agevlm data scenes`)."})
+    data: str | None = field(default=None, metadata={"help": DATA_HELP})
     init_from: str | None = field(default=None, metadata={"help": "Repository or folder of the model to start from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     mask_fraction: float | None = field(
@@ -98,8 +101,9 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
         defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
     parser = TrlParser(
         (StageArguments, AgeVlmSFTConfig, AdapterArguments),  # type: ignore[arg-type]  # as above
-        prog=f"agevlm train {{{','.join(STAGES)}}}",
-        description=__doc__,
+        prog="agevlm train",
+        usage="agevlm train STAGE [--flag VALUE ...]",  # argparse's own names 200 flags before it says a word
+        description=f"{__doc__}\nSTAGE is one of {', '.join(STAGES)}. Its own flags come first.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults_with_config(**recipe.training_arguments(**defaults))

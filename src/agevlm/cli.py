@@ -51,6 +51,10 @@ VERBS = {
     "demo": ("agevlm.demo.app", "A page to ask about pictures on, and to see where each word of the answer looked."),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
 }
+GROUPS = {
+    "data": "Make, convert and check training data.",
+    "analyze": "Show and measure where a model looks.",
+}
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -68,7 +72,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """AGE-VLM: small vision-language models that look where they should."""
 
@@ -87,7 +91,7 @@ for _verb, (_module, _help) in VERBS.items():
     if _group:
         if _group[0] not in _groups:
             _groups[_group[0]] = typer.Typer(no_args_is_help=True)
-            app.add_typer(_groups[_group[0]], name=_group[0], help=f"`agevlm {_group[0]} --help` lists what there is.")
+            app.add_typer(_groups[_group[0]], name=_group[0], help=GROUPS[_group[0]])
         _target = _groups[_group[0]]
     # Without help options of its own, `--help` reaches the module's parser.
     _target.command(_name, help=_help, context_settings=PASS_THROUGH, add_help_option=False)(_command(_module))
