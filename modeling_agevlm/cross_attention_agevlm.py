@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, eager_attention_forward
@@ -37,6 +37,15 @@ class AgeVlmCrossCacheLayer(DynamicLayer):
     # places would not be masked out of self-attention.
     is_compileable = True
 
+    def __init__(self, first_layer: CacheLayerMixin):
+        super().__init__()
+        self._first_layer = first_layer
+
+    def prefetch(self) -> None:
+        """Pictures stay on their device. A cache that offloads (`cache_implementation="offloaded"`) fetches the layer
+        behind the one it is in; behind Llama's last one that must be Llama's first, not this one."""
+        self._first_layer.prefetch()
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -52,8 +61,13 @@ def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmC
     while len(cache.layers) < num_text_layers:  # a `DynamicCache()` made without a config creates its layers lazily
         cache.layers.append(cache.layer_class_to_replicate())
     while len(cache.layers) <= num_text_layers + index:
-        cache.layers.append(AgeVlmCrossCacheLayer())
+        cache.layers.append(AgeVlmCrossCacheLayer(cache.layers[0]))
     return cache.layers[num_text_layers + index]
+
+
+def has_pictures(cache: Cache | None, num_text_layers: int) -> bool:
+    """Whether a cache holds pictures; one that was `reset` does not."""
+    return cache is not None and len(cache.layers) > num_text_layers and cache.layers[num_text_layers].is_initialized
 
 
 def zero_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:

@@ -41,6 +41,10 @@ class Visibility:
     image_BTN: torch.Tensor
     cells_BNL: torch.Tensor
 
+    def to(self, device: torch.device | str | int) -> "Visibility":
+        """On another device: accelerate's hooks call it for blocks that `device_map` has put there."""
+        return Visibility(self.image_BTN.to(device), self.cells_BNL.to(device))
+
     @property
     def text_BT(self) -> torch.Tensor:
         """bool `(B, T)`: the token sees any image."""

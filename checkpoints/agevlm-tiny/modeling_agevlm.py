@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig
-from .cross_attention_agevlm import AgeVlmCrossAttention, AgeVlmCrossAttentionLayer
+from .cross_attention_agevlm import AgeVlmCrossAttention, AgeVlmCrossAttentionLayer, has_pictures
 from .guidance_agevlm import Visibility
 
 
@@ -213,8 +213,10 @@ class AgeVlmTextModel(LlamaModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         guidance = []
         for index in range(self.config.num_hidden_layers + 1):
-            if visibility is not None and index in self.cross_attention_schedule:
-                cross_layer = self.cross_attention_layers[self.cross_attention_schedule.index(index)]
+            # More than one where the configuration puts cross blocks side by side
+            places = [place for place, after in enumerate(self.cross_attention_schedule) if after == index]
+            for place in places if visibility is not None else ():
+                cross_layer = self.cross_attention_layers[place]
                 # Positional: as keywords, reentrant checkpointing would go through the tower's graph twice.
                 hidden_states, measured = cross_layer(
                     hidden_states,
@@ -239,7 +241,8 @@ class AgeVlmTextModel(LlamaModel):
         output = AgeVlmModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
         if guidance_query_mask is not None and visibility is not None:
             field = "cross_attention_maps" if guidance_mask is None else "cross_attention_mass"
-            output[field] = torch.stack(guidance)
+            # Blocks that `device_map` has spread over devices leave theirs on each.
+            output[field] = torch.stack([measured.to(hidden_states.device) for measured in guidance])
         return output
 
     def _cross_attention_mask(self, inputs_embeds: torch.Tensor, visibility: Visibility):
@@ -403,7 +406,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if image_hidden_states is not None:
             num_visual = image_hidden_states.shape[1] * image_hidden_states.shape[2]
             num_images = image_hidden_states.shape[1]
-        elif past_key_values is not None and len(past_key_values.layers) > num_text_layers:
+        elif has_pictures(past_key_values, num_text_layers):
             num_visual = past_key_values.layers[num_text_layers].keys.shape[2]
             given = [
                 mask.shape[axis] for mask, axis in ((image_mask, 1), (cross_attention_mask, 2)) if mask is not None

@@ -1,8 +1,11 @@
 """The model against what it must equal: stock Llama, its own eager path, itself without a cache."""
 
+import contextlib
+
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
@@ -189,6 +192,46 @@ def test_every_cache_generates_what_no_cache_generates(model, batch, kwargs):
     assert torch.equal(generate(model, batch, **kwargs), generate(model, batch, use_cache=False))
 
 
+def test_a_cache_that_was_reset_holds_no_pictures(model, batch):
+    """Whoever takes one cache for everything resets it; the next text must not find the last pictures."""
+    pictures = {name: value[:1] for name, value in batch.items()}
+    text = {"input_ids": batch["input_ids"][1:2]}
+    for cache in (StaticCache(config=model.config, max_cache_len=16), DynamicCache(config=model.config)):
+        for inputs in (pictures, text, pictures):
+            with_cache = logits(model, **inputs, past_key_values=cache, use_cache=True)
+            assert torch.allclose(with_cache, logits(model, **inputs), atol=1e-5)
+            cache.reset()
+
+
+def test_an_offloaded_cache_brings_every_layer_back_before_it_is_used(model, batch, monkeypatch):
+    """Without an accelerator a layer that is away is only marked so, by what would have moved it."""
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    def offload(layer):
+        layer.away = True
+
+    def prefetch(layer):
+        layer.away = False
+
+    def update(layer, *args, **kwargs):
+        assert not getattr(layer, "away", False)
+        return grow(layer, *args, **kwargs)
+
+    grow = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", update)
+    monkeypatch.setattr(DynamicLayer, "offload", offload)
+    monkeypatch.setattr(DynamicLayer, "prefetch", prefetch)
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    cache = DynamicCache(config=model.config, offloading=True)
+    assert torch.equal(generate(model, batch, past_key_values=cache), generate(model, batch, use_cache=False))
+    away = [getattr(layer, "away", False) for layer in cache.layers]
+    assert away == [False, True, True, True, False, False]  # the first is fetched for the next step
+
+
 def test_beams_with_cache_equal_beams_without(model, batch):
     assert torch.equal(generate(model, batch, num_beams=3), generate(model, batch, num_beams=3, use_cache=False))
 
@@ -309,6 +352,17 @@ def test_paper_sizes():
 def test_impossible_cross_layers_are_refused(layers):
     with pytest.raises(ValueError, match="cross_attention_layers"):
         AgeVlmConfig.tiny(300, 299, cross_attention_layers=layers)
+
+
+def test_cross_blocks_side_by_side_all_run(batch):
+    model = tiny_model(cross_attention_layers=[1, 2, 6])
+    assert model.config.cross_attention_schedule == [1, 1, 4]
+    output = model(**batch, guidance_query_mask=torch.ones_like(batch["input_ids"]), labels=batch["input_ids"])
+    assert len(output.cross_attention_maps) == 3
+    output.loss.backward()
+    for block in model.model.language_model.cross_attention_layers:
+        assert all(parameter.grad.any() for parameter in block.parameters())
+    assert torch.equal(generate(model, batch), generate(model, batch, use_cache=False))
 
 
 def test_config_survives_saving(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import parallel_worker
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from builders import tiny_batch, tiny_model
@@ -104,3 +105,19 @@ def test_a_model_split_by_device_map_equals_the_whole(model, tmp_path):
         with torch.no_grad():
             assert torch.equal(loaded(**batch).logits, expected)
         assert torch.equal(loaded.generate(**batch, max_new_tokens=4, do_sample=False), answers)
+
+
+def test_blocks_on_a_second_device_get_all_their_inputs(model):
+    """What `device_map` does on two accelerators. The second device is `meta`: it has shapes without numbers, and
+    refuses tensors of other devices as any device does."""
+    batch = tiny_batch(model)
+    query = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    stack = model.model.language_model
+    for module in (*stack.layers[2:], stack.cross_attention_layers[1], stack.norm, model.lm_head):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta"))
+    with torch.no_grad():
+        output = model(**batch, guidance_query_mask=query)
+        mass = model(**batch, guidance_query_mask=query, guidance_mask=torch.ones(3, 18)).cross_attention_mass
+    assert output.logits.is_meta and output.logits.shape == (3, 10, model.config.text_config.vocab_size)
+    assert output.cross_attention_maps.shape == (2, 3, 18)
+    assert mass.shape == (2, 3)
