@@ -19,6 +19,10 @@ from transformers.image_utils import ImageInput, get_image_size, is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 
+# Keyword arguments that hold others (transformers' convention)
+GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+
+
 class AgeVlmProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}}  # noqa: RUF012 - the attribute transformers reads
 
@@ -72,19 +76,25 @@ class AgeVlmProcessor(ProcessorMixin):
 
         Raises:
             ValueError: placeholders and pictures of a row do not fit; a guided row has no picture, a mask of another
-                size, or a span outside its text; only some of the texts start with the beginning-of-text token. The
-                message names the row.
+                size, a span outside its text, or another geometry than the image processor's; only some of the texts
+                start with the beginning-of-text token. The message names the row.
         """
         if text is None:
             return super().__call__(images=images, **kwargs)
-        single = isinstance(text, str)
-        text = [text] if single else list(text)
+        kwargs = {name: dict(value or {}) if name in GROUPS else value for name, value in kwargs.items()}
+        text = [text] if isinstance(text, str) else list(text)
         images = _rows_of_images(images, text, self.image_token)
-        if {**(kwargs.get("text_kwargs") or {}), **kwargs}.get("add_special_tokens") is None:
+        if {**kwargs.get("text_kwargs", {}), **kwargs}.get("add_special_tokens") is None:
             kwargs["add_special_tokens"] = not self._have_special_tokens(text)
-        return_tensors = kwargs.pop("return_tensors", None)
-        return_offsets = kwargs.pop("return_offsets_mapping", False)
+        return_tensors = _taken(kwargs, "return_tensors")
+        return_offsets = _taken(kwargs, "return_offsets_mapping")
         if guidance_spans is not None:
+            moved = {"geometry", "size", "cell_size"} & {*kwargs, *kwargs.get("images_kwargs", ())}
+            if moved:
+                raise ValueError(
+                    f"`{min(moved)}` of one call moves its pictures but not their guidance masks. Set it on the image "
+                    "processor."
+                )
             images = [self.image_processor.fetch_images(row) for row in images]  # files are opened, to know their size
         flat = [image for row in images for image in row]
         features = super().__call__(
@@ -192,6 +202,13 @@ class AgeVlmProcessor(ProcessorMixin):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_agevlm.AgeVlmProcessor"}}
 
 
+def _taken(kwargs: dict[str, Any], name: str) -> Any:
+    """Takes an argument out of keyword arguments, whether it stands there itself or in one of their groups."""
+    groups = [kwargs, *(kwargs[group] for group in GROUPS if group in kwargs)]
+    values = [group.pop(name) for group in groups if name in group]
+    return values[0] if values else None
+
+
 def _packed(values, image_mask: np.ndarray):
     """`(n, ...)` into the marked places of `(rows, places, ...)`, the others zero; arrays of NumPy or torch."""
     shape = (*image_mask.shape, *values.shape[1:])
@@ -212,7 +229,7 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
     if images is None:
         images = [[] for _ in text]
     elif is_valid_image(images) or isinstance(images, str):
-        images = [images]
+        images = list(images) if getattr(images, "ndim", None) == 4 else [images]  # a batch in one array
     if not any(isinstance(row, (list, tuple)) for row in images):
         if len(images) == sum(wanted):
             flat = iter(images)

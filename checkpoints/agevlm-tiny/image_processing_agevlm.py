@@ -335,6 +335,8 @@ class AgeVlmImageProcessorMixin:
         Raises:
             ValueError: the mask is empty, or has channels.
         """
+        if isinstance(mask, Image.Image):
+            mask = ImageOps.exif_transpose(mask)  # as its picture
         mask = np.asarray(mask) != 0
         if mask.ndim != 2:
             raise ValueError(f"A mask has the shape (height, width), got {mask.shape}. Take one channel of it.")

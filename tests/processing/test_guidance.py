@@ -180,6 +180,33 @@ def test_broken_files_are_refused_with_guidance_too(processor, tmp_path):
         )
 
 
+def test_a_mask_is_turned_as_its_picture_is(processor, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    mask(60, 40, box=(0, 0, 20, 10)).save(tmp_path / "mask.png", exif=exif)
+    turned = Image.open(tmp_path / "mask.png")
+    upright = mask(40, 60, box=(30, 0, 40, 20))
+    grid_mask = processor(
+        images=[[picture(40, 60)]] * 2,
+        text=[IMAGE + QUESTION] * 2,
+        guidance_spans=[(9, 20)] * 2,
+        guidance_masks=[turned, upright],
+        return_tensors="pt",
+    )["guidance_mask"]
+    assert grid_mask[1].any()
+    assert torch.equal(grid_mask[0], grid_mask[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"geometry": "stretch"}, {"images_kwargs": {"geometry": "crop"}}, {"size": {"height": 64, "width": 64}}]
+)
+def test_a_geometry_that_masks_would_not_follow_is_refused(processor, change):
+    inputs = {"images": [[picture(192, 96)]], "text": [IMAGE + QUESTION], **change}
+    assert processor(**inputs)["visual_token_mask"].any()
+    with pytest.raises(ValueError, match="of one call moves its pictures but not their guidance masks"):
+        processor(**inputs, guidance_spans=[(9, 20)], guidance_masks=[mask(192, 96)])
+
+
 def test_guidance_needs_rows_of_one_length(processor):
     given = {
         "images": [[picture()], []],

@@ -279,6 +279,25 @@ def test_the_assistant_mask_does_not_depend_on_which_row_comes_first(processor, 
     assert batch["assistant_masks"].any(1).all()
 
 
+@pytest.mark.parametrize("group", ["common_kwargs", "text_kwargs", "images_kwargs"])
+def test_arguments_may_stand_in_their_group(processor, group):
+    inputs = {"images": [[picture()], []], "text": [f"{IMAGE}A red apple", "No"]}
+    grouped = {"return_tensors": "pt", **({"return_offsets_mapping": True} if group == "text_kwargs" else {})}
+    batch = processor(**inputs, **{group: grouped})
+    assert ("offset_mapping" in batch) == (group == "text_kwargs")
+    batch.pop("offset_mapping", None)
+    assert same(batch, processor(**inputs, return_tensors="pt"))
+    assert "return_tensors" in grouped  # the caller's
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_a_batch_of_pictures_may_be_one_array(processor, kind):
+    pictures = np.stack([np.asarray(picture(seed=seed)) for seed in range(2)])
+    texts = [f"{IMAGE}A red apple", f"{IMAGE}No"]
+    expected = processor(images=list(pictures), text=texts, return_tensors="pt")
+    assert same(processor(images=kind(pictures), text=texts, return_tensors="pt"), expected)
+
+
 def test_one_call_equals_two(processor):
     one, two = picture(), picture(50, 20, seed=1)
     chats = [
