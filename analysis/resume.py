@@ -49,7 +49,7 @@ class Parts:
         elif known != dict(job):
             differs = ", ".join(sorted(key for key in {*known, *job} if known.get(key) != job.get(key)))
             raise ValueError(
-                f"{self.folder} holds the beginning of another run ({differs} differ); delete it, or give another "
+                f"{self.folder} holds the beginning of another run (it differs in {differs}); delete it, or give another "
                 "output"
             )
 

@@ -36,7 +36,8 @@ def overlap(first: np.ndarray, second: np.ndarray, low: float = -1.0, high: floa
 
 
 def cohens_d(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Difference of means over the pooled standard deviation; None where nothing varies."""
+    """Difference of means over the root of the mean of both variances (so that more mismatched pairs do not weigh
+    more); None where nothing varies."""
     pooled = ((first.var(ddof=1) + second.var(ddof=1)) / 2) ** 0.5
     return float((first.mean() - second.mean()) / pooled) if pooled > 0 else None
 
