@@ -18,6 +18,7 @@ asked about, `in_mask` is the attention inside them.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _measure_rows(subject: Subject, pairs: Sequence[Pair], layers: Sequence[int]
             return {}
         return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
 
-    return [measured(lambda pair=pair: measure(pair), pair.id, strict) for pair in pairs]
+    return [measured(partial(measure, pair), pair.id, strict) for pair in pairs]
 
 
 def measure_padding(
@@ -160,7 +161,7 @@ def measure_padding(
     with tqdm(total=len(pairs), desc="padding", unit="picture", disable=not progress) as bar:
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
-            rows += keep(f"padding-{start}", lambda part=part: _measure_rows(subject, part, chosen, strict))
+            rows += keep(f"padding-{start}", partial(_measure_rows, subject, part, chosen, strict))
             bar.update(len(part))
     left_out = failures(pairs, rows)
     records: list[dict[str, dict[str, Any]]] = []

@@ -49,8 +49,8 @@ class Parts:
         elif known != dict(job):
             differs = ", ".join(sorted(key for key in {*known, *job} if known.get(key) != job.get(key)))
             raise ValueError(
-                f"{self.folder} holds the beginning of another run (it differs in {differs}); delete it, or give another "
-                "output"
+                f"{self.folder} holds the beginning of another run (it differs in {differs}); delete it, or give "
+                "another output"
             )
 
     def keep(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:

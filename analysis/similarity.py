@@ -24,6 +24,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def score_pairs(
     with tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
         for start in range(0, len(pairs), CHUNK):
             part, words = pairs[start : start + CHUNK], texts[start : start + CHUNK]
-            rows += keep(f"{title}-{start}", lambda p=part, w=words: _score_rows(subject, p, w, batch_size, strict))
+            rows += keep(f"{title}-{start}", partial(_score_rows, subject, part, words, batch_size, strict))
             bar.update(len(part))
     return rows
 

@@ -78,8 +78,8 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
         asking: dict[str, Any] = {"inputs": [picture, question], "outputs": places, "preprocess": False,
                                   "concurrency_limit": 1, "concurrency_id": "ask"}  # fmt: skip
         question.submit(answer, **asking, api_name="ask")
-        shown = example.click(_example, None, [picture, question], api_name=False, show_progress="hidden")
-        shown.then(answer, **asking, api_name=False)
+        shown = example.click(_example, None, [picture, question], api_visibility="private", show_progress="hidden")
+        shown.then(answer, **asking, api_visibility="private")
     return page.queue(max_size=MAX_WAITING)
 
 
