@@ -84,11 +84,23 @@ def _parameters(model: PreTrainedModel, part: str) -> Iterator[nn.Parameter]:
     elif part == "vision_last_block":
         yield from tower.encoder.stages[-1].layers[-1].parameters()
     elif part == "self_attention":
+        added = _added_layers(model)
         for layer in model.model.language_model.layers:
-            yield from layer.self_attn.parameters()
-            yield from layer.input_layernorm.parameters()
+            if layer not in added:
+                yield from layer.self_attn.parameters()
+                yield from layer.input_layernorm.parameters()
     else:
-        yield from (p for name, p in model.named_parameters() if part_of(name) == part)
+        added_ones = {id(p) for layer in _added_layers(model) for p in layer.parameters()}
+        for name, parameter in model.named_parameters():
+            owner = "cross_attention" if id(parameter) in added_ones else part_of(name)
+            if owner == part:
+                yield parameter
+
+
+def _added_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that stand for cross blocks in a concatenating twin of equal size (`baselines/twin.py`)."""
+    layers = model.model.language_model.layers
+    return [layers[index] for index in getattr(model.config.get_text_config(), "added_layers", ())]
 
 
 def trainable_table(model: PreTrainedModel) -> list[TableRow]:

@@ -1,6 +1,9 @@
 """The concatenating twin: the same weights spliced by hand, the same rows, and TRL's own trainer by our recipes."""
 
 import copy
+import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +12,10 @@ from training_worker import make_arguments, make_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
+from agevlm import train_twin
 from agevlm.baselines.twin import ConcatenatingCollator, concatenating_processor, concatenating_twin
+from agevlm.data.scenes import build_scenes
+from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
@@ -88,6 +94,78 @@ def test_the_twin_owns_its_weights_and_lacks_the_cross_blocks_alone(ours, twin):
     shared = sum(n for name, n in count.items() if "cross_attention_layers" not in name)
     pooled = sum(p.numel() for p in other.model.vision_tower.layernorm.parameters())
     assert other.num_parameters() == shared + pooled
+
+
+# ---- Of equal size ----
+
+
+def unused(twin) -> int:
+    """Parameters of the pooled vector's norm, which a stock ConvNeXt has and ours leaves out."""
+    return sum(parameter.numel() for parameter in twin.model.vision_tower.layernorm.parameters())
+
+
+@pytest.fixture(scope="module")
+def equal(ours):
+    return concatenating_twin(*ours, equal_size=True)
+
+
+def test_of_equal_size_it_has_a_layer_for_every_cross_block(ours, twin, equal):
+    model, deeper = ours[0], equal[0]
+    added = model.config.cross_attention_layers
+    assert deeper.num_parameters() - unused(deeper) == model.num_parameters()
+    assert len(deeper.model.language_model.layers) == len(twin[0].model.language_model.layers) + len(added)
+    # each layer for its block: the same parameters, name by name
+    for index, block in zip(added, model.model.language_model.cross_attention_layers, strict=True):
+        layer = dict(deeper.model.language_model.layers[index].named_parameters())
+        for name, value in block.named_parameters():
+            own = layer.pop(name.replace("cross_attn", "self_attn"))
+            assert own.shape == value.shape
+            assert torch.equal(own, value) != ("o_proj" in name or "down_proj" in name), name
+        assert not layer
+
+
+@torch.no_grad()
+def test_before_training_it_computes_what_the_smaller_one_computes(twin, equal):
+    inputs = ask(twin[1], [picture(), picture(50, 90, seed=1)], ["Is there a red apple?", "a"])
+    assert torch.allclose(equal[0](**inputs).logits, twin[0](**inputs).logits, atol=1e-6)
+
+
+PAPER = (AgeVlmConfig.paper, 768, [2, 7, 12, 17], 1_682_671_808, 1_439_385_792)
+TINY = (partial(AgeVlmConfig.tiny, vocab_size=768, image_token_id=7), 224, [1, 4], 1_990_648, 1_596_920)
+
+
+@pytest.mark.parametrize(("config", "side", "blocks", "equal", "plain"), [PAPER, TINY], ids=["paper", "tiny"])
+def test_the_figures(config, side, blocks, equal, plain):
+    """On the meta device: ours and the larger twin, and the smaller twin, without what nothing reads."""
+    with torch.device("meta"):
+        model, processor = AgeVlmForConditionalGeneration(config()), tiny_processor(image_size=side)
+        twins = [concatenating_twin(model, processor, equal_size=size)[0] for size in (True, False)]
+    assert list(model.config.cross_attention_layers) == list(twins[0].config.text_config.added_layers) == blocks
+    assert model.num_parameters() == equal
+    assert [twin.num_parameters() - unused(twin) for twin in twins] == [equal, plain]
+
+
+def test_saved_and_loaded_it_keeps_its_layers_apart(equal, tmp_path):
+    """Table 1 for it: stages 1 to 3 train the added layers as they would train cross blocks."""
+    equal[0].save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert len(loaded.model.language_model.layers) == 6
+    added = {name for name, _ in loaded.named_parameters() if re.search(r"language_model\.layers\.(1|4)\.", name)}
+    assert list(loaded.config.text_config.added_layers) == [1, 4] and len(added) == 2 * 9
+    language = {name for name, _ in loaded.named_parameters() if "language_model" in name or "lm_head" in name} - added
+    for parts, frozen, expected in (
+        (["cross_attention"], [], added),
+        (["language_model"], [], language),
+        (["language_model"], ["self_attention"], {n for n in language if "attn" not in n and "input_layer" not in n}),
+    ):
+        set_trainable(loaded, parts, frozen)
+        assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == expected
+
+
+@pytest.mark.parametrize("field", [{"cross_attention_gate": "tanh"}, {"cross_attention_qk_norm": True}])
+def test_cross_blocks_that_hold_more_than_a_llama_layer_are_refused(ours, field):
+    with pytest.raises(ValueError, match="Leave `equal_size` out"):
+        concatenating_twin(tiny_model(**field), ours[1], equal_size=True)
 
 
 def test_pixels_are_ours(ours, twin):
@@ -196,6 +274,46 @@ def test_trls_own_trainer_trains_it_by_our_recipes(ours, stage, moves, tmp_path)
         name for name in before if any(part in name for part in moves) and "vision_tower.layernorm" not in name
     }
     assert moved == expected
+
+
+def test_one_command_trains_it(ours, equal, tmp_path, capsys):
+    """A stage from an AGE-VLM's folder; the same call again finds it done; the next stage starts from it."""
+    for part in ours:
+        part.save_pretrained(tmp_path / "start")
+    scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=4, test=1, size=64, progress=False)
+    rest = ["--data", str(scenes), "--size", "tiny", "--max_steps", "2", "--per_device_train_batch_size", "2",
+            "--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--disable_tqdm", "true"]  # fmt: skip
+    align = ["stage1_align", "--init_from", str(tmp_path / "start"), "--output_dir", str(tmp_path / "align"), *rest]
+    train_twin.main(align)
+    assert (
+        f"{ours[0].num_parameters():,} parameters; its twin: {equal[0].num_parameters():,}" in capsys.readouterr().out
+    )
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "align").state_dict()
+    moved = {name for name, value in equal[0].state_dict().items() if not torch.equal(value, trained[name])}
+    added = [f"language_model.layers.{index}." for index in (1, 4)]
+    assert all("multi_modal_projector" in name or any(layer in name for layer in added) for name in moved)
+    assert {f"model.{layer}self_attn.o_proj.weight" for layer in added} <= moved
+    assert "model.multi_modal_projector.linear_1.weight" in moved
+    written = (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns
+    train_twin.main(align)
+    assert (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns == written
+    instruct = ["--init_from", str(tmp_path / "align"), "--output_dir", str(tmp_path / "instruct"), *rest]
+    with pytest.raises(ValueError, match=r"`--plain` says how an AGE-VLM is taken apart; .*align is a 'fast_vlm'"):
+        train_twin.main(["stage4_instruct", "--plain", *instruct])
+    train_twin.main(["stage4_instruct", *instruct])
+    state = json.loads((tmp_path / "instruct" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and not list((tmp_path / "instruct").glob("*.bin"))
+    assert not list(tmp_path.glob(".twin-*"))
+
+
+def test_the_command_refuses_what_the_twin_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--variant", "--push_to_hub", "--use_peft", "--dry_run"):
+        with pytest.raises(ValueError, match=f"has no `{flag}`"):
+            train_twin.main(["stage1_align", flag, "true"])
+    with pytest.raises(ValueError, match="Give `--init_from`"):
+        train_twin.main(["stage1_align", "--size", "tiny"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_alone_trains_in_a_batch_of_its_own(ours, tmp_path):
