@@ -276,13 +276,14 @@ def attention_section(examples: Sequence[Example], path: Path) -> Section:
         row = [(f"{example['question']} ({example['answer']})", Image.open(example["image"]))]
         for panel in example["panels"]:
             mass = panel["in_mask_mass"]
-            inside = "" if mass is None else f", {100 * mass:.0f} % in the mask"
+            inside = "" if mass is None else f": {100 * mass:.0f} %"
             row.append((f"{panel['title']}{inside}", Image.open(panel["overlay"])))
         rows.append(row)
-    save_image(panels(rows, side=240), path)
+    save_image(panels(rows, side=300), path)
     note = (
         "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
-        "tokens, heads and cross layers; of the concatenating twin, the first self-attention layer, as in the paper."
+        "tokens, heads and cross layers; of the concatenating twin, the first self-attention layer, as in the paper. "
+        "Percent: attention inside the outline."
     )
     return {"title": "Tables 3 to 6's analogue: answers and attention", "note": note, "lines": lines,
             "images": [str(path)]}  # fmt: skip
