@@ -31,14 +31,14 @@ ROWS = {row.name: row for row in matrix()}
 
 def test_the_matrix_holds_what_the_paper_and_its_reviewers_ask_for():
     assert len(ROWS) == len(matrix())
-    every = [row for row in matrix() if not row.start.concatenates]
+    every = [row for row in matrix() if row.start.twin == "no"]
     assert {row.guided for row in every} >= {(), (3,), (4,), (3, 4)}
     assert {stage for row in every for stage in STAGES if stage not in row.stages} == set(STAGES)
     assert {row.normalisation for row in every} == {"sum", "max"}
     assert {row.query for row in every} == {"text", "things"}
     assert {row.start.layers for row in every} == {"default", "first", "last", "every"}
     assert len({row.mask_fraction for row in every}) >= 3
-    assert any(row.start.concatenates for row in matrix())
+    assert {row.start.twin for row in matrix()} == {"no", "equal", "small"}
 
 
 @pytest.mark.parametrize("size", list(quickstart.SIZES))

@@ -22,6 +22,7 @@ from agevlm.training.stages.base import StageRecipe
 STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
 Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
+Twin = Literal["no", "equal", "small"]
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,18 @@ class Start:
 
     Args:
         layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
-        concatenates: the concatenating twin of that model.
+        twin: the concatenating twin of that model, of equal size or without layers for the cross blocks.
     """
 
     layers: Layers = "default"
-    concatenates: bool = False
+    twin: Twin = "no"
 
     @property
     def name(self) -> str:
         """Its folder."""
         parts = [
             "start",
-            *(["twin"] if self.concatenates else []),
+            *({"no": [], "equal": ["twin"], "small": ["small", "twin"]}[self.twin]),
             *([self.layers] if self.layers != "default" else []),
         ]
         return "-".join(parts)
@@ -105,10 +106,11 @@ PAPER_ROWS = (
 
 
 def matrix() -> list[Row]:
-    """All rows: the paper's variants, the concatenating twin, and the ablation in order of interest."""
+    """All rows: the paper's variants, the concatenating twins, and the ablation in order of interest."""
     return [
         *PAPER_ROWS,
-        Row("twin", "Concatenating twin", MAIN, guided=(), start=Start(concatenates=True)),
+        Row("twin", "Concatenating twin", MAIN, guided=(), start=Start(twin="equal")),
+        Row("twin-small", "Concatenating twin, no added layers", MAIN, guided=(), start=Start(twin="small")),
         Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
         Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
         Row("no-stage-1", "without stage 1", "Stages", stages=(2, 3, 4)),

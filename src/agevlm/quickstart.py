@@ -147,8 +147,8 @@ def save_start(
     set_seed(seed)
     layers = cross_layers(start.layers, default, depth)
     model = assemble(language_model, vision_tower, processor.image_token_id, layers)
-    if start.concatenates:
-        model, processor = concatenating_twin(model, processor)
+    if start.twin != "no":
+        model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -153,7 +153,7 @@ def train_step(place: Place, seed: int, run: Run, parent: Run | None) -> None:
     else:
         origin = place.folder(seed, parent)
     rows = rows_of(place.scenes, run)
-    if run.start.concatenates:
+    if run.start.twin != "no":
         run_twin_stage(run.recipe, folder / run.name, rows, origin)
     else:
         run_stage(run.recipe, folder / run.name, data=rows, init_from=origin, console=Console(quiet=True))
