@@ -46,6 +46,19 @@ def fraction_for(count: int, ids: Iterable[str], seed: int = 0) -> float:
     return float(np.partition(hashes, count)[count])  # the smallest hash that is left out
 
 
+def share_of_masks(fraction: float, rows: int, masks: int) -> float:
+    """The share of `masks` to use so that `fraction` of the `rows` is guided: all of them where there are no more.
+
+    Masks that were chosen already (`agevlm ground --keep`) are not chosen from again.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"mask fraction {fraction} is not between 0 and 1")
+    return min(1.0, fraction * rows / max(masks, 1))
+
+
 def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int = 0) -> Dataset:
     """`rows` with a column `guidance`: {query, message_index, mask, source, score}, null where a row has none.
 

@@ -30,7 +30,7 @@ from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
 from .builder import SceneArguments, SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message, text_conversations
-from .join import join_masks
+from .join import join_masks, share_of_masks
 from .rows import MASK_FEATURES, ROW_FEATURES
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
 
@@ -102,11 +102,12 @@ def load_rows(
 ) -> Dataset:
     """Training rows of a folder of scenes with their `guidance` column.
 
-    `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere."""
+    `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere. Where
+    there are fewer masks, all are used."""
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; use one of {', '.join(PARTS)}")
     rows, masks = (_read(Path(folder) / path) for path in (f"{part}/train.parquet", f"masks/{part}.parquet"))
-    return join_masks(rows, masks, mask_fraction, seed)
+    return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(masks)), seed)
 
 
 def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.join import in_subset
+from agevlm.data.join import in_subset, share_of_masks
 from agevlm.data.rows import GUIDANCE
 
 
@@ -57,7 +57,8 @@ def open_shards(
         files: paths or fsspec URLs; each file has `id`, `images` (with their bytes), `messages`, and `guidance` if its
             masks are joined already. Row groups of about 100 rows are read fastest.
         masks: data set of masks to join by id (`data/join.py`); the ids of all shards are read for it.
-        mask_fraction, seed: share of the masks to use, chosen by a hash of the row's id.
+        mask_fraction, seed: share of the rows that bring their mask, chosen by a hash of the row's id; all masks where
+            there are fewer.
         lengths: add the column `length`, the characters of each row's messages, for `group_by_length`.
 
     Returns:
@@ -74,7 +75,8 @@ def open_shards(
     if masks is not None:
         if reader.has_guidance:
             raise ValueError(f"{files[0]} has a column guidance already. Leave the separate masks out.")
-        columns[MASK] = reader.join(masks, mask_fraction, seed)
+        share = share_of_masks(mask_fraction, reader.num_rows, len(masks))
+        columns[MASK] = reader.join(masks, share, seed)
     elif reader.has_guidance:
         columns[MASK] = reader.guided(mask_fraction, seed)
     if lengths:
@@ -243,14 +245,17 @@ class ShardReader:
 
     def guided(self, fraction: float, seed: int) -> np.ndarray:
         """0 for rows with guidance of their own that belong to the subset, else -1: int32 (rows,)."""
-        marks = []
+        known: list[np.ndarray] = []
+        ids: list[str] = []
         for file in self.files:
             table = self._open(file).read(columns=["id", "guidance.query"])
-            known = table.column("guidance").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
-            ids = table.column("id").to_pylist()
-            taken = [has and in_subset(row_id, fraction, seed) for row_id, has in zip(ids, known, strict=True)]
-            marks.append(np.where(taken, 0, -1))
-        return np.concatenate(marks).astype(np.int32)
+            valid = table.column("guidance").combine_chunks().is_valid()
+            known.append(valid.to_numpy(zero_copy_only=False))
+            ids += table.column("id").filter(valid).to_pylist()
+        marks = np.where(np.concatenate(known), 0, -1).astype(np.int32)
+        share = share_of_masks(fraction, self.num_rows, len(ids))
+        marks[marks == 0] = [0 if in_subset(row_id, share, seed) else -1 for row_id in ids]
+        return marks
 
     def lengths(self) -> np.ndarray:
         """Characters of all messages of each row: int32 (rows,)."""

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.data.join import fraction_for, in_subset, join_masks, join_masks_streaming
+from agevlm.data.join import (
+    fraction_for,
+    in_subset,
+    join_masks,
+    join_masks_streaming,
+    share_of_masks,
+    subset_hash,
+)
 from agevlm.data.rows import MASK_FEATURES, open_image
 
 
@@ -95,6 +102,21 @@ def test_an_exact_number_of_masks(ids, data, seed):
 def test_more_masks_than_there_are():
     with pytest.raises(ValueError, match="77000 masks are asked for, and there are 3"):
         fraction_for(77_000, ["a", "b", "c"])
+
+
+def test_masks_that_were_chosen_once_are_not_chosen_from_again():
+    """The paper's numbers, 1,000 times smaller: 7 of 10 rows can be grounded, `--keep` takes 77 of them by the hash
+    that training takes its share by."""
+    ids = [f"row-{index}" for index in range(2500)]
+    kept = sorted((i for i in ids if subset_hash(i, seed=1) < 0.7), key=subset_hash)[:77]
+    fraction = 77_000 / 2_500_000
+    assert sum(in_subset(i, fraction) for i in kept) < 70
+    share = share_of_masks(fraction, len(ids), len(kept))
+    assert all(in_subset(i, share) for i in kept)
+    assert share_of_masks(fraction, 2500, 2500) == pytest.approx(fraction)  # where all rows have masks
+    assert share_of_masks(0.0, 2500, 77) == 0
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        share_of_masks(1.5, 10, 10)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
