@@ -1,7 +1,7 @@
 """Training arguments of AGE-VLM: TRL's, with the guidance loss (paper section 3.2.2) and a learning rate per part.
 
 Deviations from TRL's defaults, each because of what a row of ours is:
-- `assistant_only_loss=True`: the answers of all turns are learned, nothing else.
+- `assistant_only_loss=True`, and it stays so: the answers of all turns are learned, nothing else.
 - `remove_unused_columns=False`, and it stays so: the collator reads `id` and `guidance`, which no model takes as
   inputs.
 - `activation_checkpointing=True`: TRL's `gradient_checkpointing=True` under the name that is not deprecated.
@@ -79,7 +79,7 @@ class AgeVlmSFTConfig(SFTConfig):
         default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}
     )
     assistant_only_loss: bool = field(
-        default=True, metadata={"help": "Learn the answers of all assistant turns and nothing else."}
+        default=True, metadata={"help": "Must stay on: the answers of all assistant turns are learned, nothing else."}
     )
     activation_checkpointing: bool | None = field(
         default=True, metadata={"help": "Recompute activations in the backward pass: less memory, some 20%% slower."}
@@ -110,6 +110,11 @@ class AgeVlmSFTConfig(SFTConfig):
             raise ValueError(
                 "`remove_unused_columns` must stay False: the collator reads the columns `id` and `guidance`, which "
                 "would be removed because the model does not take them."
+            )
+        if not self.assistant_only_loss or self.completion_only_loss:
+            raise ValueError(
+                "`assistant_only_loss` must stay True and `completion_only_loss` off: the collator makes labels of "
+                "the answers of all turns and of nothing else, whatever these say."
             )
         if self.use_liger_kernel:
             raise ValueError(

@@ -4,6 +4,7 @@ The *identity* of a run is everything that decides its result. It is hashed, sto
 when the same folder is used again: same identity means resume or done, another one is refused by naming what changed.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -62,12 +63,24 @@ RESULT_FIELDS = (
     "dataloader_drop_last",
 )
 
+# These decide it as well. No recipe touches them, so they are named only where a run does.
+SWITCHES = (
+    "loss_type",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "optim_args",
+    "optim_target_modules",
+    "average_tokens_across_devices",
+)
+
 
 def training_identity(args: AgeVlmSFTConfig) -> dict[str, Any]:
     """The part of the training arguments that decides the result, JSON-ready."""
     values = args.to_dict()
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"global_batch_size": batch, **{name: values[name] for name in RESULT_FIELDS}}
+    usual = {item.name: item.default for item in dataclasses.fields(args)}
+    switched = {name: values[name] for name in SWITCHES if values[name] != usual[name]}
+    return {"global_batch_size": batch, **{name: values[name] for name in RESULT_FIELDS}, **switched}
 
 
 def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:

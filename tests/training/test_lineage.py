@@ -52,6 +52,13 @@ def test_weights_are_hashed_by_content(tmp_path):
     assert weights_fingerprint(model) != weights_fingerprint(tiny_model(seed=1))
 
 
+def test_switches_belong_to_the_identity_of_runs_that_turn_them_on(tmp_path):
+    plain = training_identity(make_arguments(tmp_path))
+    for name, value in (("loss_type", "dft"), ("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0)):
+        assert training_identity(make_arguments(tmp_path, **{name: value})) == {**plain, name: value}
+        assert name not in plain
+
+
 def test_the_identity_is_the_batch_however_it_is_divided(tmp_path):
     one = training_identity(make_arguments(tmp_path, per_device_train_batch_size=8))
     many = make_arguments(
