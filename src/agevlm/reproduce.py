@@ -41,7 +41,7 @@ from agevlm.data.join import join_masks
 from agevlm.data.rows import open_image
 from agevlm.data.scenes import load_benchmark, load_rows
 from agevlm.evaluation import pope
-from agevlm.evaluation.models import load_model
+from agevlm.evaluation.models import load_model, stored_fingerprint
 from agevlm.evaluation.run import RESULT, evaluate_scenes
 from agevlm.findings import write_findings
 from agevlm.matrix import Row, Run, chain, choose_rows, matrix, unique
@@ -184,15 +184,16 @@ def measure_step(place: Place, seed: int, row: Row, path: Sequence[Run]) -> None
         SPLIT,
         folder / "evaluation",
         name=row.title,
+        weights=stored_fingerprint(checkpoint),
         batch_size=50,
         max_new_tokens=MAX_NEW_TOKENS,
         progress=False,
     )
     subject = load_subject(checkpoint)
     if not (folder / SIMILARITY).is_file():
-        pairs, _ = load_pairs(place.scenes, PAIRS, distinct=True)
+        pairs, left_out = load_pairs(place.scenes, PAIRS, distinct=True)
         settings: dict[str, Any] = {"seeds": MISMATCHED_SEEDS, "batch_size": 50, "progress": False}
-        write_similarity(subject, row.title, pairs, (folder / SIMILARITY).parent, **settings)
+        write_similarity(subject, row.title, pairs, (folder / SIMILARITY).parent, left_out, **settings)
     if not (folder / PADDING).is_file():
         save_json(measure_padding(subject, oblong_pairs(place.scenes), progress=False), folder / PADDING)
 
