@@ -86,8 +86,9 @@ def training_identity(args: AgeVlmSFTConfig) -> dict[str, Any]:
 def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     """`rows`, `guided_rows` and a `fingerprint` of the content.
 
-    The fingerprint covers all ids in their order, which of them are guided, and the whole texts of up to 20,000 evenly
-    spaced rows; pictures are not decoded. Of rows in shards it covers the footers, the order and which are guided.
+    The fingerprint covers all ids in their order, which of them are guided, and the whole texts and masks of up to
+    20,000 evenly spaced rows; pictures are not read, nothing is decoded. Of rows in shards it covers the footers, the
+    order and which are guided.
     """
     if is_streamed(rows):
         index = rows.with_format("numpy")[:]
@@ -106,6 +107,8 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     texts = rows.select(range(0, len(rows), stride)).with_format("arrow").select_columns(["messages", "guidance"])
     for batch in texts.iter(batch_size=1_000):
         digest.update(json.dumps([batch["messages"].to_pylist(), _queries(batch)]).encode())
+        for content in _masks(batch):
+            digest.update(content)
     return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": digest.hexdigest()}
 
 
@@ -118,6 +121,17 @@ def _queries(batch: Any) -> list[str | None]:
         query if valid else None
         for query, valid in zip(guidance.field("query").to_pylist(), guidance.is_valid().to_pylist(), strict=True)
     ]
+
+
+def _masks(batch: Any) -> Iterator[bytes]:
+    """A digest of each mask as it is stored, or its file's name where it lies elsewhere: folders may be moved."""
+    guidance = batch["guidance"].combine_chunks()
+    if str(guidance.type) == "null":
+        return
+    for mask in guidance.field("mask").to_pylist():
+        if mask is not None:
+            stored = mask["bytes"] if mask["bytes"] is not None else Path(mask["path"]).name.encode()
+            yield hashlib.blake2b(stored, digest_size=16).digest()
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

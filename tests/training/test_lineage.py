@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import ImageOps
 from training_worker import make_arguments, make_rows
 
 from agevlm.training.lineage import (
@@ -28,10 +29,13 @@ def test_equal_rows_have_equal_fingerprints_and_every_change_shows(tmp_path):
     answer = dict(items[2], messages=[items[2]["messages"][0], {"role": "assistant", "content": "No"}])
     query = dict(items[0], guidance={**items[0]["guidance"], "query": "red apple"})
     unguided = dict(items[0], guidance=None)
+    inverted = ImageOps.invert(items[0]["guidance"]["mask"].convert("L"))
+    other_mask = dict(items[0], guidance={**items[0]["guidance"], "mask": inverted})
     variants = [
         [items[1], items[0], *items[2:]],
         [*items[:2], answer, items[3]],
         [query, *items[1:]],
+        [other_mask, *items[1:]],
         [unguided, *items[1:]],
         items[:3],
     ]
