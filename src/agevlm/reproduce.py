@@ -288,7 +288,7 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
     return failed
 
 
-def _timed(call: Callable[[], None]) -> tuple[Exception | None, float]:
+def _timed(call: Callable[[], None]) -> tuple[BaseException | None, float]:
     """What a call raised, and how long it took."""
     started = time.monotonic()
     try:
