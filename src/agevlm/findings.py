@@ -191,7 +191,9 @@ def write_findings(
     if examples:
         made.insert(3, attention_section(examples, output / "attention.png"))
     settings |= {f"failed: {name}": reason for name, reason in failed.items()}
-    variants = [_variant(name, titles[name], runs) for name, runs in found.items() if MASS in scores.numbers[name]]
+    # One table of answers and looks holds rows that have both; a concatenating one has answers alone.
+    looked = {name: runs for name, runs in found.items() if MASS in scores.numbers[name]}
+    variants = [_variant(name, titles[name], runs) for name, runs in (looked or found).items()]
     main = {row.name for row in matrix() if row.group == MAIN}
     write_report(
         output / "report.html",
