@@ -37,14 +37,15 @@ class AgeVlmCrossCacheLayer(DynamicLayer):
     # places would not be masked out of self-attention.
     is_compileable = True
 
-    def __init__(self, first_layer: CacheLayerMixin):
+    def __init__(self, fetched_next: CacheLayerMixin | None = None):
         super().__init__()
-        self._first_layer = first_layer
+        self.fetched_next = fetched_next
 
     def prefetch(self) -> None:
         """Pictures stay on their device. A cache that offloads (`cache_implementation="offloaded"`) fetches the layer
         behind the one it is in; behind Llama's last one that must be Llama's first, not this one."""
-        self._first_layer.prefetch()
+        if self.fetched_next is not None:
+            self.fetched_next.prefetch()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -60,8 +61,10 @@ def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmC
     """The cache layer of cross block `index`, appended behind the text layers on first use."""
     while len(cache.layers) < num_text_layers:  # a `DynamicCache()` made without a config creates its layers lazily
         cache.layers.append(cache.layer_class_to_replicate())
+    # Only where it is needed: exporters take apart whatever a layer holds.
+    fetched_next = cache.layers[0] if cache.offloading else None
     while len(cache.layers) <= num_text_layers + index:
-        cache.layers.append(AgeVlmCrossCacheLayer(cache.layers[0]))
+        cache.layers.append(AgeVlmCrossCacheLayer(fetched_next))
     return cache.layers[num_text_layers + index]
 
 
