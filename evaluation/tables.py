@@ -141,7 +141,11 @@ def sections(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> Iter
 
 def markdown_table(lines: Lines) -> str:
     head, *rest = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    rule = ["---", *("---:" for _ in head[1:])]
+    # Columns of words on the left, of numbers on the right
+    worded = [
+        any(line[column][:1].isalpha() or line[column][:2] == "**" for line in rest) for column in range(len(head))
+    ]
+    rule = ["---" if column == 0 or words else "---:" for column, words in enumerate(worded)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rest)) + "\n"
 
 

@@ -1,6 +1,6 @@
 """What a reproduction found: tables, claims, figures and three files, `report.html`, `report.json` and `report.md`.
 
-`report.md` and the two pictures that it shows, `looking.png` and `attention.png`, are made to be copied.
+`report.md` and the pictures that it shows, `similarity.png`, `attention.png` and `looking.png`, are made to be copied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from agevlm.analysis.files import save_image
 from agevlm.analysis.report import write_report
 from agevlm.analysis.results import Claim, Example, Section, Variant
 from agevlm.analysis.subjects import load_subject
-from agevlm.claims import GUIDED, PAPER, claims
+from agevlm.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.data.scenes import load_benchmark
 from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
@@ -43,7 +43,7 @@ def sections(
     for title in [*titles, MASS]:
         if title in scores.constants:
             cells = [_text(scores, name, title) for name in main]
-            paper = " / ".join(f"{PAPER[title][name]:.1f}" for name in main) if title in PAPER else ""
+            paper = " / ".join(f"{PAPER[title][name]:.1f}" for name in main if name in PAPER.get(title, ()))
             table_2.append([title, *cells, f"{scores.constants[title]:.1f}", paper])
     table_2.append(["seeds", *(_seeds(found[name]) for name in main), "", ""])
     shown = ("POPE accuracy", "CV-Bench 2D", MASS)
@@ -74,7 +74,7 @@ _TABLE_2 = (
 _SIMILARITY = (
     "Mean over seeds (lowest to highest). Cosines of the headline layer: the last one of a concatenating model, the "
     "last cross block of ours. AUROC 0.5: matched and mismatched pairs cannot be told apart. Paper: ConvLLaVA 0.96 to "
-    "0.98 for both."
+    "0.98 for both. Histograms: the first seed."
 )
 _PADDING = (
     "Attention on padded cells over their share of the area (enrichment), mean over seeds (lowest to highest): `own` "
@@ -174,6 +174,12 @@ def write_findings(
     if looking:
         save_rows(looking, f"{MASS}, %", scores.constants[MASS], output / "looking.png")
         made[-1]["images"].append(str(output / "looking.png"))
+    firsts = [next(iter(found[name].values())) for name in (TWIN, GUIDED) if name in found]
+    drawn = [run["measured"] / "similarity" / "histogram.png" for run in firsts]
+    histograms = [("", Image.open(path)) for path in drawn if path.is_file()]  # each has its title
+    if histograms:
+        save_image(panels([histograms], side=560), output / "similarity.png")
+        made[1]["images"].append(str(output / "similarity.png"))
     decided = claims(scores, similarity, padding)
     numbers = {
         name: {title: number.as_json() for title, number in by_title.items()}

@@ -110,7 +110,7 @@ def matrix() -> list[Row]:
     return [
         *PAPER_ROWS,
         Row("twin", "Concatenating twin", MAIN, guided=(), start=Start(twin="equal")),
-        Row("twin-small", "Concatenating twin, no added layers", MAIN, guided=(), start=Start(twin="small")),
+        Row("twin-small", "without added layers", "Twin's size", guided=(), start=Start(twin="small")),
         Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
         Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
         Row("no-stage-1", "without stage 1", "Stages", stages=(2, 3, 4)),
