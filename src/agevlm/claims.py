@@ -104,10 +104,16 @@ def _apart(similarity: Files) -> Claim:
     if not similarity.get(TWIN):
         return Claim(title, None, "Not run: it needs the concatenating twin.")
     spans = [entry["headline"]["auroc_interval"] for entry in similarity[TWIN]]
-    words = ", ".join(f"{e['headline']['auroc']:.3f} [{low:.3f}, {high:.3f}]"
-                      for e, (low, high) in zip(similarity[TWIN], spans, strict=True))  # fmt: skip
+    sentence = f"AUROC of the twin's final layer, one per seed: {_aurocs(similarity[TWIN])}; 0.5 tells nothing apart."
+    if similarity.get(GUIDED):
+        sentence += f" AGE-VLM's last cross block: {_aurocs(similarity[GUIDED])}."
     holds = None if len(spans) < 2 else all(low <= 0.5 <= high for low, high in spans)
-    return Claim(title, holds, f"AUROC of the twin's final layer, one per seed: {words}; 0.5 tells nothing apart.")
+    return Claim(title, holds, sentence)
+
+
+def _aurocs(entries: Sequence[Any]) -> str:
+    heads = [entry["headline"] for entry in entries]
+    return ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(head["auroc"], *head["auroc_interval"]) for head in heads)
 
 
 def _enrichment(padding: Files, name: str) -> list[float]:
