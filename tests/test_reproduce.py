@@ -312,6 +312,19 @@ def test_claims_follow_from_the_numbers(low, high, verdict):
     assert difference["difference"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("spans, verdict, below", [(((0.4, 0.6), (0.45, 0.55)), True, False), (((0.4, 0.6),), None, False),
+                                                   (((0.4, 0.6), (0.6, 0.7)), False, False),
+                                                   (((0.4, 0.6), (0.3, 0.49)), False, True)])  # fmt: skip
+def test_similarity_is_decided_by_every_seed(spans, verdict, below):
+    def entries(intervals):
+        return [{"headline": {"auroc": sum(span) / 2, "auroc_interval": span}} for span in intervals]
+
+    claim = claims._apart({"twin": entries(spans), "agevlm": entries([(0.5, 0.9)])})
+    assert claim.holds is verdict
+    assert ("mismatched pairs are the closer" in claim.sentence) is below
+    assert "AGE-VLM's last cross block: 0.700 [0.500, 0.900]" in claim.sentence
+
+
 def test_rows_that_answer_blindly_decide_nothing():
     scores = scores_of([answers(0.5, 0)] * 2, [answers(0.8, 1)] * 2)
     scores.constants = {"accuracy": 50.0}

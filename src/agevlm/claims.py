@@ -108,6 +108,8 @@ def _apart(similarity: Files) -> Claim:
     if similarity.get(GUIDED):
         sentence += f" AGE-VLM's last cross block: {_aurocs(similarity[GUIDED])}."
     holds = None if len(spans) < 2 else all(low <= 0.5 <= high for low, high in spans)
+    if any(high < 0.5 for _, high in spans):
+        sentence += " An interval below 0.5: there the mismatched pairs are the closer ones."
     return Claim(title, holds, sentence)
 
 
