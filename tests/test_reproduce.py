@@ -312,9 +312,11 @@ def test_claims_follow_from_the_numbers(low, high, verdict):
     assert difference["difference"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("spans, verdict, below", [(((0.4, 0.6), (0.45, 0.55)), True, False), (((0.4, 0.6),), None, False),
-                                                   (((0.4, 0.6), (0.6, 0.7)), False, False),
-                                                   (((0.4, 0.6), (0.3, 0.49)), False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "spans, verdict, below",
+    [(((0.4, 0.6), (0.45, 0.55)), True, False), (((0.4, 0.6),), None, False),
+     (((0.4, 0.6), (0.6, 0.7)), False, False), (((0.4, 0.6), (0.3, 0.49)), False, True)],
+)  # fmt: skip
 def test_similarity_is_decided_by_every_seed(spans, verdict, below):
     def entries(intervals):
         return [{"headline": {"auroc": sum(span) / 2, "auroc_interval": span}} for span in intervals]
