@@ -190,7 +190,7 @@ def write_findings(
         "size": size,
         "date": date.today().isoformat(),
         "split": SPLIT,
-        "measured at commit": str(git_commit())[:12],
+        "report written at commit": str(git_commit())[:12],
         "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
     }
     examples = _examples(found, scenes, output / "examples", titles)
