@@ -91,8 +91,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     total = number = 0
     lengths: dict[tuple[str, str], float] = {}
-    while total < kills or number < len(RUNS):
-        stage, variant = RUNS[number % len(RUNS)]
+    unhurt = list(RUNS)  # have ended before their kill came
+    while total < kills or unhurt:
+        stage, variant = unhurt[0] if unhurt else RUNS[number % len(RUNS)]
         alone = folder / f"alone-{stage.NAME}-{variant}"
         if not alone.exists():
             begun = time.monotonic()
@@ -116,6 +117,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
         first, second = (load_file(path / "model.safetensors") for path in (killed, alone))
         same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
         number += 1
+        if left and (stage, variant) in unhurt:
+            unhurt.remove((stage, variant))
         result = {"stage": stage.NAME, "variant": variant, "kills": sum(left.values()), "left": left, "same": same}
         print(json.dumps(result), flush=True)
 
