@@ -24,15 +24,6 @@ def commands(name: str) -> list[str]:
     return [line for line in (re.sub(r"\s+#.*$", "", line).strip() for line in text.splitlines()) if line]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder in which the commands find what a clone has, and write what they write."""
-    folder = tmp_path_factory.mktemp("clone")
-    for name in ("checkpoints", "docs", "Makefile", "pyproject.toml", "constraints.txt"):
-        (folder / name).symlink_to(ROOT / name)
-    return folder
-
-
 def run(command: list[str], folder: Path, code: str | None = None) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
@@ -47,8 +38,12 @@ def test_only_known_languages():
         assert languages <= {"python", "bash"}, f"{name}: a block that no test executes"
 
 
-def test_shell_blocks(folder):
-    """In the order of the README. `make` targets are only resolved: they install and train for minutes."""
+@pytest.mark.timeout(900)
+def test_every_block_runs(tmp_path):
+    """In the order of the README, Python blocks after those of the shell: these make the scenes that they read. One
+    test, as workers of pytest would run several apart. `make` targets are only resolved: they train for minutes."""
+    for name in ("checkpoints", "docs", "Makefile", "pyproject.toml", "constraints.txt"):  # what a clone has
+        (tmp_path / name).symlink_to(ROOT / name)
     for name in ("README.md", "CONTRIBUTING.md"):
         for command in commands(name):
             words = shlex.split(command)
@@ -56,18 +51,14 @@ def test_shell_blocks(folder):
                 words.insert(1, "-n")
             elif words[0] == "accelerate":
                 words = [sys.executable, "-m", *words[words.index("-m") + 1 :], "--dry_run"]
-            result = run(words, folder)
+            result = run(words, tmp_path)
             assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-
-
-@pytest.mark.parametrize("code", blocks("README.md", "python"), ids=range(len(blocks("README.md", "python"))))
-def test_python_blocks(code, folder):
-    """After the shell blocks: they make the scenes that the Python blocks read."""
-    result = run([sys.executable, "-"], folder, code)
-    assert result.returncode == 0, result.stderr
-    expected = re.findall(r"print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
-    assert expected, "a block of the README prints something and says what"
-    assert result.stdout.splitlines()[-len(expected) :] == expected
+    for code in blocks("README.md", "python"):
+        result = run([sys.executable, "-"], tmp_path, code)
+        assert result.returncode == 0, result.stderr
+        expected = re.findall(r"print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+        assert expected, "a block of the README prints something and says what"
+        assert result.stdout.splitlines()[-len(expected) :] == expected
 
 
 def test_files_that_are_mentioned_exist():
