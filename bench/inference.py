@@ -154,7 +154,7 @@ def contestants(size: dict, tokens: int, batch: int, dtype: torch.dtype) -> dict
                     use_cache=True, **masks)  # fmt: skip
 
     def our_step(token, cache, length):
-        return ours(input_ids=token, attention_mask=ones(batch, length + 1), past_key_values=cache, use_cache=True,
+        return ours(input_ids=token, attention_mask=ones(batch, length + 1), cache=cache, use_cache=True,
                     **masks)  # fmt: skip
 
     twin = build(
@@ -170,7 +170,7 @@ def contestants(size: dict, tokens: int, batch: int, dtype: torch.dtype) -> dict
                     use_cache=True)  # fmt: skip
 
     def twin_step(token, cache, length):
-        return twin(input_ids=token, attention_mask=ones(batch, length + 1), past_key_values=cache, use_cache=True)
+        return twin(input_ids=token, attention_mask=ones(batch, length + 1), cache=cache, use_cache=True)
 
     mllama = build(
         MllamaForConditionalGeneration,
@@ -198,7 +198,7 @@ def contestants(size: dict, tokens: int, batch: int, dtype: torch.dtype) -> dict
         )  # fmt: skip
 
     def mllama_step(token, cache, length):
-        return mllama(input_ids=token, attention_mask=ones(batch, length + 1), past_key_values=cache, use_cache=True,
+        return mllama(input_ids=token, attention_mask=ones(batch, length + 1), cache=cache, use_cache=True,
                       cross_attention_mask=ones(batch, 1, 1, 1).long())  # fmt: skip
 
     return {
@@ -231,11 +231,11 @@ def cache_bytes(cache: Cache) -> int:
 
 def decode(contestant: Contestant, output: Any, steps: int) -> float:
     """Seconds per token after a prefill, the first step left out."""
-    length = max(layer.keys.shape[2] for layer in output.past_key_values.layers[:1])
+    length = max(layer.keys.shape[2] for layer in output.cache.layers[:1])
     seconds = []
     for _ in range(steps + 1):
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-        taken, output = timed(lambda: contestant.step(token, output.past_key_values, length))  # noqa: B023
+        taken, output = timed(lambda: contestant.step(token, output.cache, length))  # noqa: B023
         seconds.append(taken)
         length += 1
     return statistics.median(seconds[1:])
@@ -305,7 +305,7 @@ def main() -> None:
     flops, caches = {}, {}
     for title, (contestant, given) in rows.items():
         flops[title] = operations(lambda: contestant.prefill(given))  # noqa: B023
-        caches[title.split(", ")[1]] = cache_bytes(contestant.prefill(given).past_key_values)
+        caches[title.split(", ")[1]] = cache_bytes(contestant.prefill(given).cache)
         print(f"warm: {title}, {flops[title] / 1e12:.3f} T operations", flush=True)
     weights = {
         name: sum(p.nbytes for module in contestant.decoder for p in module.parameters())

@@ -93,6 +93,7 @@ def render_card(facts: Mapping[str, Any]) -> ModelCard:
         facts=_facts(facts, parent, bases),
         parameters=facts.get("parameters") or {},
         layers=config.get("cross_attention_layers"),
+        needs=config.get("transformers_version"),
         side=(processor.get("size") or {}).get("height"),
         trains=recipe.get("trains"),
         settings=[(name, training[name]) for name in SETTINGS if training.get(name) not in (None, -1)],

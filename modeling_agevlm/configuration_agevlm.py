@@ -10,9 +10,12 @@ Readings of the paper that the fields encode:
 
 from typing import Any, Literal
 
+from .compatibility_agevlm import MINIMUM, sub_config_specs
+
+
+# isort: split
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import ConvNextConfig, LlamaConfig, PreTrainedConfig
 
 
 # Everything that `trust_remote_code=True` may ask a checkpoint folder for. `save_pretrained` alone would only name the
@@ -23,6 +26,49 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_agevlm.AgeVlmForConditionalGeneration",
     "AutoProcessor": "processing_agevlm.AgeVlmProcessor",
 }
+
+# The ConvNeXt-L of LAION's CLIP
+VISION_DEFAULTS = {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536], "layer_norm_eps": 1e-6}
+# Llama-3.2-1B
+TEXT_DEFAULTS = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "pad_token_id": 128004,
+}
+
+
+def _part(name: str, config_class: type, given: Any, defaults: dict[str, Any]) -> PreTrainedConfig:
+    """The field `name` as a configuration of `config_class`, whether given as one, as a dictionary or not at all.
+
+    Raises:
+        ValueError: it is of another architecture.
+    """
+    given = defaults if given is None else given
+    if isinstance(given, dict):
+        found = given.get("model_type", config_class.model_type)
+    else:
+        found = getattr(given, "model_type", type(given).__name__)
+    if found != config_class.model_type:
+        raise ValueError(f"`{name}` must be of type '{config_class.model_type}', got '{found}'.")
+    return config_class(**given) if isinstance(given, dict) else given
 
 
 @strict
@@ -46,40 +92,10 @@ class AgeVlmConfig(PreTrainedConfig):
     """
 
     model_type = "agevlm"
-    sub_configs_defaults = {  # noqa: RUF012 - the attribute transformers reads
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="convnext",
-            init_kwargs={"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536], "layer_norm_eps": 1e-6},
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="llama",
-            init_kwargs={
-                "vocab_size": 128256,
-                "hidden_size": 2048,
-                "intermediate_size": 8192,
-                "num_hidden_layers": 16,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "head_dim": 64,
-                "max_position_embeddings": 131072,
-                "rms_norm_eps": 1e-5,
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 500000.0,
-                    "factor": 32.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                },
-                "tie_word_embeddings": True,
-                "bos_token_id": 128000,
-                "eos_token_id": [128001, 128008, 128009],
-                "pad_token_id": 128004,
-            },
-        ),
-    }
+    sub_configs = {"vision_config": ConvNextConfig, "text_config": LlamaConfig}  # noqa: RUF012
+    sub_configs_defaults = sub_config_specs(
+        vision_config=(ConvNextConfig, VISION_DEFAULTS), text_config=(LlamaConfig, TEXT_DEFAULTS)
+    )
 
     # dict | PreTrainedConfig | None when given; always a configuration afterwards
     vision_config: Any = None
@@ -92,7 +108,9 @@ class AgeVlmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        kwargs["auto_map"] = dict(AUTO_MAP)  # what a loaded file says of other code does not travel on
+        self.vision_config = _part("vision_config", ConvNextConfig, self.vision_config, VISION_DEFAULTS)
+        self.text_config = _part("text_config", LlamaConfig, self.text_config, TEXT_DEFAULTS)
         self.cross_attention_layers = list(self.cross_attention_layers)
         super().__post_init__(**kwargs)
         # The head belongs to the decoder: whether it is tied is the decoder's decision.
@@ -100,16 +118,16 @@ class AgeVlmConfig(PreTrainedConfig):
         # `@strict` runs it again and would wrap the error into a type that is no ValueError.
         self.validate_architecture()
 
+    def to_dict(self) -> dict[str, Any]:
+        # What is needed, not what happens to be installed where it is saved
+        return {**super().to_dict(), "transformers_version": MINIMUM}
+
     def validate_architecture(self):
         """Part of the `@strict` validation, which also runs before saving.
 
         Raises:
             ValueError: see the class.
         """
-        if self.vision_config.model_type != "convnext":
-            raise ValueError(f"`vision_config` must be of type 'convnext', got '{self.vision_config.model_type}'.")
-        if self.text_config.model_type != "llama":
-            raise ValueError(f"`text_config` must be of type 'llama', got '{self.text_config.model_type}'.")
         layers = list(self.cross_attention_layers)
         depth = self.text_config.num_hidden_layers + len(layers)
         if layers != sorted(set(layers)) or any(not 0 <= layer < depth for layer in layers):

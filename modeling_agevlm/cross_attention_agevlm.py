@@ -115,7 +115,7 @@ class AgeVlmCrossAttention(nn.Module):
         image_states: torch.Tensor | None,
         attention_mask: Any,
         visibility: Visibility,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         guidance_query_mask: torch.Tensor | None,
         guidance_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -128,15 +128,15 @@ class AgeVlmCrossAttention(nn.Module):
                 f"Guidance averages over all {self.config.num_attention_heads} heads; under tensor parallelism this "
                 f"process has {query.shape[1]}. Use `fsdp_size` in place of `tp_size`."
             )
-        cache = None
-        if past_key_values is not None:
-            cache = cross_cache_layer(past_key_values, self.config.num_hidden_layers, self.cross_index)
+        cached = None
+        if cache is not None:
+            cached = cross_cache_layer(cache, self.config.num_hidden_layers, self.cross_index)
         if image_states is None:
-            key, value = cache.keys, cache.values
+            key, value = cached.keys, cached.values
         else:
             key, value = self.project_images(image_states)
-            if cache is not None:
-                key, value = cache.update(key, value)
+            if cached is not None:
+                key, value = cached.update(key, value)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -193,7 +193,7 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
         image_states: torch.Tensor | None,
         attention_mask: Any,
         visibility: Visibility,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         guidance_query_mask: torch.Tensor | None = None,
         guidance_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,7 +203,7 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
             image_states,
             attention_mask,
             visibility,
-            past_key_values,
+            cache,
             guidance_query_mask,
             guidance_mask,
         )

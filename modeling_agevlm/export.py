@@ -148,7 +148,7 @@ def export(
     inputs = {
         "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.long),
         "attention_mask": torch.ones(_BATCH, _CACHED + _TOKENS, dtype=torch.long),
-        "past_key_values": _filled_cache(config, _BATCH, _CACHED, projected["keys"], projected["values"]),
+        "cache": _filled_cache(config, _BATCH, _CACHED, projected["keys"], projected["values"]),
         "image_mask": torch.ones(_BATCH, images, dtype=torch.bool),
         "visual_token_mask": torch.ones(_BATCH, images, cells, dtype=torch.bool),
         "cross_attention_mask": torch.ones(_BATCH, _SEEN, images, dtype=torch.bool),
@@ -158,7 +158,7 @@ def export(
         "input_ids": {0: AUTO, 1: AUTO},
         "attention_mask": {0: AUTO, 1: AUTO},
         # keys and values of every layer; the pictures' have a fixed length
-        "past_key_values": [{0: AUTO, 2: AUTO}] * (2 * text_config.num_hidden_layers)
+        "cache": [{0: AUTO, 2: AUTO}] * (2 * text_config.num_hidden_layers)
         + [{0: AUTO}] * (2 * len(projected["keys"])),
         "image_mask": {0: AUTO},
         "visual_token_mask": {0: AUTO},
@@ -217,10 +217,8 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: pictures of another size or number than the export takes, or a cache.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "An export makes its own cache: leave `past_key_values` out and give the whole conversation."
-            )
+        if kwargs.get("cache", kwargs.get("past_key_values")) is not None:
+            raise ValueError("An export makes its own cache: leave `cache` out and give the whole conversation.")
         input_ids = kwargs["input_ids"] if inputs is None else inputs
         rows, images = input_ids.shape[0], self.image_shape[0]
         pixel_values = kwargs.get("pixel_values")
@@ -250,7 +248,7 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
         visual_token_mask: torch.Tensor,
         cross_attention_mask: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         pixel_values: torch.Tensor | None = None,
         logits_to_keep: int = 1,
         **kwargs: Any,
@@ -269,18 +267,18 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
             )
         if pixel_values is not None:
             projected = self.exported.runners["vision"](pixel_values=pixel_values.to(self.dtype))
-            past_key_values = _filled_cache(self.config, input_ids.shape[0], 0, projected["keys"], projected["values"])
-        if past_key_values is None:
+            cache = _filled_cache(self.config, input_ids.shape[0], 0, projected["keys"], projected["values"])
+        if cache is None:
             raise ValueError("The first call needs `pixel_values`; `generate` gives hidden ones to rows without.")
         if attention_mask is None:  # `generate` leaves it out where it hides nothing
-            length = past_key_values.get_seq_length() + input_ids.shape[1]
+            length = cache.get_seq_length() + input_ids.shape[1]
             attention_mask = torch.ones(input_ids.shape[0], length, dtype=torch.long)
         outputs = self.exported.runners["decoder"](
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             image_mask=image_mask,
             visual_token_mask=visual_token_mask,
             cross_attention_mask=cross_attention_mask,
         )
-        return AgeVlmCausalLMOutputWithPast(logits=outputs.logits, past_key_values=outputs.past_key_values)
+        return AgeVlmCausalLMOutputWithPast(logits=outputs.logits, cache=outputs.cache)

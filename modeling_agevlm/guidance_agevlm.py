@@ -14,6 +14,7 @@ Shapes: B batch, T text tokens, N images per row, L visual tokens per image, V =
 heads, D head width, R rows, Q selected tokens of a row.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-# Each copy of this file (the package's, a checkpoint's) has operators of its own.
-_NAMESPACE = __name__.replace(".", "_")
+# Each copy of this file (the package's, a checkpoint's) has operators of its own. The module's name holds that of the
+# checkpoint's folder, which may be any text; a namespace of operators must be an identifier.
+_NAMESPACE = "agevlm_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 _QUERIES_AT_ONCE = 128
 _CHANNELS = 8  # fused kernels want head widths that are multiples of 8
 

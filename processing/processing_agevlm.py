@@ -12,6 +12,10 @@ And on request, for the guidance loss (section 3.2.2): `guidance_query_mask (B, 
 from collections.abc import Sequence
 from typing import Any
 
+from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformers is needed
+
+
+# isort: split
 import numpy as np
 from PIL import ExifTags, Image
 from transformers.feature_extraction_utils import BatchFeature
@@ -42,6 +46,8 @@ class AgeVlmProcessor(ProcessorMixin):
                 f"The tokenizer has no token '{image_token}'. Use `agevlm.processing.build.build_processor`, which "
                 "renames a reserved special token to it."
             )
+        # What a loaded file says of other code does not travel on.
+        tokenizer.init_kwargs.pop("auto_map", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property

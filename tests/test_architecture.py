@@ -36,10 +36,12 @@ ALLOWED = {
 CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
 # What is copied, flat, into every checkpoint of ours.
 SHIPPED = (
+    "modeling_agevlm/compatibility_agevlm.py",
     "modeling_agevlm/configuration_agevlm.py",
     "modeling_agevlm/modeling_agevlm.py",
     "modeling_agevlm/cross_attention_agevlm.py",
     "modeling_agevlm/guidance_agevlm.py",
+    "processing/compatibility_agevlm.py",  # a link to the model's
     "processing/image_processing_agevlm.py",
     "processing/processing_agevlm.py",
 )
@@ -125,8 +127,8 @@ def test_shipped_files_import_only_siblings(name):
 
 
 def test_shipped_file_names_are_unique():
-    names = [Path(name).name for name in (*SHIPPED, *SHIPPED_BASELINES)]
-    assert len(set(names)) == len(names)
+    files = {(ROOT / name).resolve() for name in (*SHIPPED, *SHIPPED_BASELINES)}
+    assert len({path.name for path in files}) == len(files)
 
 
 def test_every_file_says_what_it_implements():

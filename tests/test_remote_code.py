@@ -18,6 +18,7 @@ from builders import picture, tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {
+    "compatibility_agevlm.py": ROOT / "modeling_agevlm",
     "configuration_agevlm.py": ROOT / "modeling_agevlm",
     "modeling_agevlm.py": ROOT / "modeling_agevlm",
     "guidance_agevlm.py": ROOT / "modeling_agevlm",

@@ -19,11 +19,16 @@ Auto classes gets the first where torchvision is installed, else the second.
 import base64
 import io
 import os
+import urllib.request
+from http.client import HTTPException
 from typing import Any, Literal, NamedTuple
 
+from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformers is needed
+
+
+# isort: split
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -149,6 +154,17 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         )
 
 
+def check_numbers(name: str, values: Any, least: float) -> None:
+    """
+    Raises:
+        ValueError: `values` are not three finite numbers of at least `least`.
+    """
+    numbers = np.asarray(values)
+    usable = numbers.shape == (3,) and numbers.dtype.kind in "fiu"
+    if not usable or not (np.isfinite(numbers) & (numbers >= least)).all():
+        raise ValueError(f"`{name}` must be three finite numbers of at least {least:g}, got {values!r}.")
+
+
 def background(image_mean) -> list[int]:
     """The colour of the padding, in 8 bits."""
     return [int(value * 255) for value in image_mean]
@@ -238,7 +254,8 @@ class AgeVlmImageProcessorMixin:
 
     def to_dict(self) -> dict[str, Any]:
         # The same for both backends, so that which of them saved a checkpoint decides nothing.
-        auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoImageProcessor": dict(BACKENDS)}
+        # And what a loaded file says of other code does not travel on.
+        auto_map = {"AutoImageProcessor": dict(BACKENDS)}
         return {**super().to_dict(), "image_processor_type": "AgeVlmImageProcessor", "auto_map": auto_map}
 
     def fetch_images(self, image_url_or_urls):
@@ -257,13 +274,17 @@ class AgeVlmImageProcessorMixin:
         source = image_url_or_urls
         try:
             if source.startswith(("http://", "https://")):
-                reply = httpx.get(source, timeout=60, follow_redirects=True).raise_for_status()
-                return Image.open(io.BytesIO(reply.content))
+                most = 4 * self.max_pixels + 2**20  # bytes; four for each pixel that is allowed, and metadata
+                with urllib.request.urlopen(source, timeout=60) as reply:
+                    content = reply.read(most + 1)
+                if len(content) > most:
+                    raise ValueError(f"its file has more than {most:,} bytes")
+                return Image.open(io.BytesIO(content))
             if os.path.isfile(source):
                 return Image.open(source)
             _, _, encoded = source.rpartition(",")  # of a data URL; base64 itself has no comma
             return Image.open(io.BytesIO(base64.b64decode(encoded)))
-        except (OSError, ValueError, httpx.HTTPError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, HTTPException, Image.DecompressionBombError) as error:
             name = source if len(source) < 300 else f"{source[:60]}..."
             raise ValueError(
                 f"{name} cannot be opened: {error}. Replace the file; paths, URLs and base64 are understood."
@@ -274,9 +295,12 @@ class AgeVlmImageProcessorMixin:
 
         Raises:
             ValueError: a `size` without height and width or no multiple of `cell_size`, a filter that the backends
-                do not share, a mean that is no colour, or a step that the geometry stands for.
+                do not share, a mean or deviation that is not three usable numbers, or a step that the geometry stands
+                for.
         """
         size, cell_size = kwargs["size"], kwargs["cell_size"]
+        if not (isinstance(cell_size, int) and cell_size > 0):
+            raise ValueError(f"`cell_size` must be a positive number of pixels, got {cell_size!r}.")
         if not (size.height and size.width):
             raise ValueError(f"`size` must have `height` and `width`, got {dict(size)}.")
         if size.height % cell_size or size.width % cell_size:
@@ -286,10 +310,10 @@ class AgeVlmImageProcessorMixin:
         if kwargs["resample"] not in FILTERS:
             names = " or ".join(f"{resample.value} ({resample.name.lower()})" for resample in FILTERS)
             raise ValueError(f"`resample` must be {names}, got {kwargs['resample']!r}.")
-        if np.size(kwargs["image_mean"]) != 3:
-            raise ValueError(
-                f"`image_mean` must be three values (the padding is of that colour too), got {kwargs['image_mean']!r}."
-            )
+        # The padding is of the mean's color.
+        check_numbers("image_mean", kwargs["image_mean"], least=0.0)
+        if kwargs["do_normalize"]:
+            check_numbers("image_std", kwargs["image_std"], least=1e-6)
         for name in ("do_center_crop", "do_pad"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` is not a step of this processor. Choose a `geometry` (pad, crop) instead.")

@@ -15,8 +15,12 @@ H query heads, G key/value heads, K cross blocks.
 """
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
+from .compatibility_agevlm import CACHE, accepts_past_key_values
+
+
+# isort: split
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -24,8 +28,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.convnext.modeling_convnext import ConvNextModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -61,15 +69,10 @@ class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class AgeVlmCausalLMOutputWithPast(ModelOutput):
+class AgeVlmCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of [`AgeVlmForConditionalGeneration`]: `loss`, `logits (B, T, vocabulary)` and the fields of
     [`AgeVlmModelOutputWithPast`]."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: torch.FloatTensor | None = None
     cross_attention_mass: torch.FloatTensor | None = None
@@ -83,13 +86,60 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AgeVlmCrossAttentionLayer", "ConvNextStage"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     # Flash kernels cannot take the mask that hides the padded cells of a picture.
     _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers' own, which only warns of the weights that it has to draw at random.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, or has one too many, of another shape or that is not finite.
+        """
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_weights(model, report, pretrained_model_name_or_path)
+        return (model, report) if output_loading_info else model
+
+
+def check_weights(model: nn.Module, report: dict[str, Any], name: Any) -> None:
+    """Whether a loaded model is the one that was stored.
+
+    Args:
+        report: the `output_loading_info` of `from_pretrained`.
+        name: the checkpoint, for the message.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of another shape or not finite.
+    """
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "of another shape": sorted(str(key[0]) for key in report.get("mismatched_keys", ())),
+        "not finite": [
+            key
+            for key, tensor in model.state_dict().items()
+            if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and tensor.device.type != "meta"
+            and not getattr(tensor, "_local_tensor", tensor).isfinite().all()
+        ],
+    }
+    said = [
+        f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})"
+        for fault, keys in faults.items()
+        if keys
+    ]
+    if said:
+        raise ValueError(
+            f"{name}: the weights do not fit the configuration. Tensors: {'; '.join(said)}. Download or save the "
+            "checkpoint again, or correct its config.json."
+        )
 
 
 class AgeVlmVisionTower(ConvNextModel):
@@ -172,6 +222,7 @@ class AgeVlmTextModel(LlamaModel):
             init.zeros_(module.attn_gate)
             init.zeros_(module.mlp_gate)
 
+    @accepts_past_key_values
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -179,7 +230,7 @@ class AgeVlmTextModel(LlamaModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         image_states: torch.FloatTensor | None = None,
@@ -194,18 +245,18 @@ class AgeVlmTextModel(LlamaModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         cross_mask = None if visibility is None else self._cross_attention_mask(inputs_embeds, visibility)
 
@@ -223,7 +274,7 @@ class AgeVlmTextModel(LlamaModel):
                     image_states,
                     cross_mask,
                     visibility,
-                    past_key_values,
+                    cache,
                     guidance_query_mask,
                     guidance_mask,
                 )
@@ -234,11 +285,11 @@ class AgeVlmTextModel(LlamaModel):
                     attention_mask=causal_mask,
                     position_embeddings=position_embeddings,
                     position_ids=position_ids,
-                    past_key_values=past_key_values,
                     use_cache=use_cache,
+                    **{CACHE: cache},
                     **kwargs,
                 )
-        output = AgeVlmModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        output = AgeVlmModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
         if guidance_query_mask is not None and visibility is not None:
             field = "cross_attention_maps" if guidance_mask is None else "cross_attention_mass"
             # Blocks that `device_map` has spread over devices leave theirs on each.
@@ -288,6 +339,8 @@ class AgeVlmTextModel(LlamaModel):
 class AgeVlmModel(AgeVlmPreTrainedModel):
     """AGE-VLM without a language-model head."""
 
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)  # of a checkpoint that has one
+
     def __init__(self, config: AgeVlmConfig):
         super().__init__(config)
         self.vision_tower = AgeVlmVisionTower._from_config(config.vision_config)
@@ -311,6 +364,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         return outputs
 
+    @accepts_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -318,7 +372,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         image_mask: torch.BoolTensor | None = None,
@@ -369,7 +423,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             input_ids,
             inputs_embeds,
             image_hidden_states,
-            past_key_values,
+            cache,
             image_mask,
             visual_token_mask,
             cross_attention_mask,
@@ -377,7 +431,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_states=image_states,
@@ -394,7 +448,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         image_hidden_states: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         image_mask: torch.Tensor | None,
         visual_token_mask: torch.Tensor | None,
         cross_attention_mask: torch.Tensor | None,
@@ -406,8 +460,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if image_hidden_states is not None:
             num_visual = image_hidden_states.shape[1] * image_hidden_states.shape[2]
             num_images = image_hidden_states.shape[1]
-        elif has_pictures(past_key_values, num_text_layers):
-            num_visual = past_key_values.layers[num_text_layers].keys.shape[2]
+        elif has_pictures(cache, num_text_layers):
+            num_visual = cache.layers[num_text_layers].keys.shape[2]
             given = [
                 mask.shape[axis] for mask, axis in ((image_mask, 1), (cross_attention_mask, 2)) if mask is not None
             ]
@@ -433,7 +487,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 f"{(batch, num_images, num_visual // num_images)} (rows, images, cells)."
             )
 
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if cross_attention_mask is not None:
             if cross_attention_mask.shape[0] != batch or cross_attention_mask.shape[2] != num_images:
                 raise ValueError(
@@ -458,6 +512,18 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return Visibility(image_BTN & image_mask[:, None], visual_token_mask.bool() & image_mask[..., None])
 
 
+def _kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states `(B, T, D)` whose logits are wanted: the last ones (0: all), positions for every row `(P,)` or for
+    each `(B, P)`, or a boolean mask `(B, T)`. The rules are transformers' `slice_logits_to_keep`, new in 5.21."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
 class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     """AGE-VLM with its language-model head: answers questions about pictures."""
 
@@ -477,6 +543,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         """See [`AgeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @accepts_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -484,7 +551,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         image_mask: torch.BoolTensor | None = None,
@@ -506,7 +573,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_mask=image_mask,
@@ -519,7 +586,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         )
         # As a matrix: given a slice in three dimensions, torch may copy the head's weights first, which in bfloat16 on
         # a CPU takes seconds at every prefill of Llama-1B's vocabulary.
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        kept = _kept_states(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(kept.flatten(0, -2)).unflatten(0, kept.shape[:-1])
         loss = None
         if labels is not None:
@@ -529,7 +596,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         return AgeVlmCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

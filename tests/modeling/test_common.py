@@ -109,7 +109,7 @@ def test_decode_steps_over_a_static_cache_are_one_graph(model, batch):
     cache = StaticCache(config=model.config, max_cache_len=16)
     placeholders = batch["input_ids"] == model.config.image_token_id
     inputs = {
-        "past_key_values": cache,
+        "cache": cache,
         "cross_attention_mask": placeholders.cumsum(-1)[..., None] > torch.arange(2),
         "image_mask": batch["image_mask"],
         "visual_token_mask": batch["visual_token_mask"],

@@ -105,8 +105,8 @@ def test_mistakes_are_named(torch_export, tmp_path):
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 96, 96\).*takes \(1, 1, 3, 96, 96\)"):
         exported.generate(**inputs)
     one = inputs_of(tiny_processor(), [("Which?", [picture()])])
-    with pytest.raises(ValueError, match="leave `past_key_values` out"):
-        exported.generate(**one, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="leave `cache` out"):
+        exported.generate(**one, cache=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="generate without drafts"):
         exported.generate(**one, prompt_lookup_num_tokens=3, max_new_tokens=8)
     with pytest.raises(ValueError, match="int8 comes from ONNX Runtime"):

@@ -97,14 +97,14 @@ def test_a_second_turn_goes_on_over_the_cache_of_the_first(model, processor, res
     """With the pictures left out, their cached keys are used; sent again, they are computed again."""
     first = ask(processor, (2,))
     cache = DynamicCache(config=model.config)
-    told = model.generate(**first, past_key_values=cache, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
+    told = model.generate(**first, cache=cache, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
     more = processor.tokenizer("How many trees?", return_tensors="pt", add_special_tokens=False)["input_ids"]
     second = {**first, "input_ids": torch.cat([told, more], dim=1)}
     second["attention_mask"] = torch.ones_like(second["input_ids"])
     expected = answer(model, second)
     if not resend:
         second.pop("pixel_values")
-    assert torch.equal(answer(model, second, past_key_values=cache), expected)
+    assert torch.equal(answer(model, second, cache=cache), expected)
 
 
 def test_the_pipeline_answers_batches_of_chats(model, processor):

@@ -185,7 +185,7 @@ def generate(model, batch, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"cache_implementation": "static"}, {"past_key_values": DynamicCache}], ids=["static", "own cache"]
+    "kwargs", [{"cache_implementation": "static"}, {"cache": DynamicCache}], ids=["static", "own cache"]
 )
 def test_every_cache_generates_what_no_cache_generates(model, batch, kwargs):
     kwargs = {name: value() if callable(value) else value for name, value in kwargs.items()}
@@ -198,7 +198,7 @@ def test_a_cache_that_was_reset_holds_no_pictures(model, batch):
     text = {"input_ids": batch["input_ids"][1:2]}
     for cache in (StaticCache(config=model.config, max_cache_len=16), DynamicCache(config=model.config)):
         for inputs in (pictures, text, pictures):
-            with_cache = logits(model, **inputs, past_key_values=cache, use_cache=True)
+            with_cache = logits(model, **inputs, cache=cache, use_cache=True)
             assert torch.allclose(with_cache, logits(model, **inputs), atol=1e-5)
             cache.reset()
 
@@ -227,7 +227,7 @@ def test_an_offloaded_cache_brings_every_layer_back_before_it_is_used(model, bat
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
     cache = DynamicCache(config=model.config, offloading=True)
-    assert torch.equal(generate(model, batch, past_key_values=cache), generate(model, batch, use_cache=False))
+    assert torch.equal(generate(model, batch, cache=cache), generate(model, batch, use_cache=False))
     away = [getattr(layer, "away", False) for layer in cache.layers]
     assert away == [False, True, True, True, False, False]  # the first is fetched for the next step
 
@@ -277,7 +277,7 @@ def test_cached_prefix_goes_on_like_one_pass(model, batch):
         first = model(**{**batch, "input_ids": ids[:, :7], "attention_mask": None}, use_cache=True)
         second = model(
             input_ids=ids[:, 7:],
-            past_key_values=first.past_key_values,
+            cache=first.cache,
             cross_attention_mask=mask,
             image_mask=batch["image_mask"],
             visual_token_mask=batch["visual_token_mask"],

@@ -4,11 +4,13 @@ What needs torchvision is skipped where it is missing; the rest is about its abs
 """
 
 import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -174,7 +176,11 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
         (Image.new("RGBA", (5, 5)), {"do_convert_rgb": False}, r"mode RGBA with `do_convert_rgb=False`. Leave"),
         (picture(50, 60), {"do_resize": False}, r"50 x 60 pixels must be resized for `size` 96 x 96, but `do_resize`"),
         (picture(), {"resample": 1}, r"`resample` must be 2 \(bilinear\) or 3 \(bicubic\)"),
-        (picture(), {"image_mean": 0.5}, r"`image_mean` must be three values .* got 0.5"),
+        (picture(), {"image_mean": 0.5}, r"`image_mean` must be three finite numbers .* got 0.5"),
+        (picture(), {"image_std": [0, 0, 0]}, r"`image_std` must be three finite numbers .* got \(0, 0, 0\)"),
+        (picture(), {"image_std": [0.2, float("nan"), 0.2]}, r"`image_std` must be three finite numbers"),
+        (picture(), {"image_mean": "abc"}, r"`image_mean` must be three finite numbers .* got 'abc'"),
+        (picture(), {"cell_size": 0}, r"`cell_size` must be a positive number of pixels, got 0"),
         (picture(), {"size": {"shortest_edge": 96}}, r"`size` must have `height` and `width`"),
         (picture(), {"size": {"height": 100, "width": 96}}, r"100 x 96 is no multiple of the cell size 32"),
         (picture(), {"do_center_crop": True, "crop_size": 96}, r"`do_center_crop` is not a step .*`geometry`"),
@@ -216,56 +222,65 @@ def test_pictures_of_the_right_size_need_no_resizing(backend):
     np.testing.assert_array_equal(*(batch["pixel_values"] for batch in batches))
 
 
-def sources(path, monkeypatch) -> dict[str, str]:
+@pytest.fixture
+def address(tmp_path):
+    """The address of a server of the files in `tmp_path`."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def sources(path, address: str) -> dict[str, str]:
     """The picture at `path` in every way to name one."""
-
-    def get(url, **kwargs):
-        status = 200 if url.endswith(path.name) else 404
-        return httpx.Response(status, content=path.read_bytes(), request=httpx.Request("GET", url))
-
-    monkeypatch.setattr(httpx, "get", get)
     encoded = base64.b64encode(path.read_bytes()).decode()
     return {
         "file": str(path),
-        "URL": f"https://example.org/{path.name}",
+        "URL": f"{address}/{path.name}",
         "base64": encoded,
         "data URL": f"data:image/png;base64,{encoded}",
     }
 
 
 @backends
-def test_transparency_is_white_wherever_a_picture_comes_from(backend, tmp_path, monkeypatch):
+def test_transparency_is_white_wherever_a_picture_comes_from(backend, tmp_path, address):
     keyed, alpha = tmp_path / "keyed.png", tmp_path / "alpha.png"
     Image.new("RGB", (96, 96), (1, 2, 3)).save(keyed, transparency=(1, 2, 3))
     Image.new("RGBA", (96, 96), (1, 2, 3, 0)).save(alpha)
     processor = backend(size={"height": 96, "width": 96})
     for path in (keyed, alpha):
-        for source, name in sources(path, monkeypatch).items():
+        for source, name in sources(path, address).items():
             values = processor(name, do_normalize=False, return_tensors="np")["pixel_values"]
             assert (values == 1).all(), source
 
 
 @backends
-def test_too_many_pixels_are_refused_before_they_are_decoded(backend, tmp_path, monkeypatch):
+def test_too_many_pixels_are_refused_before_they_are_decoded(backend, tmp_path, address, monkeypatch):
     path = tmp_path / "large.png"
     picture(40, 30).save(path)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    for source in sources(path, monkeypatch).values():
+    for source in sources(path, address).values():
         with pytest.raises(ValueError, match="40 x 30 pixels is over the limit of 9"):
             backend(max_pixels=9)(source)
 
 
 @backends
-def test_what_names_no_picture_is_refused(backend, tmp_path, monkeypatch):
-    path = tmp_path / "picture.png"
-    picture().save(path)
-    sources(path, monkeypatch)
-    for name in ("nowhere.png", "https://example.org/nowhere.png", "data:image/png;base64,QUJD"):
+def test_what_names_no_picture_is_refused(backend, tmp_path, address):
+    for name in (
+        "nowhere.png",
+        f"{address}/nowhere.png",
+        "http://127.0.0.1:1/closed.png",
+        "data:image/png;base64,QUJD",
+    ):
         with pytest.raises(ValueError, match=rf"{name} cannot be opened"):
             backend()(name)
     with pytest.raises(ValueError, match=r"QUJD\.\.\. cannot be opened") as error:
         backend()("QUJD" * 1000)
     assert len(str(error.value)) < 300
+    (tmp_path / "long.png").write_bytes(bytes(2**20 + 100))
+    with pytest.raises(ValueError, match=r"long\.png cannot be opened: its file has more than 1,048,612 bytes"):
+        backend(max_pixels=9)(f"{address}/long.png")
 
 
 @backends

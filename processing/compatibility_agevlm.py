@@ -1,0 +1,1 @@
+../modeling_agevlm/compatibility_agevlm.py
