@@ -26,7 +26,7 @@ class MobileVlmConfig(LlavaConfig):
     model_type = "mobilevlm_v2"
 
     def __post_init__(self, **kwargs: Any):
-        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        kwargs["auto_map"] = dict(AUTO_MAP)  # what a loaded file says of other code does not travel on
         super().__post_init__(**kwargs)
         if math.isqrt(self.image_seq_length) ** 2 != self.image_seq_length:
             raise ValueError(f"`image_seq_length` must be a square (published: 12 x 12), got {self.image_seq_length}.")

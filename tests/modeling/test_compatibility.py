@@ -1,0 +1,176 @@
+"""The versions of transformers (compatibility_agevlm.py), names of folders, and weights that do not fit.
+
+What differs between versions is measured on real ones by `make test-versions`; here the decisions alone.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, compatibility_agevlm
+from agevlm.processing import AgeVlmProcessor
+from builders import tiny_batch, tiny_model, tiny_processor
+
+
+def loaded_under(version: str, monkeypatch, name: str = "compatibility"):
+    """A fresh copy of the file, as transformers `version` would load it."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    spec = spec_from_file_location(name, compatibility_agevlm.__file__)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.0", "5.9.0", "5.10.0.dev0"])
+def test_an_old_version_is_refused_in_one_sentence(version, monkeypatch):
+    with pytest.raises(ImportError) as error:
+        loaded_under(version, monkeypatch)
+    assert str(error.value) == (f"AGE-VLM needs transformers >= 5.10 (this is {version}): pip install -U transformers")
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("5.10.4", "past_key_values"),
+        ("5.23.0", "past_key_values"),
+        ("5.24.0.dev0", "cache"),
+        ("5.24.0", "cache"),
+        ("5.24.3", "cache"),
+    ],
+)
+def test_tested_versions_load_in_silence_and_name_the_cache(version, name, monkeypatch, caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    assert name == loaded_under(version, monkeypatch).CACHE
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("version", ["5.25.0", "6.0.0"])
+def test_an_untested_version_warns_once_for_all_copies(version, monkeypatch, caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    for name in ("of_the_configuration", "of_the_model", "of_the_processor"):
+        assert loaded_under(version, monkeypatch, name).CACHE == "cache"
+    assert caplog.messages == [f"AGE-VLM has been tested with transformers 5.10 to 5.24; this is {version}."]
+
+
+def test_the_cache_has_both_names(model):
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        first = model(**batch, use_cache=True)
+        step = {"input_ids": batch["input_ids"][:, -1:], "image_mask": batch["image_mask"]}
+        logits = [model(**step, **{name: copy.deepcopy(first.cache)}).logits for name in ("cache", "past_key_values")]
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are the same argument"):
+        model(**step, cache=first.cache, past_key_values=first.cache)
+
+
+FOLDERS = ["agevlm (1)", "lr=1e-5", "agevlm tiny", "it's", "模型", "a.b", "1", "class"]
+LOAD_ALL = """
+import sys, torch
+from transformers import AutoModel, AutoProcessor
+namespaces = set()
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(text="Is there a red apple?", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs.input_ids.shape[1] + 2
+    guidance = sys.modules[type(model).__module__.rpartition(".")[0] + ".guidance_agevlm"]
+    namespaces.add(guidance._NAMESPACE)
+assert len(namespaces) == len(sys.argv[1:]), namespaces
+print("ok")
+"""
+
+
+def test_the_name_of_the_folder_does_not_matter(tmp_path):
+    """All in one process: copies of the code stay apart."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor().save_pretrained(tmp_path / "saved")
+    folders = [tmp_path / name for name in FOLDERS]
+    for folder in folders:
+        shutil.copytree(tmp_path / "saved", folder)
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD_ALL, *map(str, folders)],
+        capture_output=True, text=True, timeout=200, env=environment,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
+
+
+def test_a_checkpoint_says_which_version_it_needs_and_no_foreign_code_travels_on(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(tmp_path / "honest")
+    processor.save_pretrained(tmp_path / "honest")
+    shutil.copytree(tmp_path / "honest", tmp_path / "hostile")
+    evil = "attacker/repo--evil.Model"
+    for name, auto_class in (
+        ("config.json", "AutoModel"),
+        ("config.json", "AutoModelForCausalLM"),
+        ("config.json", "AutoVideoProcessor"),
+        ("processor_config.json", "AutoProcessor"),
+        ("processor_config.json", "AutoTokenizer"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+    ):
+        path = tmp_path / "hostile" / name
+        content = json.loads(path.read_text())
+        for part in (content, content.get("image_processor", {})):
+            part.setdefault("auto_map", {})[auto_class] = evil
+        path.write_text(json.dumps(content))
+    AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "hostile").save_pretrained(tmp_path / "again")
+    AgeVlmProcessor.from_pretrained(tmp_path / "hostile").save_pretrained(tmp_path / "again")
+    for name in ("config.json", "processor_config.json"):
+        honest, again = (json.loads((tmp_path / place / name).read_text()) for place in ("honest", "again"))
+        assert again["auto_map"] == honest["auto_map"]
+    assert not [path.name for path in (tmp_path / "again").glob("*.json") if "evil" in path.read_text()]
+    assert json.loads((tmp_path / "again/config.json").read_text())["transformers_version"] == "5.10"
+
+
+def _damaged(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    name = "model.multi_modal_projector.linear_1.bias"
+    if kind == "missing":
+        return {key: value for key, value in weights.items() if "vision_tower" not in key}
+    if kind == "unexpected":
+        return {**weights, "model.language_model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}
+    return {**weights, name: weights[name] * (float("nan") if kind == "nan" else float("inf"))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "missing",
+            r"\d+ missing \(model\.vision_tower\.\S+, model\.vision_tower\.\S+, model\.vision_tower\.\S+, \.\.\.\)",
+        ),
+        ("unexpected", r"1 unexpected \(model\.language_model\.layers\.9\.mlp\.up_proj\.weight\)"),
+        ("nan", r"1 not finite \(model\.multi_modal_projector\.linear_1\.bias\)"),
+        ("inf", r"1 not finite \(model\.multi_modal_projector\.linear_1\.bias\)"),
+    ],
+)
+@pytest.mark.parametrize("report", [False, True])
+def test_weights_that_do_not_fit_are_refused(kind, said, report, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(_damaged(load_file(file), kind), file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path}: the weights do not fit .* Tensors: {said}\. Download"):
+        AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=report)
+
+
+def test_whole_weights_load_with_and_without_a_report(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model, report = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert AgeVlmForConditionalGeneration.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
+    backbone = type(model.model).from_pretrained(tmp_path)  # the same file without its head
+    assert torch.equal(
+        backbone.multi_modal_projector.linear_1.weight, model.model.multi_modal_projector.linear_1.weight
+    )
