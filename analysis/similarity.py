@@ -161,7 +161,7 @@ def score_batch(subject: Subject, encoded: Encoded) -> list[dict[str, Any]]:
             images = [layer[row, image_BT[row]] for layer in output.hidden_states]
         else:
             texts = [streams[index][row, words] for index in sorted(streams)]
-            images = [output.image_hidden_states[row, 0][encoded.inputs["visual_token_mask"][row, 0].bool()]]
+            images = [output.image_outputs.pooler_output[row, 0][encoded.inputs["visual_token_mask"][row, 0].bool()]]
         shared = images * len(texts) if len(images) == 1 else images
         scores = [reduce_tokens(image, text) for image, text in zip(shared, texts, strict=True)]
         meetings = []

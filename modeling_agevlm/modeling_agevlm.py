@@ -59,13 +59,14 @@ class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
         of `guidance_query_mask`; sums to 1 over the visible cells, 0 everywhere in a row without a selected token.
     cross_attention_mass (`torch.FloatTensor` `(K, B)`): instead of the maps where `guidance_mask` was given, their sum
         inside that mask.
-    image_hidden_states (`torch.FloatTensor` `(B, N, L, D)`): the projected visual tokens.
+    image_outputs (`BaseModelOutputWithPooling`): what the tower made of the pictures; `pooler_output (B, N, L, D)` are
+        the projected visual tokens.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: torch.FloatTensor | None = None
     cross_attention_mass: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -76,7 +77,7 @@ class AgeVlmCausalLMOutputWithPast(CausalLMOutputWithPast):
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: torch.FloatTensor | None = None
     cross_attention_mass: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class AgeVlmPreTrainedModel(PreTrainedModel):
@@ -99,13 +100,17 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         """As transformers' own, which only warns of the weights that it has to draw at random.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, or has one too many, of another shape or that is not finite.
+            ValueError: the checkpoint lacks a tensor, or has one too many, of another shape or that is not finite;
+                not where `output_loading_info` reports it instead.
         """
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        check_weights(model, report, pretrained_model_name_or_path)
-        return (model, report) if output_loading_info else model
+        if output_loading_info:
+            return model, report  # for the caller to judge
+        if pretrained_model_name_or_path is not None:
+            check_weights(model, report, pretrained_model_name_or_path)
+        return model
 
 
 def check_weights(model: nn.Module, report: dict[str, Any], name: Any) -> None:
@@ -405,7 +410,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_hidden_states = image_states = None
+        image_outputs = image_states = None
         if pixel_values is not None:
             if pixel_values.dim() == 4:
                 pixel_values = pixel_values[:, None]
@@ -415,14 +420,14 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                     f"`pixel_values` has {batch} rows and the text {inputs_embeds.shape[0]}: pictures are aligned "
                     "with rows; pad rows with fewer pictures and say so in `image_mask`."
                 )
-            features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            image_hidden_states = features.unflatten(0, (batch, num_images))
-            image_states = image_hidden_states.flatten(1, 2).to(inputs_embeds.dtype)
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs.pooler_output = image_outputs.pooler_output.unflatten(0, (batch, num_images))
+            image_states = image_outputs.pooler_output.flatten(1, 2).to(inputs_embeds.dtype)
 
         visibility = self._visibility(
             input_ids,
             inputs_embeds,
-            image_hidden_states,
+            None if image_outputs is None else image_outputs.pooler_output.shape[1:3],
             cache,
             image_mask,
             visual_token_mask,
@@ -440,26 +445,29 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             guidance_mask=None if guidance_mask is None else guidance_mask.flatten(1),
             **kwargs,
         )
-        outputs.image_hidden_states = image_hidden_states
+        outputs.image_outputs = image_outputs
         return outputs
 
     def _visibility(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        image_hidden_states: torch.Tensor | None,
+        new_images: tuple[int, int] | None,
         cache: Cache | None,
         image_mask: torch.Tensor | None,
         visual_token_mask: torch.Tensor | None,
         cross_attention_mask: torch.Tensor | None,
     ) -> Visibility | None:
-        """Which cells each token of this call may see; None when there is no picture, neither new nor cached."""
+        """Which cells each token of this call may see; None when there is no picture, neither new nor cached.
+
+        Args:
+            new_images: (images per row, cells per image) of this call's pictures.
+        """
         batch, length = inputs_embeds.shape[:2]
         device = inputs_embeds.device
         num_text_layers = self.config.text_config.num_hidden_layers
-        if image_hidden_states is not None:
-            num_visual = image_hidden_states.shape[1] * image_hidden_states.shape[2]
-            num_images = image_hidden_states.shape[1]
+        if new_images is not None:
+            num_images, num_visual = new_images[0], new_images[0] * new_images[1]
         elif has_pictures(cache, num_text_layers):
             num_visual = cache.layers[num_text_layers].keys.shape[2]
             given = [
@@ -497,7 +505,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             positions = torch.arange(length, device=device) + past_length
             positions = positions.clamp(max=cross_attention_mask.shape[1] - 1)
             image_BTN = cross_attention_mask.bool()[:, positions]
-        elif input_ids is not None and image_hidden_states is not None:
+        elif input_ids is not None and new_images is not None:
             placeholders_BT = input_ids == self.config.image_token_id
             # A compiled graph cannot branch on values; in it, the mistake goes unnoticed.
             if not torch.compiler.is_compiling() and not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
@@ -602,7 +610,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             cross_attentions=outputs.cross_attentions,
             cross_attention_maps=outputs.cross_attention_maps,
             cross_attention_mass=outputs.cross_attention_mass,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 

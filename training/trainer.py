@@ -102,7 +102,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
     def _on_backbone_output(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         """Keep the attention maps, or the mass, of the forward pass that is running."""
         self._attention = output.cross_attention_maps, output.cross_attention_mass
-        if torch.is_grad_enabled() and output.image_hidden_states is None:
+        if torch.is_grad_enabled() and output.image_outputs is None:
             # A batch without pictures passes by the tower, the projector and the cross blocks. Their gradients are
             # zero, not missing: an optimizer takes no step with what is missing, so that a step of text alone would
             # depend on how its batches are divided. And in stages 1 to 3 nothing else trains. Added inside the forward

@@ -49,21 +49,17 @@ def sub_config_specs(**parts: tuple[type, dict[str, Any]]) -> dict[str, Any]:
 
 
 def accepts_past_key_values(forward: Callable) -> Callable:
-    """A `forward` with an argument `cache` that accepts it as `past_key_values` too, as older transformers and many
-    users call it.
+    """A `forward` with an argument `cache` that accepts it as `past_key_values` too. That is what older versions call
+    it; newer ones warn."""
+    if CACHE == "cache":
+        from transformers.utils.deprecation import deprecate_kwarg
 
-    Raises:
-        ValueError: both are given.
-    """
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
 
     @wraps(forward)
     def renamed(self, *args, **kwargs) -> Any:
         if "past_key_values" in kwargs:
-            cache = kwargs.pop("past_key_values")
-            if cache is not None and kwargs.get("cache") is not None:
-                raise ValueError("`cache` and `past_key_values` are the same argument. Give `cache` alone.")
-            if cache is not None:
-                kwargs["cache"] = cache
+            kwargs["cache"] = kwargs.pop("past_key_values")
         return forward(self, *args, **kwargs)
 
     return renamed

@@ -181,7 +181,7 @@ def test_ours_compares_the_projected_picture_with_the_stream():
     (scores,) = score_batch(subject, encoded)
     assert scores["image_means"].shape == (1, 32) and scores["text_means"].shape == (6, 32)
     with torch.no_grad():
-        states = subject.model.model(**encoded.inputs).image_hidden_states[0, 0]
+        states = subject.model.model(**encoded.inputs).image_outputs.pooler_output[0, 0]
     visible = encoded.inputs["visual_token_mask"][0, 0].bool()
     assert 0 < visible.sum() < 9
     np.testing.assert_allclose(scores["image_means"][0], states[visible].mean(0).numpy(), atol=1e-6)
