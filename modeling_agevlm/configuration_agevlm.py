@@ -55,7 +55,7 @@ TEXT_DEFAULTS = {
 }
 
 
-def _part(name: str, config_class: type, given: Any, defaults: dict[str, Any]) -> PreTrainedConfig:
+def _part(name: str, config_class: Any, given: Any, defaults: dict[str, Any]) -> PreTrainedConfig:
     """The field `name` as a configuration of `config_class`, whether given as one, as a dictionary or not at all.
 
     Raises:

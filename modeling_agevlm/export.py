@@ -199,7 +199,7 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
         self.num_cells = exported.components["decoder"].metadata.kwargs["visual_token_mask"]["shape"][2]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs) -> "ExportedAgeVlm":
+    def from_pretrained(cls, folder: str | Path, **kwargs) -> "ExportedAgeVlm":  # type: ignore[override]
         """Load an export's folder or Hub repository; keywords go to `ExportedModel.from_pretrained`."""
         return cls(ExportedModel.from_pretrained(folder, **kwargs))
 
