@@ -1,0 +1,287 @@
+"""Compares the shipped checkpoint under several versions of transformers with the installed one.
+
+    python tests/versions/run.py                          # the tested versions
+    python tests/versions/run.py 5.10.4 newest            # these
+    python tests/versions/run.py --table docs/versions.md
+
+Each version gets a virtual environment that holds nothing but this transformers and what it needs otherwise than the
+environment that runs this file; all else is found there. The environments are kept in `.versions`, or in the folder
+that the environment variable AGEVLM_VERSIONS_CACHE names. A version that is too old for the checkpoint must be refused
+in one sentence; any other must pass every probe of `probe.py` and return what the installed version returns. The exit
+code is 1 where one does not.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cache
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "agevlm-tiny"
+PICTURE = ROOT / "docs" / "images" / "example.png"
+CACHE = Path(os.environ.get("AGEVLM_VERSIONS_CACHE", ROOT / ".versions")).resolve()
+
+MINIMUM = "5.21.1"  # the oldest version that the checkpoint's code accepts
+TOO_OLD = ("4.57.6", "5.0.0", "5.3.0")
+TESTED = ("5.10.4", "5.15.1", "5.20.2", "5.23.0", "5.24.0", "newest")
+TOLERANCE = 1e-5
+AT_ONCE = 2
+
+
+class IndexUnreachable(RuntimeError):
+    """pip finds no version of transformers at all."""
+
+
+@dataclass
+class Row:
+    """What one version has shown.
+
+    Attributes:
+        probes: number of probes; 0 where the version must refuse the checkpoint.
+        difference: largest absolute difference to the reference, over all floating-point tensors.
+        failures: probe (or step) -> what is wrong; empty where all is well.
+    """
+
+    version: str
+    packages: dict[str, str] = field(default_factory=dict)
+    probes: int = 0
+    difference: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def pip(python: Path | str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs this environment's pip for another interpreter."""
+    command = [sys.executable, "-m", "pip", "--python", str(python), "--no-input", "--retries", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@cache
+def released() -> tuple[Version, ...]:
+    """The versions of transformers on the package index, oldest first, without pre-releases.
+
+    Raises:
+        IndexUnreachable: there is none.
+    """
+    listed = pip(sys.executable, "index", "versions", "transformers")
+    found = re.search(r"^Available versions: (.+)$", listed.stdout, re.MULTILINE)
+    if found is None:
+        raise IndexUnreachable(f"The package index lists no transformers: {listed.stderr.strip().splitlines()[-1:]}")
+    return tuple(sorted(Version(name) for name in found[1].split(", ")))
+
+
+def resolve(name: str) -> str:
+    """A version, or the one that `oldest` (supported) or `newest` names."""
+    if name == "newest":
+        return str(released()[-1])
+    if name == "oldest":
+        return str(min(version for version in released() if version >= Version(MINIMUM)))
+    return str(Version(name))
+
+
+def overlay(version: str) -> Path:
+    """The Python of an environment with this transformers, made where it is missing.
+
+    Its site-packages name this environment's in a `.pth` file: Python then looks there too, but does not run the
+    `.pth` files of that folder, one of which would make `agevlm` importable.
+
+    Raises:
+        RuntimeError: pip cannot install the version. The message holds pip's.
+    """
+    folder = CACHE / f"{sys.implementation.cache_tag}-{version}"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            built = Path(temporary) / "environment"
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", built], check=True)
+            _install(built, version)
+            built.rename(folder)
+    return _install(folder, version)  # pip does nothing unless this environment has changed since
+
+
+def _install(folder: Path, version: str) -> Path:
+    python = folder / "bin" / "python"
+    base = sysconfig.get_path("purelib")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (site / "base.pth").write_text(f"{base}\n", encoding="utf-8")
+    done = pip(python, "install", "-q", "--no-compile", "--no-warn-conflicts", f"transformers=={version}")
+    if done.returncode:
+        raise RuntimeError(f"pip cannot install transformers {version}: {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+def _isolated(python: Path, home: Path, script: str, *arguments: Path | str) -> subprocess.CompletedProcess:
+    """A fresh process without network, without caches and without this repository on its path."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HF_HOME": str(home / "hub"),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [python, "-I", HERE / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, timeout=600)
+
+
+def _probe(version: str, home: Path, checkpoint: Path) -> tuple[Row, dict[str, torch.Tensor]]:
+    """Runs the probes under one version. Tracebacks go to `.versions/VERSION.log`."""
+    done = _isolated(overlay(version), home, "probe.py", checkpoint, PICTURE, home / "output")
+    (CACHE / f"{version}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        return Row(version, failures={"process": (done.stderr.strip().splitlines() or ["died without a word"])[-1]}), {}
+    report = json.loads((home / "output.json").read_text(encoding="utf-8"))
+    failures = {name: outcome["error"] for name, outcome in report["probes"].items() if not outcome["passed"]}
+    if report["versions"]["transformers"] != version:
+        failures["process"] = f"ran under transformers {report['versions']['transformers']}"
+    row = Row(version, report["versions"], len(report["probes"]), failures=failures)
+    return row, load_file(home / "output.safetensors")
+
+
+def _refuse(version: str, home: Path, checkpoint: Path) -> Row:
+    """Checks that model and processor each say in one sentence which transformers they need."""
+    row = Row(version)
+    expected = f"AGE-VLM needs transformers >= {MINIMUM} (this is {version}): pip install -U transformers"
+    for part in ("model", "processor"):
+        done = _isolated(overlay(version), home, "refusal.py", checkpoint, part)
+        said = done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or [""])[-1]
+        if said != expected:
+            row.failures[part] = said
+    return row
+
+
+def _compare(row: Row, tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Adds to `row` what differs from the reference: integers and booleans must be equal, numbers within 1e-5 (of the
+    larger of 1 and the reference's largest)."""
+    for name in sorted(tensors.keys() | reference.keys()):
+        probe, _, key = name.partition("/")
+        if probe in row.failures:
+            continue
+        if name not in tensors or name not in reference:
+            without = "the reference" if name in tensors else "this version"
+            row.failures[probe] = f"{without} returns no `{key}`"
+            continue
+        actual, expected = tensors[name], reference[name]
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+            row.failures[probe] = f"`{key}` is {actual.dtype} {tuple(actual.shape)}, not {tuple(expected.shape)}"
+        elif not expected.is_floating_point():
+            if not torch.equal(actual, expected):
+                row.failures[probe] = f"`{key}` differs from the reference: {actual.flatten()[:12].tolist()}"
+        elif expected.numel():
+            difference = (actual - expected).abs().max().item()
+            row.difference = max(row.difference, difference)
+            if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+                row.failures[probe] = f"`{key}` differs from the reference by {difference:.2g}"
+
+
+def check(versions: list[str]) -> list[Row]:
+    """One row for each version, the installed one first. Two run at a time."""
+    reference = installed_version("transformers")
+    names = list(dict.fromkeys([reference, *versions]))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as pool:
+        checkpoint = Path(shutil.copytree(CHECKPOINT, Path(temporary) / "checkpoint"))
+
+        def run(version: str) -> tuple[Row, dict[str, torch.Tensor]]:
+            home = Path(temporary) / version
+            home.mkdir()
+            try:
+                if Version(version) < Version(MINIMUM):
+                    return _refuse(version, home, checkpoint), {}
+                return _probe(version, home, checkpoint)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                return Row(version, failures={"process": str(error)}), {}
+
+        results = list(pool.map(run, names))
+    expected = results[0][1]
+    for row, tensors in results:
+        if row.probes:
+            _compare(row, tensors, expected)
+    return [row for row, _ in results]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, one line for each version; the failures follow as a list."""
+    lines = [
+        "| transformers | huggingface_hub | tokenizers | probes | largest difference | result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        hub, tokenizers = (row.packages.get(name, "") for name in ("huggingface_hub", "tokenizers"))
+        passed = f"{row.probes - len(row.failures)} of {row.probes}" if row.probes else ""
+        good = "equal" if row.probes else "refused with the version that is needed"
+        result = f"**fails**: {', '.join(row.failures)}" if row.failures else good
+        difference = f"{row.difference:.1g}" if row.probes else ""
+        lines.append(f"| {row.version} | {hub} | {tokenizers} | {passed} | {difference} | {result} |")
+    failures = [
+        f"- {row.version}, {name}: {_one_line(text)}" for row in rows for name, text in row.failures.items()
+    ]
+    return "\n".join([*lines, *([""] if failures else []), *failures]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.replace(str(ROOT), ".").split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def page(rows: list[Row]) -> str:
+    """docs/versions.md."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    probes = rows[0].probes
+    return f"""# Versions of transformers
+
+The shipped checkpoint, loaded with `trust_remote_code=True` in a fresh process that has torch, transformers and Pillow
+and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways: processor and chat template, forward,
+generation with and without a cache, left-padded batches against single rows, rows without and with two pictures, guidance
+maps and mass, eager attention weights, beams, static cache, drafted tokens, a second turn over a returned cache, a cache of
+the caller's, the pipeline, saving and reloading, backward with and without checkpointing.
+
+A version passes where every probe does: generated tokens and masks are equal to those of the reference ({rows[0].version}, the
+version that is installed), numbers within {TOLERANCE:.0e}. Versions before {MINIMUM} must refuse the checkpoint, model and
+processor each with one sentence that names the version that is needed.
+
+Measured {date.today()} at commit {commit}, Python {sys.version.split()[0]}, torch {installed_version("torch")}, on a CPU:
+
+{table(rows)}
+To measure again:
+
+```bash
+make test-versions                                    # CI runs VERSIONS="oldest newest"
+python tests/versions/run.py --table docs/versions.md
+```
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", help="versions of transformers, `oldest` (supported) or `newest`")
+    parser.add_argument("--table", type=Path, help="file to write the table to, as a page of docs/")
+    arguments = parser.parse_args()
+    rows = check([resolve(name) for name in arguments.versions or (*TOO_OLD, *TESTED)])
+    print(table(rows))
+    if arguments.table:
+        partial = arguments.table.with_name(f".{arguments.table.name}.partial")
+        partial.write_text(page(rows), encoding="utf-8")
+        partial.rename(arguments.table)
+    return int(any(row.failures for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
