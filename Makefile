@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-slow test-upstream check typecheck-links clean typecheck
+.PHONY: install quickstart test test-slow test-upstream test-versions check typecheck-links clean typecheck
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,11 @@ test-upstream: install
 	$(BIN)/pip install -q parameterized
 	AGEVLM_TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) $(BIN)/python -m pytest -q -rs \
 		-o addopts=--import-mode=importlib tests/upstream
+
+# The shipped checkpoint under other versions of transformers, without this repository. VERSIONS="oldest newest" takes
+# the oldest supported and the newest released; left out, all that docs/versions.md lists.
+test-versions: install
+	$(BIN)/python tests/versions/run.py $(VERSIONS)
 
 # mypy does not see setuptools' folder mapping; it sees this tree of links.
 typecheck-links:

@@ -22,7 +22,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, DynamicCache, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    pipeline,
+)
+
+# transformers before 5.18 offers this name at its top only where torchvision is installed, for every model.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llama.modeling_llama import LlamaModel
 
 
@@ -146,7 +157,8 @@ def probe(function: Callable[[Subject], Tensors]) -> Callable[[Subject], Tensors
 
 @probe
 def processor_tensors(subject: Subject) -> Tensors:
-    return {**subject.guided_inputs, "wide_pixel_values": subject.encode(QUESTION, subject.wide_picture)["pixel_values"]}
+    wide = subject.encode(QUESTION, subject.wide_picture)
+    return {**subject.guided_inputs, "wide_pixel_values": wide["pixel_values"]}
 
 
 @probe
@@ -157,6 +169,21 @@ def chat_template(subject: Subject) -> Tensors:
     for name, expected in subject.inputs.items():
         must_equal(name, batch[name], expected)
     return dict(batch)
+
+
+@probe
+def auto_parts(subject: Subject) -> Tensors:
+    """What can be loaded without the rest."""
+    config = AutoConfig.from_pretrained(subject.folder, trust_remote_code=True)
+    if config.model_type != "agevlm" or config.text_config.to_dict() != subject.model.config.text_config.to_dict():
+        raise AssertionError(f"AutoConfig loads another configuration: {config}")
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=True)
+    ids = tokenizer(subject.text(QUESTION, 1), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    must_equal("input_ids", ids, subject.inputs["input_ids"])
+    image_processor = AutoImageProcessor.from_pretrained(subject.folder, trust_remote_code=True)
+    pixels = image_processor(subject.picture, return_tensors="pt")["pixel_values"]
+    must_equal("pixel_values", pixels, subject.inputs["pixel_values"][0])
+    return {}
 
 
 @probe
@@ -289,9 +316,14 @@ def static_cache(subject: Subject) -> Tensors:
 
 @probe
 def drafted_tokens(subject: Subject) -> Tensors:
-    """Rejected drafts are taken back from the cache."""
+    """Drafts from the prompt and of a second model, for a row without and with padding. Rejected ones are taken back
+    from the cache."""
+    length = subject.inputs["input_ids"].shape[1] + 8
+    padded = subject.encode(QUESTION, subject.picture, padding="max_length", max_length=length)
     for draft in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": subject.load()}):
-        must_equal(f"tokens with {next(iter(draft))}", generate(subject.model, subject.inputs, **draft), subject.answer)
+        for inputs in (subject.inputs, padded):
+            name = f"tokens after {inputs['input_ids'].shape[1]} with {next(iter(draft))}"
+            must_equal(name, generate(subject.model, inputs, **draft), subject.answer)
     return {}
 
 
@@ -339,21 +371,21 @@ def returned_cache(subject: Subject) -> Tensors:
     return {"logits": step.logits}
 
 
-def _cache_arguments(model: torch.nn.Module) -> list[str]:
-    """The names under which a cache can be given: the old one always, the new one where our or Llama's code has it."""
-    has_new_name = any("cache" in inspect.signature(owner.forward).parameters for owner in (type(model), LlamaModel))
-    return ["past_key_values", *(["cache"] if has_new_name else [])]
+def _cache_arguments(forward: Callable) -> list[str]:
+    """The names under which a cache can be given: the old one always, the new one where the signature has it."""
+    return ["past_key_values", *(name for name in inspect.signature(forward).parameters if name == "cache")]
 
 
 @probe
 def given_cache(subject: Subject) -> Tensors:
     """A cache of the caller's, under each of its names, to `generate` and to `forward`; both must fill it."""
     length = subject.inputs["input_ids"].shape[1]
-    for name in _cache_arguments(subject.model):
+    for name in _cache_arguments(LlamaModel.forward):  # of `generate` too, which is transformers'
         cache = DynamicCache(config=subject.model.config)
         must_equal(f"tokens with {name}", generate(subject.model, subject.inputs, **{name: cache}), subject.answer)
         filled = torch.tensor(cache.get_seq_length())
         must_equal(f"tokens in `generate({name}=...)`", filled, torch.tensor(length + NEW_TOKENS - 1))
+    for name in _cache_arguments(subject.model.forward):
         cache = DynamicCache()
         expected = logits(subject.model, subject.inputs)
         must_equal(f"logits with {name}", logits(subject.model, {**subject.inputs, name: cache}), expected)
