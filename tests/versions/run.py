@@ -28,7 +28,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file
 
 
@@ -110,7 +110,7 @@ def released() -> tuple[Version, ...]:
     listed = pip(sys.executable, "index", "versions", "transformers")
     found = re.search(r"^Available versions: (.+)$", listed.stdout, re.MULTILINE)
     if found is None:
-        raise IndexUnreachable(f"The package index lists no transformers: {_last_line(listed.stderr)}")
+        raise IndexUnreachable(f"The package index lists no transformers ({_last_line(listed.stderr)}).")
     return tuple(sorted(Version(name) for name in found[1].split(", ")))
 
 
@@ -298,7 +298,11 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", help="versions of transformers, `oldest` (supported) or `newest`")
     parser.add_argument("--table", type=Path, help="file to write the table to, as a page of docs/")
     arguments = parser.parse_args()
-    rows = check([resolve(name) for name in arguments.versions or (*TOO_OLD, *TESTED)])
+    try:
+        versions = [resolve(name) for name in arguments.versions or (*TOO_OLD, *TESTED)]
+    except (InvalidVersion, IndexUnreachable) as error:
+        parser.error(f"{error} Give versions of transformers, `oldest` or `newest`.")
+    rows = check(versions)
     print(table(rows))
     if arguments.table:
         partial = arguments.table.with_name(f".{arguments.table.name}.partial")
