@@ -190,7 +190,7 @@ def auto_parts(subject: Subject) -> Tensors:
 def forward(subject: Subject) -> Tensors:
     with torch.no_grad():
         output = subject.model(**subject.inputs)
-    return {"logits": output.logits, "image_hidden_states": output.image_hidden_states}
+    return {"logits": output.logits, "visual_tokens": output.image_outputs.pooler_output}
 
 
 @probe
