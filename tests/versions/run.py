@@ -203,8 +203,7 @@ def _layout(tensor: torch.Tensor) -> str:
 
 
 def compare(row: Row, tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-    """Adds to `row` what differs from the reference: integers and booleans must be equal, numbers within 1e-5 (of the
-    larger of 1 and the reference's largest)."""
+    """Adds to `row` what differs from the reference: integers and booleans must be equal, numbers within 1e-5."""
     for name in sorted(tensors.keys() | reference.keys()):
         probe, _, key = name.partition("/")
         if probe in row.failures:
@@ -222,7 +221,7 @@ def compare(row: Row, tensors: dict[str, torch.Tensor], reference: dict[str, tor
         elif expected.numel():
             difference = (actual - expected).abs().max().item()
             row.difference = max(row.difference, difference)
-            if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+            if not difference <= TOLERANCE:
                 row.failures[probe] = f"`{key}` differs from the reference by {difference:.2g}"
 
 

@@ -44,7 +44,7 @@ REFERENCE = {
     "changed, failures",
     [
         ({}, {}),
-        ({"forward/logits": torch.tensor([0.500001, 20.0001])}, {}),
+        ({"forward/logits": torch.tensor([0.500009, 20.0])}, {}),
         ({"forward/logits": torch.tensor([0.501, 20.0])}, {"forward": "`logits` differs from the reference by 0.001"}),
         (
             {"forward/logits": torch.tensor([float("nan"), 20.0])},
