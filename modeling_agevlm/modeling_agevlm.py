@@ -431,7 +431,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             cache,
             image_mask,
             visual_token_mask,
-            cross_attention_mask,
+            None if cross_attention_mask is None else cross_attention_mask.flatten(2),
         )
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -546,6 +546,12 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         self.post_init()
         # An answer that held a placeholder would speak of a picture that is not there.
         self.generation_config.suppress_tokens = [config.image_token_id]
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        """Drafting lengthens `cross_attention_mask` as if it were that of Mllama, which has a fourth axis."""
+        if model_kwargs.get("cross_attention_mask") is not None:
+            model_kwargs["cross_attention_mask"] = model_kwargs["cross_attention_mask"][..., None]
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AgeVlmModel.get_image_features`]."""

@@ -50,7 +50,11 @@ def sub_config_specs(**parts: tuple[type, dict[str, Any]]) -> dict[str, Any]:
 
 def accepts_past_key_values(forward: Callable) -> Callable:
     """A `forward` with an argument `cache` that accepts it as `past_key_values` too. That is what older versions call
-    it; newer ones warn."""
+    it; newer ones warn.
+
+    Raises:
+        ValueError: both are given, as by an older `generate` that does not know `cache`.
+    """
     if CACHE == "cache":
         from transformers.utils.deprecation import deprecate_kwarg
 
@@ -59,6 +63,8 @@ def accepts_past_key_values(forward: Callable) -> Callable:
     @wraps(forward)
     def renamed(self, *args, **kwargs) -> Any:
         if "past_key_values" in kwargs:
+            if kwargs.get("cache") is not None:
+                raise ValueError("Give the cache as `past_key_values`: this transformers knows no other name for it.")
             kwargs["cache"] = kwargs.pop("past_key_values")
         return forward(self, *args, **kwargs)
 

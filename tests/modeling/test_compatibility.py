@@ -77,6 +77,8 @@ def test_an_old_version_hands_the_cache_on_under_its_new_name(monkeypatch):
     old = loaded_under("5.10.4", monkeypatch)
     forward = old.accepts_past_key_values(lambda self, ids, cache=None: (ids, cache))
     assert forward(None, 1, past_key_values=2) == forward(None, 1, cache=2) == forward(None, 1, 2) == (1, 2)
+    with pytest.raises(ValueError, match="Give the cache as `past_key_values`"):
+        forward(None, 1, cache=2, past_key_values=3)
 
 
 FOLDERS = ["agevlm (1)", "lr=1e-5", "agevlm tiny", "it's", "模型", "a.b", "1", "class"]

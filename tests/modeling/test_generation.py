@@ -75,12 +75,16 @@ def test_scores_are_those_of_one_pass(model, processor):
     assert torch.allclose(torch.stack(output.logits, 1), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("row", [0, 2])
-def test_drafted_tokens_change_no_answer(model, processor, row):
+def test_drafted_tokens_change_no_answer(model, processor, row, padding):
     """Drafts of another model that sees the pictures (transformers hands them to every draft model) and from the
     prompt: rejected ones are taken back from the text's cache and not from the pictures'."""
     batch = ask(processor, (row,))
     expected = answer(model, batch)
+    for name, fill in (("input_ids", model.config.text_config.pad_token_id), ("attention_mask", 0)):
+        batch[name] = torch.nn.functional.pad(batch[name], (padding, 0), value=fill)
+    batch["cross_attention_mask"] = torch.nn.functional.pad(batch["cross_attention_mask"], (0, 0, padding, 0))
     for draft in ({"assistant_model": tiny_model(seed=1)}, {"prompt_lookup_num_tokens": 3}):
         assert torch.equal(answer(model, batch, **draft), expected), draft
 
