@@ -2,11 +2,18 @@
 
     agevlm demo [MODEL] [SECOND] --port 7860
 
-For this machine unless `--host` or `--share` open it. Questions wait in one queue, a model answers one at a time; no
-user sees another's pictures, and uploads are deleted after an hour. Nothing is loaded from or sent to the network.
+For this machine unless `--host` or `--share` open it. Questions wait in one queue, a model answers one at a time.
+Uploads are deleted after an hour. Nothing is loaded from or sent to the network, whatever a client asks for.
+
+A client can have no file of this machine opened but those of Gradio's upload folder (`GRADIO_TEMP_DIR`, or `gradio` in
+the folder for temporary files), which all Gradio programs of this user share. Among the uploads, only their names
+protect one user's from another: a digest that needs the file's content and a secret of this machine. Who learns the
+name of an upload can see it until it is deleted.
 """
 
 import argparse
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +24,7 @@ from PIL import Image
 from agevlm.analysis.attention import Attended
 from agevlm.analysis.options import at_least
 from agevlm.analysis.subjects import load_subject, unique_names
-from agevlm.data.rows import MAX_PIXELS, open_image
+from agevlm.data.rows import MAX_PIXELS, open_image, resolve_inside
 
 from .answering import MAX_QUESTION, Answerer, ask
 from .figure import MEAN, SCRIPT, STYLE, finished, growing
@@ -40,16 +47,23 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
     except ImportError as error:
         raise ValueError("`agevlm demo` needs Gradio: pip install 'agevlm[demo]'.") from error
 
+    class Page(gr.Blocks):
+        async def preprocess_data(self, block_fn: Any, inputs: list[Any], *_: Any) -> list[Any]:
+            """What the client has sent, as it is. Gradio would fetch every address in it, whatever its size, and would
+            refuse other things that it does not expect without a word."""
+            self.validate_inputs(block_fn, inputs)
+            return inputs[: len(block_fn.inputs)]
+
     def answer(picture: Any, question: Any) -> Iterator[list[str]]:
         try:
-            image = _open_upload(picture)
+            image = _open_upload(picture, page.GRADIO_CACHE)
             question = question if isinstance(question, str) else ""
             for state in ask(answerers, image, question, max_new_tokens):
                 yield [_draw(answerers[name], name, image, question, value) for name, value in state.items()]
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
-    with gr.Blocks(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
+    with Page(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
         gr.Markdown(
             "# Where does it look?\nAsk about a picture; then point at the question or at a word of the answer to see "
             "where the model looked."
@@ -86,8 +100,18 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
 def launch(page: Any, **options: Any) -> tuple[Any, str, str]:
     """Serves the page; `options` are those of `gradio.Blocks.launch`. Returns what that returns: app, its address
     here, its public address."""
+    from fastapi import Depends, HTTPException, Request
+
+    def refuse(request: Request) -> None:
+        """What every Gradio page does and this one does not need: fetch any public address (`/gradio_api/file=https://...`)
+        and give an upload to ffmpeg."""
+        path = request.scope["path"]
+        if "://" in path or "/process_recording" in path:
+            raise HTTPException(403, "this page answers questions about uploads, and does nothing else")
+
     return page.launch(
         **{"share": False, **options},
+        app_kwargs={"dependencies": [Depends(refuse)]},
         max_file_size=f"{MAX_UPLOAD}mb",
         footer_links=[],
         run_history=False,
@@ -103,20 +127,48 @@ def _example() -> tuple[Image.Image, str]:
         return open_image(file.read(), "example.png"), EXAMPLE
 
 
-def _open_upload(upload: Mapping[str, Any] | None) -> Image.Image:
-    """The picture of Gradio's description of a file, which Gradio has found to lie among its uploads."""
-    if not upload or not upload.get("path"):
+def _open_upload(upload: Any, folder: str) -> Image.Image:
+    """The picture of a client's description of its upload, of which Gradio has checked nothing.
+
+    Raises:
+        ValueError: there is no upload of that description in `folder`, or it is no picture.
+    """
+    described = upload if isinstance(upload, Mapping) else {}
+    content = _read_upload(described.get("path"), folder)
+    if content is None:
         raise ValueError("there is no picture; upload one")
-    name = Path(upload.get("orig_name") or "the upload").name
+    name = described.get("orig_name")
+    name = (Path(name).name if isinstance(name, str) else "") or "the upload"
     try:
-        return open_image(upload["path"], name)
+        return open_image(content, name)
     except ValueError as error:
         if error.__cause__ is None:
             raise
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise ValueError(f"{name} has too many pixels; shrink it below {MAX_PIXELS // 10**6} million") from error
-        # The decoder's own words name a path of this machine.
         raise ValueError(f"{name} is no picture that can be opened; upload a PNG, JPEG or WebP file") from error
+
+
+def _read_upload(path: Any, folder: str) -> bytes | None:
+    """The content of a regular file below `folder`, of at most `MAX_UPLOAD`; None for any other `path` whatsoever.
+
+    The kind of file is asked of the open descriptor, and opening waits for nobody: a pipe would block the queue.
+    A link that takes the file's place after the check is not followed. Programs of this machine that can rename the
+    folders below `folder` are not guarded against.
+    """
+    if not isinstance(path, str):
+        return None
+    most = MAX_UPLOAD * 2**20
+    try:
+        with open(resolve_inside(folder, path), "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            return file.read(most) if stat.S_ISREG(status.st_mode) and status.st_size <= most else None
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links, before Python 3.13
+        return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _draw(answerer: Answerer, name: str, image: Image.Image, question: str, value: str | Attended) -> str:

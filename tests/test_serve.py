@@ -12,9 +12,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
-from agevlm.serve import build_app
+from agevlm.serve import build_app, open_data_urls
 from builders import picture, tiny_model, tiny_processor
 
 
@@ -58,10 +59,14 @@ def server(tmp_path_factory):
             process.terminate()
 
 
-def body(checkpoint: str, seed: int, **changes) -> dict:
+def data_url(seed: int) -> str:
     buffer = io.BytesIO()
     picture(seed=seed).save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def body(checkpoint: str, seed: int, url: str | None = None, **changes) -> dict:
+    url = url or data_url(seed)
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Is there a red apple?"}]
     settings = {"max_tokens": 8, "temperature": 0.0}
     return {"model": checkpoint, "messages": [{"role": "user", "content": content}], **settings, **changes}
@@ -112,3 +117,90 @@ def test_checkpoints_of_other_models_are_refused():
     llama = Path(__file__).parent.parent / "checkpoints" / "tiny-parts" / "language_model"
     with pytest.raises(ValueError, match="is no AGE-VLM checkpoint: its model type is 'llama'"):
         build_app(str(llama), "cpu")
+
+
+@pytest.fixture
+def private(tmp_path) -> Path:
+    """A picture of the server's machine, which a client wants to have read."""
+    path = tmp_path / "private.png"
+    picture(seed=0).save(path)
+    return path
+
+
+def refusal(address: str, body: dict) -> str:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        request(address, body)
+    assert error.value.code == 400
+    return json.loads(error.value.read())["detail"]
+
+
+def test_a_request_may_name_no_file_and_no_address(server, private):
+    address, checkpoint = server
+    hidden = [{"images": [[str(private)]]}, {"processor_kwargs": {"images": [str(private)]}}]
+    with socket.create_server(("localhost", 0)) as listener:
+        url = f"http://localhost:{listener.getsockname()[1]}/picture.png"
+        bodies = [
+            body(checkpoint, 0, url=name) for name in (str(private), f"file://{private}", url, "/proc/self/environ")
+        ]
+        bodies += [body(checkpoint, 0, chat_template_kwargs=given) for given in hidden]
+        for sent in bodies:
+            assert "send a data URL" in refusal(f"{address}/v1/chat/completions", sent)
+        for name in (str(private), url):
+            parts = [{"type": "input_image", "image_url": name}, {"type": "input_text", "text": "Is there an apple?"}]
+            asked = {"model": checkpoint, "input": [{"role": "user", "content": parts}]}
+            assert "send a data URL" in refusal(f"{address}/v1/responses", asked)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            listener.accept()
+
+
+def test_a_damaged_picture_is_the_clients_error(server):
+    address, checkpoint = server
+    damaged = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
+    assert "cannot be decoded" in refusal(f"{address}/v1/chat/completions", body(checkpoint, 0, url=damaged))
+    reply = json.loads(request(f"{address}/v1/chat/completions", body(checkpoint, 0)))
+    assert reply["choices"][0]["message"]["content"] == expected(0)
+
+
+@pytest.mark.parametrize("service", ["systemone", "audio/transcriptions"])
+def test_services_for_other_models_are_not_there(server, service):
+    address, _ = server
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        request(f"{address}/v1/{service}", {})
+
+
+def test_the_switch_opens_what_a_request_names(server, private):
+    from fastapi.testclient import TestClient
+
+    _, checkpoint = server
+    with TestClient(build_app(checkpoint, "cpu", open_addresses=True)) as client:
+        reply = client.post("/v1/chat/completions", json=body(checkpoint, 0, url=str(private))).json()
+    assert reply["choices"][0]["message"]["content"] == expected(0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ("picture.png", "'picture.png'; send a data URL"),
+        ("", "send a data URL"),
+        (7, "is 7; send a data URL"),
+        ({"path": "picture.png"}, "send a data URL"),
+        ("data:image/png,iVBORw0KGgo=", "send a data URL"),
+        ("x" * 1000, r"is 'x{79}\.\.\.; send"),
+        ("data:image/png;base64,iVBOR", "is no base64"),
+        ("data:image/png;base64,\N{SNOWMAN}", "is no base64"),
+        ("data:image/png;base64,../../etc/passwd", "cannot be decoded"),
+        ("data:image/eps;base64," + base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode(), "cannot be decoded"),
+    ],
+)
+def test_what_is_no_data_url_of_a_picture(sent, message):
+    for images in (sent, [[sent]]):
+        with pytest.raises(ValueError, match=message):
+            open_data_urls(images)
+
+
+def test_data_urls_are_opened_and_pictures_pass():
+    image = picture(seed=1)
+    (opened, passed), nothing = open_data_urls([[data_url(1), image], None])
+    assert isinstance(opened, Image.Image) and opened.tobytes() == image.tobytes()
+    assert passed is image and nothing is None

@@ -4,12 +4,14 @@
 checkpoint, with or without `--trust-remote-code`. Server, request handlers and generation are transformers' own; only
 how the model is loaded is ours. `transformers chat CHECKPOINT http://localhost:8000` talks to it.
 
-For clients that you trust: there is no password, and a request may name a file or an address as its picture, which the
-server then reads.
+There is no password. Pictures come inside the requests, as data URLs. With `--open-addresses`, for clients that you
+trust, a request may also name a file of this machine or an address, which the server then reads.
 """
 
 import argparse
+import base64
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
     parser.add_argument("--dtype", default="auto", help="auto (default: as saved), bfloat16, ...")
+    parser.add_argument(
+        "--open-addresses", action="store_true", help="also open the files and http addresses that requests name"
+    )
     options = parser.parse_args(argv)
 
     from transformers.utils.import_utils import is_serve_available
@@ -34,28 +39,37 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("`agevlm serve` needs transformers' server: pip install 'agevlm[serve]'.")
     import uvicorn
 
-    app = build_app(options.checkpoint, options.device, options.dtype)
+    app = build_app(options.checkpoint, options.device, options.dtype, options.open_addresses)
     uvicorn.run(app, host=options.host, port=options.port, log_level="info")
 
 
-def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
+def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_addresses: bool = False):
     """The FastAPI application of transformers' server, with `checkpoint` loaded (`NAME@REVISION` for one of the Hub).
+
+    It answers a ValueError, such as that of a picture that cannot be opened, with status 400 and its sentence.
+
+    Args:
+        open_addresses: whether a request may name a file or an address as its picture, not only bring a data URL.
 
     Raises:
         ValueError: there is no AGE-VLM checkpoint of that name.
     """
+    from fastapi.responses import JSONResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 
     from agevlm.evaluation.models import check_checkpoint
     from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.processing import AgeVlmProcessor
+
+    class DataUrlProcessor(AgeVlmProcessor):
+        def __call__(self, images=None, **kwargs):
+            # The one place that all pictures of a request pass, those of its `chat_template_kwargs` too.
+            return super().__call__(images=open_data_urls(images), **kwargs)
 
     class AgeVlmModelManager(ModelManager):
         """The questions that transformers answers by class name, for one checkpoint and no other."""
@@ -71,7 +85,8 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
                 raise ValueError(f"This server has {checkpoint} and loads nothing else.")
             model_id, revision = model_id_and_revision.rsplit("@", 1)
             check_checkpoint(model_id, revision)
-            return AgeVlmProcessor.from_pretrained(model_id, revision=revision)
+            processor = AgeVlmProcessor if open_addresses else DataUrlProcessor
+            return processor.from_pretrained(model_id, revision=revision)
 
         def _load_model(self, model_id_and_revision, tqdm_class=None, progress_callback=None, gguf_file=None):
             model_id, revision = model_id_and_revision.rsplit("@", 1)
@@ -85,12 +100,45 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
 
     manager = AgeVlmModelManager(device=device, dtype=dtype, force_model=checkpoint)
     state = GenerationState()
-    return build_server(
+    app = build_server(
         manager,
         ChatCompletionHandler(model_manager=manager, generation_state=state),
         completion_handler=CompletionHandler(model_manager=manager, generation_state=state),
         response_handler=ResponseHandler(model_manager=manager, generation_state=state),
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(model_manager=manager, generation_state=state),
+        transcription_handler=None,
+        systemone_handler=None,
         generation_state=state,
     )
+    # What no AGE-VLM can answer. `systemone` would open the files and addresses of a request before it fails.
+    others = ("/v1/audio/transcriptions", "/v1/systemone")
+    app.router.routes[:] = [route for route in app.router.routes if route.path not in others]
+    app.add_exception_handler(ValueError, lambda _, error: JSONResponse({"detail": str(error)}, status_code=400))
+    return app
+
+
+def open_data_urls(images: Any) -> Any:
+    """`images`, a picture or nested lists of them, with every data URL decoded; pictures and None pass.
+
+    Raises:
+        ValueError: anything else, such as a path or an address, or a data URL that holds no picture.
+    """
+    from PIL import Image
+
+    from agevlm.data.rows import open_image
+
+    if isinstance(images, (list, tuple)):
+        return [open_data_urls(image) for image in images]
+    if images is None or isinstance(images, Image.Image):
+        return images
+    header, _, content = images.partition(",") if isinstance(images, str) else ("", "", "")
+    if not (header.startswith("data:") and header.endswith(";base64")):
+        seen = repr(images)
+        raise ValueError(
+            f"a picture of the request is {seen if len(seen) < 100 else seen[:80] + '...'}; send a data URL "
+            "(data:image/png;base64,...), or start the server with --open-addresses"
+        )
+    try:
+        decoded = base64.b64decode(content)
+    except ValueError as error:
+        raise ValueError(f"a data URL of the request is no base64 ({error}); encode the file's bytes") from error
+    return open_image(decoded, "a data URL of the request")

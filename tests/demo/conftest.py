@@ -18,25 +18,31 @@ MAX_NEW_TOKENS = 4
 
 class Server(NamedTuple):
     address: str
+    uploads: Path
     answerers: dict[str, Answerer]
     max_new_tokens: int
 
 
 @pytest.fixture(scope="session")
-def server():
+def server(tmp_path_factory):
     pytest.importorskip("gradio", reason="the packages of `pip install 'agevlm[demo]'` are missing")
     answerers = {
         "agevlm-tiny": Answerer(load_subject(str(ROOT / "checkpoints" / "agevlm-tiny"))),
         "llava": Answerer(llava()),
     }
-    page = build_page(answerers, MAX_NEW_TOKENS)
+    uploads = tmp_path_factory.mktemp("uploads")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _, address, public = launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port)
-    assert public is None
-    yield Server(address, answerers, MAX_NEW_TOKENS)
-    page.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        page = build_page(answerers, MAX_NEW_TOKENS)
+        _, address, public = launch(
+            page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port
+        )
+        assert public is None
+        yield Server(address, uploads, answerers, MAX_NEW_TOKENS)
+        page.close()
 
 
 @pytest.fixture(scope="session")

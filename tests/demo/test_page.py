@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+from demo_client import call, upload
 from PIL import Image
 
 from agevlm.analysis.attention import attend
@@ -25,31 +26,6 @@ from builders import picture, tiny_model, tiny_processor
 
 QUESTION = "Is there a red apple in the image?"
 OTHER = "How many cars are there in the image? Describe the picture."
-
-
-def call(address: str, image: object, question: object) -> list[str]:
-    """Asks as Gradio's API documents it. Raises RuntimeError with the server's words."""
-    body = json.dumps({"data": [image, question]}).encode()
-    send = urllib.request.Request(f"{address}gradio_api/call/ask", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(send, timeout=60) as response:
-        event = json.load(response)["event_id"]
-    with urllib.request.urlopen(f"{address}gradio_api/call/ask/{event}", timeout=120) as response:
-        *_, kind, data = (line for line in response.read().decode().splitlines() if line)
-    if kind == "event: error":
-        raise RuntimeError(data.removeprefix("data: "))
-    return json.loads(data.removeprefix("data: "))
-
-
-def upload(address: str, name: str, content: bytes) -> dict:
-    form = b'--part\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--part--\r\n'
-    send = urllib.request.Request(
-        f"{address}gradio_api/upload",
-        form % (name.encode(), content),
-        {"Content-Type": "multipart/form-data; boundary=part"},
-    )
-    with urllib.request.urlopen(send, timeout=60) as response:
-        (path,) = json.load(response)
-    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 
 def heats(html: str) -> list[str]:
@@ -253,15 +229,6 @@ def test_an_upload_of_50_mb_is_refused(server, uploaded):
     with pytest.raises(OSError):  # the server hangs up long before the end
         upload(server.address, "large.png", bytes(50_000_000))
     assert len(call(server.address, uploaded, QUESTION)) == 2
-
-
-def test_no_picture_and_no_file_of_the_server(server, example):
-    with pytest.raises(RuntimeError, match="no picture; upload one"):
-        call(server.address, None, QUESTION)
-    for path in (example, example.parents[2] / "README.md"):
-        with pytest.raises(RuntimeError) as refused:
-            call(server.address, {"path": str(path), "meta": {"_type": "gradio.FileData"}}, QUESTION)
-        assert "is no picture" not in str(refused.value)  # not even looked at
 
 
 def test_the_missing_extra_is_named(monkeypatch):
