@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.processing import AgeVlmProcessor
+from agevlm.modeling_agevlm import AgeVlmConfig
 
 
 @dataclass(frozen=True)
@@ -161,33 +159,6 @@ def image_token_id(config: Any) -> int | None:
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None
-
-
-def load_subject(name: str, trust_remote_code: bool = False) -> Subject:
-    """A checkpoint by folder or Hub id, in its stored dtype, on the accelerator if there is one.
-
-    Args:
-        trust_remote_code: run the code of a checkpoint that is neither ours nor of transformers.
-
-    Raises:
-        ValueError: there is no vision-language checkpoint of that name.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name} is no checkpoint: it has no config.json; give its folder or Hub id")
-    try:
-        # No kernel is asked for: sdpa is transformers' choice wherever a part has attention; a tower may have none.
-        settings: dict[str, Any] = {
-            "dtype": "auto",
-            "device_map": torch.accelerator.current_accelerator(check_available=True),
-        }
-        if AgeVlmConfig.get_config_dict(name)[0].get("model_type") == AgeVlmConfig.model_type:
-            model = AgeVlmForConditionalGeneration.from_pretrained(name, **settings)
-            return Subject(model.eval(), AgeVlmProcessor.from_pretrained(name))
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"{name} is no checkpoint: {error}; give its folder or Hub id") from error
-    return Subject(model.eval(), processor)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

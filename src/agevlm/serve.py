@@ -53,9 +53,7 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState, Modality
 
-    from agevlm.evaluation.models import check_checkpoint
-    from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-    from agevlm.processing import AgeVlmProcessor
+    from agevlm.models import load_model, load_processor, model_type
 
     class AgeVlmModelManager(ModelManager):
         """The questions that transformers answers by class name, for one checkpoint and no other."""
@@ -70,14 +68,12 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto"):
             if model_id_and_revision != self.process_model_name(checkpoint):
                 raise ValueError(f"This server has {checkpoint} and loads nothing else.")
             model_id, revision = model_id_and_revision.rsplit("@", 1)
-            check_checkpoint(model_id, revision)
-            return AgeVlmProcessor.from_pretrained(model_id, revision=revision)
+            model_type(model_id, revision, ours=True)
+            return load_processor(model_id, ours=True, revision=revision)
 
         def _load_model(self, model_id_and_revision, tqdm_class=None, progress_callback=None, gguf_file=None):
             model_id, revision = model_id_and_revision.rsplit("@", 1)
-            return AgeVlmForConditionalGeneration.from_pretrained(
-                model_id, revision=revision, dtype=self.dtype, device_map=self.device
-            )
+            return load_model(model_id, ours=True, revision=revision, dtype=self.dtype, device_map=self.device)
 
         @staticmethod
         def get_model_modality(model, processor=None):

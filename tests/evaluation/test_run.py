@@ -9,8 +9,7 @@ from huggingface_hub import hf_hub_download
 
 from agevlm.data.scenes import build_scenes
 from agevlm.evaluation import run
-from agevlm.evaluation.digests import weights_digest
-from agevlm.evaluation.models import stored_fingerprint
+from agevlm.evaluation.digests import stored_fingerprint, weights_digest
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes, main
 from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
