@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -39,6 +40,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.configuration_agevlm import AUTO_MAP
+from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel, check_weights
 from agevlm.processing import AgeVlmProcessor
 
 
@@ -71,6 +73,8 @@ def reading(name: Name, what: str) -> Iterator[None]:
         cause = " ".join(str(error).split())
         if HFValidationError in (type(error), type(error.__cause__)):
             raise CheckpointError(f"{name} is neither a folder nor the id of a repository.") from error
+        if isinstance(error, ValueError) and cause.startswith(f"{name}: "):  # it says what it is about
+            raise CheckpointError(cause) from error
         if isinstance(error, ImportError):
             raise CheckpointError(f"{name}: {what} needs a package that is missing: {cause}") from error
         if isinstance(error, OSError) and not Path(name).is_dir():
@@ -163,8 +167,8 @@ def _check_kind(name: Name, fields: Mapping[str, Any], trust_remote_code: bool) 
         raise CheckpointError(f"{name} is no image-text-to-text model: its model type is {found!r}")
     if not trust_remote_code:
         raise CheckpointError(
-            f"{name} needs code of its own ({found!r} is no model of transformers). Read it, and if you trust it, "
-            "allow it with `--trust-remote-code` (`trust_remote_code=True`)."
+            f"{name} needs code of its own: transformers has no image-text-to-text model of type {found!r}. Read the "
+            "code, and if you trust it, add `--trust-remote-code` (`trust_remote_code=True`)."
         )
 
 
@@ -218,14 +222,16 @@ def load_weights(
     """
     fields, shapes = read_settings(name, revision), stored_shapes(name, revision)
     _check_depth(name, fields, len(shapes))
-    if exact and shapes and "quantization_config" not in fields:
+    # Under ZeRO-3 modules are made of parts of tensors.
+    if exact and shapes and "quantization_config" not in fields and not is_deepspeed_zero3_enabled():
         _check_shapes(name, model_class, load_config(name, revision), shapes)
     _read_table(name, GENERATION_CONFIG_NAME, revision)  # transformers passes over a damaged one in silence
     with reading(name, MODEL):
         model, report = model_class.from_pretrained(
             name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
-    _check_report(name, model, report, exact)
+        if not isinstance(model, AgeVlmPreTrainedModel):  # that has looked itself
+            _check_report(name, model, report, exact)
     return model
 
 
@@ -235,54 +241,36 @@ def _check_shapes(
     """Compare the stored tensors with those of the configuration, before memory is taken for either."""
     with reading(name, CONFIG_NAME), torch.device("meta"):
         model = model_class(config)
-    tied = model.all_tied_weights_keys
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
-    missing = [key for key in expected if key not in shapes]
-    unexpected = [key for key in shapes if key not in expected and key not in tied]
-    misshapen = [(key, shapes[key], shape) for key, shape in expected.items() if shapes.get(key, shape) != shape]
-    _refuse(name, len(expected), missing, unexpected, misshapen)
+        tied = model.all_tied_weights_keys
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
+        report = {
+            "missing_keys": [key for key in expected if key not in shapes],
+            "unexpected_keys": [key for key in shapes if key not in expected and key not in tied],
+            "mismatched_keys": [
+                (key, shapes[key], shape) for key, shape in expected.items() if shapes.get(key, shape) != shape
+            ],
+        }
+        _check_report(name, model, report, exact=True)
 
 
 def _check_report(name: Name, model: PreTrainedModel, report: Mapping[str, Any], exact: bool) -> None:
-    """Read what transformers reports of loading, and look at every weight."""
+    """`check_weights` of what counts in a report, with the shapes that do not fit.
+
+    Raises:
+        ValueError: see there.
+    """
 
     def layer(key: str) -> str:
         return re.sub(r"\.\d+\.", ".*.", key)
 
-    weights = dict(model.named_parameters())
-    layers = {layer(key) for key in weights}
-    unexpected = [key for key in sorted(report["unexpected_keys"]) if exact or layer(key) in layers]
-    _refuse(name, len(weights), sorted(report["missing_keys"]), unexpected, sorted(report["mismatched_keys"]))
-    for key, weight in weights.items():
-        if not weight.is_floating_point() or weight.is_meta or not weight.numel():
-            continue
-        values = weight.detach() if weight.element_size() > 1 else weight.detach().float()
-        if not torch.stack(values.aminmax()).isfinite().all():
-            raise CheckpointError(
-                f"{name}: the tensor {key} holds numbers that are not finite. Take an earlier checkpoint, or download "
-                "it again."
-            )
-
-
-def _refuse(
-    name: Name,
-    count: int,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    misshapen: Sequence[tuple[str, Sequence[int], Sequence[int]]],
-) -> None:
-    """Raise if one of the lists holds anything; `misshapen` are (name, stored shape, expected shape)."""
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {count} tensors are missing, first {missing[0]}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} have no place in the model, first {unexpected[0]}")
-    if misshapen:
-        key, stored, expected = misshapen[0]
-        shapes = f"{tuple(stored)} in the file, {tuple(expected)} in the model"
-        problems.append(f"{len(misshapen)} are of another shape, first {key}: {shapes}")
-    if problems:
-        raise CheckpointError(f"{name}: the weights do not fit {CONFIG_NAME}: {'; '.join(problems)}. {FIX}")
+    layers = {layer(key) for key, _ in model.named_parameters()}
+    misshapen = (
+        f"{key} with {tuple(stored)} in the file and {tuple(expected)} in the model"
+        for key, stored, expected in report["mismatched_keys"]
+    )
+    unexpected = [key for key in report["unexpected_keys"] if exact or layer(key) in layers]
+    report = {**report, "unexpected_keys": unexpected, "mismatched_keys": [(said,) for said in misshapen]}
+    check_weights(model, report, name)
 
 
 # ---- Whole models ----
@@ -327,7 +315,7 @@ def load_model(
     if adapter is not None:
         with reading(adapter, "the adapter"):
             report = model.load_adapter(adapter, ignore_mismatched_sizes=True).to_dict()
-        _check_report(adapter, model, report, exact=True)
+            _check_report(adapter, model, report, exact=True)
     if not trust_remote_code:
         _forget_code(model.config)
     return model.eval()
@@ -355,8 +343,9 @@ def load_processor(name: Name, *, ours: bool = False, revision: str = "main", tr
     _check_processor(name, processor)
     if not trust_remote_code:
         for part in (processor, *(getattr(processor, part) for part in processor.get_attributes())):
-            for fields in (vars(part), getattr(part, "init_kwargs", {})):
-                fields.pop("auto_map", None)
+            for field in CODE_FIELDS:
+                vars(part).pop(field, None)
+                getattr(part, "init_kwargs", {}).pop(field, None)
     return processor
 
 
