@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.models import encode, render
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,10 @@ class Subject:
                 does not hold its span.
         """
         spans = prompts if spans is None else spans
-        texts = [self._render(prompt, answer_next) for prompt in prompts]
-        batch = self.processor(
-            images=[[image] for image in images], text=texts, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
-        inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        for prompt in prompts:
+            self._check(prompt)
+        texts = [render(self.processor, prompt, answer_next=answer_next) for prompt in prompts]
+        inputs = encode(self.model, self.processor, images, texts)
         text_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         for row, (text, prompt, span) in enumerate(zip(texts, prompts, spans, strict=True)):
             tail = text.rpartition(self.processor.image_token)[2]
@@ -112,7 +112,7 @@ class Subject:
                 )
         return Encoded(inputs, text_BT, image_BT)
 
-    def _render(self, prompt: str, answer_next: bool) -> str:
+    def _check(self, prompt: str) -> None:
         if not prompt.strip():
             raise ValueError("the text is empty; ask or say something about the picture")
         placeholder = self.processor.image_token
@@ -120,10 +120,6 @@ class Subject:
             raise ValueError(f"the text {prompt!r} holds the image placeholder {placeholder}; leave it out")
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the processor has no chat template, so nothing says how to ask this model; give it one")
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=answer_next, tokenize=False
-        )
 
     def _span_tokens(self, tail: str, prompt: str, span: str, ids: list[int]) -> list[bool]:
         """Which of the last tokens of `ids`, those of the text `tail` behind the picture, belong to `span`."""

@@ -1,4 +1,4 @@
-"""Loads vision-language models: AGE-VLM checkpoints, or any image-text-to-text model of transformers.
+"""Loads vision-language models, ours or any image-text-to-text model of transformers, and encodes questions to them.
 
 transformers draws missing weights at random and only logs it. Here a checkpoint is complete and finite and fits its
 configuration, or loading ends in a `CheckpointError`. AGE-VLM checkpoints run the installed code, never the code that
@@ -357,8 +357,7 @@ def _check_processor(name: Name, processor: Any) -> None:
             f"{name}: its processor has no chat template, which says how to ask it. Add one and save it."
         )
     with reading(name, "the chat template (chat_template.jinja)"):
-        content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        render(processor, "What is this?")
     for field in ("image_mean", "image_std", "rescale_factor"):
         value = getattr(processor.image_processor, field, None)
         numbers = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
@@ -391,3 +390,40 @@ def load(
                 f"{known} in the tokenizer, which has {len(processor.tokenizer)} tokens for {rows} embeddings. {FIX}"
             )
     return model, processor
+
+
+# ---- Questions ----
+
+
+def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
+    """The conversation that asks `prompt`, about one picture or as text alone."""
+    picture = [{"type": "image"}] if with_picture else []
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
+
+
+def render(processor: Any, prompt: str, with_picture: bool = True, *, answer_next: bool = True) -> str:
+    """The text of `messages` in the model's own chat format; with `answer_next` the header of the answer follows."""
+    asked = messages(prompt, with_picture)
+    return processor.apply_chat_template(asked, add_generation_prompt=answer_next, tokenize=False)
+
+
+def encode(
+    model: Any, processor: Any, images: Sequence[Image.Image | None], texts: Sequence[str], **settings: Any
+) -> dict[str, torch.Tensor]:
+    """Inputs of a left-padded batch, on the model's device and in its dtype.
+
+    Args:
+        images: the picture of each row, None where a row is text alone.
+        texts: the rows as `render` writes them.
+        settings: of the processor, such as `guidance_spans` and `guidance_masks` of ours.
+    """
+    pictures = [[] if image is None else [image] for image in images]
+    batch = processor(
+        images=pictures if any(pictures) else None,
+        text=texts,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **settings,
+    ).to(model.device, model.dtype)
+    return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
