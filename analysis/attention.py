@@ -26,13 +26,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from agevlm.data.rows import open_image
+from agevlm.models import load
 
 from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
 from .files import file_name, make_folder, save_arrays, save_image, save_json
 from .recording import Recorder, recording
 from .results import Example, Panel
-from .subjects import Encoded, Subject, load_subject, unique_names
+from .subjects import Encoded, Subject, unique_names
 
 
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
@@ -381,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     mask = None if arguments.mask is None else open_image(arguments.mask, arguments.mask, mode="1")
     models = {}
     for name, path in zip(unique_names(arguments.models), arguments.models, strict=True):
-        subject = load_subject(path, arguments.trust_remote_code)
+        subject = Subject(*load(path, trust_remote_code=arguments.trust_remote_code))
         models[name] = (subject.model, subject.processor)
     summary = write_attention(
         models,

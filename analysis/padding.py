@@ -26,13 +26,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from agevlm.models import load
+
 from .attention import question_look
 from .figures import save_padding
 from .files import make_folder, save_json
 from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
-from .subjects import Subject, load_subject
+from .subjects import Subject
 
 
 VARIANTS = ("own", "pad", "stretch", "crop")
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, strict=arguments.strict, progress=True
     )
-    subject = load_subject(arguments.model, arguments.trust_remote_code)
+    subject = Subject(*load(arguments.model, trust_remote_code=arguments.trust_remote_code))
     name = Path(arguments.model).resolve().name
     parts = Parts(output, job_of("padding", subject.model, pairs))
     summary = {"model": name, **measure_padding(subject, pairs, keep=parts.keep, strict=arguments.strict)}

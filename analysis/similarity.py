@@ -34,13 +34,15 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 
+from agevlm.models import load
+
 from .figures import save_histogram, save_layers
 from .files import make_folder, save_arrays, save_json
 from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
 from .separation import derangement, separation
-from .subjects import Encoded, Subject, load_subject
+from .subjects import Encoded, Subject
 
 
 HIDDEN = ("centroid", "pairwise", "max", "centred")
@@ -373,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, distinct=True, strict=arguments.strict, progress=True
     )
-    subject = load_subject(arguments.model, arguments.trust_remote_code)
+    subject = Subject(*load(arguments.model, trust_remote_code=arguments.trust_remote_code))
     name = Path(arguments.model).resolve().name
     summary = write_similarity(
         subject,

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.processing import AgeVlmProcessor
+from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.models import encode, render
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,10 @@ class Subject:
                 does not hold its span.
         """
         spans = prompts if spans is None else spans
-        texts = [self._render(prompt, answer_next) for prompt in prompts]
-        batch = self.processor(
-            images=[[image] for image in images], text=texts, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
-        inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        for prompt in prompts:
+            self._check(prompt)
+        texts = [render(self.processor, prompt, answer_next=answer_next) for prompt in prompts]
+        inputs = encode(self.model, self.processor, images, texts)
         text_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         for row, (text, prompt, span) in enumerate(zip(texts, prompts, spans, strict=True)):
             tail = text.rpartition(self.processor.image_token)[2]
@@ -114,7 +112,7 @@ class Subject:
                 )
         return Encoded(inputs, text_BT, image_BT)
 
-    def _render(self, prompt: str, answer_next: bool) -> str:
+    def _check(self, prompt: str) -> None:
         if not prompt.strip():
             raise ValueError("the text is empty; ask or say something about the picture")
         placeholder = self.processor.image_token
@@ -122,10 +120,6 @@ class Subject:
             raise ValueError(f"the text {prompt!r} holds the image placeholder {placeholder}; leave it out")
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the processor has no chat template, so nothing says how to ask this model; give it one")
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=answer_next, tokenize=False
-        )
 
     def _span_tokens(self, tail: str, prompt: str, span: str, ids: list[int]) -> list[bool]:
         """Which of the last tokens of `ids`, those of the text `tail` behind the picture, belong to `span`."""
@@ -161,33 +155,6 @@ def image_token_id(config: Any) -> int | None:
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None
-
-
-def load_subject(name: str, trust_remote_code: bool = False) -> Subject:
-    """A checkpoint by folder or Hub id, in its stored dtype, on the accelerator if there is one.
-
-    Args:
-        trust_remote_code: run the code of a checkpoint that is neither ours nor of transformers.
-
-    Raises:
-        ValueError: there is no vision-language checkpoint of that name.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name} is no checkpoint: it has no config.json; give its folder or Hub id")
-    try:
-        # No kernel is asked for: sdpa is transformers' choice wherever a part has attention; a tower may have none.
-        settings: dict[str, Any] = {
-            "dtype": "auto",
-            "device_map": torch.accelerator.current_accelerator(check_available=True),
-        }
-        if AgeVlmConfig.get_config_dict(name)[0].get("model_type") == AgeVlmConfig.model_type:
-            model = AgeVlmForConditionalGeneration.from_pretrained(name, **settings)
-            return Subject(model.eval(), AgeVlmProcessor.from_pretrained(name))
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"{name} is no checkpoint: {error}; give its folder or Hub id") from error
-    return Subject(model.eval(), processor)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

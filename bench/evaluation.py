@@ -14,8 +14,8 @@ from pathlib import Path
 
 from agevlm.data.scenes import build_scenes
 from agevlm.evaluation.generate import generate_predictions
-from agevlm.evaluation.models import load_checkpoint
 from agevlm.evaluation.run import choose, load_scenes
+from agevlm.models import load
 from agevlm.training.parts import COLOURS, NAMES
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    model, processor = load_checkpoint(str(TINY))
+    model, processor = load(TINY, ours=True)
     benchmarks = choose(["all"])
     with tempfile.TemporaryDirectory() as folder:
         scenes = build_scenes(

@@ -122,13 +122,14 @@ def check(
 def _tokenizer(checkpoint: str | Path | None) -> PreTrainedTokenizerFast | None:
     if checkpoint is None:
         return None
-    try:
+    from agevlm.models import TOKENIZER, reading
+
+    with reading(checkpoint, TOKENIZER):
         # Not AutoTokenizer: it would ask for the checkpoint's code, which counting does not need.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} has no tokenizer to count tokens with: {error}") from error
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{checkpoint} has no chat template; give a checkpoint of AGE-VLM")
+        if tokenizer.chat_template is None:
+            raise ValueError("it has no chat template; give a checkpoint of AGE-VLM")
+        tokenizer.apply_chat_template([{"role": "user", "content": IMAGE_PLACEHOLDER}], tokenize=False)
     return tokenizer
 
 

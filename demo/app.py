@@ -23,8 +23,9 @@ from PIL import Image
 
 from agevlm.analysis.attention import Attended
 from agevlm.analysis.options import at_least
-from agevlm.analysis.subjects import load_subject, unique_names
+from agevlm.analysis.subjects import Subject, unique_names
 from agevlm.data.rows import MAX_PIXELS, open_image, resolve_inside
+from agevlm.models import load
 
 from .answering import MAX_QUESTION, Answerer, ask
 from .figure import MEAN, SCRIPT, STYLE, finished, growing
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     paths = [path for path in (options.model, options.second) if path]
     answerers = {
-        name: Answerer(load_subject(path, options.trust_remote_code))
+        name: Answerer(Subject(*load(path, trust_remote_code=options.trust_remote_code)))
         for name, path in zip(unique_names(paths), paths, strict=True)
     }
     page = build_page(answerers, options.max_new_tokens)

@@ -1,8 +1,12 @@
 """Digests that tell models and settings apart."""
 
 import hashlib
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+
+from agevlm.hub_cards import weights_fingerprint
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -13,6 +17,15 @@ def weights_digest(model: torch.nn.Module) -> str:
         sample = values[:: max(1, values.numel() // 64)].float().cpu().contiguous()
         result.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return result.hexdigest()
+
+
+def stored_fingerprint(name: str, revision: str = "main", adapter: str | None = None) -> str | None:
+    """`weights_fingerprint` of the files that a model was loaded from (with an adapter: of its files); None where they
+    are no safetensors."""
+    place, revision = (name, revision) if adapter is None else (adapter, "main")
+    if not Path(place).is_dir():
+        place = snapshot_download(place, revision=revision, allow_patterns="*.safetensors", local_files_only=True)
+    return weights_fingerprint(place)
 
 
 def digest(content: bytes | str) -> str:

@@ -17,8 +17,10 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
+from agevlm.models import encode, render
+
 from .benchmark import Benchmark, Row, verdict
-from .inputs import RowError, each_picture_once, encode, picture_key, row_image
+from .inputs import RowError, each_picture_once, picture_key, row_image
 from .processes import gather, my_share, rank, wait
 
 
@@ -156,7 +158,8 @@ def answer_batch(
     model: Any, processor: Any, images: Sequence, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers, special tokens removed. `images`: None where a row has none."""
-    batch = encode(processor, images, prompts, model)
+    texts = [render(processor, prompt, image is not None) for prompt, image in zip(prompts, images, strict=True)]
+    batch = encode(model, processor, images, texts)
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

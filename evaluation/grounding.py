@@ -21,8 +21,10 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
+from agevlm.models import encode, messages, render
+
 from .benchmark import Benchmark, Metrics, Row
-from .inputs import RowError, each_picture_once, encode, messages, picture_key, row_image, row_mask
+from .inputs import RowError, each_picture_once, picture_key, row_image, row_mask
 from .processes import gather, my_share, rank
 
 
@@ -146,9 +148,8 @@ def _measure_batch(
         spans.append(processor.message_span(messages(benchmark.prompt(row)), 0, benchmark.query(row)))
     if not usable:
         return []
-    batch = encode(
-        processor, images, [benchmark.prompt(row) for row in usable], model, guidance_spans=spans, guidance_masks=masks
-    )
+    texts = [render(processor, benchmark.prompt(row)) for row in usable]
+    batch = encode(model, processor, images, texts, guidance_spans=spans, guidance_masks=masks)
     grid = processor.image_processor.grid
     # V = N * L with one picture per row
     cells = batch.pop("guidance_mask").flatten(1).bool().cpu().numpy()

@@ -1,7 +1,4 @@
-"""From benchmark rows to model inputs, shared by generation and grounding; pictures are decoded here.
-
-Any processor with a chat template will do: messages are transformers' lists of parts.
-"""
+"""Pictures and masks of benchmark rows, shared by generation and grounding; they are decoded here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,12 +53,6 @@ class RowError(ValueError):
     """A row that cannot be used; the message names it."""
 
 
-def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
-    """The conversation that asks `prompt`, about one picture or as text alone."""
-    picture = [{"type": "image"}] if with_picture else []
-    return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
-
-
 def row_image(row: Row) -> Image.Image | None:
     """The row's picture, decoded completely; None where the row is asked as text alone. RowError if it is broken."""
     if row["image"] is None:
@@ -89,31 +80,3 @@ def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
     if mask.getbbox() is None:
         raise RowError(f"{where}: marks no pixel; use null where there is nothing to look at")
     return mask
-
-
-def encode(
-    processor: Any,
-    images: Sequence[Image.Image | None],
-    prompts: Sequence[str],
-    model: torch.nn.Module,
-    **guidance: Any,
-) -> dict[str, torch.Tensor]:
-    """Inputs of a left-padded batch, one prompt and at most one picture per row, on the model's device and in its
-    dtype.
-
-    `guidance`: `guidance_spans` and `guidance_masks` for our processor.
-    """
-    texts = [
-        processor.apply_chat_template(messages(prompt, image is not None), add_generation_prompt=True, tokenize=False)
-        for prompt, image in zip(prompts, images, strict=True)
-    ]
-    pictures = [[] if image is None else [image] for image in images]
-    batch = processor(
-        images=pictures if any(pictures) else None,
-        text=texts,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        **guidance,
-    )
-    return dict(batch.to(model.device, model.dtype))

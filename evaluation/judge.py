@@ -22,6 +22,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agevlm.models import TOKENIZER, load_weights, reading
+
 from .benchmark import RIGHT, WRONG, Answers, Benchmark, Metrics, Row
 from .digests import weights_digest
 from .measures import share
@@ -81,13 +83,9 @@ class Judge:
     """
 
     def __init__(self, name: str, cache: str | Path, batch_size: int = 32):
-        try:
+        with reading(name, TOKENIZER):
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=current_device()).eval()
-        except OSError as error:
-            raise ValueError(
-                f"the judge {name} cannot be loaded: {error}; give a chat model's folder or id"
-            ) from error
+        self.model = load_weights(AutoModelForCausalLM, name, dtype="auto", device_map=current_device()).eval()
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the judge {name} has no chat template; give a chat model")
         if self.tokenizer.pad_token is None:

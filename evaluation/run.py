@@ -22,17 +22,17 @@ from datasets import Dataset
 from rich.console import Console
 
 from agevlm.data.scenes import load_benchmark
+from agevlm.models import load
 
 from . import cvbench, hallusionbench, ocrbench, pope, realworldqa
 from .benchmark import PROTOCOLS, Benchmark, Metrics, units_of
-from .digests import digest, weights_digest
+from .digests import digest, stored_fingerprint, weights_digest
 from .generate import generate_predictions, write_json, write_lines, write_text
 from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
 from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
 from .measures import mcnemar, paired_difference
-from .models import load_model, stored_fingerprint
-from .processes import rank, wait
+from .processes import current_device, rank, wait
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
@@ -126,7 +126,7 @@ def evaluate(
         data: rows by benchmark.
         source: where the rows come from, for the record: `data` and `split`.
         name: of the model, for the record.
-        weights: fingerprint of the files it was loaded from (`models.stored_fingerprint`), by which a card knows that
+        weights: fingerprint of the files it was loaded from (`digests.stored_fingerprint`), by which a card knows that
             the result is its own.
         judge: reads every output a second time.
         masked: more rows to measure looking on (`grounding.load_masked`).
@@ -403,8 +403,9 @@ def main(argv: list[str] | None = None) -> None:
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
     results = {}
     for name, path in zip(names, arguments.models, strict=True):
-        model, processor = load_model(
+        model, processor = load(
             path,
+            device_map=current_device(),
             revision=arguments.revision,
             adapter=arguments.adapter,
             four_bit=arguments.four_bit,

@@ -33,12 +33,12 @@ from transformers.utils import logging
 
 from agevlm.data.join import join_masks
 from agevlm.data.rows import MASK_FEATURES, open_image
-from agevlm.evaluation.models import load_checkpoint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.grounding.corrupt import corrupt
 from agevlm.grounding.masks import to_png
 from agevlm.grounding.output import write_text
 from agevlm.grounding.quality import METRICS, compare
+from agevlm.models import load, load_processor
 from agevlm.training.stages import stage3_ground, stage4_instruct
 from agevlm.training.stages.base import run_stage
 
@@ -77,7 +77,7 @@ def run_configuration(
     scenes, start = quickstart / "scenes", quickstart / f"seed-{seed}" / "stage2"
     if not (start / "config.json").is_file():
         raise ValueError(f"{start} holds no stage 2; run `agevlm quickstart --seeds {seed}` first")
-    processor = load_checkpoint(str(start))[1]
+    processor = load_processor(start, ours=True)
     captions = Dataset(pq.read_table(scenes / "captions" / "train.parquet"))
     captions = captions if rows is None else captions.select(range(min(rows, len(captions))))
     everything = Dataset(pq.read_table(scenes / "masks" / "captions.parquet")).select(range(len(captions)))
@@ -93,7 +93,7 @@ def run_configuration(
         recipe = stage4_instruct.recipe(size="tiny", variant="agevlm").override(**settings)
         run_stage(recipe, work / "stage4", data=scenes, init_from=final, console=Console(quiet=True))
         final = work / "stage4"
-    model, processor = load_checkpoint(str(final))
+    model, processor = load(final, ours=True)
     measured = evaluate_scenes(
         model, processor, scenes, SPLIT, work / "evaluation", benchmarks=(PRESENCE,), batch_size=50, progress=False
     )

@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+from agevlm.models import PROCESSOR, load_weights, reading
+
 from .masks import Box, clip_box, mask_box, polygon_box, usable_pieces
 from .regions import NO_REGION, TEXT_TOO_LONG, Grounding, Region
 
@@ -63,14 +65,10 @@ class Part:
             )
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        try:
+        revision = revision or "main"
+        model = load_weights(self.model_class, name, revision=revision, dtype=dtype, use_safetensors=True)
+        with reading(name, PROCESSOR):
             self.processor = self.processor_class.from_pretrained(name, revision=revision)
-            model = self.model_class.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
-        except OSError as error:
-            raise ValueError(
-                f"{name} cannot be loaded: {error} Pass a folder that has it, or log in with `hf auth login` if its "
-                "licence has to be accepted"
-            ) from error
         self.model = model.to(device).eval()
         self.name, self.commit = name, getattr(model.config, "_commit_hash", None)
 

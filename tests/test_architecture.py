@@ -33,6 +33,8 @@ ALLOWED = {
     "baselines": {"modeling_agevlm", "processing", "data"},
     "demo": {"analysis", "data"},
 }
+# One place for each idea that every folder needs. These modules import nothing of ours but what is named here.
+GROUND_FLOOR = {"models": {"modeling_agevlm", "processing"}}
 CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
 # What is copied, flat, into every checkpoint of ours.
 SHIPPED = (
@@ -74,10 +76,30 @@ def test_import_direction(folder):
                 continue  # it registers the processor, and the Auto classes are keyed by the configuration
             if name.startswith("agevlm."):
                 target = name.split(".")[1]
-                if target in FOLDERS:
+                if target in GROUND_FLOOR:
+                    assert folder not in GROUND_FLOOR[target], f"{path.relative_to(ROOT)} imports {name}"
+                elif target in FOLDERS:
                     assert target == folder or target in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
                 else:
                     pytest.fail(f"{path.relative_to(ROOT)} imports {name}: folders know nothing of the command line")
+
+
+@pytest.mark.parametrize("module", GROUND_FLOOR)
+def test_the_ground_floor_imports_little(module):
+    names = imported_modules(ROOT / "src" / "agevlm" / f"{module}.py")
+    used = {name.split(".")[1] for name in names if name.startswith("agevlm.")}
+    assert used <= GROUND_FLOOR[module] and "agevlm" not in names
+
+
+def test_one_place_loads_vision_language_models():
+    """`from_pretrained` of a model passes over missing weights; `agevlm.models` does not."""
+    loaders = re.compile(r"\b(AutoModel\w*|\w+For\w+|LlamaModel|ConvNextModel|model_class)\.from_pretrained\(")
+    others = {"src/agevlm/models.py", "training/parts.py"}  # the second reads GGUF
+    for folder in (*FOLDERS, "src/agevlm"):
+        for path in python_files(folder):
+            if str(path.relative_to(ROOT)) not in others:
+                found = loaders.search(path.read_text(encoding="utf-8"))
+                assert found is None, f"{path.relative_to(ROOT)}: {found and found[0]}...): use agevlm.models"
 
 
 def test_nothing_imports_tests_or_bare_folders():

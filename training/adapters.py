@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm import models
+from agevlm.processing import AgeVlmProcessor
 from agevlm.training.config import AgeVlmSFTConfig
 
 
@@ -99,26 +100,31 @@ class AdapterArguments(ModelConfig):
         return self.load_in_4bit or self.load_in_8bit
 
 
-def load_model(
+def load_start(
     init_from: str | Path, revision: str | None, adapters: AdapterArguments, quantised: bool | None = None
-) -> PreTrainedModel:
-    """The model a stage starts from: float32, its language model quantised where the flags say so.
+) -> tuple[PreTrainedModel, AgeVlmProcessor]:
+    """The model a stage starts from, float32, its language model quantised where the flags say so; and its processor.
 
     `quantised=False` loads full precision whatever the flags say.
+
+    Raises:
+        ValueError: see `agevlm.models.load`.
     """
     quantisation = get_quantization_config(adapters) if quantised is not False else None
     if quantisation is not None:
         quantisation.llm_int8_skip_modules = list(FLOAT_PARTS)
-    model = AgeVlmForConditionalGeneration.from_pretrained(
+    model, processor = models.load(
         init_from,
+        ours=True,
         revision=revision or "main",
         dtype=torch.float32,
+        device_map=None,
         attn_implementation=adapters.attn_implementation,
         quantization_config=quantisation,
     )
     if is_deepspeed_zero3_enabled():
         model._weight_conversions = None  # renamings that this way of loading notes without using, undone on saving
-    return model
+    return model, processor
 
 
 def merge(
@@ -130,5 +136,5 @@ def merge(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         assert init_from is not None  # what is quantised was read from somewhere
-        whole = load_model(init_from, revision, adapters, quantised=False)
+        whole, _ = load_start(init_from, revision, adapters, quantised=False)
         return PeftModel.from_pretrained(whole, folder).merge_and_unload()

@@ -37,8 +37,9 @@ from transformers import (
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.assemble import assemble
-from agevlm.modeling_agevlm.convert_vision import Conversion, load_tower, plan_conversion, read_shapes, some
+from agevlm.modeling_agevlm.convert_vision import Conversion, load_tower, plan_conversion
 from agevlm.modeling_agevlm.sources import Source, fetch, locate, weight_shapes
+from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
 from agevlm.training.freezing import part_of, trainable_table
@@ -92,7 +93,8 @@ def language_part(source: Source) -> LlamaConfig:
             f"{source.name} holds a model of type {model_type!r}. The language model must be of type 'llama' "
             "(Llama-3.2-1B, SmolLM2 and the like)."
         )
-    return AutoConfig.from_pretrained(source.folder)
+    with reading(source.name, "config.json"):
+        return AutoConfig.from_pretrained(source.folder)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
@@ -103,7 +105,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     """
     if not (source.folder / "tokenizer.json").is_file():
         raise ValueError(f"{source.name} holds no tokenizer.json. Save the tokenizer into the model's folder.")
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    with reading(source.name, TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
     if tokenizer.pad_token is None and PAD_TOKEN in tokenizer.get_vocab():
         tokenizer.pad_token = PAD_TOKEN
     return tokenizer
@@ -131,7 +134,7 @@ def plan_parts(args: argparse.Namespace) -> Plan:
             raise ValueError(f"{args.parts} holds no parts. Make them: python -m agevlm.training.parts tiny OUT.")
         language_source = locate(str(args.parts / "language_model"))
         vision_source = locate(str(args.parts / "vision_tower"))
-        made = AgeVlmProcessor.from_pretrained(args.parts)
+        made = load_processor(args.parts, ours=True)
         tokenizer = made.tokenizer
         image_size = image_size or made.image_processor.size["height"]
     else:
@@ -205,17 +208,8 @@ def load_language_model(source: Source) -> LlamaForCausalLM:
     Raises:
         ValueError: its weights are not those that its configuration describes.
     """
-    files = fetch(source)
-    read_shapes(files)  # says so if one of them is broken
-    model, report = LlamaForCausalLM.from_pretrained(
-        files[0].parent, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    problems = {kind: sorted(map(str, report[kind])) for kind in kinds}
-    if any(problems.values()):
-        told = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"The weights of {source.name} do not fit its configuration. {told}.")
-    return model
+    folder = fetch(source)[0].parent
+    return load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
 
 
 def count_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, int]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -215,7 +216,7 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
     if folder.is_dir():
         pushed = _read_json(folder / PUSH_FILE)
         link = {"revision": None, "repo": None}
-        if pushed.get("status") == "pushed":
+        if pushed.get("status") == "pushed" and _is_link(pushed.get("repo"), pushed.get("commit")):
             link = {"revision": pushed["commit"], "repo": pushed["repo"]}
         parent = {"init_from": folder.resolve().name, **link}
         files = {name: folder / name for name in (LINEAGE_FILE, INIT_FILE)}
@@ -231,12 +232,25 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
         parent = {"init_from": str(init_from), "revision": commit, "repo": str(init_from)}
     known = {name: _read_json(path) for name, path in files.items()}
     made = [known.get(INIT_FILE, {}).get(part, {}) for part in ("language_model", "vision_tower")]
-    published = [part["source"] for part in made if part.get("revision")]
-    return {"parent": parent, "base_models": known.get(LINEAGE_FILE, {}).get("base_models") or published}
+    published = [part.get("source") for part in made if isinstance(part, dict) and part.get("revision")]
+    stated = known.get(LINEAGE_FILE, {}).get("base_models") or published
+    return {"parent": parent, "base_models": [name for name in stated if _is_link(name)]}
+
+
+def _is_link(repo: Any, commit: Any = None) -> bool:
+    """Whether a loaded file states a repository's id (and commit), and not some text that a card would show."""
+    named = isinstance(repo, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, re.ASCII) is not None
+    return named and (commit is None or re.fullmatch(r"[0-9a-f]{40}", str(commit)) is not None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}). Delete it, or restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Delete it, or restore it.")
+    return content
 
 
 def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:

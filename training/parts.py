@@ -43,6 +43,7 @@ from trl import SFTConfig, SFTTrainer
 from agevlm.data.builder import SceneArguments, SceneBuilder
 from agevlm.data.scenes import text_corpus
 from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.models import load_processor, load_weights
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 
@@ -296,9 +297,9 @@ def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmPro
             "checkpoints/tiny-parts, or make them: python -m agevlm.training.parts tiny OUT, then --parts OUT."
         )
     return (
-        LlamaForCausalLM.from_pretrained(folder / "language_model", dtype=torch.float32),
-        ConvNextModel.from_pretrained(folder / "vision_tower", dtype=torch.float32),
-        AgeVlmProcessor.from_pretrained(folder),
+        load_weights(LlamaForCausalLM, folder / "language_model", exact=True, dtype=torch.float32),
+        load_weights(ConvNextModel, folder / "vision_tower", exact=True, dtype=torch.float32),
+        load_processor(folder, ours=True),
     )
 
 

@@ -220,25 +220,33 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def publish_stage(folder: Path, args: AgeVlmSFTConfig, init_from: str | Path | None, console: Console) -> None:
-    """Push a finished stage as its flags say; first the one that it started from, if that push has failed.
+    """Push a finished stage as its flags say; first the one that it started from, if its push to the same repository
+    has failed. A folder of other origin cannot name another repository.
 
     What goes wrong is recorded and printed, not raised.
     """
     if not args.push_to_hub or args.process_index != 0:
         return
     parent = {} if init_from is None else read_record(init_from)
-    if init_from is not None and parent.get("status") in ("pending", "failed"):
-        settings = {"private": parent["private"], "branch": parent["branch"]}
-        parent = _push_and_tell(Path(init_from), parent["repo"], console, token=args.hub_token, **settings)
+    wanted, settings = repository_name(args), {"private": args.hub_private_repo is not False}
+    if init_from is not None and parent.get("status") in ("pending", "failed") and _is_in(parent, wanted):
+        branch = parent.get("branch")
+        parent = _push_and_tell(
+            Path(init_from), parent["repo"], console, token=args.hub_token, branch=branch, **settings
+        )
     lineage = read_lineage(folder)
     if lineage is not None and lineage["parent"]["repo"] is None and parent.get("status") == "pushed":
         link = {"repo": parent["repo"], "revision": parent["commit"]}
         write_lineage(folder, {**lineage, "parent": {**lineage["parent"], **link}})
-    wanted, record = repository_name(args), read_record(folder)
-    if record.get("status") == "pushed" and f"/{record['repo']}".endswith(f"/{wanted}"):
+    record = read_record(folder)
+    if record.get("status") == "pushed" and _is_in(record, wanted):
         return
-    settings = {"private": args.hub_private_repo is not False, "branch": args.hub_revision}
-    _push_and_tell(folder, wanted, console, token=args.hub_token, **settings)
+    _push_and_tell(folder, wanted, console, token=args.hub_token, branch=args.hub_revision, **settings)
+
+
+def _is_in(record: Mapping[str, Any], wanted: str) -> bool:
+    """Whether a record is of the repository `wanted`, which may lack its owner's name."""
+    return f"/{record.get('repo')}".endswith(f"/{wanted}")
 
 
 def _push_and_tell(folder: Path, repo_id: str, console: Console, **settings: Any) -> dict[str, Any]:

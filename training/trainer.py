@@ -31,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
 
 from agevlm.hub_cards.render import write_card
+from agevlm.models import reading
 from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
@@ -255,7 +256,25 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             optimizer.param_groups = groups
         return optimizer
 
-    # ---- Saving ----
+    # ---- Checkpoints ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer's, which only warns of weights that do not fit.
+
+        Raises:
+            ValueError: the checkpoint is damaged; the message names it.
+        """
+        with reading(resume_from_checkpoint, "its weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(unwrap_peft_model(self.model), "all_tied_weights_keys", {})
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"{len(missing)} tensors are missing, {len(load_result.unexpected_keys)} are unexpected, first "
+                f"{[*missing, *load_result.unexpected_keys][0]}"
+            )
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

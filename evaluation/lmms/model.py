@@ -10,8 +10,8 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from agevlm.evaluation.generate import answer_batch
-from agevlm.evaluation.models import load_model
-from agevlm.evaluation.processes import rank, world_size
+from agevlm.evaluation.processes import current_device, rank, world_size
+from agevlm.models import load
 
 
 class AgeVlmLmms(lmms):
@@ -33,8 +33,13 @@ class AgeVlmLmms(lmms):
         super().__init__()
         if unknown:
             raise ValueError(f"unknown model_args {', '.join(unknown)}; see AgeVlmLmms")
-        self.model, self.processor = load_model(
-            pretrained, revision=revision, adapter=adapter, four_bit=four_bit, trust_remote_code=trust_remote_code
+        self.model, self.processor = load(
+            pretrained,
+            revision=revision,
+            adapter=adapter,
+            four_bit=four_bit,
+            trust_remote_code=trust_remote_code,
+            device_map=current_device(),
         )
         if device is not None:
             self.model.to(device)

@@ -36,14 +36,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from agevlm.evaluation.models import check_checkpoint
-    from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from agevlm.modeling_agevlm.export import export
-    from agevlm.processing import AgeVlmProcessor
+    from agevlm.models import load
 
-    check_checkpoint(options.checkpoint)
-    model = AgeVlmForConditionalGeneration.from_pretrained(options.checkpoint, dtype=torch.float32)
-    processor = AgeVlmProcessor.from_pretrained(options.checkpoint)
+    model, processor = load(options.checkpoint, ours=True, dtype=torch.float32, device_map=None)
     size = processor.image_processor.size
     try:
         exported = export(

@@ -18,12 +18,12 @@ from agevlm.analysis.figures import save_rows
 from agevlm.analysis.files import save_image
 from agevlm.analysis.report import write_report
 from agevlm.analysis.results import Claim, Example, Section, Variant
-from agevlm.analysis.subjects import load_subject
 from agevlm.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.data.scenes import load_benchmark
 from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
 from agevlm.matrix import MAIN, Row, matrix
+from agevlm.models import load
 from agevlm.quickstart import SPLIT
 from agevlm.scores import MASS, TABLE_2, Found, Scores, read_json
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
@@ -261,8 +261,7 @@ def _examples(found: Found, scenes: Path, output: Path, titles: Mapping[str, str
     for row in matrix():
         if row.group == MAIN and row.name in found:
             run = next(iter(found[row.name].values()))
-            subject = load_subject(str(run["stages"][-1][1]))
-            models[titles[row.name]] = (subject.model, subject.processor)
+            models[titles[row.name]] = load(str(run["stages"][-1][1]))
     if not models:
         return []
     return write_examples(

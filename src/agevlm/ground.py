@@ -121,9 +121,10 @@ def _ground(argv: list[str]) -> None:
 
 def _grid(checkpoint: str | None) -> Any:
     """The image processor of a checkpoint, or the paper's: 768 pixels, padded, 24 x 24 cells."""
-    from agevlm.processing import AgeVlmImageProcessorPil, AgeVlmProcessor
+    from agevlm.models import load_processor
+    from agevlm.processing import AgeVlmImageProcessorPil
 
-    return AgeVlmProcessor.from_pretrained(checkpoint).image_processor if checkpoint else AgeVlmImageProcessorPil()
+    return load_processor(checkpoint, ours=True).image_processor if checkpoint else AgeVlmImageProcessorPil()
 
 
 def _view(argv: list[str]) -> None:

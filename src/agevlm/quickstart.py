@@ -30,10 +30,11 @@ from agevlm.analysis.results import Run as SeedRun
 from agevlm.baselines.twin import concatenating_twin
 from agevlm.data.scenes import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
-from agevlm.evaluation.models import load_checkpoint, stored_fingerprint
+from agevlm.evaluation.digests import stored_fingerprint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
 from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
+from agevlm.models import load
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
 from agevlm.training.stages.base import StageRecipe, run_stage
@@ -193,7 +194,7 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
         folder = output / f"seed-{seed}"
         path = path_of(name, stage_runs)
         checkpoint = str(folder / path[-1].name)
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load(checkpoint, ours=True)
         evaluation = evaluate_scenes(
             model,
             processor,
@@ -222,7 +223,7 @@ def draw_examples(folder: Path, scenes: Path, output: Path, count: int = 6) -> l
     """The first `count` presence questions with something to look at, drawn for every variant. Not selected."""
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
-    models = {TITLES[name]: load_checkpoint(str(folder / f"stage4-{name}")) for name in VARIANTS}
+    models = {TITLES[name]: load(str(folder / f"stage4-{name}"), ours=True) for name in VARIANTS}
     return write_examples(
         models,
         [rows[index] for index in marked],

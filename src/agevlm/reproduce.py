@@ -36,15 +36,16 @@ from agevlm.analysis.files import save_json
 from agevlm.analysis.padding import measure_padding
 from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import write_similarity
-from agevlm.analysis.subjects import load_subject
+from agevlm.analysis.subjects import Subject
 from agevlm.data.join import join_masks
 from agevlm.data.rows import open_image
 from agevlm.data.scenes import load_benchmark, load_rows
 from agevlm.evaluation import pope
-from agevlm.evaluation.models import load_model, stored_fingerprint
+from agevlm.evaluation.digests import stored_fingerprint
 from agevlm.evaluation.run import RESULT, evaluate_scenes
 from agevlm.findings import write_findings
 from agevlm.matrix import Row, Run, chain, choose_rows, matrix, unique
+from agevlm.models import load
 from agevlm.queries import things_named, vocabulary
 from agevlm.quickstart import (
     MAX_NEW_TOKENS,
@@ -176,10 +177,10 @@ def rows_of(scenes: Path, run: Run) -> Dataset:
 def measure_step(place: Place, seed: int, row: Row, path: Sequence[Run]) -> None:
     """Benchmarks and looking, similarity, padding of one row's final model."""
     folder, checkpoint = place.measured(seed, path), str(place.folder(seed, path[-1]))
-    model, processor = load_model(checkpoint)
+    subject = Subject(*load(checkpoint))
     evaluate_scenes(
-        model,
-        processor,
+        subject.model,
+        subject.processor,
         place.scenes,
         SPLIT,
         folder / "evaluation",
@@ -189,7 +190,6 @@ def measure_step(place: Place, seed: int, row: Row, path: Sequence[Run]) -> None
         max_new_tokens=MAX_NEW_TOKENS,
         progress=False,
     )
-    subject = load_subject(checkpoint)
     if not (folder / SIMILARITY).is_file():
         pairs, left_out = load_pairs(place.scenes, PAIRS, distinct=True)
         settings: dict[str, Any] = {"seeds": MISMATCHED_SEEDS, "batch_size": 50, "progress": False}

@@ -62,8 +62,7 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState, Modality
 
-    from agevlm.evaluation.models import check_checkpoint
-    from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+    from agevlm.models import load_model, load_processor, model_type
     from agevlm.processing import AgeVlmProcessor
 
     class DataUrlProcessor(AgeVlmProcessor):
@@ -84,15 +83,17 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
             if model_id_and_revision != self.process_model_name(checkpoint):
                 raise ValueError(f"This server has {checkpoint} and loads nothing else.")
             model_id, revision = model_id_and_revision.rsplit("@", 1)
-            check_checkpoint(model_id, revision)
-            processor = AgeVlmProcessor if open_addresses else DataUrlProcessor
-            return processor.from_pretrained(model_id, revision=revision)
+            model_type(model_id, revision, ours=True)
+            loaded = load_processor(model_id, ours=True, revision=revision)
+            if open_addresses:
+                return loaded
+            return DataUrlProcessor(
+                loaded.image_processor, loaded.tokenizer, loaded.chat_template, image_token=loaded.image_token
+            )
 
         def _load_model(self, model_id_and_revision, tqdm_class=None, progress_callback=None, gguf_file=None):
             model_id, revision = model_id_and_revision.rsplit("@", 1)
-            return AgeVlmForConditionalGeneration.from_pretrained(
-                model_id, revision=revision, dtype=self.dtype, device_map=self.device
-            )
+            return load_model(model_id, ours=True, revision=revision, dtype=self.dtype, device_map=self.device)
 
         @staticmethod
         def get_model_modality(model, processor=None):

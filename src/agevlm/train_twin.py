@@ -19,8 +19,8 @@ from rich.console import Console
 from agevlm.baselines.twin import concatenating_twin
 from agevlm.data.prepare import prepare
 from agevlm.data.scenes import load_rows
-from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.processing import AgeVlmProcessor
+from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.models import load, model_type
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.train import STAGES, parse
@@ -40,8 +40,7 @@ def with_changes(recipe: StageRecipe, training: AgeVlmSFTConfig) -> StageRecipe:
 
 def save_twin(init_from: str, revision: str, equal_size: bool, folder: Path) -> None:
     """The twin of an AGE-VLM, written to `folder`."""
-    model = AgeVlmForConditionalGeneration.from_pretrained(init_from, revision=revision)
-    processor = AgeVlmProcessor.from_pretrained(init_from, revision=revision)
+    model, processor = load(init_from, ours=True, revision=revision, device_map=None)
     twin, twin_processor = concatenating_twin(model, processor, equal_size)
     Console().print(f"AGE-VLM: {model.num_parameters():,} parameters; its twin: {twin.num_parameters():,}")
     twin.save_pretrained(folder)
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, output = with_changes(recipe, training), Path(str(training.output_dir))
     rows = load_rows(prepare(arguments.data, recipe.data), recipe.data, mask_fraction=0.0)
     revision = arguments.revision or "main"
-    kind = AgeVlmConfig.get_config_dict(arguments.init_from, revision=revision)[0].get("model_type")
+    kind = model_type(arguments.init_from, revision)
     if choice.plain and kind != AgeVlmConfig.model_type:
         raise ValueError(f"`--plain` says how an AGE-VLM is taken apart; {arguments.init_from} is a {kind!r} already.")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from agevlm.baselines.twin import ConcatenatingCollator
+from agevlm.models import load, load_processor
 from agevlm.training.checkpoints import newest_checkpoint, publish_files, remove_leftovers, staging_folder
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
@@ -51,8 +52,7 @@ def run_twin_stage(
     if recipe.training["guidance_weight"]:
         raise ValueError(f"{recipe.name}: the concatenating twin has no cross-attention to guide; set guidance to 0")
     args = AgeVlmSFTConfig(**recipe.training_arguments(output_dir=str(output)))
-    model = AutoModelForImageTextToText.from_pretrained(init_from, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(init_from)
+    model, processor = load(init_from, dtype=torch.float32, device_map=None)
     identity = as_json(
         {
             "stage": recipe.stage,
@@ -99,7 +99,7 @@ def run_twin_stage(
     staged = staging_folder(output) / "final"
     trainer.save_model(str(staged))
     # The tokenizer that trained carries its last call's truncation and padding into its files; a fresh one does not.
-    AutoProcessor.from_pretrained(init_from).save_pretrained(staged)
+    load_processor(init_from).save_pretrained(staged)
     # Trainer pickles its arguments beside the weights; the lineage holds what counts of them.
     (staged / "training_args.bin").unlink(missing_ok=True)
     trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from agevlm.analysis.attention import attend
-from agevlm.analysis.subjects import load_subject
+from agevlm.analysis.subjects import Subject
+from agevlm.models import load
 from builders import picture
 from vlms import fast_vlm, llava, ours, smolvlm
 
@@ -15,7 +16,7 @@ def test_a_folder_gives_the_same_answers_and_looks(make, tmp_path):
     subject = make()
     for part in (subject.model, subject.processor):
         part.save_pretrained(tmp_path)
-    loaded = load_subject(str(tmp_path))
+    loaded = Subject(*load(tmp_path))
     assert not loaded.model.training
     assert loaded.concatenates == subject.concatenates
     weights = loaded.model.state_dict()
@@ -31,4 +32,4 @@ def test_a_folder_gives_the_same_answers_and_looks(make, tmp_path):
 def test_what_is_no_checkpoint_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=str(folder)):
-            load_subject(str(folder))
+            load(folder)

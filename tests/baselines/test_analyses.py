@@ -147,7 +147,7 @@ def test_code_that_travels_with_a_model_runs_only_when_asked_for(pair, tmp_path)
     picture().save(tmp_path / "picture.png")
     for command in (
         lambda: attention.main([str(folder), str(tmp_path / "picture.png"), QUESTION, "--output", str(tmp_path)]),
-        lambda: run.load_model(str(folder)),
+        lambda: run.load(str(folder)),
     ):
         with pytest.raises(ValueError, match="trust_remote_code"):
             command()

@@ -111,7 +111,7 @@ def test_lengths_are_those_of_training(tmp_path):
     assert report["tokens"]["longest"] == max(expected)
     assert report["tokens"]["mean"] == round(sum(expected) / len(expected), 1)
     assert report["findings"]["too_long"]["rows"] == sum(length > middle for length in expected) == 3
-    with pytest.raises(ValueError, match="nowhere has no tokenizer"):
+    with pytest.raises(ValueError, match="nowhere is neither a folder nor"):
         check(source, checkpoint=tmp_path / "nowhere", progress=False)
 
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import pytest
 
-from agevlm.analysis.subjects import load_subject
+from agevlm.analysis.subjects import Subject
 from agevlm.demo.answering import Answerer
 from agevlm.demo.app import build_page, launch
+from agevlm.models import load
 from vlms import llava
 
 
@@ -27,7 +28,7 @@ class Server(NamedTuple):
 def server(tmp_path_factory):
     pytest.importorskip("gradio", reason="the packages of `pip install 'agevlm[demo]'` are missing")
     answerers = {
-        "agevlm-tiny": Answerer(load_subject(str(ROOT / "checkpoints" / "agevlm-tiny"))),
+        "agevlm-tiny": Answerer(Subject(*load(ROOT / "checkpoints" / "agevlm-tiny"))),
         "llava": Answerer(llava()),
     }
     uploads = tmp_path_factory.mktemp("uploads")

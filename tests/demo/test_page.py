@@ -17,10 +17,11 @@ from demo_client import call, upload
 from PIL import Image
 
 from agevlm.analysis.attention import attend
-from agevlm.analysis.subjects import Subject, load_subject
+from agevlm.analysis.subjects import Subject
 from agevlm.demo.answering import MAX_QUESTION, Answerer, ask
 from agevlm.demo.app import MAX_UPLOAD, build_page, main
 from agevlm.demo.figure import finished
+from agevlm.models import load
 from builders import picture, tiny_model, tiny_processor
 
 
@@ -82,7 +83,7 @@ def test_two_users_at_once_get_their_own_answers(server, example, tmp_path):
 
 def test_one_model_asked_from_several_threads(example):
     """Without the server's queue: a model's lock keeps its recordings apart."""
-    answerers = {"model": Answerer(load_subject(str(example.parents[2] / "checkpoints" / "agevlm-tiny")))}
+    answerers = {"model": Answerer(Subject(*load(example.parents[2] / "checkpoints" / "agevlm-tiny")))}
     images = [picture(seed=seed) for seed in range(3)]
     alone = [[*ask(answerers, image, QUESTION, 3)][-1]["model"] for image in images]
     together = {}

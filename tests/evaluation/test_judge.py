@@ -131,7 +131,7 @@ def test_a_model_judges_the_same_again_and_asks_once(chat_model, tmp_path, monke
 
 
 def test_what_is_no_chat_model_is_refused(chat_model, tmp_path):
-    with pytest.raises(ValueError, match=r"the judge .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"missing is neither a folder nor the id of a repository"):
         Judge(str(tmp_path / "missing"), tmp_path)
     tokenizer = tiny_tokenizer()
     LlamaForCausalLM.from_pretrained(chat_model).save_pretrained(tmp_path / "base")

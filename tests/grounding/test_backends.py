@@ -190,7 +190,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(folders, tmp_path, monkey
     with pytest.raises(ValueError, match="no grounder"):
         load_backend("sam3", grounder="folder")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty cannot be loaded"):
+    with pytest.raises(ValueError, match=r"empty is no checkpoint: it has no config\.json"):
         load_backend("florence2+sam", grounder=str(tmp_path / "empty"), segmenter=folders("sam"))
     monkeypatch.setattr("agevlm.grounding.models.is_torchvision_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs torchvision: pip install agevlm\[vision\]"):

@@ -121,7 +121,7 @@ def test_mistakes_are_named(torch_export, tmp_path):
         main([str(CHECKPOINT), str(tmp_path / "new"), "--images", "0"])
     for name, message in (
         (ROOT / "checkpoints/tiny-parts/language_model", "is no AGE-VLM checkpoint: its model type is 'llama'"),
-        (tmp_path / "nowhere", "nowhere is no checkpoint: "),
+        (tmp_path / "nowhere", "nowhere is neither a folder nor the id of a repository"),
     ):
         with pytest.raises(ValueError, match=message):
             main([str(name), str(tmp_path / "new")])

@@ -10,6 +10,7 @@ from agevlm.training.lineage import (
     changed_fields,
     data_fingerprint,
     identity_hash,
+    parent_lineage,
     read_lineage,
     training_identity,
     weights_fingerprint,
@@ -82,6 +83,17 @@ def test_changed_fields_are_named_with_both_values():
         "trains: ['x'] -> ['x', 'y']",
         "training.gone: True -> None",
     ]
+
+
+def test_what_a_parent_states_is_no_text_of_our_card(tmp_path):
+    write_lineage(tmp_path, {"base_models": ["org/llama", "a](https://evil.example)", "x\n# Evil", 7, "gpt2"]})
+    (tmp_path / "agevlm_push.json").write_text(json.dumps({"status": "pushed", "repo": "x | y", "commit": "a" * 40}))
+    found = parent_lineage(tmp_path)
+    assert found["base_models"] == ["org/llama", "gpt2"]
+    assert found["parent"] == {"init_from": tmp_path.name, "revision": None, "repo": None}
+    (tmp_path / "agevlm_push.json").write_text("{")
+    with pytest.raises(ValueError, match=r"agevlm_push\.json is no valid JSON"):
+        parent_lineage(tmp_path)
 
 
 def test_a_damaged_lineage_file_is_named(tmp_path):

@@ -461,6 +461,15 @@ def test_a_stage_whose_push_fails_is_told_and_finished_with_the_next_stage(hub, 
     assert len(hub.requests) == asked
 
 
+def test_a_folder_of_other_origin_does_not_say_where_it_is_pushed(hub, stage, tmp_path):
+    record = {"status": "failed", "repo": "org/other", "private": False, "branch": None, "tag": None}
+    (stage / "agevlm_push.json").write_text(json.dumps(record))
+    second = make_stage(tmp_path / "stage2", 2, seed=2)
+    publish_stage(second, arguments(second), stage, Console(quiet=True))
+    assert set(hub.repos) == {("model", "org/m")}
+    assert set(hub.repos["model", "org/m"].tags) == {"stage2-adapt-vision"}
+
+
 def test_without_the_flag_and_on_other_processes_nothing_is_pushed(hub, stage, monkeypatch):
     publish_stage(stage, make_arguments(stage), None, Console(quiet=True))
     args = arguments(stage)

@@ -16,7 +16,7 @@ from agevlm.data.prepare import prepare
 from agevlm.data.scenes import load_rows
 from agevlm.hub_cards import write_card
 from agevlm.processing import AgeVlmProcessor
-from agevlm.training.adapters import AdapterArguments, load_model, merge
+from agevlm.training.adapters import AdapterArguments, load_start, merge
 from agevlm.training.checkpoints import (
     newest_checkpoint,
     publish_files,
@@ -112,8 +112,7 @@ def run_stage(
     adapters.check(recipe.name, recipe.trains, init_from, args)
     rows = _load_data(recipe, args, data)
     if model is None and init_from is not None and not dry_run:
-        model = load_model(init_from, revision, adapters)
-        processor = AgeVlmProcessor.from_pretrained(init_from, revision=revision or "main")
+        model, processor = load_start(init_from, revision, adapters)
     if dry_run:
         lineage = print_dry_run(recipe, args, rows, model, init_from, revision, adapters, console)
         return StageResult("dry run", output_dir, lineage, [])

@@ -14,9 +14,10 @@ from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+from agevlm.models import load_config
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import format_table, set_trainable, trainable_table
@@ -88,9 +89,7 @@ def print_dry_run(
     console.print(table)
 
     if model is None and (init_from is not None or recipe.size == "paper"):
-        config = (
-            AgeVlmConfig.paper() if init_from is None else AutoConfig.from_pretrained(init_from, revision=revision)
-        )
+        config = AgeVlmConfig.paper() if init_from is None else load_config(init_from, revision or "main", ours=True)
         with torch.device("meta"):
             model = AgeVlmForConditionalGeneration(config)
     if model is not None:

@@ -1,8 +1,7 @@
-"""Any image-text-to-text model: a stock LLaVA is evaluated as ours are, with adapters; what is missing is said."""
+"""Any image-text-to-text model: a stock LLaVA is evaluated as ours are, but for the maps that it does not have."""
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -13,11 +12,9 @@ from transformers import (
 )
 
 from agevlm.data.scenes import build_scenes
-from agevlm.evaluation import models
-from agevlm.evaluation.digests import weights_digest
-from agevlm.evaluation.models import load_model
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes
-from builders import tiny_model, tiny_processor, tiny_tokenizer
+from agevlm.models import load
+from builders import tiny_tokenizer
 
 
 TEMPLATE = (
@@ -57,7 +54,7 @@ def scenes(tmp_path_factory):
 
 
 def test_a_stock_model_is_evaluated(llava, scenes, tmp_path):
-    model, processor = load_model(str(llava))
+    model, processor = load(llava)
     settings = {"benchmarks": ["pope", "cvbench"], "max_new_tokens": 3, "progress": False}
     metrics = evaluate_scenes(model, processor, scenes, "composition", tmp_path / "a", batch_size=4, **settings)
     assert set(metrics["benchmarks"]) == {"pope", "cvbench"}
@@ -66,38 +63,6 @@ def test_a_stock_model_is_evaluated(llava, scenes, tmp_path):
     assert single["benchmarks"] == metrics["benchmarks"]
     lines = [(tmp_path / name / "pope" / "predictions.jsonl").read_text(encoding="utf-8") for name in "ab"]
     assert lines[0] == lines[1]
-
-
-def test_an_adapter_is_laid_over_the_model(tmp_path):
-    torch.manual_seed(1)
-    tiny_model().save_pretrained(tmp_path / "base")
-    tiny_processor().save_pretrained(tmp_path / "base")
-    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    plain, processor = load_model(str(tmp_path / "base"))
-    model, _ = load_model(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
-    assert weights_digest(model) != weights_digest(plain)
-    inputs = processor(text="Is there a red apple?", return_tensors="pt")
-    with torch.no_grad():
-        found, expected = model(**inputs).logits, adapted(**inputs).logits
-        assert not torch.allclose(found, plain(**inputs).logits)
-    torch.testing.assert_close(found, expected)
-    assert type(model) is type(plain), "its maps stay where grounding looks for them"
-
-
-def test_what_is_missing_is_said(llava, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"4-bit loading needs bitsandbytes.*pip install bitsandbytes"):
-        load_model(str(llava), four_bit=True)
-    with pytest.raises(ValueError, match="its model type is None"):
-        load_model(str(tmp_path))
-    model, processor = load_model(str(llava))
-    model.save_pretrained(tmp_path / "silent")
-    processor.chat_template = None
-    processor.save_pretrained(tmp_path / "silent")
-    (tmp_path / "silent" / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
-        load_model(str(tmp_path / "silent"))
 
 
 def test_a_protocol_of_judges_needs_one(model, processor, scenes, tmp_path):

@@ -1,0 +1,107 @@
+"""Code of others that a checkpoint's files name is neither in what is saved of it, nor in what is trained from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from training_worker import make_rows
+
+from agevlm import train_twin
+from agevlm.data.scenes import build_scenes
+from agevlm.models import load
+from agevlm.training.adapters import AdapterArguments
+from agevlm.training.stages import stage4_instruct
+from agevlm.training.stages.base import run_stage
+from builders import tiny_model, tiny_processor
+from vlms import llava
+
+
+EVIL = "attacker/repo--evil.Model"
+AUTO = ("AutoModel", "AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoVideoProcessor", "AutoProcessor")
+CODE = ("auto_map", "custom_pipelines", "custom_generate")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part in (tiny_model(), tiny_processor()):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def hostile(folder: Path) -> Path:
+    """Writes foreign code into every file of a checkpoint that may name some, and into the parts of each."""
+    for file in ("config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json"):
+        fields = json.loads((folder / file).read_text())
+        parts = (fields.get(part) for part in ("text_config", "vision_config", "image_processor", "tokenizer"))
+        for table in (fields, *filter(None, parts)):
+            table["auto_map"] = {**table.get("auto_map", {}), **dict.fromkeys(AUTO, EVIL)}
+            table["custom_pipelines"] = {"image-text-to-text": {"impl": EVIL, "pt": ["AutoModel"]}}
+        if file == "tokenizer_config.json":
+            fields["auto_map"]["AutoTokenizer"] = [EVIL, None]
+        if file == "generation_config.json":
+            fields["custom_generate"] = EVIL
+        (folder / file).write_text(json.dumps(fields))
+    return folder
+
+
+def code_named(folder: Path) -> set[str]:
+    """All code that the files of a folder name, also those of its checkpoints."""
+    found = set()
+
+    def walk(value: object, inside: bool = False) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(inner, inside or name in CODE)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, inside)
+        elif inside and value is not None:
+            found.add(value)
+
+    for path in folder.rglob("*.json"):
+        walk(json.loads(path.read_text()))
+    assert not any("attacker" in path.read_text() for path in folder.rglob("*.md"))
+    return found
+
+
+def test_it_is_not_saved_on(folder, tmp_path):
+    own = code_named(folder)
+    assert len(own) == 5 and all(name.split(".")[0].endswith("_agevlm") for name in own)
+    assert EVIL in code_named(hostile(folder))
+    for part in load(folder):
+        part.save_pretrained(tmp_path / "saved")
+    assert code_named(tmp_path / "saved") == own
+
+
+def test_it_is_not_saved_on_of_other_models(tmp_path):
+    subject = llava()
+    for part in (subject.model, subject.processor):
+        part.save_pretrained(tmp_path / "model")
+    for part in load(hostile(tmp_path / "model")):
+        part.save_pretrained(tmp_path / "saved")
+    assert code_named(tmp_path / "saved") == set()
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_peft": True}], ids=["whole", "adapters"])
+def test_it_does_not_pass_through_training(folder, tmp_path, flags):
+    recipe = stage4_instruct.recipe(size="tiny").override(
+        max_steps=2, save_steps=1, global_batch_size=2, per_device_train_batch_size=2, disable_tqdm=True
+    )
+    own = code_named(folder)
+    out, adapters = tmp_path / "out", AdapterArguments(**flags)
+    run_stage(recipe, out, data=make_rows("gt"), init_from=hostile(folder), adapters=adapters)
+    assert code_named(out) == own and (out / "checkpoint-1").is_dir()
+
+
+def test_it_does_not_pass_through_the_twin(folder, tmp_path):
+    scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=2, test=1, size=64, progress=False)
+    start = hostile(folder)
+    for stage in ("stage1_align", "stage4_instruct"):
+        flags = ["--init_from", str(start), "--data", str(scenes), "--size", "tiny", "--max_steps", "1"]
+        train_twin.main([stage, *flags, "--output_dir", str(tmp_path / stage)])
+        assert code_named(tmp_path / stage) == set()
+        start = Path(shutil.copytree(tmp_path / stage, tmp_path / f"hostile-{stage}"))
+        hostile(start)
+        # A folder that another run left behind is not continued, but started from.
+        (start / "agevlm_stage.json").unlink()

@@ -1,0 +1,391 @@
+"""Loading models: every kind of damage is one sentence, however the model is loaded."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from builders_grounding import sam as save_sam
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from training_worker import make_rows
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.import_utils import is_serve_available
+
+from agevlm import cli, export, ground, models, serve, train_twin
+from agevlm.analysis import attention, padding, similarity
+from agevlm.data import check
+from agevlm.data.scenes import build_scenes
+from agevlm.demo import app
+from agevlm.evaluation import run
+from agevlm.evaluation.digests import weights_digest
+from agevlm.evaluation.judge import Judge
+from agevlm.grounding.models import Sam
+from agevlm.models import CheckpointError, load, load_model, load_processor
+from agevlm.training import init, parts
+from agevlm.training.adapters import AdapterArguments
+from agevlm.training.stages import stage1_align, stage4_instruct
+from agevlm.training.stages.base import run_stage
+from agevlm.training.train import main as train
+from agevlm.twin_stage import run_twin_stage
+from builders import picture, tiny_model, tiny_processor, tiny_tokenizer
+from damages import (
+    ALL,
+    CONFIG,
+    NAN,
+    OF_CONFIG,
+    OF_PROCESSOR,
+    OF_WEIGHTS,
+    PROCESSOR,
+    TEMPLATE,
+    WEIGHTS,
+    change_weights,
+    cut,
+    filled,
+    refuses,
+    rewrite,
+    set_field,
+    without_tower,
+)
+from vlms import llava, smolvlm
+
+
+QUESTION = "Is there a red apple?"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    for part in (tiny_model(), tiny_processor()):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def test_a_whole_checkpoint_is_loaded(folder):
+    model, processor = load(folder, ours=True)
+    assert not model.training and processor.chat_template
+    expected = tiny_model().state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ALL)
+def test_a_damaged_checkpoint_is_one_sentence(folder, damage):
+    change, message = ALL[damage]
+    change(folder)
+    start = time.process_time()
+    refuses(lambda: load(folder), folder, message)
+    assert time.process_time() - start < 10
+
+
+# ---- Ways of loading: name -> what calls it with a checkpoint, scenes and an empty folder ----
+
+
+def look(module) -> Callable:
+    return lambda folder, scenes, out: module.main([str(folder), str(scenes), "--output", str(out), "--limit", "2"])
+
+
+def ask(folder: Path, scenes: Path, out: Path) -> None:
+    picture().save(out.parent / "picture.png")
+    attention.main([str(folder), str(out.parent / "picture.png"), QUESTION, "--output", str(out)])
+
+
+def start_stage(**flags) -> Callable:
+    def way(folder: Path, scenes: Path, out: Path) -> None:
+        recipe = (stage4_instruct if flags else stage1_align).recipe(size="tiny").override(max_steps=1)
+        run_stage(recipe, out, data=make_rows("gt"), init_from=folder, adapters=AdapterArguments(**flags))
+
+    return way
+
+
+def start_twin(folder: Path, scenes: Path, out: Path) -> None:
+    flags = ["--init_from", str(folder), "--data", str(scenes), "--size", "tiny", "--output_dir", str(out)]
+    train_twin.main(["stage1_align", *flags])
+
+
+def dry_run(folder: Path, scenes: Path, out: Path) -> None:
+    train(["stage1_align", "--size", "tiny", "--init_from", str(folder), "--output_dir", str(out), "--dry_run"])
+
+
+WAYS = {
+    "eval": lambda folder, scenes, out: run.main([str(folder), "--scenes", str(scenes), "--output", str(out)]),
+    "analyze attention": ask,
+    "analyze similarity": look(similarity),
+    "analyze padding": look(padding),
+    "demo": lambda folder, scenes, out: app.main([str(folder)]),
+    "export": lambda folder, scenes, out: export.main([str(folder), str(out)]),
+    "train": start_stage(),
+    "train with adapters": start_stage(use_peft=True),
+    "twin": start_twin,
+}
+SOME = {
+    name: ALL[name]
+    for name in (
+        "weights cut off",
+        "missing tensors",
+        "unexpected tensor",
+        "NaN",
+        "six layers of four",
+        "100,000 layers",
+        "std of zeros",
+        "template that does not parse",
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    return build_scenes(folder, captions=4, instructions=2, test=1, size=64, progress=False)
+
+
+@pytest.mark.parametrize("damage", SOME)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_loading_refuses_it(folder, scenes, tmp_path, way, damage):
+    change, message = SOME[damage]
+    change(folder)
+    refuses(lambda: WAYS[way](folder, scenes, tmp_path / "out"), folder, message)
+    assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+@pytest.mark.skipif(not is_serve_available(), reason="the packages of `pip install 'agevlm[serve]'` are missing")
+@pytest.mark.parametrize("damage", SOME)
+def test_the_server_refuses_it(folder, damage, monkeypatch):
+    from transformers.cli.serving import server
+
+    monkeypatch.setattr(server, "build_server", lambda manager, *args, **kwargs: manager)
+    manager = serve.build_app(str(folder))
+    change, message = SOME[damage]
+    change(folder)
+
+    def both():
+        manager._load_processor(f"{folder}@main")
+        manager._load_model(f"{folder}@main")
+
+    refuses(both, folder, message)
+
+
+def test_a_dry_run_refuses_a_configuration_without_building_it(folder, scenes, tmp_path):
+    change, message = OF_CONFIG["100,000 layers"]
+    change(folder)
+    refuses(lambda: dry_run(folder, scenes, tmp_path / "out"), folder, message)
+    (folder / CONFIG).write_text("{")
+    refuses(lambda: dry_run(folder, scenes, tmp_path / "out"), folder, "JSONDecodeError")
+
+
+@pytest.mark.parametrize("damage", OF_PROCESSOR)
+def test_a_processor_alone_is_looked_at(folder, damage):
+    (folder / CONFIG).unlink()
+    load_processor(folder, ours=True)
+    change, message = OF_PROCESSOR[damage]
+    change(folder)
+    refuses(lambda: ground._grid(str(folder)), folder, message)
+
+
+def test_data_check_counts_with_whole_tokenizers(folder):
+    assert check._tokenizer(folder).chat_template
+    rewrite(TEMPLATE, "{% for")(folder)
+    refuses(lambda: check._tokenizer(folder), folder, "TemplateSyntaxError")
+    cut("tokenizer.json", 1000)(folder)
+    refuses(lambda: check._tokenizer(folder), folder, r"tokenizer\.json")
+
+
+def test_the_command_line_prints_it(folder, tmp_path, capsys, monkeypatch):
+    cut(WEIGHTS, 1000)(folder)
+    monkeypatch.setattr("sys.argv", ["agevlm", "export", str(folder), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert said.startswith(f"agevlm: {folder}: model.safetensors cannot be used") and "\n" not in said
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
+    subject = llava()
+    for part in (subject.model, subject.processor):
+        part.save_pretrained(tmp_path / "llava")
+    for way in (load, load_model):
+        with pytest.raises(CheckpointError, match="llava is no AGE-VLM checkpoint: its model type is 'llava'"):
+            way(tmp_path / "llava", ours=True)
+    with pytest.raises(CheckpointError, match="llava is no AGE-VLM checkpoint"):
+        export.main([str(tmp_path / "llava"), str(tmp_path / "out")])
+    for name in ("a/b/c", str(tmp_path / "missing")):
+        with pytest.raises(CheckpointError, match=f"{name} is neither a folder nor the id of a repository"):
+            load(name)
+
+
+# ---- Other models ----
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign") / "model"
+    subject = smolvlm()
+    for part in (subject.model, subject.processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+def first_of(weights: dict[str, torch.Tensor], pattern: str) -> str:
+    return next(name for name in weights if pattern in name)
+
+
+def again(pattern: str, other: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """All tensors of one layer, a second time under another index."""
+    return lambda weights: (
+        weights | {name.replace(pattern, other): tensor.clone() for name, tensor in weights.items() if pattern in name}
+    )
+
+
+OF_OTHERS = {
+    "weights cut off": OF_WEIGHTS["weights cut off"],
+    "missing tensors": (
+        change_weights(lambda w: {name: tensor for name, tensor in w.items() if "vision_model" not in name}),
+        r"\d+ missing \(model\.vision_model",
+    ),
+    "misshapen tensor": (
+        change_weights(lambda w: w | {first_of(w, "connector"): torch.ones(3)}),
+        r"1 of another shape \(model\.connector.* with \(3,\) in the file and \(32, 64\) in the model",
+    ),
+    "NaN": (change_weights(lambda w: filled(first_of(w, "connector"), NAN)(w)), r"1 not finite \(model\.connector"),
+    "more layers": (
+        change_weights(again("text_model.layers.1.", "text_model.layers.2.")),
+        r"9 unexpected \(model\.text_model\.layers\.2",
+    ),
+    "100,000 layers": (
+        set_field(CONFIG, "text_config", "num_hidden_layers", value=100_000),
+        "num_hidden_layers = 100000",
+    ),
+    "empty config": OF_CONFIG["empty config"],
+    "std of zeros": (set_field(PROCESSOR, "image_processor", "image_std", value=[0, 0, 0]), "image_std"),
+    "template that does not parse": OF_PROCESSOR["template that does not parse"],
+    "no template": OF_PROCESSOR["no template"],
+}
+
+
+@pytest.mark.parametrize("damage", OF_OTHERS)
+def test_other_models_are_looked_at_likewise(foreign, tmp_path, damage):
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    load(folder)
+    change, message = OF_OTHERS[damage]
+    change(folder)
+    refuses(lambda: load(folder), folder, message)
+    recipe = stage1_align.recipe(size="tiny", variant="ca-baseline")
+    refuses(lambda: run_twin_stage(recipe, tmp_path / "out", make_rows("ii"), folder), folder, message)
+
+
+def test_published_models_may_hold_what_transformers_leaves_out(foreign, tmp_path):
+    """A head for another task, as many published files have; unlike layers that the configuration leaves out."""
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    change_weights(lambda w: w | {"value_head.weight": torch.ones(3)})(folder)
+    model, _ = load(folder)
+    assert "value_head.weight" not in model.state_dict()
+
+
+def test_code_of_others_is_run_on_request_alone(folder):
+    set_field(CONFIG, "model_type", value="unheard")(folder)
+    with pytest.raises(CheckpointError, match=r"needs code of its own: .*'unheard'.*--trust-remote-code"):
+        load(folder)
+
+
+def test_a_judge_is_looked_at(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "judge")
+    Judge(str(tmp_path / "judge"), tmp_path / "cache")
+    change_weights(lambda w: {name: tensor for name, tensor in w.items() if "layers.1" not in name})(
+        tmp_path / "judge"
+    )
+    refuses(
+        lambda: Judge(str(tmp_path / "judge"), tmp_path / "cache"), tmp_path / "judge", r"9 missing \(model\.layers\.1"
+    )
+
+
+def test_grounding_backends_are_looked_at(tmp_path):
+    save_sam(tmp_path / "sam")
+    Sam(str(tmp_path / "sam"))
+    change_weights(lambda w: {name: tensor for name, tensor in w.items() if "mask_decoder" not in name})(
+        tmp_path / "sam"
+    )
+    refuses(lambda: Sam(str(tmp_path / "sam")), tmp_path / "sam", r"missing \(mask_decoder")
+
+
+def test_parts_are_looked_at(tmp_path):
+    source = Path(__file__).parents[1] / "checkpoints" / "tiny-parts"
+    folder = Path(shutil.copytree(source, tmp_path / "parts"))
+    parts.load_parts(folder)
+    tower = folder / "vision_tower"
+    change_weights(lambda w: w | {"extra": torch.ones(1)})(tower)
+    refuses(lambda: parts.load_parts(folder), tower, r"1 unexpected \(extra\)")
+    rewrite(TEMPLATE, "{% for")(folder)
+    refuses(lambda: init.main([str(tmp_path / "out"), "--parts", str(folder)]), folder, "TemplateSyntaxError")
+
+
+# ---- Adapters, 4 bits ----
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", adapted
+
+
+def test_an_adapter_is_laid_over_the_model(folder, adapter):
+    place, adapted = adapter
+    plain, processor = load(folder)
+    model, _ = load(folder, adapter=str(place))
+    assert weights_digest(model) != weights_digest(plain)
+    inputs = processor(text=QUESTION, return_tensors="pt")
+    with torch.no_grad():
+        found, expected = model(**inputs).logits, adapted(**inputs).logits
+        assert not torch.allclose(found, plain(**inputs).logits)
+    torch.testing.assert_close(found, expected)
+    assert type(model) is type(plain), "its maps stay where grounding looks for them"
+
+
+OF_ADAPTERS = {
+    "missing": (lambda w: {name: tensor for name, tensor in w.items() if "layers.3." not in name}, r"2 missing \("),
+    "unexpected": (lambda w: w | {"base_model.model.extra.lora_A.weight": torch.ones(2)}, r"1 unexpected \("),
+    "NaN": (lambda w: filled(next(iter(w)), NAN)(w), r"1 not finite \("),
+}
+
+
+@pytest.mark.parametrize("damage", OF_ADAPTERS)
+def test_a_damaged_adapter_is_refused(folder, adapter, damage):
+    change, message = OF_ADAPTERS[damage]
+    file = adapter[0] / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    refuses(lambda: load(folder, adapter=str(adapter[0])), adapter[0], message)
+
+
+def test_four_bits_need_their_library(folder, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"4-bit loading needs bitsandbytes.*pip install bitsandbytes"):
+        load(folder, four_bit=True)
+
+
+def test_a_resumed_run_looks_at_its_checkpoint(folder, tmp_path):
+    recipe = stage1_align.recipe(size="tiny").override(
+        max_steps=2, save_steps=1, global_batch_size=2, per_device_train_batch_size=2, disable_tqdm=True
+    )
+    out, rows = tmp_path / "out", make_rows("gt")
+    run_stage(recipe, out, data=rows, init_from=folder)
+    # As if it had been killed behind its first checkpoint
+    shutil.copytree(out / "checkpoint-1", tmp_path / "killed" / "checkpoint-1")
+    shutil.copy(out / "checkpoint-1" / "agevlm_stage.json", tmp_path / "killed")
+    change_weights(without_tower)(tmp_path / "killed" / "checkpoint-1")
+    refuses(
+        lambda: run_stage(recipe, tmp_path / "killed", data=rows, init_from=folder),
+        tmp_path / "killed" / "checkpoint-1",
+        r"\d+ tensors are missing, 0 are unexpected, first model\.vision_tower",
+    )
