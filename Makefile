@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-slow test-upstream test-versions check typecheck-links clean typecheck
+.PHONY: install quickstart test test-slow test-upstream test-versions check clean typecheck
 
 install: $(VENV)/.installed
 
@@ -35,20 +35,13 @@ test-upstream: install
 test-versions: install
 	$(BIN)/python tests/versions/run.py $(VERSIONS)
 
-# mypy does not see setuptools' folder mapping; it sees this tree of links.
-typecheck-links:
-	rm -rf .typecheck && mkdir -p .typecheck/agevlm
-	ln -s $(CURDIR)/src/agevlm/*.py .typecheck/agevlm/
-	for folder in analysis baselines data demo evaluation grounding hub_cards modeling_agevlm processing training; do \
-		ln -s $(CURDIR)/$$folder .typecheck/agevlm/$$folder; done
-
-typecheck: typecheck-links
+typecheck: install
 	$(BIN)/mypy -p agevlm
 
-check: install typecheck-links
+check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p agevlm
 
 clean:
-	rm -rf .typecheck .mypy_cache .pytest_cache .ruff_cache build
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build

@@ -25,7 +25,7 @@ def peak():
 """
 CONVERT = """
 import sys, time
-from agevlm.data.cambrian import convert
+from agevlm.data.published.convert import convert
 start = time.process_time()
 summary = convert(sys.argv[1], sys.argv[2], progress=False)
 seconds = time.process_time() - start
@@ -37,8 +37,8 @@ CHECK = CONVERT.replace("data.cambrian import convert", "data.check import check
 REPEATED = """
 import sys, time
 from pathlib import Path
-from agevlm.data.cambrian import _find_repeated
-from agevlm.data.json_records import Chunk
+from agevlm.data.published.convert import _find_repeated
+from agevlm.data.published.json_records import Chunk
 work = Path(sys.argv[1])
 chunks = [Chunk(index, 0, 0, 0) for index in range(len(list(work.glob("ids-*.npy"))))]
 before = peak()

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.generate import generate_predictions
 from agevlm.evaluation.run import choose, load_scenes
 from agevlm.models import load

@@ -24,11 +24,11 @@ import transformers
 from PIL import Image
 from transformers import ConvNextConfig, LlamaConfig
 
-from agevlm.data.builder import SceneArguments, SceneBuilder
+from agevlm.conversion.assemble import spread_cross_attention_layers
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.modeling_agevlm.assemble import spread_cross_attention_layers
-from agevlm.modeling_agevlm.export import ExportedAgeVlm, export
 from agevlm.processing import AgeVlmProcessor
+from agevlm.serving.exported import ExportedAgeVlm, export
 
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -48,7 +48,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from agevlm.baselines.fast_vlm import fast_vlm_config
+from agevlm.conversion.fast_vlm import fast_vlm_config
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 
 

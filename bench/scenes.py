@@ -7,8 +7,8 @@ import argparse
 import time
 from collections.abc import Callable
 
-from agevlm.data.builder import SceneArguments, SceneBuilder
-from agevlm.data.scenes import text_corpus
+from agevlm.data.scenes.build import text_corpus
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 
 
 _WARM_UP = 300  # rows in which the glyphs are rendered once

@@ -31,7 +31,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers.utils import logging
 
-from agevlm.data.join import join_masks
+from agevlm.data.masks import join_masks
 from agevlm.data.rows import MASK_FEATURES, open_image
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.grounding.corrupt import corrupt

@@ -1,6 +1,7 @@
 """The house rules that imports and packaging must keep (docs/design.md, section 1)."""
 
 import ast
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -9,33 +10,21 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (
-    "analysis",
-    "baselines",
-    "data",
-    "demo",
-    "evaluation",
-    "grounding",
-    "hub_cards",
-    "modeling_agevlm",
-    "processing",
-    "training",
+PACKAGE = ROOT / "src" / "agevlm"
+# A floor may import from the floors above it in this list, and a room from itself.
+FLOORS = (
+    {"store", "images", "stats"},
+    {"modeling_agevlm", "processing"},
+    {"models"},
+    {"data"},
+    {"hub_cards", "conversion"},
+    {"training", "evaluation", "analysis", "grounding"},
+    {"reproduction", "serving"},
+    {"cli", "env", "__init__"},
+    {"__main__"},
 )
-ALLOWED = {
-    "modeling_agevlm": set(),
-    "processing": set(),
-    "hub_cards": set(),
-    "data": set(),
-    "grounding": {"data"},
-    "training": {"modeling_agevlm", "processing", "data", "hub_cards"},
-    "evaluation": {"modeling_agevlm", "processing", "data", "hub_cards"},
-    "analysis": {"modeling_agevlm", "processing", "data"},
-    "baselines": {"modeling_agevlm", "processing", "data"},
-    "demo": {"analysis", "data"},
-}
-# One place for each idea that every folder needs. These modules import nothing of ours but what is named here.
-GROUND_FLOOR = {"models": {"modeling_agevlm", "processing"}}
-CONFIGURATION = "agevlm.modeling_agevlm.configuration_agevlm"
+# `processing` registers its classes, and the Auto classes are keyed by the configuration.
+EXCEPTIONS = {("processing", "modeling_agevlm")}
 # What is copied, flat, into every checkpoint of ours.
 SHIPPED = (
     "modeling_agevlm/compatibility_agevlm.py",
@@ -47,11 +36,17 @@ SHIPPED = (
     "processing/image_processing_agevlm.py",
     "processing/processing_agevlm.py",
 )
-SHIPPED_BASELINES = ("baselines/modeling_mobilevlm.py",)  # into converted ones
+SHIPPED_BASELINES = ("src/agevlm/conversion/modeling_mobilevlm.py",)  # into converted ones
 
 
-def python_files(folder: str) -> list[Path]:
-    return sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+def python_files(*folders: str) -> list[Path]:
+    """Python files below folders of the repository, links followed; by default those of the package."""
+    starts = [ROOT / folder for folder in folders] or [PACKAGE]
+    found = set()
+    for start in starts:
+        for place, _, names in os.walk(start, followlinks=True):
+            found |= {Path(place) / name for name in names if name.endswith(".py")}
+    return sorted(found)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -68,73 +63,53 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_import_direction(folder):
-    for path in python_files(folder):
+def floor_of(room: str) -> int:
+    return next(index for index, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms <= set().union(*FLOORS)
+
+
+def test_import_direction():
+    for path in python_files():
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for name in imported_modules(path):
-            if path == ROOT / "processing" / "__init__.py" and name.startswith(CONFIGURATION):
-                continue  # it registers the processor, and the Auto classes are keyed by the configuration
-            if name.startswith("agevlm."):
-                target = name.split(".")[1]
-                if target in GROUND_FLOOR:
-                    assert folder not in GROUND_FLOOR[target], f"{path.relative_to(ROOT)} imports {name}"
-                elif target in FOLDERS:
-                    assert target == folder or target in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
-                else:
-                    pytest.fail(f"{path.relative_to(ROOT)} imports {name}: folders know nothing of the command line")
-
-
-@pytest.mark.parametrize("module", GROUND_FLOOR)
-def test_the_ground_floor_imports_little(module):
-    names = imported_modules(ROOT / "src" / "agevlm" / f"{module}.py")
-    used = {name.split(".")[1] for name in names if name.startswith("agevlm.")}
-    assert used <= GROUND_FLOOR[module] and "agevlm" not in names
+            target = [*name.split("."), ""][1]
+            if not name.startswith("agevlm.") or target == room or (room, target) in EXCEPTIONS:
+                continue
+            if any(target in rooms for rooms in FLOORS):
+                assert floor_of(target) < floor_of(room), f"{path.relative_to(PACKAGE)} imports {name}"
 
 
 def test_one_place_loads_vision_language_models():
     """`from_pretrained` of a model passes over missing weights; `agevlm.models` does not."""
     loaders = re.compile(r"\b(AutoModel\w*|\w+For\w+|LlamaModel|ConvNextModel|model_class)\.from_pretrained\(")
-    others = {"src/agevlm/models.py", "training/parts.py"}  # the second reads GGUF
-    for folder in (*FOLDERS, "src/agevlm"):
-        for path in python_files(folder):
-            if str(path.relative_to(ROOT)) not in others:
-                found = loaders.search(path.read_text(encoding="utf-8"))
-                assert found is None, f"{path.relative_to(ROOT)}: {found and found[0]}...): use agevlm.models"
+    others = {"models.py", "training/parts.py"}  # the second reads GGUF
+    for path in python_files():
+        if str(path.relative_to(PACKAGE)) not in others:
+            found = loaders.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{path.relative_to(PACKAGE)}: {found and found[0]}...): use agevlm.models"
 
 
-def test_nothing_imports_tests_or_bare_folders():
-    for folder in (*FOLDERS, "src/agevlm", "bench", "examples"):
-        for path in python_files(folder):
-            roots = {name.split(".")[0] for name in imported_modules(path) if not name.startswith(".")}
-            assert "tests" not in roots and "builders" not in roots, path
-            assert not roots & set(FOLDERS), f"{path.relative_to(ROOT)}: import agevlm.<folder>, not the bare folder"
+def test_nothing_imports_tests():
+    helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
+    for path in python_files("src/agevlm", "bench", "examples"):
+        roots = {name.split(".")[0] for name in imported_modules(path) if not name.startswith(".")}
+        assert not roots & {"tests", *helpers}, path
 
 
-def test_package_list_matches_the_folders():
+def test_everything_is_packaged():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    listed = set(config["packages"]) - {"agevlm"}
-    present = {
-        "agevlm." + ".".join(path.parent.relative_to(ROOT).parts)
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("__init__.py")
-    }
-    assert listed == present
-    assert {name.removeprefix("agevlm.") for name in config["package-dir"] if name != "agevlm"} == set(FOLDERS)
-    for folder in FOLDERS:
-        inner = {path.parent for path in python_files(folder)}
-        assert all((path / "__init__.py").exists() for path in inner), f"{folder}: a folder without __init__.py"
-
-
-def test_every_data_file_is_packaged():
-    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_dir() or path.suffix in {".py", ".pyc"}:
-                continue
-            home = next(parent for parent in path.parents if (parent / "__init__.py").exists())
-            package = "agevlm." + ".".join(home.relative_to(ROOT).parts)
-            patterns = config["package-data"].get(package, [])
-            assert any(path.match(pattern) for pattern in patterns), f"{path.relative_to(ROOT)} is in no package data"
+    patterns = config["package-data"]["*"]
+    for place, _, names in os.walk(PACKAGE, followlinks=True):
+        if Path(place).name == "__pycache__":
+            continue
+        data = [name for name in names if not name.endswith((".py", ".pyc"))]
+        assert all(any(Path(name).match(pattern) for pattern in patterns) for name in data), (place, data)
+        home = Path(place) if any(name.endswith(".py") for name in names) else Path(place).parent
+        assert not names or (home / "__init__.py").is_file(), f"{place} is in no package"
 
 
 @pytest.mark.parametrize("name", (*SHIPPED, *SHIPPED_BASELINES))
@@ -154,29 +129,27 @@ def test_shipped_file_names_are_unique():
 
 
 def test_every_file_says_what_it_implements():
-    for folder in (*FOLDERS, "src/agevlm", "bench", "examples", "tests"):
-        for path in python_files(folder):
-            text = path.read_text(encoding="utf-8")
-            if text.strip():
-                assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no module docstring"
+    for path in python_files("src/agevlm", "bench", "examples", "tests"):
+        text = path.read_text(encoding="utf-8")
+        if text.strip():
+            assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no module docstring"
 
 
 def test_no_pickle_eval_or_shell():
     banned = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"}
-    for folder in (*FOLDERS, "src/agevlm", "bench", "examples"):
-        for path in python_files(folder):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call):
-                    name = ast.unparse(node.func)
-                    assert name not in banned, f"{path.relative_to(ROOT)}:{node.lineno} calls {name}"
-                    shell = [k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) == "True"]
-                    assert not shell, f"{path.relative_to(ROOT)}:{node.lineno} runs a shell string"
-                    # The one reader of pickles: published baselines, where the user asks for it
-                    if name == "torch.load" and path == ROOT / "baselines" / "weights.py":
-                        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                        assert options["weights_only"] == "True", f"{path.relative_to(ROOT)}:{node.lineno}"
-                    elif name == "torch.load":
-                        pytest.fail(f"{path.relative_to(ROOT)}:{node.lineno}: safetensors only")
+    for path in python_files("src/agevlm", "bench", "examples"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in banned, f"{path.relative_to(ROOT)}:{node.lineno} calls {name}"
+                shell = [k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) == "True"]
+                assert not shell, f"{path.relative_to(ROOT)}:{node.lineno} runs a shell string"
+                # The one reader of pickles: published baselines, where the user asks for it
+                if name == "torch.load" and path == PACKAGE / "conversion" / "weights.py":
+                    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert options["weights_only"] == "True", f"{path.relative_to(ROOT)}:{node.lineno}"
+                elif name == "torch.load":
+                    pytest.fail(f"{path.relative_to(ROOT)}:{node.lineno}: safetensors only")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

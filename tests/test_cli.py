@@ -15,8 +15,8 @@ def run(*args: str) -> subprocess.CompletedProcess:
 def test_verbs_are_frozen():
     """A new verb is a decision: change this list together with README and CONTRIBUTING."""
     expected = {
-        "quickstart", "reproduce", "init", "data scenes", "data cambrian", "data check", "train", "eval",
-        "analyze attention", "analyze similarity", "analyze padding",
+        "quickstart", "reproduce", "init", "data scenes", "data cambrian", "data check", "data cutouts", "train",
+        "eval", "analyze attention", "analyze similarity", "analyze padding",
         "ground", "convert", "export", "serve", "demo", "push", "card", "env",
     }  # fmt: skip
     assert set(cli.VERBS) == expected

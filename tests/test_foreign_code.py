@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from training_worker import make_rows
 
-from agevlm import train_twin
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.models import load
+from agevlm.training import train_twin
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.stages import stage4_instruct
 from agevlm.training.stages.base import run_stage

@@ -15,7 +15,7 @@ from hub_server import TOKEN, HubServer
 from remote_code_worker import conversation
 from safetensors.torch import load_file, save_file
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.init import RECORD_FILE
@@ -123,6 +123,6 @@ def test_a_user_without_the_repository_loads_it_by_its_name_and_asks(published, 
         logits = model(**inputs).logits
     generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     save_file({**inputs, "logits": logits, "generated": generated}, tmp_path / "expected.safetensors")
-    worker = Path(__file__).with_name("remote_code_worker.py")
+    worker = Path(__file__).parent / "helpers" / "remote_code_worker.py"
     told = run(tmp_path, hub, "-I", worker, REPO, image, tmp_path / "expected.safetensors", tmp_path / "resaved")
     assert told.endswith("ok\n")

@@ -14,22 +14,24 @@ from training_worker import make_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
-from agevlm import cli, export, ground, models, serve, train_twin
+from agevlm import cli, models
 from agevlm.analysis import attention, padding, similarity
-from agevlm.data import check
-from agevlm.data.scenes import build_scenes
-from agevlm.demo import app
+from agevlm.data.published import check
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import run
 from agevlm.evaluation.digests import weights_digest
 from agevlm.evaluation.judge import Judge
+from agevlm.grounding import cli as ground
 from agevlm.grounding.models import Sam
 from agevlm.models import CheckpointError, load, load_model, load_processor
-from agevlm.training import init, parts
+from agevlm.serving import export, serve
+from agevlm.serving.demo import app
+from agevlm.training import init, parts, train_twin
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.stages.base import run_stage
 from agevlm.training.train import main as train
-from agevlm.twin_stage import run_twin_stage
+from agevlm.training.twin_stage import run_twin_stage
 from builders import picture, tiny_model, tiny_processor, tiny_tokenizer
 from damages import (
     ALL,

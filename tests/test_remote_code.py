@@ -93,7 +93,7 @@ def load_without_the_repository(folder: Path, tmp_path: Path, hide_torchvision: 
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    worker = Path(__file__).with_name("remote_code_worker.py")
+    worker = Path(__file__).parent / "helpers" / "remote_code_worker.py"
     arguments = [worker, folder, image, tmp_path / "expected.safetensors", resaved]
     if hide_torchvision:
         arguments = ["-c", HIDE_TORCHVISION, *arguments]

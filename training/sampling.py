@@ -98,7 +98,7 @@ def guided_flags(rows: Dataset) -> np.ndarray:
             return np.zeros(len(rows), dtype=bool)
         return table[:].column(MASK).to_numpy() >= 0
     if "guidance" not in rows.column_names:
-        raise ValueError("`spread_guided_rows` needs rows with a column `guidance` (`data/join.py`). Turn it off.")
+        raise ValueError("`spread_guided_rows` needs rows with a column `guidance` (`data/masks.py`). Turn it off.")
     batches = table.select_columns(["guidance"]).iter(batch_size=10_000)
     flags = [pc.is_valid(batch.column("guidance")).to_numpy() for batch in batches]
     return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.join import in_subset, share_of_masks
+from agevlm.data.masks import in_subset, share_of_masks
 from agevlm.data.rows import GUIDANCE
 
 
@@ -56,7 +56,7 @@ def open_shards(
     Args:
         files: paths or fsspec URLs; each file has `id`, `images` (with their bytes), `messages`, and `guidance` if its
             masks are joined already. Row groups of about 100 rows are read fastest.
-        masks: data set of masks to join by id (`data/join.py`); the ids of all shards are read for it.
+        masks: data set of masks to join by id (`data/masks.py`); the ids of all shards are read for it.
         mask_fraction, seed: share of the rows that bring their mask, chosen by a hash of the row's id; all masks where
             there are fewer.
         lengths: add the column `length`, the characters of each row's messages, for `group_by_length`.

@@ -14,23 +14,30 @@ from agevlm import __version__
 
 VERBS = {
     "quickstart": (
-        "agevlm.quickstart",
+        "agevlm.reproduction.quickstart",
         "Build data, train every variant through all stages, evaluate, write a report.",
     ),
     "reproduce": (
-        "agevlm.reproduce",
+        "agevlm.reproduction.reproduce",
         "Train and measure every variant, baseline and ablation on scenes; one report with the paper's claims.",
     ),
     "init": (
         "agevlm.training.init",
         "Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.",
     ),
-    "data scenes": ("agevlm.data.scenes", "Compose grounded scenes: pictures, questions, exact masks, benchmarks."),
+    "data scenes": (
+        "agevlm.data.scenes.build",
+        "Compose grounded scenes: pictures, questions, exact masks, benchmarks.",
+    ),
+    "data cutouts": ("agevlm.data.scenes.fetch_cutouts", "Fetch pictures of named objects to compose scenes of."),
     "data cambrian": (
-        "agevlm.data.cambrian",
+        "agevlm.data.published.convert",
         "Convert Cambrian, or LLaVA-style JSON, to Parquet that training streams.",
     ),
-    "data check": ("agevlm.data.check", "Report what is wrong with a training set, before it costs time on a GPU."),
+    "data check": (
+        "agevlm.data.published.check",
+        "Report what is wrong with a training set, before it costs time on a GPU.",
+    ),
     "train": ("agevlm.training.train", "Run one of the four training stages."),
     "eval": (
         "agevlm.evaluation.run",
@@ -42,13 +49,22 @@ VERBS = {
         "Measure whether hidden states tell a picture's own text from another's.",
     ),
     "analyze padding": ("agevlm.analysis.padding", "Measure how much attention goes to padding; pad, stretch, crop."),
-    "ground": ("agevlm.ground", "Make masks from texts: Florence-2 + SAM and others; view, quality, COCO."),
-    "convert": ("agevlm.baselines.convert", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
+    "ground": ("agevlm.grounding.cli", "Make masks from texts: Florence-2 + SAM and others; view, quality, COCO."),
+    "convert": ("agevlm.conversion.convert", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
     "push": ("agevlm.training.publish", "Publish a finished checkpoint on the Hub: one commit, one tag per stage."),
     "card": ("agevlm.hub_cards.render", "Render the card of a checkpoint or data set from the files in its folder."),
-    "export": ("agevlm.export", "Export a checkpoint to ONNX (also int8) or torch.export, with its processor."),
-    "serve": ("agevlm.serve", "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server."),
-    "demo": ("agevlm.demo.app", "A page to ask about pictures on, and to see where each word of the answer looked."),
+    "export": (
+        "agevlm.serving.export",
+        "Export a checkpoint to ONNX (also int8) or torch.export, with its processor.",
+    ),
+    "serve": (
+        "agevlm.serving.serve",
+        "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server.",
+    ),
+    "demo": (
+        "agevlm.serving.demo.app",
+        "A page to ask about pictures on, and to see where each word of the answer looked.",
+    ),
     "env": ("agevlm.env", "Print the versions and the machine: what a bug report needs."),
 }
 GROUPS = {

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from agevlm.data.builder import SceneArguments, SceneBuilder
-from agevlm.data.layout import Scene
-from agevlm.data.objects import COLOURS
-from agevlm.data.words import NUMBERS, plural
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
+from agevlm.data.scenes.layout import Scene
+from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.words import NUMBERS, plural
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import bad_rows
 import pytest
 from bad_rows import write_corpus
 
-from agevlm.data.cambrian import convert
-from agevlm.data.check import check, main
-from agevlm.data.records import DROPPED, REMARKED, REPAIRED
+from agevlm.data.published.check import check, main
+from agevlm.data.published.convert import convert
+from agevlm.data.published.records import DROPPED, REMARKED, REPAIRED
 from agevlm.data.rows import validate_row
 
 

@@ -17,10 +17,10 @@ from bad_rows import encoded, photo, turns, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agevlm.data.cambrian import convert
-from agevlm.data.json_records import plan_chunks, read_records
-from agevlm.data.pictures import PictureStore, decode_picture
-from agevlm.data.records import BadRow, read_record
+from agevlm.data.published.convert import convert
+from agevlm.data.published.json_records import plan_chunks, read_records
+from agevlm.data.published.pictures import PictureStore, decode_picture
+from agevlm.data.published.records import BadRow, read_record
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -56,7 +56,7 @@ VALUES = st.recursive(
 @given(st.lists(VALUES, max_size=12), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 5), st.integers(1, 40))
 def test_records_are_the_elements_from_any_chunk_on(tmp_path_factory, values, indent, ascii_only, size, block):
     """An array and a JSONL file of the same values give the same records, wherever blocks of the file end."""
-    from agevlm.data import json_records
+    from agevlm.data.published import json_records
 
     folder = tmp_path_factory.mktemp("records")
     array, lines = folder / "rows.json", folder / "rows.jsonl"
@@ -118,7 +118,10 @@ def test_the_result_depends_on_neither_format_nor_workers(tmp_path):
     assert one["sources"] == {"coco": {"dropped": 4, "rows": 26}, "text": {"rows": 10}}
 
 
-KILLED = "import sys; from agevlm.data.cambrian import convert; convert(sys.argv[1], sys.argv[2], rows_per_shard=4)"
+KILLED = """import sys
+from agevlm.data.published.convert import convert
+convert(sys.argv[1], sys.argv[2], rows_per_shard=4)
+"""
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
@@ -339,7 +342,7 @@ def test_messages_with_parts():
 
 MEASURED = """
 import resource, sys
-from agevlm.data.cambrian import convert
+from agevlm.data.published.convert import convert
 convert(sys.argv[1], sys.argv[2], progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

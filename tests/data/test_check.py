@@ -10,8 +10,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from rich.console import Console
 
-from agevlm.data.check import check, print_report
-from agevlm.data.overlap import SIMILAR_BITS, difference_hash, read_evaluation_pictures
+from agevlm.data.published.check import check, print_report
+from agevlm.data.published.overlap import SIMILAR_BITS, difference_hash, read_evaluation_pictures
 from builders import tiny_processor
 
 
@@ -116,7 +116,7 @@ def test_lengths_are_those_of_training(tmp_path):
 
 
 def test_workers_find_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("agevlm.data.check._CHUNK", 7)
+    monkeypatch.setattr("agevlm.data.published.check._CHUNK", 7)
     rows = [{"id": str(n % 20), "image": f"{n % 5}.jpg", "conversations": turns(answer=f"{n}")} for n in range(30)]
     source = write_set(tmp_path / "set", {f"{n}.jpg": photo(n) for n in range(4)}, rows)
     reports = [check(source, workers=w, out=tmp_path / f"r{w}", progress=False) for w in (1, 2)]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from agevlm.data.cutout_names import clean_name, synonym_group, tux_category, tux_name
-from agevlm.data.fetch_cutouts import fetch_cutouts, main, usable
-from agevlm.data.objects import CutoutSource
-from agevlm.data.scenes import build_scenes, load_benchmark, load_rows
+from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
+from agevlm.data.scenes.cutout_names import clean_name, synonym_group, tux_category, tux_name
+from agevlm.data.scenes.fetch_cutouts import fetch_cutouts, main, usable
+from agevlm.data.scenes.objects import CutoutSource
 
 
 def disc(colour=(200, 60, 40), size=90) -> Image.Image:

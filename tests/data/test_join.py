@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.data.join import (
+from agevlm.data.masks import (
     fraction_for,
     in_subset,
     join_masks,

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from rich.console import Console
 
-from agevlm.data.prepare import prepare
+from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import validate_row
 from agevlm.training.stages import stage1_align
 from agevlm.training.stages.base import run_stage

@@ -7,11 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agevlm.data.conversations import caption_messages, question_messages, sample_caption, tell, text_conversations
-from agevlm.data.layout import sample_scene
-from agevlm.data.objects import COLOURS
-from agevlm.data.questions import LETTERS, absent, count, presence, sample_questions
-from agevlm.data.words import NUMBERS, article, cell, join_phrases, plural, position
+from agevlm.data.scenes.conversations import (
+    caption_messages,
+    question_messages,
+    sample_caption,
+    tell,
+    text_conversations,
+)
+from agevlm.data.scenes.layout import sample_scene
+from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.questions import LETTERS, absent, count, presence, sample_questions
+from agevlm.data.scenes.words import NUMBERS, article, cell, join_phrases, plural, position
 
 
 SPLITS = st.sampled_from(["train", "composition", "name", "style", "text"])

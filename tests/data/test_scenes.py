@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from agevlm.data.benchmarks import BENCHMARKS
-from agevlm.data.objects import COLOURS
 from agevlm.data.rows import open_image, validate_row
-from agevlm.data.scenes import build_scenes, load_benchmark, load_rows, main
-from agevlm.data.splits import SPLITS, is_held_out_pair
+from agevlm.data.scenes.benchmarks import BENCHMARKS
+from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows, main
+from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.splits import SPLITS, is_held_out_pair
 
 
 SMALL = {"captions": 30, "instructions": 30, "test": 24, "size": 96, "progress": False}
@@ -42,7 +42,7 @@ def test_result_does_not_depend_on_the_number_of_processes(folder, tmp_path):
 def test_workers_that_cannot_start_are_an_error(source, tmp_path):
     """A worker imports the main script: without a guard that would start workers itself, and a pipe cannot be read."""
     code = (
-        "from agevlm.data.scenes import build_scenes\n"
+        "from agevlm.data.scenes.build import build_scenes\n"
         f"build_scenes({str(tmp_path / 'out')!r}, captions=2, instructions=0, test=0, num_proc=2, progress=False)\n"
     )
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
@@ -94,7 +94,7 @@ def test_identical_folder_is_reused_and_any_other_is_refused(folder, tmp_path):
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("agevlm.data.scenes.draw_contact_sheet", lambda *_: 1 / 0)
+    monkeypatch.setattr("agevlm.data.scenes.build.draw_contact_sheet", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_scenes(tmp_path / "out", **{**SMALL, "captions": 1, "instructions": 1, "test": 0})
     assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from agevlm.data.objects import COLOURS, IconSource
-from agevlm.data.scenes import text_corpus
-from agevlm.data.splits import held_out_names, held_out_style, is_held_out_pair, make_pools
-from agevlm.data.words import SIGN_WORDS, plural
+from agevlm.data.scenes.build import text_corpus
+from agevlm.data.scenes.objects import COLOURS, IconSource
+from agevlm.data.scenes.splits import held_out_names, held_out_style, is_held_out_pair, make_pools
+from agevlm.data.scenes.words import SIGN_WORDS, plural
 
 
 KINDS = IconSource().kinds

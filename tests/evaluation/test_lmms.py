@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes
 from agevlm.evaluation.tables import lookup
 from builders import tiny_model, tiny_processor
 
 
-TASKS = Path(__file__).resolve().parents[2] / "evaluation" / "lmms" / "tasks"
+TASKS = Path(__file__).resolve().parents[2] / "src" / "agevlm" / "evaluation" / "lmms" / "tasks"
 PATHS = {
     "scene": ("categories", "Scene Text-centric VQA"),
     "key_information": ("categories", "Key Information Extraction"),

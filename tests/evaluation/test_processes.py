@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.run import main
 from builders import tiny_model, tiny_processor
 

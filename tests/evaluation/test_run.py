@@ -7,7 +7,7 @@ import pytest
 from hub_server import HubServer, connect
 from huggingface_hub import hf_hub_download
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import run
 from agevlm.evaluation.digests import stored_fingerprint, weights_digest
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes, main
@@ -148,7 +148,7 @@ def test_command_line_refuses_what_is_no_checkpoint(scenes, tmp_path):
     with pytest.raises(ValueError, match="is no image-text-to-text model: its model type is 'llama'"):
         main([str(tmp_path / "llama"), *rest])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         main([str(tmp_path / "empty"), *rest])
     with pytest.raises(ValueError, match="called the same"):
         main([str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x"), *rest])

@@ -11,7 +11,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes
 from agevlm.models import load
 from builders import tiny_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agevlm.data.scenes import build_scenes, load_benchmark
+from agevlm.data.scenes.build import build_scenes, load_benchmark
 from agevlm.evaluation.generate import write_json
 from agevlm.evaluation.leaderboard import PAPER, read_metrics, results_page
 from agevlm.evaluation.leaderboard import main as make_page

@@ -12,8 +12,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from agevlm import ground
 from agevlm.data.rows import ROW_FEATURES
+from agevlm.grounding import cli as ground
 from agevlm.grounding.journal import Journals
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 
@@ -42,7 +42,7 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
 
     def launch(out, *more):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        return [*launcher, "-m", "agevlm.ground", *command(out, *more)]
+        return [*launcher, "-m", "agevlm.grounding.cli", *command(out, *more)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     ground.main(command("one"))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.data.join import join_masks
+from agevlm.data.masks import join_masks
 from agevlm.data.rows import ROW_FEATURES, open_image
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters

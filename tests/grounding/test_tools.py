@@ -8,9 +8,9 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from agevlm import ground
-from agevlm.data.join import join_masks
+from agevlm.data.masks import join_masks
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.grounding import cli as ground
 from agevlm.grounding.coco import read_coco
 from agevlm.grounding.masks import boundary_f, iou
 from agevlm.grounding.output import read_masks

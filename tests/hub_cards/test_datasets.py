@@ -8,7 +8,7 @@ from datasets import Dataset, Features, load_dataset
 from huggingface_hub import DatasetCard
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
-from agevlm.data.scenes import build_scenes
+from agevlm.data.scenes.build import build_scenes
 from agevlm.hub_cards.render import main
 from builders import mask, row
 

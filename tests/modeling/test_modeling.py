@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.modeling_agevlm.assemble import assemble, spread_cross_attention_layers
 from builders import tiny_batch, tiny_model
 
 

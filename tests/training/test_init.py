@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
 from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agevlm.matrix import Start
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.quickstart import TINY_PARTS, save_start
+from agevlm.reproduction.matrix import Start
+from agevlm.reproduction.quickstart import TINY_PARTS, save_start
 from agevlm.training.init import RECORD_FILE, count_parameters, main, parse, plan_parts, without_weights
 from agevlm.training.stages import stage1_align
 from agevlm.training.stages.base import run_stage
@@ -32,7 +32,7 @@ DEPTHS, WIDTHS = [1, 1, 1, 1], [8, 16, 16, 32]
 
 
 def timm_weights(depths: list[int], widths: list[int]) -> dict[str, torch.Size]:
-    """Names and shapes of timm's ConvNeXt (`tests/modeling/test_convert_vision.py` proves them)."""
+    """Names and shapes of timm's ConvNeXt (`tests/conversion/test_convert_vision.py` proves them)."""
     shapes: dict = {"stem.0.weight": [widths[0], 3, 4, 4]}
     shapes |= {f"stem.{name}": [widths[0]] for name in ("0.bias", "1.weight", "1.bias")}
     for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):

@@ -184,7 +184,7 @@ def test_masks_must_fit(folder):
 
 
 def run_killed(folder: Path, data: Path, kill_at: int, workers: int) -> None:
-    script = Path(__file__).parents[1] / "training_worker.py"
+    script = Path(__file__).parents[1] / "helpers" / "training_worker.py"
     command = [
         sys.executable, str(script), "streamed", str(folder), "--data", str(data),
         "--kill_at_step", str(kill_at), "--workers", str(workers),

@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from agevlm.data.prepare import prepare
-from agevlm.data.scenes import load_rows
+from agevlm.data.published.prepare import prepare
+from agevlm.data.scenes.build import load_rows
 from agevlm.hub_cards import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.adapters import AdapterArguments, load_start, merge
@@ -89,7 +89,7 @@ def run_stage(
 
     Args:
         data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), a published one
-            (`agevlm.data.prepare`), or rows that are joined with their masks already.
+            (`agevlm.data.published.prepare`), or rows that are joined with their masks already.
         init_from, revision: Hub repository or folder to start from.
         model, processor: to start from objects instead. The model is trained in place.
         eval_data: rows for `eval_strategy`.

@@ -1,0 +1,167 @@
+"""`agevlm convert convllava|mobilevlm-v2 SRC OUT`: a published baseline as a checkpoint of transformers (section 4).
+
+    agevlm convert convllava ConvLLaVA/ConvLLaVA-sft-768 convllava-768 --read-bin
+    agevlm convert mobilevlm-v2 mtgv/MobileVLM_V2-1.7B mobilevlm-1.7b --read-bin
+
+OUT loads with `AutoProcessor` and `AutoModelForImageTextToText` (MobileVLM with `trust_remote_code=True`: its
+projector travels with it), and speaks the originals' prompt token for token. Configuration, names and shapes are
+checked before anything is written; then tensors are copied one shard at a time. OUT appears complete or not at all;
+its `agevlm_conversion.json` says what it was made of.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from agevlm.conversion import convllava, mobilevlm
+from agevlm.conversion.layout import Target, check_names, generation_config
+from agevlm.conversion.sources import INDEX_FILE, PickledWeightsError, Source, locate
+
+
+SYSTEMS = ("convllava", "mobilevlm-v2")
+RECORD_FILE = "agevlm_conversion.json"
+SHARD_SIZE = "2GB"
+
+
+@contextmanager
+def appears_complete(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, renamed to it at the end and deleted if that is never reached."""
+    temporary = output.with_name(f".{output.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE, progress: bool = True) -> None:
+    """The model's tensors as safetensors, at most one shard of them in memory.
+
+    Raises:
+        ValueError: see `check_names`.
+    """
+    shapes = check_names(target)
+    sizes = {name: torch.empty(shape.shape, dtype=target.dtype(name), device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
+    with tqdm(
+        total=split.metadata["total_size"], unit="B", unit_scale=True, desc="converting", disable=not progress
+    ) as bar:
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: target.tensor(name).contiguous() for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            bar.update(sum(tensor.nbytes for tensor in shard.values()))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(target: Target, source: Source, system: str, folder: Path, shard_size: str = SHARD_SIZE) -> None:
+    """Weights, configuration, processor, code where there is any, and the record.
+
+    Raises:
+        ValueError: see `check_names`.
+    """
+    write_weights(target, folder, shard_size)
+    config = target.config
+    config.architectures = [target.model_class.__name__]
+    config.dtype = target.dtype("lm_head.weight")
+    config.save_pretrained(folder)
+    generation_config(config.text_config, target.processor, target.num_words).save_pretrained(folder)
+    target.processor.save_pretrained(folder)
+    record = {
+        "system": system,
+        "source": source.name,
+        "revision": source.revision,
+        "files": list(source.weights),
+        "read_with": "torch.load(weights_only=True)" if source.weights[0].endswith(".bin") else "safetensors",
+        **target.notes,
+        "tensors": len(target.origins),
+        "left_out": len(target.left_out),
+        "made": sorted(target.made),
+        "versions": {package: version(package) for package in ("agevlm", "torch", "transformers")},
+    }
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="agevlm convert",
+        description="Convert a published ConvLLaVA or MobileVLM V2 into a checkpoint that transformers loads.",
+    )
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("source", metavar="SRC", help="folder or Hub repository in the authors' layout")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--revision", help="branch, tag or commit of SRC")
+    parser.add_argument(
+        "--read-bin",
+        action="store_true",
+        help="read pytorch_model.bin where there are no safetensors. It is a pickle: torch.load(weights_only=True) "
+        "builds its tensors and refuses whatever else it asks for",
+    )
+    tower = parser.add_mutually_exclusive_group()
+    tower.add_argument(
+        "--vision-tower",
+        metavar="ID_OR_DIR",
+        help="convllava: the tower (default: the `mm_vision_tower` of SRC's config.json, as the authors' loader does)",
+    )
+    tower.add_argument(
+        "--vision-from-checkpoint",
+        action="store_true",
+        help="convllava: the tower inside SRC, which the authors' loader ignores",
+    )
+    args = parser.parse_args(argv)
+    if args.system != "convllava" and (args.vision_tower or args.vision_from_checkpoint):
+        parser.error("MobileVLM's tower is inside the checkpoint: leave out the options of convllava's")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module.
+
+    Raises:
+        ValueError: a folder that is in use, or a source that cannot be had or is something else.
+    """
+    args = parse(argv)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"{args.output} is there already. Choose a new folder.")
+    try:
+        source = locate(args.source, args.revision, bins=args.read_bin)
+    except PickledWeightsError as error:
+        raise ValueError(
+            f"{error} Or pass `--read-bin`: torch.load(weights_only=True) builds its tensors and refuses the rest."
+        ) from error
+    if args.system == "convllava":
+        target = convllava.prepare(source, args.vision_tower, args.vision_from_checkpoint, args.read_bin)
+    else:
+        target = mobilevlm.prepare(source)
+    with appears_complete(args.output) as folder:
+        write_checkpoint(target, source, args.system, folder)
+    tower = target.notes["vision_tower"]
+    print(f"vision tower: {tower['source']}" + (f" at {tower['revision'][:12]}" if tower["revision"] else ""))
+    if "largest_difference_from_checkpoint" in tower:
+        difference = tower["largest_difference_from_checkpoint"]
+        told = "is of another shape" if difference is None else f"differs by at most {difference:.3g}"
+        print(f"the tower inside the checkpoint, not used, {told}")
+    print(
+        f"{args.output}: {len(target.origins)} tensors, {len(target.left_out)} left out (buffers that transformers "
+        f"computes). Load it with AutoModelForImageTextToText"
+        + ("" if args.system == "convllava" else " and trust_remote_code=True")
+        + "."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data sets of others: read, checked, converted to rows of ours."""

@@ -1,0 +1,339 @@
+"""Converts a published data set (Cambrian, LLaVA) once to Parquet shards of our rows, which training streams.
+
+    agevlm data cambrian Cambrian-Alignment/jsons/alignment_2.5m.jsonl cambrian/captions --workers 16
+    agevlm data cambrian Cambrian-10M/jsons/Cambrian7M.jsonl cambrian/instructions --workers 16
+    agevlm train stage1_align --data cambrian
+
+The folder holds train-*.parquet (id, images, messages; `data/rows.py`), summary.json with all counts, and what was
+dropped and repaired row by row in bad_rows.jsonl and repaired_rows.jsonl. Formats and known defects:
+`data/published/records.py`, `data/published/pictures.py`.
+
+The work lies in a hidden folder beside the result, which is renamed when all is done: the result is complete or not
+there. A first pass over the rows finds equal ids; a second one writes shards, each renamed when it is complete. The
+same call goes on after an interruption, and the files are the same bytes whatever the interruptions and workers.
+Memory: one group of rows per worker, and 1/16 of the ids' hashes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from agevlm.data.duplicates import equal_groups, save_hashes
+from agevlm.data.rows import ROW_FEATURES
+
+from .json_records import Chunk
+from .parallel import run_jobs
+from .records import DROPPED, REMARKED, REPAIRED, BadRow
+from .sources import IMAGES_HELP, SOURCE_HELP, Source, draft_hashes, open_source, read_draft, read_pictures
+
+
+FORMAT = 1  # raise when the same arguments would give other rows
+ROWS_PER_SHARD = 5_000
+_GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
+
+
+def convert(
+    source: str | Path | Source,
+    out: str | Path,
+    *,
+    images: Sequence[str | Path] | None = None,
+    workers: int = 1,
+    limit: int | None = None,
+    strict: bool = False,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Converts `source` into the folder `out`, goes on with an interrupted conversion, or finds it done.
+
+    Args:
+        source: see `published.open_source`, or what it returns.
+        images: folders and archives of the pictures. Default: beside the JSON file.
+        workers: processes; with more than one, a script must guard its main part (`__main__`).
+        limit: convert the first rows only.
+        strict: stop at the first row that would be dropped, and leave nothing.
+        rows_per_shard: rows of the source per shard.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ValueError: no source, no pictures' folder, `out` holds something else, another process is at it, no row was
+            good, or `strict` and a bad row.
+    """
+    out = Path(out)
+    if (limit is not None and limit < 1) or rows_per_shard < 1:
+        raise ValueError(f"limit ({limit}) and rows_per_shard ({rows_per_shard}) count rows; use at least 1")
+    partial = out.parent / f".{out.name}.partial"
+    opened = open_source(source, images, partial / "work") if isinstance(source, (str, Path)) else source
+    opened.store.work = partial / "work"
+    identity = _identity(opened, limit, rows_per_shard)
+    if out.exists() and any(out.iterdir()):
+        return _finished(out, identity)
+    (partial / "work").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(partial / "work" / "lock", timeout=0):
+            summary = _convert(opened, partial, identity, limit, rows_per_shard, workers, strict, progress)
+            if out.exists():
+                out.rmdir()
+            shutil.rmtree(partial / "work")
+            os.rename(partial, out)
+    except Timeout:
+        raise ValueError(f"another process is converting into {out}; wait for it, or choose another folder") from None
+    except ValueError:
+        if strict:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return summary
+
+
+def _convert(
+    source: Source, partial: Path, identity: dict, limit: int | None, size: int, workers: int, strict: bool, bar: bool
+) -> dict[str, Any]:
+    if (partial / "summary.json").is_file():  # interrupted between its last two steps
+        return json.loads((partial / "summary.json").read_text(encoding="utf-8"))
+    work = partial / "work"
+    plan = work / "plan.json"
+    if not plan.is_file():
+        chunks = source.chunks(size, limit)
+        _write_json(plan, {"identity": identity, "chunks": [vars(chunk) for chunk in chunks]})
+    planned = json.loads(plan.read_text(encoding="utf-8"))
+    if planned["identity"] != identity:
+        raise ValueError(
+            f"{partial} holds an unfinished conversion of something else "
+            f"({_difference(planned['identity'], identity)}); go on with its arguments, or delete it"
+        )
+    chunks = [Chunk(**chunk) for chunk in planned["chunks"]]
+
+    def run(function: Any, jobs: list[Chunk], description: str) -> Iterable[Any]:
+        arguments = (source, partial, len(chunks), strict)
+        return run_jobs(function, jobs, workers=workers, setup=_start_worker, arguments=arguments,
+                        weight=lambda chunk: chunk.count, description=description, progress=bar)  # fmt: skip
+
+    if not (work / "repeated.npy").is_file():
+        for _ in run(_hash_ids, [c for c in chunks if not _hashes(work, c).is_file()], "ids"):
+            pass
+        _find_repeated(work, chunks)
+    for _ in run(_write_shard, [c for c in chunks if not _shard(partial, c.index, len(chunks)).is_file()], "rows"):
+        pass
+    return _finish(source, partial, identity, chunks)
+
+
+# ---- In a worker ----
+
+_source: Source
+_partial: Path
+_count: int
+_strict: bool
+
+
+def _start_worker(source: Source, partial: Path, count: int, strict: bool) -> None:
+    global _source, _partial, _count, _strict
+    _source, _partial, _count, _strict = source, partial, count, strict
+
+
+def _hash_ids(chunk: Chunk) -> None:
+    """Writes (hash of the id, hash of the row's text and pictures' names, place) of the rows of a chunk."""
+    rows = []
+    for position, record in _source.records(chunk):
+        try:
+            rows.append((*draft_hashes(read_draft(record, position)), position))
+        except BadRow:
+            continue  # the second pass names it
+    save_hashes(_hashes(_partial / "work", chunk), rows)
+
+
+def _write_shard(chunk: Chunk) -> None:
+    """Writes the shard of a chunk, and first what is to be said about its rows."""
+    repeated = _repeated_in(_partial / "work", chunk)
+    counts: Counter[str] = Counter()
+    sources: dict[str, Counter[str]] = {}
+    target = _shard(_partial, chunk.index, _count)
+    temporary = target.with_name(f".{target.name}.partial")
+    report = _partial / "work" / f"report-{chunk.index:05d}.json"
+    bad, repaired = [], []
+    with pq.ParquetWriter(temporary, ROW_FEATURES.arrow_schema, use_dictionary=False) as writer:
+        group, size = [], 0
+        for position, record in _source.records(chunk):
+            try:
+                draft = read_draft(record, position)
+                row = read_pictures(draft, _source.store)
+                row_id = draft.id
+                if position in repeated:
+                    kept, content = repeated[position]
+                    if not kept:
+                        error = BadRow("duplicate_row", "the same id and content as an earlier row")
+                        error.row_id, error.source = draft.id, draft.source
+                        raise error
+                    row_id = f"{row_id}~{content:016x}"
+                    row.notes.append(("duplicate_id", f"now {row_id}"))
+            except BadRow as error:
+                if _strict:
+                    raise ValueError(
+                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Mend it, or leave out "
+                        "strict: then it is dropped and listed."
+                    ) from None
+                counts[error.kind] += 1
+                sources.setdefault(error.source or "unknown", Counter())["dropped"] += 1
+                bad.append(_entry(position, error.row_id, error.kind, error.detail))
+                continue
+            counts.update({"rows": 1, "pictures": len(row.images), **Counter(kind for kind, _ in row.notes)})
+            sources.setdefault(draft.source, Counter())["rows"] += 1
+            repaired += [_entry(position, row_id, kind, text) for kind, text in row.notes if kind in REPAIRED]
+            group.append({"id": row_id, "images": row.images, "messages": draft.messages})
+            size += sum(len(image["bytes"]) for image in row.images)
+            if len(group) == _GROUP_ROWS or size >= _GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(group, schema=ROW_FEATURES.arrow_schema))
+                group, size = [], 0
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=ROW_FEATURES.arrow_schema))
+    _write_json(report, {"counts": counts, "sources": sources, "bad": bad, "repaired": repaired})
+    os.replace(temporary, target)
+
+
+def _entry(position: int, row_id: str | None, kind: str, detail: str) -> dict[str, Any]:
+    return {"row": position, "id": row_id, "kind": kind, "detail": detail[:500]}
+
+
+# ---- Files of the work ----
+
+
+def _hashes(work: Path, chunk: Chunk) -> Path:
+    return work / f"ids-{chunk.index:05d}.npy"
+
+
+def _shard(partial: Path, index: int, count: int) -> Path:
+    return partial / f"train-{index:05d}-of-{count:05d}.parquet"
+
+
+def _find_repeated(work: Path, chunks: list[Chunk]) -> None:
+    """Writes (place, whether the row is kept, hash of its content) of every row whose id an earlier row has."""
+    found = array("Q")
+    for group in equal_groups([_hashes(work, chunk) for chunk in chunks]):
+        seen = {int(group[0, 1])}
+        for _, content, position in group[1:].tolist():
+            found.extend((position, content not in seen, content))
+            seen.add(content)
+    rows = np.frombuffer(found, dtype=np.uint64).reshape(-1, 3)
+    partial = work / "repeated.partial"
+    with partial.open("wb") as file:
+        np.save(file, rows[np.argsort(rows[:, 0])], allow_pickle=False)
+    os.replace(partial, work / "repeated.npy")
+
+
+def _repeated_in(work: Path, chunk: Chunk) -> dict[int, tuple[bool, int]]:
+    """{place: (whether the row is kept, hash of its content)} of a chunk's rows whose id an earlier row has."""
+    rows = np.load(work / "repeated.npy", mmap_mode="r", allow_pickle=False)
+    start, stop = np.searchsorted(rows[:, 0], [chunk.first + 1, chunk.first + chunk.count + 1])
+    return {place: (bool(kept), content) for place, kept, content in rows[start:stop].tolist()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2 if path.name == "summary.json" else None) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) -> dict[str, Any]:
+    """Joins the reports of all shards; summary.json comes last."""
+    counts: Counter[str] = Counter()
+    sources: dict[str, Counter[str]] = {}
+    with (
+        (partial / "bad_rows.jsonl").open("w", encoding="utf-8") as bad,
+        (partial / "repaired_rows.jsonl").open("w", encoding="utf-8") as repaired,
+    ):
+        for chunk in chunks:
+            report = json.loads((partial / "work" / f"report-{chunk.index:05d}.json").read_text(encoding="utf-8"))
+            counts.update(report["counts"])
+            for name, values in report["sources"].items():
+                sources.setdefault(name, Counter()).update(values)
+            for file, entries in ((bad, report["bad"]), (repaired, report["repaired"])):
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    if not counts["rows"]:
+        shown = ", ".join(f"{kind} {counts[kind]}" for kind in DROPPED if counts[kind]) or "it is empty"
+        shutil.rmtree(partial)
+        raise ValueError(f"no row of {source.name} is good ({shown}); `agevlm data check` shows why")
+    summary = {
+        "rows": counts["rows"],
+        "read": sum(chunk.count for chunk in chunks),
+        "pictures": counts["pictures"],
+        **{what: {kind: counts[kind] for kind in kinds if counts[kind]}
+           for what, kinds in (("dropped", DROPPED), ("repaired", REPAIRED), ("remarked", REMARKED))},
+        "sources": {name: dict(sorted(values.items())) for name, values in sorted(sources.items())},
+        "shards": len(chunks),
+        "conversion": identity,
+    }  # fmt: skip
+    _write_json(partial / "summary.json", summary)
+    return summary
+
+
+def _identity(source: Source, limit: int | None, rows_per_shard: int) -> dict[str, Any]:
+    """What decides the result, without the names of this machine's folders."""
+    roots = "\n".join(map(str, source.store.folders + source.store.named))
+    return {
+        "format": FORMAT,
+        "source": source.name,
+        "size": source.size,
+        "images": hashlib.blake2b(roots.encode(), digest_size=8).hexdigest(),
+        "limit": limit,
+        "rows_per_shard": rows_per_shard,
+    }
+
+
+def _difference(found: dict, wanted: dict) -> str:
+    return "; ".join(f"{k}: {found.get(k)!r} there, {v!r} asked" for k, v in wanted.items() if found.get(k) != v)
+
+
+def _finished(out: Path, identity: dict) -> dict[str, Any]:
+    file = out / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "conversion" not in summary:
+        raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
+    if summary["conversion"] != identity:
+        difference = _difference(summary["conversion"], identity)
+        raise ValueError(f"{out} holds another conversion ({difference}); choose another folder or delete it")
+    return summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`agevlm data cambrian SRC OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="agevlm data cambrian",
+        description="Convert Cambrian, or any LLaVA-style JSON, to Parquet shards that training streams. "
+        "The same command goes on where it was interrupted.",
+    )
+    parser.add_argument("source", help=SOURCE_HELP)
+    parser.add_argument("out", type=Path, help="folder to write; it appears when all is done")
+    parser.add_argument("--images", nargs="+", metavar="ROOT", help=IMAGES_HELP)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="convert the first LIMIT rows only")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad row and leave nothing")
+    parser.add_argument(
+        "--rows-per-shard",
+        type=int,
+        default=ROWS_PER_SHARD,
+        help="rows of the source per shard (default: %(default)s)",
+    )
+    options = vars(parser.parse_args(argv))
+    out = options["out"]
+    summary = convert(options.pop("source"), options.pop("out"), **options)
+    dropped = sum(summary["dropped"].values())
+    print(f"{summary['rows']:,} rows with {summary['pictures']:,} pictures in {out}; {dropped:,} dropped")
+    for what in ("dropped", "repaired"):
+        for kind, count in sorted(summary[what].items(), key=lambda item: -item[1]):
+            print(f"  {what} {count:>10,}  {kind}: {(DROPPED | REPAIRED)[kind]}")
+
+
+if __name__ == "__main__":
+    main()

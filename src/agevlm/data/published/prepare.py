@@ -1,0 +1,54 @@
+"""Lets training take a data set as it was published: converts it once into the cache of `datasets`, by one process.
+
+`--data` may name a .json or .jsonl file (pictures beside it), a folder of `save_to_disk`, Parquet files, or a set of
+the Hub, with `conversations`, or with `messages` and `images`. It is converted as `agevlm data cambrian` does it, on
+one core; that verb uses all of them, takes other folders of pictures, and its result lies where masks can join it.
+"""
+
+import hashlib
+from pathlib import Path
+
+import datasets
+from filelock import FileLock
+from tqdm import tqdm
+
+from .convert import convert
+from .sources import DatasetSource, Source, open_source
+
+
+def prepare(data: str | Path, part: str) -> str:
+    """The folder that holds `part` of a data set in shards of our rows.
+
+    Args:
+        data: such a folder already (returned as it is), a URL (likewise), or what `published.open_source` takes.
+        part: `captions` or `instructions`.
+
+    Raises:
+        ValueError: nothing to train on is there; see `open_source` and `convert`.
+    """
+    folder = Path(data)
+    if "://" in str(data) or (folder / part).is_dir():
+        return str(data)
+    if (folder / "summary.json").is_file():
+        raise ValueError(f"{data} is one part of a data set: name the folder {part} and give the one above it")
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "agevlm"
+    cache.mkdir(parents=True, exist_ok=True)
+    source = open_source(data, None, cache)
+    target = cache / _identity(source) / part
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):  # the other processes wait and find it done
+        is_new = not target.exists()
+        summary = convert(source, target)
+    if is_new:
+        dropped = ", ".join(f"{kind} {count:,}" for kind, count in summary["dropped"].items()) or "none"
+        tqdm.write(f"{data}: {summary['rows']:,} rows to train on; dropped: {dropped}. List: {target}/bad_rows.jsonl")
+    return str(target.parent)
+
+
+def _identity(source: Source) -> str:
+    """Changes with the data set's content, as far as its files' names, sizes and times tell."""
+    if isinstance(source, DatasetSource):
+        facts = [source.name, source.dataset._fingerprint]
+    else:
+        facts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in source.paths]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()

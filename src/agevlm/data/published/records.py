@@ -1,0 +1,300 @@
+"""One published row (LLaVA, Cambrian, or `messages`) to the text of one of ours; a name for all that can be wrong.
+
+LLaVA and Cambrian: {id, image, conversations: [{from: human | gpt | system, value}]}, `image` a path, a list of paths
+or nothing. Data sets of the Hub: {images, messages: [{role, content}]}, content a string or a list of text and image
+parts. Pictures are not looked at here (`data/published/pictures.py`).
+
+As in LLaVA's and Cambrian's own loaders, the placeholder of a single picture moves to the front of its turn: with
+cross-attention a token sees the pictures before it, so a question in front of its picture would not see it. Unlike
+theirs, nothing is passed over in silence: a row is kept as it is, repaired (and listed), or dropped (and listed).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agevlm.data.rows import IMAGE_PLACEHOLDER
+
+
+MAX_RECORD_BYTES = 16 * 2**20  # of one row's JSON
+PUBLISHED_PLACEHOLDER = "<image>"
+NO_PICTURE = ("", "none", "nan")  # what Cambrian's loader takes for a row of text alone
+ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Tokens with which a text could end its turn or start another one, in Llama-3's and ChatML's templates
+SPECIAL_TOKEN = re.compile(
+    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|pad|finetune_right_pad_id"
+    r"|reserved_special_token_\d+|im_start|im_end|endoftext)\|>"
+)
+
+# Kinds of findings. The row is not used:
+DROPPED = {
+    "invalid_json": "no valid JSON",
+    "invalid_encoding": "no valid UTF-8, or half a surrogate pair",
+    "not_an_object": "JSON, but not an object",
+    "record_too_long": f"a row of more than {MAX_RECORD_BYTES // 2**20} MiB",
+    "bad_id": "id is neither a text nor a whole number",
+    "duplicate_row": "the same id and the same row again",
+    "no_conversations": "neither conversations nor messages, or an empty list",
+    "bad_turn": "a turn that is no object, or lacks its fields",
+    "bad_role": "a speaker other than human, gpt and system (user, assistant)",
+    "bad_text": "a text that is no string, nor a list of text and image parts",
+    "system_not_first": "a system turn behind the first place",
+    "turns_not_alternating": "two turns of one speaker in a row, or an answer before any question",
+    "no_answer": "the last turn is not an answer",
+    "empty_question": "a question without text and picture",
+    "empty_answer": "an answer without text",
+    "nul_character": "a NUL character in a text",
+    "special_token": "a token of the chat template in a text",
+    "bad_image_field": "image is neither a path nor a list of paths",
+    "null_image": "nothing, or an empty name, in a list of pictures",
+    "image_url": "a URL instead of a file",
+    "placeholder_mismatch": "another number of <image> than of pictures",
+    "placeholder_in_answer": "<image> outside of a question",
+    "image_path_outside": "a path, or a link, that leaves the folder of pictures",
+    "image_path_bad": "a path that no file can have",
+    "image_missing": "no such file",
+    "image_ambiguous": "no such file, but several that differ from it in case alone",
+    "image_unreadable": "a file that cannot be read",
+    "image_empty": "a file of zero bytes",
+    "image_not_a_picture": "a file that is no picture of a known format",
+    "image_corrupt": "a truncated or damaged picture",
+    "image_too_large": "more pixels or bytes than a picture may have",
+}
+# The row is used, but something of it was changed:
+REPAIRED = {
+    "id_missing": "no id: named after its place",
+    "id_not_text": "a number as id: written as text",
+    "duplicate_id": "the id of an earlier, other row: a hash was added",
+    "image_miscased": "the file was found under a path in other case (or another Unicode form)",
+    "image_relocated": "the file was found below the folders that the published archives unpack to",
+    "placeholder_added": "pictures, but no <image>: put in front of the first question",
+}
+# The row is used as it is:
+REMARKED = {
+    "text_only": "no picture",
+    "multi_image": "several pictures",
+    "image_animated": "several frames, of which the first is used",
+    "image_unusual_mode": "neither 8-bit RGB nor grey: converted",
+    "image_tiny": "a side of less than 8 pixels",
+    "image_elongated": "one side more than 20 times the other",
+    "image_wrong_suffix": "the file's name promises another format",
+}
+KINDS = {**DROPPED, **REPAIRED, **REMARKED}
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `kind` (a key of `DROPPED`), `detail`, and the row's id where it is known."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+        self.row_id: str | None = None
+        self.source: str | None = None
+
+
+@dataclass
+class Draft:
+    """A row's text, with references to its pictures.
+
+    Attributes:
+        id: as our rows have it.
+        images: a path each, or the {"bytes", "path"} of an undecoded `datasets.Image`.
+        messages: [{role, content}], one `<|image|>` for each picture.
+        source: which data set of a mixture it comes from: the row's `source`, else its picture's first folder.
+        notes: (kind, detail) of what was repaired or is remarkable.
+    """
+
+    id: str
+    images: list[Any]
+    messages: list[dict[str, str]]
+    source: str
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+def parse_record(data: bytes | None) -> dict[str, Any]:
+    """The object that a line, or an element of an array, holds. `None` stands for a record that is too long.
+
+    Raises:
+        BadRow: see `DROPPED`.
+    """
+    if data is None:
+        raise BadRow("record_too_long", f"more than {MAX_RECORD_BYTES} bytes")
+    try:
+        record = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRow("invalid_encoding", str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("invalid_json", str(error)) from None
+    if not isinstance(record, dict):
+        raise BadRow("not_an_object", f"a {type(record).__name__}, expected an object")
+    return record
+
+
+def read_record(record: Mapping[str, Any], position: int) -> Draft:
+    """The draft of a row.
+
+    Args:
+        record: in one of the formats above.
+        position: its place in its file, from 1; names a row without id.
+
+    Raises:
+        BadRow: see `DROPPED`.
+    """
+    notes: list[tuple[str, str]] = []
+    row_id, source = None, None
+    try:
+        row_id = _id(record.get("id"), position, notes)
+        images = _images(record)
+        source = _source(record, images)
+        messages = _messages(record, images)
+        _check_turns(messages)
+        messages = _place_pictures(messages, len(images), notes)
+    except BadRow as error:
+        error.row_id, error.source = row_id, source
+        raise
+    if len(images) != 1:
+        notes.append(("multi_image", f"{len(images)} pictures") if images else ("text_only", ""))
+    return Draft(row_id, images, messages, source, notes)
+
+
+def _id(value: Any, position: int, notes: list[tuple[str, str]]) -> str:
+    if value is None or value == "":
+        notes.append(("id_missing", f"row-{position}"))
+        return f"row-{position}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        notes.append(("id_not_text", str(value)))
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow("bad_id", f"id is {_shown(value)}")
+    return _checked(value, "id")
+
+
+def _images(record: Mapping[str, Any]) -> list[Any]:
+    """References of the row's pictures; an empty list for a row of text alone."""
+    value = record.get("image") if record.get("image") is not None else record.get("images")
+    if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
+        return []
+    if isinstance(value, float) and math.isnan(value):
+        return []
+    if isinstance(value, (str, Mapping)):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadRow("bad_image_field", f"image is {_shown(value)}")
+    return [_image(item, f"images[{index}]") for index, item in enumerate(value)]
+
+
+def _image(value: Any, where: str) -> Any:
+    if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
+        raise BadRow("null_image", f"{where} is {value!r}")
+    if isinstance(value, str):
+        if re.match(r"(?:https?|data|s3|gs):", value):
+            raise BadRow("image_url", f"{where} is {value[:100]!r}; download it and give its path")
+        return _checked(value, where)
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return {"bytes": value["bytes"], "path": value.get("path")}
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value["path"]:
+        return _checked(value["path"], where)
+    raise BadRow("bad_image_field", f"{where} is {_shown(value)}")
+
+
+def _source(record: Mapping[str, Any], images: list[Any]) -> str:
+    if isinstance(record.get("source"), str):
+        return record["source"][:100]
+    if images and isinstance(images[0], str):
+        folder, slash, _ = images[0].removeprefix("./").partition("/")
+        return folder[:100] if slash else "pictures"
+    return "pictures" if images else "text"
+
+
+def _messages(record: Mapping[str, Any], images: list[Any]) -> list[dict[str, str]]:
+    turns, names = record.get("conversations"), ("from", "value")
+    if turns is None:
+        turns, names = record.get("messages"), ("role", "content")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no_conversations", f"conversations is {_shown(turns)}")
+    messages = []
+    for index, turn in enumerate(turns):
+        where = f"turn {index + 1}"
+        if not isinstance(turn, Mapping) or any(name not in turn for name in names):
+            raise BadRow("bad_turn", f"{where} is {_shown(turn)}, expected {names[0]} and {names[1]}")
+        role = ROLE_OF.get(turn[names[0]]) if isinstance(turn[names[0]], str) else None
+        if role is None:
+            raise BadRow("bad_role", f"{where} is from {_shown(turn[names[0]])}")
+        text = _text(turn[names[1]], where)
+        if names[0] == "from" and IMAGE_PLACEHOLDER in text:
+            raise BadRow("special_token", f"{where} holds {IMAGE_PLACEHOLDER}")
+        found = SPECIAL_TOKEN.search(text)
+        if found:
+            raise BadRow("special_token", f"{where} holds {found.group()}")
+        messages.append({"role": role, "content": text.replace(PUBLISHED_PLACEHOLDER, IMAGE_PLACEHOLDER)})
+    return messages
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise BadRow("bad_text", f"{where} is {_shown(content)}")
+    return _checked(content, where).strip()
+
+
+def _part(part: Any, where: str) -> str:
+    """A part of a message. `datasets` fills the fields that a part does not have with null."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return IMAGE_PLACEHOLDER
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise BadRow("bad_text", f"{where} holds the part {_shown(part)}")
+
+
+def _checked(text: str, where: str) -> str:
+    if "\0" in text:
+        raise BadRow("nul_character", f"{where} holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("invalid_encoding", f"{where}: {error.reason}") from None
+    return text
+
+
+def _check_turns(messages: list[dict[str, str]]) -> None:
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    for index, message in enumerate(turns):
+        role, text = message["role"], message["content"]
+        if role == "system":
+            raise BadRow("system_not_first", f"turn {messages.index(message) + 1} of {len(messages)} is a system turn")
+        if role != ("user", "assistant")[index % 2]:
+            raise BadRow("turns_not_alternating", f"the roles are {', '.join(m['role'] for m in messages)[:100]}")
+        if not text:
+            raise BadRow("empty_question" if role == "user" else "empty_answer", f"turn {index + 1} has no text")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise BadRow("no_answer", f"the last turn is from {messages[-1]['role']}")
+
+
+def _place_pictures(messages: list[dict[str, str]], count: int, notes: list[tuple[str, str]]) -> list[dict[str, str]]:
+    for index, message in enumerate(messages):
+        if message["role"] != "user" and IMAGE_PLACEHOLDER in message["content"]:
+            raise BadRow(
+                "placeholder_in_answer", f"turn {index + 1} ({message['role']}) holds {PUBLISHED_PLACEHOLDER}"
+            )
+    places = [message["content"].count(IMAGE_PLACEHOLDER) for message in messages]
+    if not any(places) and count:
+        first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        notes.append(("placeholder_added", f"{count} in front of turn {first + 1}"))
+        messages[first]["content"] = IMAGE_PLACEHOLDER * count + messages[first]["content"]
+    elif sum(places) != count:
+        raise BadRow("placeholder_mismatch", f"{sum(places)} {PUBLISHED_PLACEHOLDER}, {count} pictures")
+    elif count == 1:
+        message = messages[places.index(1)]
+        before, after = message["content"].split(IMAGE_PLACEHOLDER)
+        parts = (before.strip(), after.strip())
+        message["content"] = IMAGE_PLACEHOLDER + "\n".join(part for part in parts if part)
+    return messages
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -1,0 +1,195 @@
+"""The rows of a published data set, wherever they lie: a JSON file with pictures beside it, Parquet files, `datasets`.
+
+A source knows its chunks, which processes read independently of each other, and hands out each record as what
+`read_draft` takes. `read_draft` and `read_pictures` make it a row of ours, or say by name why not.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset, load_from_disk
+from PIL import Image
+
+from agevlm.data.duplicates import hash64
+
+from .json_records import Chunk, plan_chunks, read_records
+from .pictures import PictureStore, decode_picture
+from .records import BadRow, Draft, parse_record, read_record
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SOURCE_HELP = ".jsonl or .json file, a folder with one, Parquet files, or a data set of the Hub"
+IMAGES_HELP = "folders and tar archives of the pictures (default: beside the JSON file)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A draft with its pictures: `images` as {"bytes", "path"}, decoded in `pictures`; `notes` of both."""
+
+    draft: Draft
+    images: list[dict[str, Any]]
+    pictures: list[Image.Image]
+    notes: list[tuple[str, str]]
+
+
+def read_draft(record: bytes | Mapping[str, Any] | None, position: int) -> Draft:
+    """The draft of a source's record. `position`: its place in its file, from 1.
+
+    Raises:
+        BadRow: see `records.DROPPED`.
+    """
+    return read_record(record if isinstance(record, Mapping) else parse_record(record), position)
+
+
+def draft_hashes(draft: Draft) -> tuple[int, int]:
+    """Hashes of a row's id, and of its texts with its pictures' names."""
+    names = [image if isinstance(image, str) else f"{hash64(image['bytes']):x}" for image in draft.images]
+    return hash64(draft.id.encode()), hash64(json.dumps([names, draft.messages]).encode())
+
+
+def read_pictures(draft: Draft, store: PictureStore) -> Row:
+    """The draft with its pictures, every one found, read and decoded completely.
+
+    Raises:
+        BadRow: see `records.DROPPED`.
+    """
+    notes, pictures = list(draft.notes), []
+    images: list[dict[str, Any]] = []
+    try:
+        for image in draft.images:
+            if isinstance(image, str):
+                data, note = store.read(image)
+                image = {"bytes": data, "path": image}
+                notes += [note] if note else []
+            picture, remarks = decode_picture(image["bytes"], image["path"] or f"picture {len(images) + 1}")
+            notes += remarks
+            images.append(image)
+            pictures.append(picture)
+    except BadRow as error:
+        error.row_id, error.source = draft.id, draft.source
+        raise
+    return Row(draft, images, pictures, notes)
+
+
+class JsonSource:
+    """A JSONL file, or a JSON array, whose pictures lie below `roots`."""
+
+    def __init__(self, path: Path, store: PictureStore):
+        self.path, self.paths, self.store = path, [path], store
+        self.name, self.size = path.name, path.stat().st_size
+
+    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
+        return plan_chunks(self.path, size, limit)
+
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
+        """(place from 1, record) of the rows of a chunk."""
+        for number, (_, record) in enumerate(read_records(self.path, chunk)):
+            yield chunk.first + number + 1, record
+
+
+class ParquetSource:
+    """Parquet files with the columns id, images and messages (or others that `read_record` knows)."""
+
+    def __init__(self, files: Sequence[Path], store: PictureStore, name: str):
+        self.paths, self.store, self.name = list(files), store, name
+        self.size = sum(path.stat().st_size for path in files)
+
+    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
+        """A chunk for each file; `offset` is the file's number."""
+        chunks: list[Chunk] = []
+        first = 0
+        for number, path in enumerate(self.paths):
+            count = pq.read_metadata(path).num_rows
+            count = count if limit is None else min(count, limit - first)
+            if count > 0:
+                chunks.append(Chunk(len(chunks), first, count, number))
+            first += count
+        return chunks
+
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
+        with pq.ParquetFile(self.paths[chunk.offset]) as file:
+            position = chunk.first
+            for batch in file.iter_batches(batch_size=16):
+                for record in batch.to_pylist():
+                    position += 1
+                    if position > chunk.first + chunk.count:
+                        return
+                    yield position, record
+
+
+class DatasetSource:
+    """A data set of the Hub, or one that `save_to_disk` wrote: memory-mapped, pictures not decoded."""
+
+    def __init__(self, dataset: Dataset, store: PictureStore, name: str):
+        self.dataset, self.store, self.name = dataset.with_format("arrow"), store, name
+        self.size = len(dataset)
+
+    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
+        total = self.size if limit is None else min(limit, self.size)
+        return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
+
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
+        for start in range(chunk.first, chunk.first + chunk.count, 16):
+            stop = min(start + 16, chunk.first + chunk.count)
+            for number, record in enumerate(self.dataset[start:stop].to_pylist()):
+                yield start + number + 1, record
+
+
+Source = JsonSource | ParquetSource | DatasetSource
+
+
+def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
+    """The source that `name` stands for.
+
+    Args:
+        name: a .json or .jsonl file; a folder with one (also in its folder `jsons`, as Cambrian has it); Parquet files
+            in a folder; a folder of `save_to_disk`; the id of a data set of the Hub.
+        roots: folders and archives of the pictures. Default: the folder of the JSON file, and where that is called
+            `jsons` the one above it.
+        work: folder for an index of pictures, if one is needed.
+
+    Raises:
+        ValueError: nothing there, or several things.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
+        if roots is None:
+            roots = [path.absolute().parent.parent if path.absolute().parent.name == "jsons" else path.parent]
+        return JsonSource(path, PictureStore(roots, work))
+    if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            return ParquetSource([path], PictureStore(roots or [path.parent], work), path.name)
+        raise ValueError(f"{path} is neither .json, .jsonl nor .parquet; rename it if it is one of them")
+    if path.is_dir():
+        return _open_folder(path, roots, work)
+    if not HUB_ID.fullmatch(str(name)):
+        raise ValueError(f"{name} does not exist; give a file, a folder, or the id of a data set of the Hub")
+    try:
+        dataset = load_dataset(str(name), split="train")
+    except Exception as error:  # whatever the Hub, the network or the loader says
+        raise ValueError(
+            f"{name} is neither a file or folder nor a data set of the Hub with a split train ({error})"
+        ) from error
+    return DatasetSource(dataset, PictureStore(roots or [], work), path.name)
+
+
+def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
+    if (path / "dataset_dict.json").is_file():
+        path = path / "train"
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        dataset = load_from_disk(str(path))
+        return DatasetSource(dataset, PictureStore([path] if roots is None else roots, work), path.name)
+    parquet = sorted((path / "data").glob("train-*.parquet")) or sorted(path.glob("*.parquet"))
+    if parquet:
+        return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
+    found = sorted(p for folder in (path, path / "jsons") if folder.is_dir() for p in folder.iterdir()
+                   if p.suffix.lower() in (".json", ".jsonl"))  # fmt: skip
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found[:20]) or "none"
+        raise ValueError(f"{path} must hold one .json or .jsonl file, or Parquet files; found {names}. Pass the file.")
+    return open_source(found[0], roots, work)

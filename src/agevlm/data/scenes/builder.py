@@ -1,0 +1,141 @@
+"""Draws pictures and training rows of the grounded scenes from a set of arguments.
+
+Every row is drawn from its own random stream (seed, part, index), so the content does not depend on the order of
+drawing or on the number of processes.
+"""
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from agevlm.data.rows import open_image
+
+from .compose import Picture, compose, crop_background, draw_background, encode_image, encode_mask
+from .conversations import Message, caption_messages, question_messages, sample_caption
+from .layout import sample_scene
+from .objects import CutoutSource, IconSource, digest
+from .questions import sample_questions
+from .splits import Pool, make_pools
+
+
+@dataclass(frozen=True)
+class SceneArguments:
+    """Everything that decides the content of a folder of scenes."""
+
+    captions: int = 20_000
+    instructions: int = 10_000
+    test: int = 500
+    size: int = 224
+    max_objects: int = 4
+    turns: int = 4
+    seed: int = 0
+    cutouts: str | None = None
+    backgrounds: str | None = None
+    names: tuple[str, ...] | None = None
+    colours: tuple[str, ...] | None = None
+    word_rate: float = 0.25
+
+    def __post_init__(self):
+        for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} is {getattr(self, field)}; use at least {least}")
+        if not 1 <= self.max_objects <= 4:
+            raise ValueError(f"max_objects is {self.max_objects}; use 1 to 4")
+        if not 0 <= self.word_rate <= 1:
+            raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
+
+
+def make_source(
+    cutouts: str | Path | None, names: Collection[str] | None, colours: Collection[str] | None
+) -> IconSource | CutoutSource:
+    """The objects to draw: cut-outs from a folder, or icons; ValueError for unknown names and colours."""
+    if cutouts is None:
+        return IconSource(names, colours)
+    if colours is not None:
+        raise ValueError("cut-outs keep their own colours; leave out colours")
+    return CutoutSource(cutouts, names)
+
+
+class SceneBuilder:
+    """Draws the scenes of one set of arguments; one lives in every worker process."""
+
+    def __init__(self, arguments: SceneArguments):
+        self.arguments = arguments
+        self.source = make_source(arguments.cutouts, arguments.names, arguments.colours)
+        self.pools = make_pools(self.source.kinds, self.source.colours)
+        photos, self.backgrounds_digest = (
+            _load_backgrounds(arguments.backgrounds) if arguments.backgrounds else ([], "")
+        )
+        # every fourth photograph is for tests alone; fewer than four cannot be divided
+        self._train_photos = [p for i, p in enumerate(photos) if i % 4 or len(photos) < 4]
+        self._test_photos = photos[::4]
+
+    def stream(self, part: str, index: int) -> random.Random:
+        return random.Random(f"{self.arguments.seed}/{part}/{index}")
+
+    def background(self, rng: random.Random, pool: Pool) -> np.ndarray:
+        """(size, size, 3) uint8."""
+        photos = self._train_photos if pool is self.pools["train"] else self._test_photos
+        size = self.arguments.size
+        return crop_background(rng, rng.choice(photos), size) if photos else draw_background(rng, size)
+
+    def picture(self, rng: random.Random, pool: Pool, *, word_rate: float, min_objects: int = 1) -> Picture:
+        """A newly sampled scene of `pool`, drawn."""
+        scene = sample_scene(rng, pool, min_objects, max(min_objects, self.arguments.max_objects), word_rate)
+        return compose(rng, scene, self.source, self.arguments.size, self.background(rng, pool))
+
+    def caption_row(self, index: int) -> tuple[dict, dict]:
+        """(row, mask row) of caption number `index`."""
+        rng = self.stream("captions", index)
+        picture = self.picture(rng, self.pools["train"], word_rate=self.arguments.word_rate / 2)
+        caption = sample_caption(rng, picture.scene)
+        name = f"captions-{index:07d}"
+        guidance = _mask_row(name, caption.text, 1, picture, caption.objects)
+        return _row(name, picture, caption_messages(caption)), guidance
+
+    def instruction_row(self, index: int) -> tuple[dict, dict]:
+        """(row, mask row) of instruction number `index`; one of its questions is guided."""
+        rng = self.stream("instructions", index)
+        pool = self.pools["train"]
+        picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
+        questions = sample_questions(rng, picture.scene, pool, self.arguments.turns)
+        turn = rng.choice([number for number, question in enumerate(questions) if question.look_at or question.sign])
+        name = f"instructions-{index:07d}"
+        asked = questions[turn]
+        guidance = _mask_row(name, asked.query, 2 * turn, picture, asked.look_at, asked.sign)
+        return _row(name, picture, question_messages(rng, questions)), guidance
+
+
+def _row(name: str, picture: Picture, messages: list[Message]) -> dict:
+    return {"id": name, "images": [stored(encode_image(picture.image))], "messages": messages}
+
+
+def stored(encoded: bytes) -> dict:
+    """An encoded picture as `datasets.Image` keeps it."""
+    return {"bytes": encoded, "path": None}
+
+
+def _mask_row(name: str, query: str, message_index: int, picture: Picture, objects, sign: bool = False) -> dict:
+    mask = picture.mask(objects, sign)
+    assert mask is not None, "a guided turn has something to look at"
+    encoded = stored(encode_mask(mask))
+    guidance = {"query": query, "message_index": message_index, "mask": encoded, "source": "scenes", "score": 1.0}
+    return {"id": name, **guidance}
+
+
+def _load_backgrounds(folder: str) -> tuple[list[Image.Image], str]:
+    """The photographs of a folder, at most 1024 pixels wide or high, and the folder's digest."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"background folder {folder} does not exist")
+    suffixes = (".jpg", ".jpeg", ".png", ".webp")
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise ValueError(f"no .jpg, .png or .webp picture in the background folder {folder}")
+    photos = [open_image(path, where=f"background {path.name}") for path in files]
+    for photo in photos:
+        photo.thumbnail((1024, 1024))
+    return photos, digest("", files)

@@ -1,0 +1,88 @@
+"""One picture to look at: scenes with what is asked, the answer, and the outline of the mask to look at."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from agevlm.data.rows import open_image
+
+
+_OUTLINE = (255, 0, 200)
+_SIDE, _TEXT_LINES, _COLUMNS, _PER_PART = 224, 9, 6, 6
+_LINE, _WIDTH = 12, 38  # pixels per line, characters per line
+
+Entry = tuple[Image.Image, Image.Image | None, str]
+
+
+def outline(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """`image` with the border of the 1-bit `mask` drawn on it."""
+    full = mask.convert("L")
+    border = ImageChops.difference(full.filter(ImageFilter.MaxFilter(3)), full.filter(ImageFilter.MinFilter(3)))
+    image = image.copy()
+    image.paste(_OUTLINE, (0, 0), border)
+    return image
+
+
+def _head(path: Path, count: int) -> list[dict]:
+    """The first rows of a parquet file; empty where there is none."""
+    if not path.is_file():
+        return []
+    return next((batch.to_pylist() for batch in pq.ParquetFile(path).iter_batches(batch_size=count)), [])
+
+
+def _training(folder: Path, part: str) -> Iterator[Entry]:
+    rows = _head(folder / part / "train.parquet", _PER_PART)
+    masks = {mask["id"]: mask for mask in _head(folder / "masks" / f"{part}.parquet", _PER_PART)}
+    for row in rows:
+        mask = masks[row["id"]]
+        lines = []
+        for index, message in enumerate(row["messages"]):
+            mark = "> " if index == mask["message_index"] else ""
+            lines.append(f"{mark}{message['role'][0].upper()}: {message['content']}")
+        image = open_image(row["images"][0], row["id"])
+        yield image, open_image(mask["mask"], row["id"], mode="1"), "\n".join(lines)
+
+
+_TEXTS = {
+    "pope": lambda row: f"POPE {row['category']}: {row['question']} -> {row['answer']}",
+    "cvbench": lambda row: f"CV-Bench {row['task']}: {row['prompt']} -> {row['answer']}",
+    "ocrbench": lambda row: f"OCRBench: {row['question']} -> {row['answer'][0]}",
+    "hallusionbench": lambda row: (
+        f"HallusionBench {row['subcategory']}, {row['sample_note']}: {row['question']} -> {row['gt_answer']}"
+    ),
+    "realworldqa": lambda row: f"RealWorldQA: {row['question']} -> {row['answer']}",
+}
+
+
+def _benchmark(path: Path) -> Iterator[Entry]:
+    for row in _head(path, _PER_PART):
+        mask = row["mask"] and open_image(row["mask"], row["id"], mode="1")
+        yield open_image(row["image"], row["id"]), mask, f"{path.parent.name}: {_TEXTS[path.stem](row)}"
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    for part in ("captions", "instructions"):
+        yield from _training(folder, part)
+    for path in sorted((folder / "benchmarks").glob("*/*.parquet")):
+        yield from _benchmark(path)
+
+
+def draw_contact_sheet(folder: str | Path, out: str | Path) -> None:
+    """Writes a PNG with the first rows of every file of a folder of scenes."""
+    entries = list(_entries(Path(folder)))
+    if not entries:
+        return
+    height = _SIDE + _TEXT_LINES * _LINE + 8
+    rows = -(-len(entries) // _COLUMNS)
+    sheet = Image.new("RGB", (_COLUMNS * (_SIDE + 8), rows * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for number, (image, mask, text) in enumerate(entries):
+        x, y = (number % _COLUMNS) * (_SIDE + 8), (number // _COLUMNS) * height
+        shown = outline(image, mask) if mask is not None else image
+        sheet.paste(shown.resize((_SIDE, _SIDE)), (x, y))
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, _WIDTH) or [""]]
+        pen.text((x, y + _SIDE + 2), "\n".join(lines[:_TEXT_LINES]), fill="black", font=font, spacing=1)
+    sheet.save(out)

@@ -1,0 +1,442 @@
+"""Evaluates models on benchmarks: answers, scores, baselines, a judge's reading, and where the model looked.
+
+    agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
+    agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
+    agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
+    accelerate launch -m agevlm.evaluation.run MODEL... --output DIR    # several processes
+
+Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchmark, `predictions.jsonl` (raw outputs),
+`run.json`, `judged.jsonl` and `grounding.jsonl`; the folder above `results.md`, `results.html` and, of several models,
+`comparison.json`. The same call again goes on where it stopped, or returns at once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+
+from agevlm.data.scenes.build import load_benchmark
+from agevlm.models import load
+
+from . import cvbench, hallusionbench, ocrbench, pope, realworldqa
+from .benchmark import PROTOCOLS, Benchmark, Metrics, units_of
+from .digests import digest, stored_fingerprint, weights_digest
+from .generate import generate_predictions, write_json, write_lines, write_text
+from .generate import without_pictures as plain
+from .grounding import MASKED, load_masked, measure_grounding, summarise
+from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
+from .measures import mcnemar, paired_difference
+from .processes import current_device, rank, wait
+from .sources import load_hub, load_local, prepare
+from .tables import html_page, markdown_page, summary_table
+
+
+BENCHMARKS: dict[str, dict[str, Benchmark]] = {
+    module.PAPER.name: module.PROTOCOLS for module in (pope, cvbench, ocrbench, hallusionbench, realworldqa)
+}
+RESULT = "metrics.json"
+FORMAT = 2  # raise when fields of metrics.json change their meaning
+
+
+def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
+    """Benchmarks by name under one protocol; ["all"] is those that have it.
+
+    Raises:
+        ValueError: an unknown name or protocol, or a benchmark that has no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; use {', '.join(PROTOCOLS)}")
+    if list(names) == ["all"]:
+        return [known[protocol] for known in BENCHMARKS.values() if protocol in known]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown or not names:
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"unknown benchmark {', '.join(unknown) or '(none given)'}; use {known}, or all alone")
+    without = [name for name in names if protocol not in BENCHMARKS[name]]
+    if without:
+        raise ValueError(
+            f"{without[0]} has no protocol {protocol!r}: that harness does not score it; it has "
+            f"{', '.join(BENCHMARKS[without[0]])}"
+        )
+    return [BENCHMARKS[name][protocol] for name in names]
+
+
+def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchmark]) -> dict[str, Dataset]:
+    """Rows of a folder made by `agevlm data scenes`, by benchmark."""
+    where = f"{scenes_dir}, split {split}"
+    return {b.name: prepare(b, load_benchmark(scenes_dir, split, b.name), where) for b in benchmarks}
+
+
+def load_published(benchmarks: Sequence[Benchmark], places: Mapping[str, str]) -> dict[str, Dataset]:
+    """Rows by benchmark, each from its place: a file, a folder or a Hub id; without one from the Hub."""
+    data = {}
+    for benchmark in benchmarks:
+        place = places.get(benchmark.name)
+        local = place is not None and Path(place).exists()
+        data[benchmark.name] = load_local(benchmark, str(place)) if local else load_hub(benchmark, place)
+    return data
+
+
+def evaluate_scenes(
+    model: Any,
+    processor: Any,
+    scenes_dir: str | Path,
+    split: str,
+    output_dir: str | Path,
+    *,
+    benchmarks: Sequence[str] = ("all",),
+    protocol: str = "paper",
+    **settings: Any,
+) -> Metrics:
+    """Evaluates one model on one split of scenes; see `evaluate`."""
+    chosen = choose(benchmarks, protocol)
+    data = load_scenes(scenes_dir, split, chosen)
+    return evaluate(model, processor, chosen, data, output_dir, source={"data": "scenes", "split": split}, **settings)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    benchmarks: Sequence[Benchmark],
+    data: Mapping[str, Dataset],
+    output_dir: str | Path,
+    *,
+    source: Mapping[str, str],
+    name: str | None = None,
+    weights: str | None = None,
+    judge: Judge | None = None,
+    masked: Dataset | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> Metrics:
+    """Evaluates one model and writes `output_dir`.
+
+    Args:
+        model: a torch module with `generate`, `device` and `dtype`, taking `processor`'s inputs. Where it looks is
+            measured if it has cross-attention maps (ours), on the rows that have a mask.
+        data: rows by benchmark.
+        source: where the rows come from, for the record: `data` and `split`.
+        name: of the model, for the record.
+        weights: fingerprint of the files it was loaded from (`digests.stored_fingerprint`), by which a card knows that
+            the result is its own.
+        judge: reads every output a second time.
+        masked: more rows to measure looking on (`grounding.load_masked`).
+        limit: first rows of each benchmark only.
+        max_new_tokens: longest answer; None: the protocol's.
+        strict: stop at a bad row instead of counting it as skipped.
+
+    Returns:
+        The content of `metrics.json`, see docs/evaluation.md, on every process.
+
+    Raises:
+        ValueError: missing data, a protocol that needs a judge, or a folder that holds another run.
+    """
+    output = Path(output_dir)
+    data = {b.name: _limited(data[b.name], limit, b.name) for b in benchmarks}
+    for benchmark in benchmarks:
+        if benchmark.judged_only and judge is None:
+            raise ValueError(
+                f"{benchmark.name}: the protocol {benchmark.protocol!r} is scored by a judge alone; give one (--judge)"
+            )
+    identity: dict[str, Any] = {
+        "model": weights_digest(model),
+        "images": digest(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)),
+        "limit": limit,
+    }
+    whole = {
+        **identity,
+        **source,
+        "benchmarks": sorted(data),
+        "protocol": benchmarks[0].protocol,
+        "max_new_tokens": max_new_tokens,
+        "judge": judge.digest if judge is not None else None,
+        "rows": {name: rows_digest(rows) for name, rows in data.items()},
+        "masked": rows_digest(masked) if masked is not None else None,
+    }
+    finished = _read_finished(output / RESULT, whole)
+    wait()
+    if finished is not None:
+        if weights is not None and finished.get("weights") != weights:  # of before, or the same weights stored anew
+            finished["weights"] = weights
+            if rank() == 0:
+                write_json(output / RESULT, finished)
+        return finished
+
+    start, was_training = time.monotonic(), model.training
+    model.eval()
+    looks = hasattr(model.config, "cross_attention_layers") and hasattr(processor, "message_span")
+    settings: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "progress": progress}
+    results, pooled = {}, []
+    for benchmark in benchmarks:
+        rows, folder = data[benchmark.name], output / benchmark.name
+        predictions = generate_predictions(
+            model, processor, benchmark, rows, folder, identity=identity, max_new_tokens=max_new_tokens, **settings
+        )
+        grounding, records = measure_grounding(model, processor, benchmark, rows, **settings) if looks else ({}, [])
+        result, judged = score_predictions(benchmark, rows, predictions, judge, progress)
+        if rank() == 0:
+            write_lines(folder / "grounding.jsonl", records)
+            if judge is not None:
+                write_lines(folder / "judged.jsonl", judged)
+        results[benchmark.name] = {**result, "grounding": grounding or {"n": 0, "skipped": 0}}
+        pooled += records
+    metrics: Metrics = {
+        "format": FORMAT,
+        "model": name,
+        "weights": weights,
+        **source,
+        "protocol": benchmarks[0].protocol,
+        "judge": judge.name if judge is not None else None,
+        "identity": whole,
+        "benchmarks": results,
+        "grounding": {
+            **summarise(pooled),
+            "skipped": sum(result["grounding"]["skipped"] for result in results.values()),
+            "layers": list(getattr(model.config, "cross_attention_layers", [])) if looks else [],
+        },
+    }
+    if masked is not None:
+        if not looks:
+            raise ValueError(f"{name or 'the model'} has no cross-attention maps: looking cannot be measured")
+        metrics["masked"] = measure_grounding(model, processor, MASKED, masked, **settings)[0]
+    model.train(was_training)
+    metrics["seconds"] = round(time.monotonic() - start, 1)
+    metrics["versions"] = {package: version(package) for package in ("agevlm", "torch", "transformers")}
+    if rank() == 0:
+        write_json(output / RESULT, metrics)
+    wait()
+    return metrics
+
+
+def _limited(rows: Dataset, limit: int | None, name: str) -> Dataset:
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    if not len(rows):
+        raise ValueError(f"{name} has no rows; take more data or raise `limit`")
+    return rows
+
+
+def score_predictions(
+    benchmark: Benchmark,
+    rows: Dataset,
+    predictions: Sequence[Mapping[str, Any]],
+    judge: Judge | None = None,
+    progress: bool = False,
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """Scores, intervals, baselines, protocol, number of skipped rows and the judged column; and the judge's lines.
+
+    A pure function of the predictions (and the judge's replies): batch, processes and interruptions leave no trace.
+
+    Raises:
+        ValueError: every row was skipped.
+    """
+    usable, outputs = answered(rows, predictions)
+    if not usable:
+        raise ValueError(f"{benchmark.name}: none of {len(rows)} rows could be used; its predictions name the errors")
+    parsed = [benchmark.parse(row, output) for row, output in zip(usable, outputs, strict=True)]
+    result = {
+        **benchmark.score(usable, parsed),
+        "intervals": benchmark.intervals(usable, parsed),
+        "skipped": len(rows) - len(usable),
+        "protocol": f"{benchmark.protocol}: {benchmark.rule}",
+        "judged_only": benchmark.judged_only,
+        "constants": benchmark.constants(usable),
+    }
+    if judge is None:
+        return result, []
+    judged = judge_rows(judge, benchmark, usable, outputs, progress)
+    result["judged"] = score_judged(benchmark, usable, parsed, [line["label"] for line in judged])
+    return result, judged
+
+
+def answered(rows: Dataset, predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[str]]:
+    """The rows that were not skipped, and their outputs."""
+    pairs = [
+        (row, prediction["output"])
+        for row, prediction in zip(plain(rows), predictions, strict=True)
+        if prediction["verdict"] != "skipped"
+    ]
+    return [row for row, _ in pairs], [output for _, output in pairs]
+
+
+def compare(
+    benchmark: Benchmark,
+    rows: Dataset,
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+) -> Metrics:
+    """Two models' predictions for the same rows: the paired bootstrap of every metric's difference (second - first)
+    and McNemar's exact test on right answers. Rows that either skipped are left out."""
+    both = [
+        (row, one["output"], other["output"])
+        for row, one, other in zip(plain(rows), first, second, strict=True)
+        if "skipped" not in (one["verdict"], other["verdict"])
+    ]
+    usable = [row for row, _, _ in both]
+    units = units_of([benchmark.unit(row) for row in usable])
+    parsed = [[benchmark.parse(row, outputs[side]) for row, *outputs in both] for side in (0, 1)]
+    one, other = (benchmark.all_measures(usable, answers) for answers in parsed)
+    return {
+        "n": len(usable),
+        "metric": benchmark.headline,
+        **paired_difference(one[benchmark.headline,], other[benchmark.headline,], units),
+        "mcnemar": mcnemar(benchmark.credits(usable, parsed[0]), benchmark.credits(usable, parsed[1])),
+    }
+
+
+def rows_digest(rows: Dataset) -> str:
+    """A digest of everything in rows but their pictures."""
+    return digest("\n".join(json.dumps(row, sort_keys=True, default=str) for row in plain(rows)))
+
+
+def _read_finished(path: Path, identity: dict) -> Metrics | None:
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("identity") == json.loads(json.dumps(identity)):
+        return found
+    raise ValueError(f"{path} belongs to another model, data or setting; choose another folder or delete it")
+
+
+def compare_folders(
+    output: Path, names: Sequence[str], benchmarks: Sequence[Benchmark], data: Mapping[str, Dataset]
+) -> list[dict[str, Any]]:
+    """`compare` for every pair of models and every benchmark, from the predictions on disk."""
+    lines = []
+    for benchmark in benchmarks:
+        if benchmark.judged_only:
+            continue
+        predictions = {
+            name: [
+                json.loads(line)
+                for line in (output / name / benchmark.name / "predictions.jsonl").open(encoding="utf-8")
+            ]
+            for name in names
+        }
+        rows = data[benchmark.name].select(range(len(predictions[names[0]])))
+        for index, first in enumerate(names):
+            for second in names[index + 1 :]:
+                found = compare(benchmark, rows, predictions[first], predictions[second])
+                lines.append({"benchmark": benchmark.name, "first": first, "second": second, **found})
+    return lines
+
+
+def parse_places(values: Sequence[str]) -> dict[str, str]:
+    """`FOLDER` (for all benchmarks) and `NAME=PLACE` into places by benchmark.
+
+    Raises:
+        ValueError: an unknown name, or a folder that is not there.
+    """
+    places: dict[str, str] = {}
+    for value in values:
+        name, equals, place = value.partition("=")
+        if not equals:
+            if not Path(value).is_dir():
+                raise ValueError(f"--data {value}: no such folder; give a folder, or NAME=PLACE for one benchmark")
+            places = {**dict.fromkeys(BENCHMARKS, value), **places}
+        elif name not in BENCHMARKS:
+            raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(BENCHMARKS)}")
+        else:
+            places[name] = place
+    return places
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agevlm eval", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id: ours, or any image-text-to-text")
+    known = ", ".join(BENCHMARKS)
+    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help=f"all, or out of {known}")
+    parser.add_argument(
+        "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="one folder per model is made in it")
+    rows = parser.add_argument_group("rows (default: the published sets, from the Hub)")
+    rows.add_argument("--scenes", metavar="DIR", help="folder made by `agevlm data scenes`")
+    rows.add_argument("--split", default="composition", help="of scenes: composition, name or style")
+    rows.add_argument(
+        "--data", nargs="+", default=[], metavar="DIR|NAME=PLACE",
+        help="folder with files in the published columns, for all benchmarks or one; or another Hub id for one",
+    )  # fmt: skip
+    rows.add_argument("--masks", metavar="FILE", help="Parquet of image, question, mask: measure looking on it too")
+    rows.add_argument("--limit", type=int, help="first rows of each benchmark only")
+    rows.add_argument("--strict", action="store_true", help="stop at a bad row instead of skipping it")
+    loading = parser.add_argument_group("models")
+    loading.add_argument("--revision", default="main", help="of the models on the Hub")
+    loading.add_argument("--adapter", metavar="DIR", help="PEFT adapter (folder or Hub id) laid over the one model")
+    loading.add_argument("--four-bit", action="store_true", help="NF4 weights (needs bitsandbytes)")
+    loading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--batch-size", type=int, default=32)
+    answers.add_argument("--max-new-tokens", type=int, help="longest answer (default: the protocol's)")
+    answers.add_argument(
+        "--judge", nargs="?", const=DEFAULT_JUDGE, metavar="MODEL",
+        help=f"a chat model reads every answer a second time (without a name: {DEFAULT_JUDGE})",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
+    names = [Path(model).resolve().name for model in arguments.models]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder or call eval twice")
+    if arguments.adapter and len(names) > 1:
+        raise ValueError("an adapter belongs to one model; call eval once per model")
+    if arguments.scenes and arguments.data:
+        raise ValueError("--scenes and --data are two places for the same rows; give one")
+    benchmarks, output = choose(arguments.benchmarks, arguments.protocol), Path(arguments.output)
+    if arguments.scenes:
+        data = load_scenes(arguments.scenes, arguments.split, benchmarks)
+        source = {"data": "scenes", "split": arguments.split}
+    else:
+        data = load_published(benchmarks, parse_places(arguments.data))
+        source = {"data": " ".join(arguments.data) or "Hub", "split": "test"}
+    masked = load_masked(arguments.masks) if arguments.masks else None
+    judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
+    results = {}
+    for name, path in zip(names, arguments.models, strict=True):
+        model, processor = load(
+            path,
+            device_map=current_device(),
+            revision=arguments.revision,
+            adapter=arguments.adapter,
+            four_bit=arguments.four_bit,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        results[name] = evaluate(
+            model,
+            processor,
+            benchmarks,
+            data,
+            output / name,
+            source=source,
+            name=name,
+            weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
+            judge=judge,
+            masked=masked,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            strict=arguments.strict,
+        )
+    if rank() > 0:
+        return
+    comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []
+    if comparisons:
+        write_json(output / "comparison.json", comparisons)
+    write_text(output / "results.md", markdown_page(results, comparisons))
+    write_text(output / "results.html", html_page(results, comparisons))
+    Console().print(summary_table(results))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a run leaves: a `datasets` folder of masks kept and rejected, its card, and `summary.json`.
+
+`load_dataset(OUT, split="kept")` has the columns that `data/masks.py` joins (id, query, message_index, mask, source,
+score) and what a person wants to know of a mask. Rejected rows have the reason, and their mask where there was one.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+
+from agevlm.data.rows import MASK_FEATURES
+
+from .filters import KEPT, NOT_NEEDED, Filters
+from .journal import Journals
+from .regions import GROUNDED
+
+
+# What a run measures, in its journal. `outcome` is GROUNDED or a failure.
+JOURNAL_FEATURES = Features(
+    {
+        "index": Value("int64"),
+        "id": Value("string"),
+        "query": Value("string"),
+        "text": Value("string"),
+        "message_index": Value("int32"),
+        "mask": MASK_FEATURES["mask"],
+        "boxes": List(List(Value("float32"), length=4)),
+        "polygons": List(List(Value("float32"))),
+        "score": Value("float32"),
+        "area": Value("float32"),
+        "grid_cells": Value("int32"),
+        "outcome": Value("string"),
+        "detail": Value("string"),
+    }
+)
+OUTPUT_FEATURES = Features(
+    {
+        **MASK_FEATURES,
+        "query_source": Value("string"),
+        "text": Value("string"),
+        "boxes": JOURNAL_FEATURES["boxes"],
+        "polygons": JOURNAL_FEATURES["polygons"],
+        "area": Value("float32"),
+        "grid_cells": Value("int32"),
+        "status": Value("string"),
+        "detail": Value("string"),
+        "backend": Value("string"),
+        "revisions": List({"model": Value("string"), "commit": Value("string")}),
+    }
+)
+SPLITS = ("kept", "rejected")
+SUMMARY = "summary.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
+    """Writes the folder out of the journals of a finished run; the summary comes last and marks it as complete."""
+    (out / SUMMARY).unlink(missing_ok=True)
+    statuses, indices = _statuses(journals, filters)
+    by_index = dict(zip(indices.tolist(), statuses, strict=True))
+    constant = {
+        "query_source": manifest["query_source"],
+        "source": manifest["backend"],
+        "backend": manifest["backend"],
+        "revisions": [{"model": name, "commit": commit} for name, commit in manifest["revisions"].items()],
+    }
+    (out / "data").mkdir(exist_ok=True)
+    schema = OUTPUT_FEATURES.arrow_schema
+    files = {split: out / "data" / f"{split}.parquet" for split in SPLITS}
+    temporary = {split: path.with_name(f".{path.name}.{os.getpid()}") for split, path in files.items()}
+    writers = {split: pq.ParquetWriter(path, schema) for split, path in temporary.items()}
+    try:
+        for table in journals.tables():
+            found = [by_index[index] for index in table.column("index").to_pylist()]
+            full = _with_columns(table, {**constant, "status": found}, schema)
+            kept = np.array([status == KEPT for status in found])
+            for split, chosen in (("kept", kept), ("rejected", ~kept)):
+                if chosen.any():
+                    writers[split].write_table(full.filter(pa.array(chosen)))
+    finally:
+        for writer in writers.values():
+            writer.close()
+    for split, path in files.items():
+        temporary[split].rename(path)
+    summary = _summary(journals, statuses, manifest, filters)
+    write_text(out / "README.md", card(summary))
+    write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _statuses(journals: Journals, filters: Filters) -> tuple[list[str], np.ndarray]:
+    """Status and index of every row, in the order of the files (a copied row has the same one twice)."""
+
+    def column(name: str) -> list[Any]:
+        return [value for batch in journals.batches for value in batch.column(name).to_pylist()]
+
+    ids = column("id")
+    measured = zip(column("outcome"), column("area"), column("score"), column("grid_cells"), strict=True)
+    statuses = [filters.status(*row) for row in measured]
+    over = filters.beyond_quota({row_id for row_id, status in zip(ids, statuses, strict=True) if status == KEPT})
+    statuses = [NOT_NEEDED if row_id in over else status for row_id, status in zip(ids, statuses, strict=True)]
+    return statuses, journals.column("index").astype(np.int64)
+
+
+def _with_columns(table: pa.Table, more: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """The output's columns: a list is a column of that length, anything else is repeated."""
+    columns = []
+    for field in schema:
+        if field.name in more:
+            value = more[field.name]
+            values = value if field.name == "status" else [value] * len(table)
+            columns.append(pa.array(values, field.type))
+        else:
+            columns.append(table.column(field.name).combine_chunks().cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
+    counts = Counter(statuses)
+    kept = np.array([status == KEPT for status in statuses], dtype=bool)
+    areas, scores = journals.column("area").astype(float), journals.column("score").astype(float)
+    grounded = int((journals.column("outcome") == GROUNDED).sum()) if statuses else 0
+
+    def mean(values: np.ndarray) -> float | None:
+        values = values[kept]
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if len(values) else None
+
+    return {
+        **manifest,
+        "attempted": len(statuses),
+        "grounded": grounded,
+        "kept": counts[KEPT],
+        "status": dict(sorted(counts.items())),
+        "mean_score": mean(scores),
+        "mean_area": mean(areas),
+        "filters": vars(filters),
+    }
+
+
+def card(summary: Mapping[str, Any]) -> str:
+    """The data set's card: where the files are, how the masks came about, how many there are, why others are not."""
+    lines = "\n".join(f"| `{status}` | {count:,} |" for status, count in summary["status"].items())
+    models = "\n".join(
+        f"- `{name}`" + (f", commit `{commit}`" if commit else ", a local folder")
+        for name, commit in summary["revisions"].items()
+    )
+    filters = ", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None)
+    # `datasets` refuses splits without rows.
+    rows = {"kept": summary["kept"], "rejected": summary["attempted"] - summary["kept"]}
+    files = "\n".join(f"  - split: {split}\n    path: data/{split}.parquet" for split in SPLITS if rows[split])
+    wanted = summary["filters"]["keep"]
+    short = f" {wanted:,} were wanted." if wanted is not None and wanted > summary["kept"] else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{files}
+task_categories:
+- image-segmentation
+tags:
+- agevlm
+---
+
+# Guidance masks
+
+Masks of what the texts of `{summary["dataset"]}` are about, made by `agevlm ground` with the backend
+`{summary["backend"]}` from each row's {summary["query_source"]}. They belong to that data set's rows by `id`
+(`agevlm.data.masks.join_masks`) and are as large as its pictures.
+
+{models or "- no model: the masks were there already"}
+
+{summary["kept"]:,} masks are kept of {summary["attempted"]:,} rows attempted.{short}
+
+| status | rows |
+|---|---|
+{lines}
+
+Filters: {filters}. Scores are the segmentation model's own estimate of its masks' IoU.
+"""
+
+
+def read_masks(path: Path | str, split: str = "kept") -> Dataset:
+    """The masks of a run's folder.
+
+    Raises:
+        ValueError: the folder holds no complete run.
+    """
+    path = Path(path)
+    if not (path / SUMMARY).is_file():
+        raise ValueError(f"{path} holds no complete run of `agevlm ground`; run the same command again to complete it")
+    file = path / "data" / f"{split}.parquet"
+    if pq.read_metadata(file).num_rows == 0:  # which `datasets` takes for a mistake
+        return Dataset(OUTPUT_FEATURES.arrow_schema.empty_table())
+    return Dataset.from_parquet(str(file), features=OUTPUT_FEATURES)

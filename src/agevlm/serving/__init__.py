@@ -1,0 +1,1 @@
+"""A trained checkpoint in use: export, HTTP server, demo page."""

@@ -1,0 +1,66 @@
+"""`agevlm export CHECKPOINT OUT`: a checkpoint as ONNX or torch.export graphs, with its processor.
+
+    agevlm export checkpoints/agevlm-tiny exported              # ONNX, float32
+    agevlm export checkpoints/agevlm-tiny exported --int8       # int8 weights, activations quantised at run time
+    agevlm export checkpoints/agevlm-tiny exported --format dynamo
+
+OUT holds `vision` and `decoder` (`serving/exported.py` has the cut), the configurations and the processor, and
+is run by `agevlm.serving.exported.ExportedAgeVlm.from_pretrained(OUT).generate(...)`. Needs `agevlm[export]`.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module.
+
+    Raises:
+        ValueError: OUT is in use, there is no AGE-VLM checkpoint of that name, or the options do not go together.
+    """
+    parser = argparse.ArgumentParser(
+        prog="agevlm export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM")
+    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("--format", choices=["onnx", "dynamo"], default="onnx", help="dynamo: torch.export's .pt2")
+    parser.add_argument("--int8", action="store_true", help="ONNX only: dynamic quantisation of all matrix products")
+    parser.add_argument("--images", type=int, default=1, help="places for pictures per row (default: 1)")
+    options = parser.parse_args(argv)
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise ValueError(f"{options.output} is there already. Choose a new folder.")
+    if options.images < 1:
+        raise ValueError(f"`--images` must be at least 1, got {options.images}.")
+
+    import torch
+
+    from agevlm.models import load
+    from agevlm.serving.exported import export
+
+    model, processor = load(options.checkpoint, ours=True, dtype=torch.float32, device_map=None)
+    size = processor.image_processor.size
+    try:
+        exported = export(
+            model,
+            image_size=(size["height"], size["width"]),
+            images=options.images,
+            export_format=options.format,
+            int8=options.int8,
+        )
+    except ImportError as error:
+        raise ValueError(f"{error} All of it: pip install agevlm[export].") from error
+    output = options.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        made = Path(temporary) / output.name
+        exported.save_pretrained(made)
+        processor.save_pretrained(made)
+        os.rename(made, output)
+    for file in sorted(output.iterdir()):
+        print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
+
+
+if __name__ == "__main__":
+    main()

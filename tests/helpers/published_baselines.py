@@ -1,0 +1,274 @@
+"""ConvLLaVA and MobileVLM V2 as their repositories publish them, at any size, and what their code makes of a question.
+
+Written from the published description (names, sizes, order of operations), not from `agevlm.conversion`: towers and
+language model are transformers' own classes under the original names; preprocessing, prompt, projectors and the
+splice of picture into text stand here in plain PIL, sentencepiece and torch.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+CORPUS = [
+    SYSTEM,
+    "USER: Is there a red apple in the image? ASSISTANT: Yes, there is a red apple.",
+    "USER: How many cars are there?\nAnswer with a single word. ASSISTANT: two",
+    "What is the colour of the car on the left of the yellow house? blue green",
+]
+Shapes = dict[str, list[int]]
+
+
+# ---- Names and shapes ----
+
+
+def llama_shapes(hidden: int, mlp: int, layers: int, vocab: int, rotary: bool = False) -> Shapes:
+    """A Llama with as many key and value heads as query heads; `rotary`: with the buffers of older versions."""
+    shapes: Shapes = {"model.embed_tokens.weight": [vocab, hidden]}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.{kind}_proj.weight": [hidden, hidden] for kind in "qkvo"}
+        if rotary:
+            shapes[f"{at}.self_attn.rotary_emb.inv_freq"] = [64]
+        shapes |= {f"{at}.mlp.{kind}_proj.weight": [mlp, hidden] for kind in ("gate", "up")}
+        shapes[f"{at}.mlp.down_proj.weight"] = [hidden, mlp]
+        shapes |= {f"{at}.{norm}.weight": [hidden] for norm in ("input_layernorm", "post_attention_layernorm")}
+    return shapes | {"model.norm.weight": [hidden], "lm_head.weight": [vocab, hidden]}
+
+
+def convnext_shapes(depths: list[int], widths: list[int], pooled: bool = True) -> Shapes:
+    """transformers' ConvNextModel; `pooled`: with the norm of the pooled vector."""
+    shapes: Shapes = {"embeddings.patch_embeddings.weight": [widths[0], 3, 4, 4]}
+    shapes |= {
+        f"embeddings.{name}": [widths[0]] for name in ("patch_embeddings.bias", "layernorm.weight", "layernorm.bias")
+    }
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        at = f"encoder.stages.{stage}"
+        if stage:
+            shapes |= {f"{at}.downsampling_layer.0.{kind}": [widths[stage - 1]] for kind in ("weight", "bias")}
+            shapes[f"{at}.downsampling_layer.1.weight"] = [width, widths[stage - 1], 2, 2]
+            shapes[f"{at}.downsampling_layer.1.bias"] = [width]
+        for block in range(depth):
+            to = f"{at}.layers.{block}"
+            shapes |= {f"{to}.{name}": [width] for name in ("layer_scale_parameter", "dwconv.bias", "pwconv2.bias")}
+            shapes |= {f"{to}.layernorm.{kind}": [width] for kind in ("weight", "bias")}
+            shapes[f"{to}.dwconv.weight"] = [width, 1, 7, 7]
+            shapes |= {f"{to}.pwconv1.weight": [4 * width, width], f"{to}.pwconv1.bias": [4 * width]}
+            shapes[f"{to}.pwconv2.weight"] = [width, 4 * width]
+    return shapes | ({f"layernorm.{kind}": [widths[-1]] for kind in ("weight", "bias")} if pooled else {})
+
+
+def clip_shapes(width: int, mlp: int, layers: int, patch: int, positions: int) -> Shapes:
+    """OpenAI's ViT under the names of the checkpoint."""
+    shapes: Shapes = {
+        "vision_model.embeddings.class_embedding": [width],
+        "vision_model.embeddings.patch_embedding.weight": [width, 3, patch, patch],
+        "vision_model.embeddings.position_embedding.weight": [positions, width],
+    }
+    norms = ["vision_model.pre_layrnorm", "vision_model.post_layernorm"]
+    for layer in range(layers):
+        at = f"vision_model.encoder.layers.{layer}"
+        for kind in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{at}.self_attn.{kind}.weight": [width, width], f"{at}.self_attn.{kind}.bias": [width]}
+        shapes |= {f"{at}.mlp.fc1.weight": [mlp, width], f"{at}.mlp.fc1.bias": [mlp]}
+        shapes |= {f"{at}.mlp.fc2.weight": [width, mlp], f"{at}.mlp.fc2.bias": [width]}
+        norms += [f"{at}.layer_norm1", f"{at}.layer_norm2"]
+    return shapes | {f"{norm}.{kind}": [width] for norm in norms for kind in ("weight", "bias")}
+
+
+def inside(tower: Shapes) -> Shapes:
+    return {f"model.vision_tower.vision_tower.{name}": shape for name, shape in tower.items()}
+
+
+def convllava_shapes(llama: Shapes, tower: Shapes, tower_width: int, hidden: int) -> Shapes:
+    projector = {
+        "model.mm_projector.0.weight": [hidden, tower_width], "model.mm_projector.0.bias": [hidden],
+        "model.mm_projector.2.weight": [hidden, hidden], "model.mm_projector.2.bias": [hidden],
+    }  # fmt: skip
+    return llama | inside(tower) | projector
+
+
+def mobilevlm_shapes(llama: Shapes, tower: Shapes, tower_width: int, hidden: int) -> Shapes:
+    projector = {
+        "model.mm_projector.mlp.mlp.0.weight": [hidden, tower_width], "model.mm_projector.mlp.mlp.0.bias": [hidden],
+        "model.mm_projector.mlp.mlp.2.weight": [hidden, hidden], "model.mm_projector.mlp.mlp.2.bias": [hidden],
+        "model.mm_projector.peg.peg.0.weight": [hidden, 1, 3, 3], "model.mm_projector.peg.peg.0.bias": [hidden],
+    }  # fmt: skip
+    return llama | inside(tower) | projector
+
+
+def index_bytes(shapes: Shapes, shards: int, total_size: int) -> int:
+    """Size of the index file that `save_pretrained` wrote beside that many shards."""
+    names = {name: f"pytorch_model-00001-of-{shards:05}.bin" for name in shapes}
+    index = {"metadata": {"total_size": total_size}, "weight_map": names}
+    return len(json.dumps(index, indent=2, sort_keys=True)) + 1
+
+
+# ---- Folders ----
+
+
+def random_weights(shapes: Shapes, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights that leave no branch without effect: norms around 1, LayerScale of a visible size, biases that count."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            weights[name] = 1 + 0.1 * noise
+        elif len(shape) == 1:
+            weights[name] = 0.3 * noise
+        else:
+            weights[name] = noise * torch.tensor(shape[1:]).prod() ** -0.5
+    return weights
+
+
+def sentencepiece_model() -> bytes:
+    """A BPE model with Llama's conventions: byte fallback, a dummy prefix, no normalisation, <unk> <s> </s> first."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 3), model_writer=written, model_type="bpe", vocab_size=400, byte_fallback=True,
+        add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True, split_digits=True, hard_vocab_limit=False,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return written.getvalue()
+
+
+def save_folder(
+    folder: Path, weights: dict[str, torch.Tensor], config: dict, tokenizer: bytes | None = None, bins: bool = False
+) -> Path:
+    """Two shards with their index, configuration and tokenizer, as published."""
+    folder.mkdir(parents=True)
+    names = sorted(weights)
+    stem, suffix = ("pytorch_model", "bin") if bins else ("model", "safetensors")
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{stem}-{number:05}-of-00002.{suffix}"
+        shard = {name: weights[name] for name in part}
+        torch.save(shard, folder / file) if bins else save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    if tokenizer is not None:
+        (folder / "tokenizer.model").write_bytes(tokenizer)
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False})
+        )
+    return folder
+
+
+# ---- What their code does ----
+
+
+def square(picture: Image.Image) -> Image.Image:
+    """On the mean colour, centred."""
+    side = max(picture.size)
+    canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in MEAN))
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
+
+
+def pixels(picture: Image.Image, size: int) -> torch.Tensor:
+    """(1, 3, size, size)."""
+    resized = np.asarray(square(picture).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    return torch.from_numpy(((resized - MEAN) / STD).transpose(2, 0, 1)[None])
+
+
+def prompt(turns: list[str], picture: bool = True) -> str:
+    """User's and assistant's turns in alternation, the picture before the first, up to the next answer."""
+    text = SYSTEM + " "
+    for number, turn in enumerate(turns):
+        question = f"<image>\n{turn}" if number == 0 and picture else turn
+        text += f"USER: {question} " if number % 2 == 0 else f"ASSISTANT: {turn}</s>"
+    return text + "ASSISTANT:"
+
+
+def token_ids(model: bytes, text: str, legacy: bool = False) -> list[int]:
+    """-200 for the picture; each piece beside it is tokenized as a text of its own."""
+    words = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def piece(text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(text.split("</s>")):
+            ids += [2] if number else []
+            if number and not legacy:  # behind a special token no space is put before the text; a tab joins nothing
+                ids += words.encode("\t" + part)[len(words.encode("\t")) :] if part else []
+            else:
+                ids += words.encode(part) if part else []
+        return ids
+
+    first, *rest = text.split("<image>")
+    return [1, *piece(first)] + [token for part in rest for token in (-200, *piece(part))]
+
+
+def splice(language: LlamaForCausalLM, ids: list[int], picture: torch.Tensor) -> torch.Tensor:
+    """Embeddings (1, tokens, width) with the picture's tokens (1, cells, width) in place of -200."""
+    at = ids.index(-200)
+    words = language.get_input_embeddings()
+    before, after = (words(torch.tensor([part], dtype=torch.long)) for part in (ids[:at], ids[at + 1 :]))
+    return torch.cat([before, picture, after], dim=1)
+
+
+def load_part(model: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str = "") -> torch.nn.Module:
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    result = model.load_state_dict(own, strict=False)
+    assert not [name for name in result.missing_keys if not name.startswith("layernorm.")], result.missing_keys
+    return model.eval()
+
+
+def llama(weights: dict[str, torch.Tensor], config: dict) -> LlamaForCausalLM:
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+              "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+    own = {name: value for name, value in weights.items() if "vision_tower" not in name and "mm_projector" not in name}
+    own = {name: value for name, value in own.items() if "inv_freq" not in name}
+    return load_part(LlamaForCausalLM(LlamaConfig(**{name: config[name] for name in fields})), own)
+
+
+def convllava_picture(weights: dict, tower: dict, depths: list[int], widths: list[int], pixels: torch.Tensor):
+    """The map of the last stage before any norm, row by row, through `mlp2x_gelu`."""
+    convnext = load_part(
+        ConvNextModel(ConvNextConfig(num_stages=len(depths), depths=depths, hidden_sizes=widths)), tower
+    )
+    cells = convnext.encoder(convnext.embeddings(pixels)).last_hidden_state
+    tokens = cells.permute(0, 2, 3, 1).reshape(1, -1, widths[-1])
+    hidden = F.gelu(tokens @ weights["model.mm_projector.0.weight"].T + weights["model.mm_projector.0.bias"])
+    return hidden @ weights["model.mm_projector.2.weight"].T + weights["model.mm_projector.2.bias"]
+
+
+def mobilevlm_picture(weights: dict, config: CLIPVisionConfig, pixels: torch.Tensor):
+    """The last but one layer without its class token, through LDPv2: 24 x 24 averaged in fours to 12 x 12, and a
+    depthwise 3 x 3 that is added."""
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    clip = load_part(CLIPVisionModel(config), weights, prefix)
+    tokens = clip(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    at = "model.mm_projector.mlp.mlp"
+    hidden = F.gelu(tokens @ weights[f"{at}.0.weight"].T + weights[f"{at}.0.bias"])
+    hidden = hidden @ weights[f"{at}.2.weight"].T + weights[f"{at}.2.bias"]
+    width = hidden.shape[-1]
+    grid = hidden.reshape(12, 2, 12, 2, width).mean(dim=(1, 3))  # rows, columns, width
+    kernel, bias = weights["model.mm_projector.peg.peg.0.weight"], weights["model.mm_projector.peg.peg.0.bias"]
+    framed = F.pad(grid.permute(2, 0, 1), (1, 1, 1, 1)).permute(1, 2, 0)
+    added = sum(framed[i : i + 12, j : j + 12] * kernel[:, 0, i, j] for i in range(3) for j in range(3)) + bias
+    return (grid + added).reshape(1, 144, width)
