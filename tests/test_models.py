@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders_grounding import sam as save_sam
+from hub_server import HubServer, connect
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from training_worker import make_rows
@@ -85,6 +86,34 @@ def test_a_damaged_checkpoint_is_one_sentence(folder, damage):
     start = time.process_time()
     refuses(lambda: load(folder), folder, message)
     assert time.process_time() - start < 10
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    for part, settings in ((tiny_model(), {"max_shard_size": "100KB"}), (tiny_processor(), {})):
+        part.save_pretrained(tmp_path, **settings)
+    load(tmp_path)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    cut(shard.name, 1000)(tmp_path)
+    refuses(lambda: load(tmp_path), tmp_path, rf"{shard.name} cannot be used \(SafetensorError")
+    shard.unlink()
+    refuses(lambda: load(tmp_path), tmp_path, rf"{shard.name} cannot be used \(FileNotFoundError")
+    rewrite("model.safetensors.index.json", "{")(tmp_path)
+    refuses(lambda: load(tmp_path), tmp_path, r"model\.safetensors\.index\.json cannot be used")
+
+
+def test_a_repository_is_looked_at_before_it_is_built(whole, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    damages = {"missing": ALL["missing tensors"], "deep": ALL["100,000 layers"], "plain": (lambda folder: None, "")}
+    with HubServer(tmp_path / "hub") as hub:
+        connect(hub, monkeypatch)
+        for name, (change, message) in damages.items():
+            place = Path(shutil.copytree(whole, tmp_path / name))
+            change(place)
+            hub.add_repo(f"org/{name}", place)
+            if message:
+                refuses(lambda name=name: load(f"org/{name}"), Path(f"org/{name}"), message)
+        assert load("org/plain", ours=True)[0].num_parameters() == tiny_model().num_parameters()
+        refuses(lambda: load("org/none"), Path("org/none"), "cannot be loaded: .* not a valid model identifier")
 
 
 # ---- Ways of loading: name -> what calls it with a checkpoint, scenes and an empty folder ----

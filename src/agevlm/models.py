@@ -89,10 +89,10 @@ def reading(name: Name, what: str) -> Iterator[None]:
 # ---- Configuration ----
 
 
-def _read_table(name: Name, file: str, revision: str) -> dict[str, Any] | None:
-    """The fields of a JSON file of a checkpoint, None where it has no such file."""
+def _read_table(name: Name, file: str, revision: str, required: bool = False) -> dict[str, Any] | None:
+    """The fields of a JSON file of a checkpoint, None if it has no such file. A required one may be out of reach."""
     with reading(name, file):
-        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=required)
         if path is None:
             return None
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def read_settings(name: Name, revision: str = "main") -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or it holds no table in JSON.
     """
-    settings = _read_table(name, CONFIG_NAME, revision)
+    settings = _read_table(name, CONFIG_NAME, revision, required=True)
     if settings is None:
         raise CheckpointError(
             f"{name} is no checkpoint: it has no {CONFIG_NAME}. Give a folder or the id of a repository."
