@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test test-slow test-upstream test-versions check clean typecheck
+.PHONY: docs install quickstart test test-slow test-upstream test-versions check clean typecheck
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p agevlm
+
+# The API reference, from the docstrings: build/api/index.html
+docs: install
+	$(BIN)/pip install -q -e ".[docs]"
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build

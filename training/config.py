@@ -25,8 +25,8 @@ class AgeVlmSFTConfig(SFTConfig):
         guidance_weight (`float`): weight of the guidance loss beside the language-modelling loss. The paper's is 1.
             With 0 a training step is exactly that of TRL's `SFTTrainer`.
         guidance_normalisation (`"sum"` or `"max"`): how attention becomes the distribution of Eq. 3.
-        projector_learning_rate, cross_attention_learning_rate, vision_learning_rate, language_model_learning_rate
-            (`float`, *optional*): learning rate of one part; `learning_rate` where not given.
+        projector_learning_rate (`float`, *optional*): learning rate of one part; `learning_rate` where not given. So
+            are `cross_attention_learning_rate`, `vision_learning_rate` and `language_model_learning_rate`.
         spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
         loss_spike (`float`, *optional*): stop before a step whose loss is this many times the median of the last 100,
             as always before one that is not finite (`watching.py`).

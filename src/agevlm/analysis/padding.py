@@ -152,7 +152,7 @@ def measure_padding(
 
     Args:
         layers: indices. Default: every layer in which text looks at pictures.
-        keep: see [`Parts.keep`](agevlm.analysis.resume).
+        keep: see `Parts.keep`.
         strict: stop at a picture that cannot be measured; else it is left out and named in `left_out`.
 
     Raises:

@@ -265,7 +265,7 @@ def measure_similarity(
     mismatched text is at fault, together with its picture's other scores.
 
     Args:
-        keep: see [`Parts.keep`](agevlm.analysis.resume).
+        keep: see `Parts.keep`.
         strict: stop at a pair that cannot be scored.
 
     Returns:
