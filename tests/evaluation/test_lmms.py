@@ -29,8 +29,8 @@ def test_every_benchmark_has_its_task():
     for name, protocols in BENCHMARKS.items():
         task = yaml.load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"), Functions)
         assert task["task"] == f"agevlm_{name}"
-        assert task["dataset_path"] == protocols["paper"].hub.path
-        assert task["test_split"] == protocols["paper"].hub.splits[0]
+        assert task["dataset_path"] == protocols["paper"].source.hub
+        assert task["test_split"] == protocols["paper"].source.splits[0]
         assert task["generation_kwargs"]["max_new_tokens"] == protocols["paper"].max_new_tokens
         named = [task[key] for key in ("doc_to_visual", "doc_to_text", "doc_to_target", "process_results")]
         for function in [*named, *(metric["aggregation"] for metric in task["metric_list"])]:
@@ -55,8 +55,8 @@ def test_lmms_eval_gives_our_numbers(tmp_path, monkeypatch):
     for name, protocols in BENCHMARKS.items():
         rows = scenes / "benchmarks" / "composition" / f"{name}.parquet"
         text = (TASKS / f"{name}.yaml").read_text(encoding="utf-8")
-        text = text.replace(f"dataset_path: {protocols['paper'].hub.path}", "dataset_path: parquet")
-        split = protocols["paper"].hub.splits[0]
+        text = text.replace(f"dataset_path: {protocols['paper'].source.hub}", "dataset_path: parquet")
+        split = protocols["paper"].source.splits[0]
         text = text.replace("max_new_tokens: 128", "max_new_tokens: 4")
         text += f"dataset_kwargs:\n  data_files:\n    {split}: {json.dumps(str(rows))}\n"
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ Shares are percentages, as the papers print them.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,36 @@ RIGHT, WRONG = "correct", "incorrect"
 
 
 @dataclass(frozen=True)
-class Hub:
-    """Where the published data set is: a data set's id, its configuration, its splits."""
+class Source:
+    """Where the published rows are, and how they differ from ours.
 
-    path: str
-    name: str | None
+    Attributes:
+        hub: the data set's id on the Hub.
+        config: its configuration there.
+        splits: its splits.
+        files: names of the published files.
+        renamed: published column -> ours; the first that is there is taken.
+        number: what numbers a row in the published set; None: its place.
+        from_name: columns that a file's name without suffix gives.
+    """
+
+    hub: str
+    config: str | None
     splits: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    number: Callable[[Row], tuple] | None = None
+    from_name: Callable[[str], Mapping[str, Any]] = lambda stem: {}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric in tables: its title, its path, the factor into published units, decimals."""
+
+    title: str
+    path: Path
+    factor: float = 1
+    digits: int = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,8 @@ class Benchmark:
 
     Attributes:
         rule: prompt and reading rule in words; it goes into every result.
+        source: where the published rows are.
+        columns: the benchmark's columns beside the paper's Table 2.
         fields: columns that must be there.
         uses: which rows take part.
         prompt: what the model is asked, without the picture's placeholder.
@@ -52,6 +78,7 @@ class Benchmark:
         guesses: answers given without looking, by name: an answer and a credit (None: as the answer deserves) a row.
         unit: rows of one unit are drawn together for intervals: they share a picture or are asked as a set.
         headline: the metric to compare.
+        shown: metrics on the terminal; without any the headline.
         labels: the answers a judge may find; empty where answers are free and a judge says right or wrong.
         credit: what a judge's word on a free answer is worth.
         judged_only: the protocol has no rule-based reading; the judged column is its result.
@@ -61,7 +88,8 @@ class Benchmark:
     name: str
     protocol: str
     rule: str
-    hub: Hub
+    source: Source
+    columns: tuple[Column, ...]
     fields: tuple[str, ...]
     headline: str
     prompt: Callable[[Row], str]
@@ -75,6 +103,7 @@ class Benchmark:
     labels: Callable[[Row], tuple[str, ...]]
     uses: Callable[[Row], bool] = lambda row: True
     credit: Callable[[Row, str], float] = lambda row, label: float(label == RIGHT)
+    shown: tuple[str, ...] = ()
     judged_only: bool = False
     max_new_tokens: int = 128
 

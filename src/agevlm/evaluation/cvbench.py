@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Guesses, Hub, Row, always
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always
 from .harnesses import cambrian_letter, lmms_letter
 from .measures import Measure, Path, mean, share
 from .parsing import LETTERS, parse_choice
@@ -65,7 +65,8 @@ PAPER = Benchmark(
     name="cvbench",
     protocol="paper",
     rule="prompt column verbatim; option letter, else option text, unread answers are wrong (judged column: judge)",
-    hub=Hub("nyu-visionx/CV-Bench", None, ("test",)),
+    source=Source("nyu-visionx/CV-Bench", None, ("test",), number=lambda row: (row["idx"],)),
+    columns=(Column("CV-Bench 2D", ("2D",), 0.01), Column("CV-Bench 3D", ("3D",), 0.01)),
     fields=("id", "image", "type", "task", "question", "choices", "answer", "prompt", "source"),
     headline="overall",
     prompt=lambda row: row["prompt"],

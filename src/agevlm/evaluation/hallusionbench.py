@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Hub, Row, always
+from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Column, Row, Source, always
 from .measures import Measure, Path, all_right, share
 from .parsing import parse_yes_no
 
@@ -53,11 +53,19 @@ def _subcategories(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     return {name: np.array([name == other for other in names], dtype=float) for name in sorted(set(names))}
 
 
+SOURCE = Source(
+    "lmms-lab/HallusionBench",
+    None,
+    ("image",),
+    files=("HallusionBench.json",),
+    number=lambda row: tuple(row[name] for name in ("category", "subcategory", "set_id", "figure_id", "question_id")),
+)
 PAPER = Benchmark(
     name="hallusionbench",
     protocol="paper",
     rule="bare question, rows with a picture; strict yes/no (VLMEvalKit), unread answers are wrong",
-    hub=Hub("lmms-lab/HallusionBench", None, ("image",)),
+    source=SOURCE,
+    columns=(Column("HallusionBench aAcc", ("aAcc",)), Column("fAcc", ("fAcc",)), Column("qAcc", ("qAcc",))),
     fields=("id", "image", "category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
     headline="aAcc",
     prompt=lambda row: row["question"],
@@ -85,7 +93,7 @@ PROTOCOLS = {
         _JUDGED,
         protocol="official",
         rule="bare question, all rows; a judge compares with gt_answer_details",
-        hub=Hub("lmms-lab/HallusionBench", None, ("image", "non_image")),
+        source=replace(SOURCE, splits=("image", "non_image")),
         uses=lambda row: True,
     ),
     "lmms-eval": replace(

@@ -13,22 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmark import Metrics
+from .benchmark import Column, Metrics
 from .generate import write_text
+from .run import BENCHMARKS
 from .tables import benchmark_lines, grounding_lines, lookup, markdown_table
 
 
-# Columns of Table 2: title, benchmark, path of the metric, factor into the paper's units, decimals.
-COLUMNS: tuple[tuple[str, str, tuple[str, ...], float, int], ...] = (
-    ("HallusionBench aAcc", "hallusionbench", ("aAcc",), 1, 2),
-    ("fAcc", "hallusionbench", ("fAcc",), 1, 2),
-    ("qAcc", "hallusionbench", ("qAcc",), 1, 2),
-    ("OCRBench scene", "ocrbench", ("categories", "Scene Text-centric VQA"), 1, 0),
-    ("OCRBench key info.", "ocrbench", ("categories", "Key Information Extraction"), 1, 0),
-    ("CV-Bench 2D", "cvbench", ("2D",), 0.01, 2),
-    ("CV-Bench 3D", "cvbench", ("3D",), 0.01, 2),
-    ("RealWorldQA", "realworldqa", ("accuracy",), 0.01, 2),
-    ("POPE", "pope", ("f1",), 1, 2),
+# Columns of Table 2, in its order
+TABLE_2 = (
+    "HallusionBench aAcc",
+    "fAcc",
+    "qAcc",
+    "OCRBench scene",
+    "OCRBench key info.",
+    "CV-Bench 2D",
+    "CV-Bench 3D",
+    "RealWorldQA",
+    "POPE",
 )
 PAPER = {
     "CA-Baseline": (40.38, 13.87, 11.21, 148, 51, 0.62, 0.50, 0.47, 85.11),
@@ -65,14 +66,25 @@ def is_published(metrics: Metrics) -> bool:
     return metrics["data"] != "scenes"
 
 
+def columns() -> list[tuple[str, Column]]:
+    """(benchmark, column) of all benchmarks: those of Table 2 in its order, then the others."""
+    found = [(name, column) for name, known in BENCHMARKS.items() for column in known["paper"].columns]
+    place = {title: index for index, title in enumerate(TABLE_2)}
+    return sorted(found, key=lambda pair: place.get(pair[1].title, len(place)))
+
+
 def table_2(results: Sequence[Metrics]) -> str:
     """The paper's rows, answers without looking, then ours (a row as rules read it, one as the judge does)."""
-    lines = [["", "source", *(title for title, *_ in COLUMNS)]]
+    shown = columns()
+    lines = [["", "source", *(column.title for _, column in shown)]]
     for name, values in PAPER.items():
-        numbers = [f"{value:.{digits}f}" for value, (*_, digits) in zip(values, COLUMNS, strict=True)]
+        printed = dict(zip(TABLE_2, values, strict=True))
+        numbers = [
+            f"{printed[column.title]:.{column.digits}f}" if column.title in printed else "" for _, column in shown
+        ]
         lines.append([name, "paper", *numbers])
     for name, known in BLIND.items():
-        found = [known.get(path[-1]) for _, _, path, *_ in COLUMNS]
+        found = [known.get(column.path[-1]) for _, column in shown]
         lines.append([name, "question files", *("" if value is None else f"{value:.2f}" for value in found)])
     for metrics in results:
         source = f"ours, {metrics['protocol']}"
@@ -84,8 +96,8 @@ def table_2(results: Sequence[Metrics]) -> str:
 
 
 def _cells(benchmarks: Mapping[str, Any]) -> list[str]:
-    found = [(lookup(benchmarks, (name, *path)), factor, digits) for _, name, path, factor, digits in COLUMNS]
-    return ["" if value is None else f"{factor * value:.{digits}f}" for value, factor, digits in found]
+    found = [(lookup(benchmarks, (name, *column.path)), column) for name, column in columns()]
+    return ["" if value is None else f"{column.factor * value:.{column.digits}f}" for value, column in found]
 
 
 def results_page(results: Sequence[Metrics]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Guesses, Hub, Row
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
 from .harnesses import fold_width
 from .measures import Measure, Path, count, share
 
@@ -67,7 +67,22 @@ PAPER = Benchmark(
     name="ocrbench",
     protocol="paper",
     rule="question verbatim; a gold answer is contained in the output (official rule)",
-    hub=Hub("echo840/OCRBench", None, ("test",)),
+    source=Source(
+        "echo840/OCRBench",
+        None,
+        ("test",),
+        files=("OCRBench.json",),
+        renamed={
+            "dataset_name": "dataset",
+            "type": "question_type",
+            "category": "question_type",
+            "answers": "answer",
+        },
+    ),
+    columns=(
+        Column("OCRBench scene", ("categories", "Scene Text-centric VQA"), digits=0),
+        Column("OCRBench key info.", ("categories", "Key Information Extraction"), digits=0),
+    ),
     fields=("id", "image", "dataset", "question", "question_type", "answer"),
     headline="final",
     prompt=lambda row: row["question"],

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import YES_NO, Answers, Benchmark, Hub, Row, always
+from .benchmark import YES_NO, Answers, Benchmark, Column, Row, Source, always
 from .harnesses import first_word, pope_official, whole_answer
 from .measures import Measure, Path, count, mean, share
 from .parsing import parse_yes_no
@@ -65,7 +65,17 @@ PAPER = Benchmark(
     name="pope",
     protocol="paper",
     rule="question + ' Please answer yes or no.'; strict yes/no (VLMEvalKit), unread answers are wrong",
-    hub=Hub("lmms-lab/POPE", "default", ("test",)),
+    source=Source(
+        "lmms-lab/POPE",
+        "default",
+        ("test",),
+        files=tuple(f"coco_pope_{category}.json" for category in ("random", "popular", "adversarial")),
+        renamed={"text": "question", "label": "answer"},
+        number=lambda row: (row["category"], row["question_id"]),
+        from_name=lambda stem: {"category": stem.removeprefix("coco_pope_")},
+    ),
+    columns=(Column("POPE", ("f1",)),),
+    shown=("f1", "accuracy", "yes_ratio"),
     fields=("id", "image", "question", "answer", "category"),
     headline="f1",
     prompt=lambda row: row["question"] + " Please answer yes or no.",

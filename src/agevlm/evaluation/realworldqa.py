@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .benchmark import Answers, Benchmark, Guesses, Hub, Row
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
 from .harnesses import cambrian_word, lmms_choice
 from .measures import Measure, Path, share
 from .parsing import LETTERS, number_value, parse_choice, simplify
@@ -75,7 +75,8 @@ PAPER = Benchmark(
     name="realworldqa",
     protocol="paper",
     rule="question verbatim; option letter or text, open answers by normalised equality (judged column: judge)",
-    hub=Hub("xai-org/RealworldQA", None, ("test",)),
+    source=Source("xai-org/RealworldQA", None, ("test",)),
+    columns=(Column("RealWorldQA", ("accuracy",), 0.01),),
     fields=("id", "image", "question", "answer"),
     headline="accuracy",
     prompt=lambda row: row["question"],

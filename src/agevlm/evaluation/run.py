@@ -247,6 +247,7 @@ def score_predictions(
         "intervals": benchmark.intervals(usable, parsed),
         "skipped": len(rows) - len(usable),
         "protocol": f"{benchmark.protocol}: {benchmark.rule}",
+        "shown": list(benchmark.shown or (benchmark.headline,)),
         "judged_only": benchmark.judged_only,
         "constants": benchmark.constants(usable),
     }

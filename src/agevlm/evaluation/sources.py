@@ -8,7 +8,6 @@ are renamed, and rows without an `id` get one from what numbers them there.
 
 import base64
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,16 @@ from .benchmark import Benchmark, check_fields
 
 MOST_CHARACTERS = 64_000_000  # of a base64 picture: its size in pixels is limited where it is decoded
 SUFFIXES = ("parquet", "json", "jsonl", "tsv")
-PUBLISHED = {
-    "hallusionbench": ("HallusionBench.json",),
-    "ocrbench": ("OCRBench.json",),
-    "pope": tuple(f"coco_pope_{category}.json" for category in ("random", "popular", "adversarial")),
-}
-# Published names on the left; the first that is there is taken.
-RENAMED = {
-    "pope": {"text": "question", "label": "answer"},
-    "ocrbench": {
-        "dataset_name": "dataset", "type": "question_type", "category": "question_type", "answers": "answer",
-    },
-}  # fmt: skip
 LISTS = ("choices", "answer")  # as JSON in a TSV
 PATHS = ("image", "image_path", "filename")
-IDENTITY: dict[str, Callable[[Mapping[str, Any]], tuple]] = {
-    "pope": lambda row: (row["category"], row["question_id"]),
-    "hallusionbench": lambda row: tuple(
-        row[name] for name in ("category", "subcategory", "set_id", "figure_id", "question_id")
-    ),
-    "cvbench": lambda row: (row["idx"],),
-}
 
 
 def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     """Rows of the published data set (`path`: of another one in the same columns)."""
-    hub = benchmark.hub
-    parts = [load_dataset(path or hub.path, hub.name, split=split) for split in hub.splits]
-    return prepare(benchmark, concatenate_datasets(parts), path or hub.path)
+    source = benchmark.source
+    place = path or source.hub
+    parts = [load_dataset(place, source.config, split=split) for split in source.splits]
+    return prepare(benchmark, concatenate_datasets(parts), place)
 
 
 def load_local(benchmark: Benchmark, place: str | Path) -> Dataset:
@@ -65,13 +46,13 @@ def load_local(benchmark: Benchmark, place: str | Path) -> Dataset:
         paths = [place]
     else:
         own = [path for suffix in SUFFIXES if (path := place / f"{benchmark.name}.{suffix}").is_file()]
-        published = [path for name in PUBLISHED.get(benchmark.name, ()) if (path := place / name).is_file()]
+        published = [path for name in benchmark.source.files if (path := place / name).is_file()]
         paths = own or published
         if not paths or len(own) > 1:
             wanted = ", ".join([f"{benchmark.name}.{suffix}" for suffix in SUFFIXES])
             raise ValueError(
                 f"{place} has {len(own)} files for {benchmark.name}; put one of {wanted} there"
-                + (f", or {', '.join(PUBLISHED[benchmark.name])}" if benchmark.name in PUBLISHED else "")
+                + (f", or {', '.join(benchmark.source.files)}" if benchmark.source.files else "")
             )
     parts = [prepare(benchmark, _read(path, benchmark), str(path)) for path in paths]
     return concatenate_datasets(parts)
@@ -80,7 +61,7 @@ def load_local(benchmark: Benchmark, place: str | Path) -> Dataset:
 def prepare(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
     """Published columns under one set of names, an `id` per row, pictures left undecoded, the rows that the protocol
     uses."""
-    for old, new in RENAMED.get(benchmark.name, {}).items():
+    for old, new in benchmark.source.renamed.items():
         if new not in rows.column_names and old in rows.column_names:
             rows = rows.rename_column(old, new)
     if "id" not in rows.column_names or not isinstance(rows.features["id"], Value):
@@ -97,11 +78,11 @@ def prepare(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
 
 
 def _with_ids(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
-    identity = IDENTITY.get(benchmark.name)
+    number = benchmark.source.number
     plain = rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names])
     try:
         ids = [
-            "-".join(map(str, identity(row))) if identity is not None else f"{index:06d}"
+            "-".join(map(str, number(row))) if number is not None else f"{index:06d}"
             for index, row in enumerate(plain)
         ]
     except KeyError as error:
@@ -124,8 +105,8 @@ def _read(path: Path, benchmark: Benchmark) -> Dataset:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    if path.name in PUBLISHED["pope"]:
-        rows = [{"category": path.stem.removeprefix("coco_pope_"), **row} for row in rows]
+    if path.name in benchmark.source.files:
+        rows = [{**benchmark.source.from_name(path.stem), **row} for row in rows]
     rows = [_with_picture(row, path.parent, f"{path}, row {index}") for index, row in enumerate(rows)]
     features = dict(Dataset.from_list([{k: v for k, v in row.items() if k != "image"} for row in rows]).features)
     return Dataset.from_list(rows, features=Features({**features, "image": ImageFeature(decode=False)}))

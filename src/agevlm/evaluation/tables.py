@@ -201,7 +201,7 @@ def summary_table(results: Results) -> ConsoleTable:
         table.add_column(model, justify="right")
     table.add_column("without looking")
     for name, result in first["benchmarks"].items():
-        shown = ["f1", "accuracy", "yes_ratio"] if name == "pope" else [result["headline"]]
+        shown = result.get("shown") or [result["headline"]]
         found = [metrics["benchmarks"][name] for metrics in results.values()]
         for metric in shown:
             cells = [_with_interval(r, (metric,)) for r in found]

@@ -28,7 +28,7 @@ _COLUMNS = {
     "OCRBench": ("OCRBench scene", 0.5),
 }
 _ROWS = {BASELINE: "CA-Baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "ConvLLaVA"}
-_PLACES = [title for title, *_ in leaderboard.COLUMNS]
+_PLACES = leaderboard.TABLE_2
 PAPER = {
     number: {row: factor * leaderboard.PAPER[name][_PLACES.index(column)] for row, name in _ROWS.items()}
     for number, (column, factor) in _COLUMNS.items()
