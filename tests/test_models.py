@@ -189,10 +189,13 @@ def test_every_way_of_loading_refuses_it(folder, scenes, tmp_path, way, damage):
 @pytest.mark.skipif(not is_serve_available(), reason="the packages of `pip install 'agevlm[serve]'` are missing")
 @pytest.mark.parametrize("damage", SOME)
 def test_the_server_refuses_it(folder, damage, monkeypatch):
+    from fastapi import FastAPI
     from transformers.cli.serving import server
 
-    monkeypatch.setattr(server, "build_server", lambda manager, *args, **kwargs: manager)
-    manager = serve.build_app(str(folder))
+    managers = []
+    monkeypatch.setattr(server, "build_server", lambda manager, *_, **__: managers.append(manager) or FastAPI())
+    serve.build_app(str(folder))
+    (manager,) = managers
     change, message = SOME[damage]
     change(folder)
 
