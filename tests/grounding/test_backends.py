@@ -11,16 +11,17 @@ from datasets import Dataset
 from transformers.utils import is_torchvision_available
 
 from agevlm.data.rows import ROW_FEATURES
-from agevlm.grounding.backends import CHECKPOINTS, load_backend
+from agevlm.grounding.backends import GROUNDERS, Published, load_backend, names
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.models import PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
 from agevlm.grounding.output import read_masks
+from agevlm.grounding.regions import Region
 from agevlm.grounding.runner import ground
 from agevlm.processing import AgeVlmImageProcessorPil
 
 
 TEXTS = ["a red apple", "a blue car on the left of a green tree", "yes", "is there a green tree in the image?"]
-MODELS = [name for name in CHECKPOINTS if name != "exact"]
+MODELS = [name for name in names() if name != "exact"]
 
 
 @pytest.fixture(scope="session")
@@ -195,3 +196,22 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(folders, tmp_path, monkey
     monkeypatch.setattr("agevlm.grounding.models.is_torchvision_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs torchvision: pip install agevlm\[vision\]"):
         load_backend("florence2+sam2", grounder=folders("florence2"), segmenter="folder")
+
+
+class TheMiddle(Florence2):
+    """A grounder that this repository does not have: the middle of every picture, whatever the text."""
+
+    def __call__(self, images, texts):
+        return [Region([[w / 4, h / 4, w * 3 / 4, h * 3 / 4]]) for w, h in (image.size for image in images)]
+
+
+def test_a_new_backend_is_a_class_and_a_line(folders, monkeypatch):
+    monkeypatch.setattr("agevlm.grounding.models.TheMiddle", TheMiddle, raising=False)
+    monkeypatch.setitem(GROUNDERS, "middle", Published("TheMiddle", "nobody/middle"))
+    assert "middle+sam" in names()
+    backend = load_backend("middle+sam", grounder=folders("florence2"), segmenter=folders("sam"))
+    image = tiny.pictures(1)[0]
+    (found,) = backend([image], ["anything"], ["a"])
+    (direct,) = backend.segmenter([image], [TheMiddle.__call__(None, [image], [""])[0].boxes])
+    np.testing.assert_array_equal(found.mask, direct[0])
+    assert len(backend.revisions) == 2

@@ -5,6 +5,7 @@ repository pairs with Florence-2; the paper's text cites SAM, which is `florence
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,37 @@ from .regions import NO_REGION, Backend, Grounding, Region
 from .rows import Undecoded
 
 
-FLORENCE2, GROUNDING_DINO = "florence-community/Florence-2-large", "IDEA-Research/grounding-dino-base"
-SAM, SAM2, SAM3 = "facebook/sam-vit-huge", "facebook/sam2.1-hiera-large", "facebook/sam3"
-# name: (grounder, segmenter)
-CHECKPOINTS: dict[str, tuple[str | None, str | None]] = {
-    "florence2+sam2": (FLORENCE2, SAM2),
-    "florence2+sam": (FLORENCE2, SAM),
-    "florence2-phrases+sam2": (FLORENCE2, SAM2),
-    "grounding-dino+sam2": (GROUNDING_DINO, SAM2),
-    "sam3": (None, SAM3),
-    "exact": (None, None),
+@dataclass(frozen=True)
+class Published:
+    """One model of a backend.
+
+    Attributes:
+        model: name of its class in `models.py`.
+        checkpoint: the repository it comes from by default.
+        options: arguments of the class that belong to the name.
+    """
+
+    model: str
+    checkpoint: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# A new backend is a class in `models.py` and a line here. Any grounder goes with any segmenter.
+GROUNDERS = {
+    "florence2": Published("Florence2", "florence-community/Florence-2-large"),
+    "florence2-phrases": Published("Florence2", "florence-community/Florence-2-large", {"phrases": True}),
+    "grounding-dino": Published("GroundingDino", "IDEA-Research/grounding-dino-base"),
 }
+SEGMENTERS = {
+    "sam2": Published("Sam2", "facebook/sam2.1-hiera-large"),
+    "sam": Published("Sam", "facebook/sam-vit-huge"),
+}
+ONE_STEP = {"sam3": Published("Sam3", "facebook/sam3")}
+
+
+def names() -> list[str]:
+    """All backends, the default first; `exact` has no models (`Exact`)."""
+    return [*(f"{first}+{second}" for first in GROUNDERS for second in SEGMENTERS), *ONE_STEP, "exact"]
 
 
 class TwoSteps:
@@ -131,23 +152,23 @@ def load_backend(
     Raises:
         ValueError: an unknown name, a part that the backend does not have, or a model that cannot be loaded.
     """
-    if name not in CHECKPOINTS or name == "exact":
-        known = ", ".join(known for known in CHECKPOINTS if known != "exact")
-        raise ValueError(f"the backend is {name!r}; models are {known}")
-    defaults = CHECKPOINTS[name]
-    if grounder is not None and defaults[0] is None:
+    first_name, _, second_name = name.partition("+")
+    if name not in names() or name == "exact":
+        raise ValueError(f"the backend is {name!r}; models are {', '.join(names()[:-1])}")
+    if grounder is not None and name in ONE_STEP:
         raise ValueError(f"the backend {name} has no grounder; pass its folder as segmenter")
-    from . import models  # here, because it imports a dozen models
+    tokens = options.pop("max_new_tokens", None)
 
-    tokens = {key: options.pop(key) for key in ("max_new_tokens",) if key in options}
-    if name == "sam3":
-        sam3 = models.Sam3(segmenter or SAM3, segmenter_revision, **options)
-        return OneStep(sam3, {sam3.name: sam3.commit})
-    source, cut_out = grounder or str(defaults[0]), segmenter or str(defaults[1])
-    first: models.Florence2 | models.GroundingDino
-    if name.startswith("grounding-dino"):
-        first = models.GroundingDino(source, grounder_revision, **options)
-    else:
-        first = models.Florence2(source, grounder_revision, phrases="phrases" in name, **tokens, **options)
-    second = (models.Sam2 if name.endswith("sam2") else models.Sam)(cut_out, segmenter_revision, **options)
+    def load(part: Published, source: str | None, revision: str | None) -> Any:
+        from . import models  # here, because it imports a dozen models
+
+        model_class = getattr(models, part.model)
+        own = {"max_new_tokens": tokens} if tokens is not None and issubclass(model_class, models.Florence2) else {}
+        return model_class(source or part.checkpoint, revision, **part.options, **own, **options)
+
+    if name in ONE_STEP:
+        model = load(ONE_STEP[name], segmenter, segmenter_revision)
+        return OneStep(model, {model.name: model.commit})
+    first = load(GROUNDERS[first_name], grounder, grounder_revision)
+    second = load(SEGMENTERS[second_name], segmenter, segmenter_revision)
     return TwoSteps(first, second, {first.name: first.commit, second.name: second.commit})

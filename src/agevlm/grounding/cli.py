@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _ground(argv: list[str]) -> None:
-    from agevlm.grounding.backends import CHECKPOINTS
+    from agevlm.grounding.backends import names
     from agevlm.grounding.filters import Filters
     from agevlm.grounding.queries import QUERY_SOURCES
 
@@ -41,7 +41,7 @@ def _ground(argv: list[str]) -> None:
     )
     parser.add_argument("dataset", help="rows: a Parquet file, a folder of them or of save_to_disk, or a repository")
     parser.add_argument("out", type=Path, help="folder to write, or of an unfinished run")
-    parser.add_argument("--backend", choices=list(CHECKPOINTS), default="florence2+sam2", help="default: %(default)s")
+    parser.add_argument("--backend", choices=names(), default="florence2+sam2", help="default: %(default)s")
     parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text to ground (default: caption)")
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument(
