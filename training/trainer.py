@@ -32,6 +32,7 @@ from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
 
 from agevlm.hub_cards.render import write_card
 from agevlm.models import reading
+from agevlm.processing import AgeVlmProcessor
 from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
@@ -58,9 +59,16 @@ class AgeVlmSFTTrainer(WatchedTrainer):
 
     Args:
         args (`AgeVlmSFTConfig`): see there.
+        processing_class (`AgeVlmProcessor`): of the model.
+        data_collator (`AgeVlmDataCollator`, *optional*): default: one with `max_length` and `pad_to_multiple_of` of
+            `args`. One that sets no `max_length` gets that of `args`.
         lineage (`dict`, *optional*): JSON-ready facts about the run (`training/stages/base.py`). Every saved folder
             gets them as `agevlm_stage.json`, and a model card made of them.
         **kwargs: those of `SFTTrainer`.
+
+    Raises:
+        ValueError: no processor to make a collator with, or a collator of another kind under guidance, which would
+            leave the guidance of every row out.
     """
 
     _tag_names = ["trl", "sft", "agevlm"]  # noqa: RUF012 - the attribute TRL reads
@@ -73,6 +81,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
                 "`compute_loss_func` and `label_smoothing_factor` need a second forward pass, which guidance does not "
                 "follow. Leave them out, or set `guidance_weight=0`."
             )
+        kwargs["data_collator"] = self._collator(args, **kwargs)
         self.lineage = lineage or {}
         self._staging: Path | None = None
         self._attention: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # maps, mass
@@ -92,6 +101,26 @@ class AgeVlmSFTTrainer(WatchedTrainer):
         if args.probe_steps:
             self.add_callback(Probes(self, self._probe_rows(), args.probe_steps))
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
+
+    @staticmethod
+    def _collator(args: AgeVlmSFTConfig, data_collator: Any = None, processing_class: Any = None, **_: Any) -> Any:
+        """The collator to train with, see the class. TRL's own would drop guidance in silence."""
+        if data_collator is None:
+            if not isinstance(processing_class, AgeVlmProcessor):
+                raise ValueError(
+                    f"`processing_class` must be the model's AgeVlmProcessor, got {type(processing_class).__name__}: "
+                    "AgeVlmProcessor.from_pretrained(CHECKPOINT)."
+                )
+            data_collator = AgeVlmDataCollator(processing_class, pad_to_multiple_of=args.pad_to_multiple_of)
+        if not isinstance(data_collator, AgeVlmDataCollator):
+            if args.guidance_weight > 0:
+                raise ValueError(
+                    f"`data_collator` is a {type(data_collator).__name__}, which leaves guidance out. Leave it out to "
+                    "have an AgeVlmDataCollator made, give one, or set `guidance_weight=0`."
+                )
+        elif data_collator.max_length is None:
+            data_collator.max_length = args.max_length
+        return data_collator
 
     def release_model(self) -> None:
         """Take the hook and TRL's fused head off the model, so that it can be used or trained again like a new one."""

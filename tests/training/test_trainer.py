@@ -287,6 +287,36 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, message):
         make_arguments(tmp_path, **arguments)
 
 
+def test_the_obvious_script_is_guided(tmp_path):
+    """No collator is given: the trainer makes its own, and all rows with a mask are guided."""
+    trainer = AgeVlmSFTTrainer(
+        model=sharp_model(),
+        args=make_arguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=8, pad_to_multiple_of=16, max_length=512
+        ),
+        train_dataset=make_rows("gigigigi"),
+        processing_class=tiny_processor(),
+    )
+    assert type(trainer.data_collator) is AgeVlmDataCollator
+    assert (trainer.data_collator.max_length, trainer.data_collator.pad_to_multiple_of) == (512, 16)
+    trainer.train()
+    assert trainer.state.log_history[0]["guided_share"] == 0.5
+
+
+def test_collators_keep_guidance_and_the_length(tmp_path):
+    processor = tiny_processor()
+    common = {"model": sharp_model(), "train_dataset": make_rows("gi"), "processing_class": processor}
+    with pytest.raises(ValueError, match="`data_collator` is a function, which leaves guidance out"):
+        AgeVlmSFTTrainer(args=make_arguments(tmp_path), data_collator=lambda rows: rows, **common)
+    with pytest.raises(ValueError, match="`processing_class` must be the model's AgeVlmProcessor, got NoneType"):
+        AgeVlmSFTTrainer(args=make_arguments(tmp_path), **{**common, "processing_class": None})
+    for given, kept in ((None, 77), (50, 50)):
+        collator = AgeVlmDataCollator(processor, max_length=given)
+        trainer = AgeVlmSFTTrainer(args=make_arguments(tmp_path, max_length=77), data_collator=collator, **common)
+        assert trainer.data_collator is collator and collator.max_length == kept
+        trainer.release_model()
+
+
 def test_lora_adapters_are_guided(tmp_path):
     """The maps come from the backbone inside PEFT's wrapper."""
     model = get_peft_model(sharp_model(), LoraConfig(target_modules=r".*cross_attn\.(q|k)_proj", r=2))

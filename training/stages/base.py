@@ -24,7 +24,6 @@ from agevlm.training.checkpoints import (
     remove_leftovers,
     staging_folder,
 )
-from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
@@ -149,9 +148,6 @@ def run_stage(
         model=model,
         args=args,
         lineage=lineage,
-        data_collator=AgeVlmDataCollator(
-            processor, max_length=args.max_length, pad_to_multiple_of=args.pad_to_multiple_of
-        ),
         train_dataset=rows,
         eval_dataset=eval_data,
         processing_class=processor,
