@@ -294,9 +294,9 @@ def test_an_interrupted_run_goes_on_and_says_the_same(tmp_path, monkeypatch):
     with pytest.raises(_Stop):
         write_similarity(subject, "m", PAIRS, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut" / "similarity.json").exists()
-    with pytest.raises(ValueError, match=r"another run \(it differs in pairs\)"):
+    with pytest.raises(ValueError, match=r"parts holds another run \(pairs: "):
         write_similarity(subject, "m", PAIRS[1:], tmp_path / "cut", **settings)
-    with pytest.raises(ValueError, match=r"another run \(it differs in model\)"):
+    with pytest.raises(ValueError, match=r"parts holds another run \(model: "):
         write_similarity(Subject(tiny_model(seed=1), subject.processor), "m", PAIRS, tmp_path / "cut", **settings)
     calls = _stop_after(monkeypatch, 100)
     # A smaller batch, because the machine ran out of memory, say.

@@ -27,10 +27,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from agevlm.data.rows import open_image
 from agevlm.models import load
+from agevlm.store import write_json
 
 from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
-from .files import file_name, make_folder, save_arrays, save_image, save_json
+from .files import file_name, make_folder, save_arrays, save_image
 from .recording import Recorder, recording
 from .results import Example, Panel
 from .subjects import Encoded, Subject, unique_names
@@ -296,7 +297,7 @@ def write_attention(
         arrays |= {f"{name}/weights": result.weights, f"{name}/token_weights": result.token_weights}
     save_image(draw_panels(attended, image, question, mask), output / "panels.png")
     save_arrays(arrays, output / "maps.npz")
-    save_json(summary, output / "attention.json")
+    write_json(output / "attention.json", summary)
     return summary
 
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .files import replacing
+from agevlm.store import replacing
 
 
 MOST_TICKS = 12

@@ -1,15 +1,14 @@
-"""Files of an analysis, each written under a temporary name and renamed."""
+"""Folders and files of an analysis."""
 
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from agevlm.store import replacing
 
 
 def file_name(name: str) -> str:
@@ -27,26 +26,10 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` once it has been written."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
     """Compressed `.npz` of numbers; read it with `allow_pickle=False`."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def save_json(content: Any, path: Path) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        np.savez_compressed(temporary, **arrays)
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -27,10 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from agevlm.models import load
+from agevlm.store import write_json
 
 from .attention import question_look
 from .figures import save_padding
-from .files import make_folder, save_json
+from .files import make_folder
 from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = {"model": name, **measure_padding(subject, pairs, keep=parts.keep, strict=arguments.strict)}
     summary["left_out"] = left_out.bad + summary["left_out"]
     save_padding(summary["variants"], name, output)
-    save_json(summary, output / "padding.json")
+    write_json(output / "padding.json", summary)
     parts.finish()
     print(
         f"{name}: {summary['pictures']} pictures, {summary['without_padding']} without padding, "

@@ -6,7 +6,6 @@ What it says follows from `results.py`; this file turns files into inline pictur
 import base64
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+
+from agevlm.store import write_json, write_text
 
 from .charts import Line, Point, line_chart
 from .results import Example, Results, Run, Variant, claims, splits, summary, tables
@@ -63,7 +64,7 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["duration"] = duration
-    _write(path_html, environment.get_template(TEMPLATE).render(page))
+    write_text(path_html, environment.get_template(TEMPLATE).render(page))
     data = {
         **results,
         "findings": page["claims"] if "findings" in results else [],
@@ -76,7 +77,7 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
         "claims": page["claims"],
         "tables": {split: [dataclasses.asdict(table) for table in made] for split, made in by_split.items()},
     }
-    _write(path_json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_json(path_json, data, indent=1)
 
 
 def charts(results: Results) -> list[dict[str, Any]]:
@@ -167,10 +168,3 @@ def _relative(example: Example, folder: Path) -> dict[str, Any]:
 
 def _beside(path: str, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

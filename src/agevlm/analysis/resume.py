@@ -6,7 +6,6 @@ with the reason, unless strict.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .files import make_folder, save_arrays, save_json
+from agevlm.store import claim
+
+from .files import make_folder, save_arrays
 from .pairs import Pair
 
 
@@ -42,16 +43,7 @@ class Parts:
 
     def __init__(self, output: str | Path, job: Mapping[str, Any]):
         self.folder = make_folder(Path(output) / "parts")
-        path = self.folder / "job.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if known is None:
-            save_json(dict(job), path)
-        elif known != dict(job):
-            differs = ", ".join(sorted(key for key in {*known, *job} if known.get(key) != job.get(key)))
-            raise ValueError(
-                f"{self.folder} holds the beginning of another run (it differs in {differs}); delete it, or give "
-                "another output"
-            )
+        claim(self.folder / "job.json", job)
 
     def keep(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """The rows of part `name`: read if they are there, else computed and written."""

@@ -35,9 +35,10 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 
 from agevlm.models import load
+from agevlm.store import write_json
 
 from .figures import save_histogram, save_layers
-from .files import make_folder, save_arrays, save_json
+from .files import make_folder, save_arrays
 from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
@@ -348,7 +349,7 @@ def write_similarity(
     save_histogram(arrays[f"matched/{HEADLINE}"][at], np.concatenate(mismatched), name, headline, output)
     save_layers(summary["measures"], name, output)
     save_arrays(arrays, output / "scores.npz")
-    save_json(summary, output / "similarity.json")
+    write_json(output / "similarity.json", summary)
     parts.finish()
     return summary
 

@@ -32,7 +32,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from agevlm.analysis.files import save_json
 from agevlm.analysis.padding import measure_padding
 from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import write_similarity
@@ -58,6 +57,7 @@ from agevlm.reproduction.quickstart import (
     save_start,
     steps_of,
 )
+from agevlm.store import write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import as_json, changed_fields, read_lineage, training_identity
 from agevlm.training.stages.base import run_stage
@@ -195,7 +195,7 @@ def measure_step(place: Place, seed: int, row: Row, path: Sequence[Run]) -> None
         settings: dict[str, Any] = {"seeds": MISMATCHED_SEEDS, "batch_size": 50, "progress": False}
         write_similarity(subject, row.title, pairs, (folder / SIMILARITY).parent, left_out, **settings)
     if not (folder / PADDING).is_file():
-        save_json(measure_padding(subject, oblong_pairs(place.scenes), progress=False), folder / PADDING)
+        write_json(folder / PADDING, measure_padding(subject, oblong_pairs(place.scenes), progress=False))
 
 
 def oblong_pairs(scenes: Path) -> list[Pair]:

@@ -1,0 +1,219 @@
+"""Files that survive an interruption: whole or absent, folders that know what they hold, journals, digests.
+
+A file or folder is written under a temporary name beside its place and renamed at the end. A journal is appended to
+and synced; what a kill leaves torn at its end is cut off when it is opened again. The promise is against killed
+processes: a power cut may lose what the operating system has not written yet, except in journals.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+# ---- Whole or absent ----
+
+
+def publish(source: Path, target: Path) -> None:
+    """Renames a finished file, or a finished folder whose place is free, to `target` in one step."""
+    os.replace(source, target)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for a file (same suffix), renamed to `path` at the end and removed if the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, renamed to it at the end and removed if the block fails.
+
+    Raises:
+        ValueError: another process is writing this folder.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.mkdir(parents=True, exist_ok=True)
+    place = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(place, path)
+        for entry in temporary.iterdir():  # of a run that was killed
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        try:
+            yield temporary
+            publish(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    finally:
+        os.close(place)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """JSON lines."""
+    write_text(path, "".join(map(_line, rows)))
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, naming the file, if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}). Restore it, or delete it.") from error
+
+
+# ---- What a folder holds ----
+
+
+def as_json(value: Any) -> Any:
+    """`value` as it reads back from JSON: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def changed_fields(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """`field: old there, new asked` for all values that differ, fields of nested mappings joined with a dot."""
+    old, new = dict(_flatten(there)), dict(_flatten(asked))
+    names = [*new, *(name for name in old if name not in new)]
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} asked" for name in names if old.get(name) != new.get(name)
+    ]
+
+
+def check_same(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run") -> None:
+    """Raises ValueError, naming `place` and all that differs, if the work recorded there is not the one asked for."""
+    if changed := changed_fields(there, as_json(asked)):
+        raise ValueError(f"{place} holds another {what} ({'; '.join(changed)}); choose another folder or delete it")
+
+
+def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
+    """Writes what the folder of `file` is for, or finds the same there.
+
+    Returns:
+        Whether it was there: the work can be resumed.
+
+    Raises:
+        ValueError: the folder is for something else.
+    """
+    if file.is_file():
+        check_same(file.parent, read_json(file), identity, what)
+        return True
+    write_json(file, identity)
+    return False
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# ---- Journals ----
+
+
+def whole_lines(path: Path) -> int:
+    """Bytes of a file up to its last line break."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The whole lines of a journal; a torn last one is left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}; delete the file") from error
+    return rows
+
+
+class Journal:
+    """Appends to a file; rows are on the disk when `append` returns. One writer at a time.
+
+    Args:
+        whole: length in bytes of what is whole in an existing file; the rest is cut off. Default: JSON lines.
+
+    Raises:
+        ValueError: another process is writing to the file.
+    """
+
+    def __init__(self, path: Path, whole: Callable[[Path], int] = whole_lines):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab", buffering=0)
+        try:
+            _lock(self.file.fileno(), path)
+            self.file.truncate(whole(path))
+        except BaseException:
+            self.file.close()
+            raise
+
+    def append(self, rows: Iterable[Any]) -> None:
+        """JSON lines."""
+        self.write("".join(map(_line, rows)).encode())
+
+    def write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        while view:  # unbuffered files may write a part
+            view = view[self.file.write(view) :]
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another run is writing to {path}; wait for it or stop it") from error
+
+
+# ---- Digests ----
+
+
+def digest(content: bytes | str | Iterable[Any], size: int = 16) -> str:
+    """blake2b, `size` bytes as hexadecimal digits, of text, bytes, or pieces of them one after the other."""
+    result = hashlib.blake2b(digest_size=size)
+    for piece in (content,) if isinstance(content, (str, bytes)) else content:
+        result.update(piece.encode() if isinstance(piece, str) else piece)
+    return result.hexdigest()
