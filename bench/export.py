@@ -11,7 +11,6 @@ Two questions, two models:
 """
 
 import argparse
-import io
 import statistics
 import tempfile
 import time
@@ -21,11 +20,11 @@ from typing import Any
 import onnxruntime
 import torch
 import transformers
-from PIL import Image
 from transformers import ConvNextConfig, LlamaConfig
 
 from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
+from agevlm.images import open_image
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 from agevlm.serving.exported import ExportedAgeVlm, export
@@ -60,7 +59,7 @@ def agreement(checkpoint: Path, questions: int, folder: Path) -> None:
     outputs: dict[str, list] = {name: [] for name in ways}
     for index in range(questions):
         row, _ = builder.instruction_row(index)
-        image = Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
+        image = open_image(row["images"][0], row["id"])
         text = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
         inputs = processor(images=[image], text=text, return_tensors="pt")
         for name, way in ways.items():

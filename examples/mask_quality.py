@@ -32,12 +32,13 @@ from rich.console import Console
 from transformers.utils import logging
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import MASK_FEATURES, open_image
+from agevlm.data.rows import MASK_FEATURES
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.grounding.corrupt import corrupt
 from agevlm.grounding.masks import to_png
 from agevlm.grounding.output import write_text
 from agevlm.grounding.quality import METRICS, compare
+from agevlm.images import open_image
 from agevlm.models import load, load_processor
 from agevlm.training.stages import stage3_ground, stage4_instruct
 from agevlm.training.stages.base import run_stage

@@ -20,7 +20,6 @@ import base64
 import io
 import os
 import urllib.request
-from http.client import HTTPException
 from typing import Any, Literal, NamedTuple
 
 from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformers is needed
@@ -29,7 +28,7 @@ from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformer
 # isort: split
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import group_images_by_shape
@@ -41,6 +40,21 @@ from transformers.utils import requires_backends
 GEOMETRIES = ("pad", "stretch", "crop")
 # The filters that Pillow and torchvision implement alike.
 FILTERS = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)
+# Pillow reads more, among it PostScript, for which it starts a program.
+Image.init()
+FORMATS = [
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
+# What makes a picture upright, by the orientation of its EXIF block.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BACKENDS = {
     "torchvision": "image_processing_agevlm.AgeVlmImageProcessor",
     "pil": "image_processing_agevlm.AgeVlmImageProcessorPil",
@@ -100,17 +114,34 @@ def covered(cells: int, cell_size: int, source: tuple[int, int], target: tuple[i
     return (overlap.clip(0) / (cell_size * scale)).astype(np.float32)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of a picture, turned as its EXIF block says. A block that cannot be read says nothing."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow raises nearly anything here
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
+    """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on white.
+
+    Raises:
+        ValueError: grey of more than 16 bits.
+    """
+    image = upright(image)
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"values from {grey.min()} to {grey.max()}, expected 0 to 65535")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image), do_rescale=True)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # `exif_transpose` has copied it
+    return image if image.mode == "RGB" else image.convert("RGB")  # `upright` has copied it
 
 
 def checked_fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str, do_resize: bool) -> Fit:
@@ -279,12 +310,12 @@ class AgeVlmImageProcessorMixin:
                     content = reply.read(most + 1)
                 if len(content) > most:
                     raise ValueError(f"its file has more than {most:,} bytes")
-                return Image.open(io.BytesIO(content))
+                return Image.open(io.BytesIO(content), formats=FORMATS)
             if os.path.isfile(source):
-                return Image.open(source)
+                return Image.open(source, formats=FORMATS)
             _, _, encoded = source.rpartition(",")  # of a data URL; base64 itself has no comma
-            return Image.open(io.BytesIO(base64.b64decode(encoded)))
-        except (OSError, ValueError, HTTPException, Image.DecompressionBombError) as error:
+            return Image.open(io.BytesIO(base64.b64decode(encoded)), formats=FORMATS)
+        except Exception as error:  # Pillow and its plugins raise nearly anything
             name = source if len(source) < 300 else f"{source[:60]}..."
             raise ValueError(
                 f"{name} cannot be opened: {error}. Replace the file; paths, URLs and base64 are understood."
@@ -342,7 +373,7 @@ class AgeVlmImageProcessorMixin:
             )
         try:
             return to_rgb(image)
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # Pillow and its plugins raise nearly anything
             name = getattr(image, "filename", "") or "A picture"
             raise ValueError(f"{name} cannot be decoded: {error}. Replace the file or drop the row.") from error
 
@@ -360,7 +391,7 @@ class AgeVlmImageProcessorMixin:
             ValueError: the mask is empty, or has channels.
         """
         if isinstance(mask, Image.Image):
-            mask = ImageOps.exif_transpose(mask)  # as its picture
+            mask = upright(mask)  # as its picture
         mask = np.asarray(mask) != 0
         if mask.ndim != 2:
             raise ValueError(f"A mask has the shape (height, width), got {mask.shape}. Take one channel of it.")

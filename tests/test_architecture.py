@@ -93,6 +93,14 @@ def test_one_place_loads_vision_language_models():
             assert found is None, f"{path.relative_to(PACKAGE)}: {found and found[0]}...): use agevlm.models"
 
 
+def test_one_place_opens_pictures():
+    """Formats, limits, rotation, transparency, depth and masks are decided once."""
+    openers = {"images.py", "processing/image_processing_agevlm.py"}  # the second travels with checkpoints
+    for path in python_files("src/agevlm", "bench", "examples"):
+        if not path.is_relative_to(PACKAGE) or str(path.relative_to(PACKAGE)) not in openers:
+            assert "Image.open(" not in path.read_text(encoding="utf-8"), f"{path}: use agevlm.images.open_image"
+
+
 def test_nothing_imports_tests():
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
     for path in python_files("src/agevlm", "bench", "examples"):

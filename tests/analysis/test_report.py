@@ -281,7 +281,7 @@ def test_the_json_says_the_same(tmp_path, example):
 
 
 def test_a_missing_picture_is_named(tmp_path, example):
-    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+    with pytest.raises(ValueError, match=r"gone\.png"):
         write(tmp_path, results(examples=[{**example, "image": str(tmp_path / "gone.png")}]))
     assert not (tmp_path / "out").exists()
 

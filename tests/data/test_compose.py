@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agevlm.data.rows import open_image
 from agevlm.data.scenes.compose import MAX_HIDDEN, compose, encode_mask
 from agevlm.data.scenes.layout import Scene, sample_scene
 from agevlm.data.scenes.objects import COLOURS, IconSource
+from agevlm.images import open_image
 
 
 SPLITS = st.sampled_from(["train", "composition", "name", "style"])

@@ -15,7 +15,8 @@ from agevlm.data.masks import (
     share_of_masks,
     subset_hash,
 )
-from agevlm.data.rows import MASK_FEATURES, open_image
+from agevlm.data.rows import MASK_FEATURES
+from agevlm.images import open_image
 
 
 def rows_of(ids) -> Dataset:

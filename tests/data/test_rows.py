@@ -1,12 +1,11 @@
-"""Rows: every way to break one is refused with its id, field and fix; pictures are decoded completely and safely."""
+"""Rows: every way to break one is refused with its id, field and fix; paths stay inside."""
 
 import io
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from agevlm.data.rows import open_image, resolve_inside, validate_row
+from agevlm.data.rows import resolve_inside, validate_row
 
 
 def jpeg(size=(40, 30)) -> bytes:
@@ -82,35 +81,6 @@ def test_broken_rows_are_refused(case):
     assert message in text
     assert text.startswith("row 17 of train.parquet")
     assert case == "no id" or "'a-1'" in text
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_every_mode_becomes_rgb(mode):
-    assert open_image(Image.new(mode, (4, 3)), "x").mode == "RGB"
-
-
-def test_transparent_becomes_white_and_16_bit_keeps_its_shades():
-    assert open_image(Image.new("RGBA", (1, 1), (200, 0, 0, 0)), "x").getpixel((0, 0)) == (255, 255, 255)
-    grey = Image.fromarray(np.array([[0, 256 * 128, 65535]], np.uint16))
-    assert [pixel[0] for pixel in np.asarray(open_image(grey, "x"))[0]] == [0, 128, 255]
-
-
-def test_rotation_tag_is_applied():
-    buffer, picture = io.BytesIO(), Image.new("RGB", (40, 30))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(buffer, "JPEG", exif=exif)
-    assert open_image(buffer.getvalue(), "x").size == (30, 40)
-
-
-def test_oversized_picture_is_refused_before_decoding():
-    with pytest.raises(ValueError, match="limit of 100"):
-        open_image(jpeg(), "row 3", max_pixels=100)
-
-
-def test_masks_are_not_dithered():
-    grey = Image.new("L", (8, 8), 120)
-    assert open_image(grey, "x", mode="1").getbbox() is None
 
 
 def test_paths_cannot_leave_their_root(tmp_path):

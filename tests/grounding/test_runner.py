@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import ROW_FEATURES, open_image
+from agevlm.data.rows import ROW_FEATURES
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.journal import Journal, Journals, read
@@ -24,6 +24,7 @@ from agevlm.grounding.masks import draw_boxes, iou, mask_box, to_png
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 from agevlm.grounding.regions import Region
 from agevlm.grounding.runner import ground
+from agevlm.images import open_image
 from agevlm.processing import AgeVlmImageProcessorPil
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.store import write_json
 

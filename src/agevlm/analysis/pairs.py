@@ -11,7 +11,8 @@ from datasets import List as ListFeature
 from PIL import Image
 from tqdm import tqdm
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image, resolve_inside
+from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside
+from agevlm.images import open_image
 
 
 CAPTIONS = "captions/train.parquet"  # of a folder of scenes

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+
+from agevlm.images import open_image
 
 from agevlm.store import write_json, write_text
 
@@ -153,8 +154,7 @@ def _inline(example: Example) -> dict[str, Any]:
 
 def data_uri(path: str | Path, side: int = PICTURE_SIDE) -> str:
     """The picture as a WebP data URI of at most `side` pixels a side."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = open_image(path, str(path))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)

@@ -36,7 +36,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from agevlm.conversion.fast_vlm import fast_vlm_config
 from agevlm.conversion.prompt import LlavaImageProcessor
-from agevlm.data.rows import IMAGE_PLACEHOLDER, open_image, validate_row
+from agevlm.data.rows import IMAGE_PLACEHOLDER, validate_row
+from agevlm.images import open_image
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 

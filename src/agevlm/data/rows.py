@@ -1,29 +1,23 @@
-"""The row every data set of the project has, its validation, and guarded opening of pictures.
+"""The row every data set of the project has, and its validation.
 
 A row is {id, images, messages, guidance}: `messages` hold plain strings in which the literal `<|image|>` marks each
 picture's place; `guidance` (or null) says which text (`query`, inside message `message_index`) should look at which
 part (`mask`) of the first picture.
 """
 
-import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import Image
+
+from agevlm.images import open_image
 
 
 IMAGE_PLACEHOLDER = "<|image|>"
 ROLES = ("system", "user", "assistant")
-MAX_PIXELS = 64_000_000
-# Pillow reads more, among it PostScript, for which it starts a program.
-Image.init()
-FORMATS: list[str] = [
-    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
-]
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 GUIDANCE = {
@@ -44,60 +38,6 @@ def resolve_inside(root: str | Path, path: str | Path) -> Path:
     if not full.is_relative_to(base):
         raise ValueError(f"path {str(path)!r} leaves its folder {base}; use a path inside it")
     return full
-
-
-def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a picture completely and converts it to `mode`.
-
-    `image`: a PIL picture, a path, bytes, or the {"bytes", "path"} of an undecoded `datasets.Image`. Transparent
-    pixels become white, rotation tags are applied. Raises ValueError starting with `where` for a broken, truncated,
-    empty or oversized picture and for anything else that is no picture.
-    """
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    fix = "replace the picture or drop the row"
-    opened: Image.Image
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
-            if isinstance(image, (bytes, bytearray, memoryview)):
-                opened = Image.open(io.BytesIO(image), formats=FORMATS)
-            elif isinstance(image, (str, Path)):
-                opened = Image.open(image, formats=FORMATS)
-            elif isinstance(image, Image.Image):
-                opened = image
-            else:
-                raise ValueError(f"{where}: expected a picture, got {type(image).__name__}; {fix}")
-            _check_size(opened, where, max_pixels)
-            opened.load()
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: the picture cannot be decoded ({error}); {fix}") from error
-    if opened is image:
-        opened = ImageOps.exif_transpose(opened)  # a copy: the caller's picture stays as it is
-    else:
-        ImageOps.exif_transpose(opened, in_place=True)
-    return _convert(opened, mode)
-
-
-def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{where}: {width} x {height} pixels exceed the limit of {max_pixels}; shrink the picture")
-    if width == 0 or height == 0:
-        raise ValueError(f"{where}: the picture is empty ({width} x {height}); drop the row")
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
-        return image
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip everything above 255
-        image = image.point(lambda value: value / 256).convert("L")
-    if mode == "1":
-        return image.convert("L").point(lambda value: 255 * (value >= 128), "1")  # `convert` alone would dither
-    if mode == "RGB" and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
-    return image.convert(mode)
 
 
 def validate_row(row: Mapping[str, Any], where: str = "row") -> None:

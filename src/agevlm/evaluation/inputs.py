@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 from .benchmark import Row
 

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 from .masks import mask_box
 from .regions import NO_REGION, Backend, Grounding, Region

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from tqdm import tqdm
 
-from agevlm.data.rows import MASK_FEATURES, open_image
+from agevlm.data.rows import MASK_FEATURES
+from agevlm.images import open_image
 
 from .masks import from_segmentation, mask_box, to_png, to_rle
 from .output import write_text

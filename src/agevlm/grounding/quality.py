@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 from .masks import boundary_f, iou
 from .output import SUMMARY, read_masks

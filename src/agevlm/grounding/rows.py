@@ -5,7 +5,6 @@ the project's (`data/rows.py`: id, images, messages); the first picture of a row
 """
 
 import heapq
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset, load_from_disk
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.rows import open_image
+from agevlm.images import open_header, open_image
 
 from .queries import Query, make_query
 from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY
@@ -131,17 +130,7 @@ class Items(TorchDataset):
             item.outcome = NO_QUERY
             return item
         try:
-            item.image = open_image(row["images"][0], f"row {item.id!r}") if self.decode else _header(row["images"][0])
-        except (ValueError, OSError) as error:
+            item.image = (open_image if self.decode else open_header)(row["images"][0], f"row {item.id!r}")
+        except ValueError as error:
             item.outcome, item.detail = BAD_PICTURE, str(error)
         return item
-
-
-def _header(image: Any) -> Image.Image:
-    """A picture opened, not decoded: its size is known. Turned pictures have to be decoded."""
-    source = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    try:
-        opened = Image.open(source)
-    except (UnidentifiedImageError, TypeError, AttributeError) as error:
-        raise ValueError(f"the picture cannot be opened ({error}); replace it or drop the row") from error
-    return open_image(image, "picture") if opened.getexif().get(0x0112, 1) != 1 else opened

@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.rows import open_image
 from agevlm.data.scenes.contact_sheet import outline
+from agevlm.images import open_image
 
 from .output import SPLITS, SUMMARY, read_masks, write_text
 from .rows import Undecoded

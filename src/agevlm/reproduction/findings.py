@@ -8,7 +8,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -21,6 +20,7 @@ from agevlm.analysis.results import Claim, Example, Section, Variant
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
+from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.reproduction.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.reproduction.matrix import MAIN, Row, matrix
@@ -176,7 +176,7 @@ def write_findings(
         made[-1]["images"].append(str(output / "looking.png"))
     firsts = [next(iter(found[name].values())) for name in (TWIN, GUIDED) if name in found]
     drawn = [run["measured"] / "similarity" / "histogram.png" for run in firsts]
-    histograms = [("", Image.open(path)) for path in drawn if path.is_file()]  # each has its title
+    histograms = [("", open_image(path, str(path))) for path in drawn if path.is_file()]  # each has its title
     if histograms:
         save_image(panels([histograms], side=560), output / "similarity.png")
         made[1]["images"].append(str(output / "similarity.png"))
@@ -280,11 +280,11 @@ def attention_section(examples: Sequence[Example], path: Path) -> Section:
     rows = []
     for example in examples:
         lines.append([example["question"], example["answer"], *(panel["answer"] for panel in example["panels"])])
-        row = [(f"{example['question']} ({example['answer']})", Image.open(example["image"]))]
+        row = [(f"{example['question']} ({example['answer']})", open_image(example["image"], str(example["image"])))]
         for panel in example["panels"]:
             mass = panel["in_mask_mass"]
             inside = "" if mass is None else f": {100 * mass:.0f} %"
-            row.append((f"{panel['title']}{inside}", Image.open(panel["overlay"])))
+            row.append((f"{panel['title']}{inside}", open_image(panel["overlay"], str(panel["overlay"]))))
         rows.append(row)
     save_image(panels(rows, side=300), path)
     note = (

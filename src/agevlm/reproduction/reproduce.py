@@ -37,11 +37,11 @@ from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import write_similarity
 from agevlm.analysis.subjects import Subject
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import open_image
 from agevlm.data.scenes.build import load_benchmark, load_rows
 from agevlm.evaluation import pope
 from agevlm.evaluation.digests import stored_fingerprint
 from agevlm.evaluation.run import RESULT, evaluate_scenes
+from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.reproduction.findings import write_findings
 from agevlm.reproduction.matrix import Row, Run, chain, choose_rows, matrix, unique

@@ -125,7 +125,7 @@ def open_data_urls(images: Any) -> Any:
     """
     from PIL import Image
 
-    from agevlm.data.rows import open_image
+    from agevlm.images import open_image
 
     if isinstance(images, (list, tuple)):
         return [open_data_urls(image) for image in images]

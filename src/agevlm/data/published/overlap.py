@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from agevlm.data.duplicates import hash64
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 
 SIMILAR_BITS = 8  # of 128 that may differ

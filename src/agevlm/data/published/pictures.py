@@ -29,7 +29,8 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
-from agevlm.data.rows import open_image, resolve_inside
+from agevlm.data.rows import resolve_inside
+from agevlm.images import open_image, open_stored
 
 from .records import BadRow
 
@@ -306,7 +307,7 @@ def decode_picture(data: bytes, path: str) -> tuple[Image.Image, list[tuple[str,
 
 def _remarks(data: bytes, path: str) -> list[tuple[str, str]]:
     notes: list[tuple[str, str]] = []
-    with Image.open(io.BytesIO(data)) as file:
+    with open_stored(data, path) as file:
         width, height = file.size
         if getattr(file, "is_animated", False) and file.format != "MPO":  # which holds a second view
             notes.append(("image_animated", path))

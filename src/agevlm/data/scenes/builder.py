@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 from .compose import Picture, compose, crop_background, draw_background, encode_image, encode_mask
 from .conversations import Message, caption_messages, question_messages, sample_caption

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from agevlm.data.rows import open_image
+from agevlm.images import open_image
 
 
 _OUTLINE = (255, 0, 200)

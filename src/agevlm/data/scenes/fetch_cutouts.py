@@ -20,7 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from agevlm.data.rows import open_image, resolve_inside
+from agevlm.data.rows import resolve_inside
+from agevlm.images import open_image
 
 from .cutout_names import clean_name, emoji_category, synonym_group, tux_category, tux_name
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFont
 
-from agevlm.data.rows import open_image, resolve_inside
+from agevlm.data.rows import resolve_inside
+from agevlm.images import open_image
 
 
 COLOURS = {

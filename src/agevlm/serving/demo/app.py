@@ -24,7 +24,8 @@ from PIL import Image
 from agevlm.analysis.attention import Attended
 from agevlm.analysis.options import at_least
 from agevlm.analysis.subjects import Subject, unique_names
-from agevlm.data.rows import MAX_PIXELS, open_image, resolve_inside
+from agevlm.data.rows import resolve_inside
+from agevlm.images import MAX_PIXELS, open_image
 from agevlm.models import load
 
 from .answering import MAX_QUESTION, Answerer, ask

@@ -1,0 +1,253 @@
+"""Pictures and masks: the one place that opens and converts them, outside of the processor that travels."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+MAX_PIXELS = 64_000_000
+# Pillow reads more, among it PostScript, for which it starts a program. The travelling processor has the same list.
+Image.init()
+FORMATS: list[str] = [
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
+FIX = "replace the picture or drop the row"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _BITS, _SAMPLES = 0x0112, 258, 339  # tags of EXIF and TIFF
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for the orientation
+_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_CLASSES = 32  # values below this beside 255 are taken for class numbers and their border, not for soft edges
+
+
+def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture completely and converts it.
+
+    Transparent pixels become white, the EXIF rotation is applied, grey of more than 8 bits is scaled from the range of
+    its file. With `mode="1"` the picture is a mask: [`read_mask`].
+
+    Args:
+        image: a PIL picture, a path, bytes, or the {"bytes", "path"} of an undecoded `datasets.Image`.
+        where: begins every message.
+        mode: `RGB`, `RGBA` (transparency stays) or `1`.
+
+    Raises:
+        ValueError: a broken, truncated, empty or oversized picture, anything else that is no picture, or a mask whose
+            values do not tell the object from the rest.
+    """
+    stored = open_stored(image, where, max_pixels, decode=True)
+    with _decoding(where):
+        upright, white = _upright(stored), _white(stored)
+    if mode == "1":
+        found = read_mask(upright, where, white)
+    elif upright.mode == mode and "transparency" not in upright.info:
+        found = upright
+    else:
+        found = _convert(upright, mode, white, where)
+    return found.copy() if found is image else found
+
+
+def open_header(image: Any, where: str) -> Image.Image:
+    """The picture with its upright size; its pixels are decoded only where it must be turned. Raises ValueError as
+    `open_image` does."""
+    stored = open_stored(image, where)
+    return stored if _turn(stored) is None else open_image(image, where)
+
+
+def open_stored(image: Any, where: str, max_pixels: int = MAX_PIXELS, decode: bool = False) -> Image.Image:
+    """The picture in the mode of its file, not turned. Raises ValueError as `open_image` does."""
+    source = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
+    if isinstance(source, Image.Image):
+        return _checked(source, where, max_pixels, decode)
+    if not isinstance(source, (bytes, bytearray, memoryview, str, Path)):
+        raise ValueError(f"{where}: expected a picture, got {type(source).__name__}; {FIX}")
+    try:
+        with _decoding(where):
+            opened = Image.open(_file(source), formats=FORMATS)
+        return _checked(opened, where, max_pixels, decode)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ValueError):  # which Pillow raises for large profiles and texts of a PNG
+            raise
+    with _decoding(where):
+        data = Path(source).read_bytes() if isinstance(source, (str, Path)) else bytes(source)
+        opened = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
+    return _checked(opened, where, max_pixels, decode)
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Turns whatever Pillow and its plugins raise into a ValueError that names the place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our limit of pixels is stricter; damaged metadata does not matter
+            yield
+    except Exception as error:
+        raise ValueError(f"{where}: the picture cannot be decoded ({error}); {FIX}") from error
+
+
+def _file(source: Any) -> Any:
+    if not isinstance(source, (str, Path)):
+        return io.BytesIO(source)
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise OSError(f"{source} is not a regular file")
+    return source
+
+
+def _checked(image: Image.Image, where: str, max_pixels: int, decode: bool) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{where}: {width} x {height} pixels exceed the limit of {max_pixels}; shrink the picture")
+    if width == 0 or height == 0:
+        raise ValueError(f"{where}: the picture is empty ({width} x {height}); drop the row")
+    if decode:
+        with _decoding(where):
+            image.load()
+    return image
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its color profile and texts. Raises ValueError for anything else."""
+    if not data.startswith(b"\x89PNG"):
+        raise ValueError("a part of the file cannot be read")
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright. Metadata that cannot be read ask for nothing."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises nearly anything here
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned, without the metadata that would turn it again. The given one stays as it is."""
+    turn = _turn(image)
+    turned = image if turn is None else image.transpose(turn)
+    if any(name in turned.info for name in _METADATA):
+        turned = turned.copy() if turned is image else turned
+        for name in _METADATA:
+            turned.info.pop(name, None)
+    return turned
+
+
+def _white(image: Image.Image) -> int:
+    """The largest value that a grey picture of more than 8 bits may hold; 0 where its file does not tell."""
+    tags = getattr(image, "tag_v2", {})
+    bits, kind = (tags.get(tag, (default,))[0] for tag, default in ((_BITS, 16), (_SAMPLES, 1)))
+    return 2 ** (bits - (kind == 2)) - 1 if bits <= 16 else 0
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _to_8_bits(image: Image.Image, white: int, where: str) -> Image.Image:
+    """Grey of any depth as `L`, or `LA` where one value is transparent.
+
+    Raises:
+        ValueError: values outside of the range: 0 to `white`; in floating point 0 to 1, or 0 to 255.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    floating = image.mode == "F"
+    white = (1 if high <= 1 else 255) if floating else white
+    if not 0 <= low <= high <= white:  # refuses NaN too
+        expected = f"0 to {white}" if white else "8 or 16 bits"
+        raise ValueError(f"{where}: a grey picture with values from {low} to {high}, expected {expected}; scale it")
+    levels = (values * (255 / white)).round() if floating else values.astype(np.int64) * 256 // (white + 1)
+    grey = Image.fromarray(levels.astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    visible = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(visible)))
+
+
+def _convert(image: Image.Image, mode: str, white: int, where: str) -> Image.Image:
+    if _is_deep(image):
+        image = _to_8_bits(image, white, where)
+    with _decoding(where):
+        if mode == "RGB" and _has_alpha(image):
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+        return image.convert(mode)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in _ALPHA or "transparency" in image.info
+
+
+def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image:
+    """A mask of mode `1`, without dithering.
+
+    Alpha decides where it is not opaque everywhere; else the brightness. Two values are background and object (the
+    larger one); 0 alone is an empty mask and white alone a full one; soft edges between dark and bright are cut at one
+    half.
+
+    Args:
+        white: largest value of a grey mask of more than 8 bits.
+
+    Raises:
+        ValueError: any other values, such as class numbers.
+    """
+    if _has_alpha(image):
+        with _decoding(where):
+            alpha = (_to_8_bits(image, white, where) if _is_deep(image) else image.convert("RGBA")).getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return _two_levels(np.asarray(alpha), 255, where)
+    if image.mode == "1":
+        return image
+    if _is_deep(image):
+        values = np.asarray(image)
+        return _two_levels(values, (1 if values.max() <= 1 else 255) if image.mode == "F" else white, where)
+    with _decoding(where):
+        grey = np.asarray(image.convert("L"))
+        one_color = image.getcolors(1) is not None
+    if grey.min() == grey.max() and not one_color:
+        if image.mode != "P":
+            raise ValueError(f"{where}: the mask has colors of one brightness; store the object as 255, the rest as 0")
+        grey = np.asarray(image)  # the palette does not tell the indices apart
+    return _two_levels(grey, 255, where)
+
+
+def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:
+    if values.dtype == np.uint8:
+        seen = np.zeros(256, dtype=bool)
+        seen[values] = True
+        found = np.flatnonzero(seen)
+    else:
+        found = np.unique(values)
+    low, high = float(found[0]), float(found[-1])
+    if len(found) == 1 and low in (0, white):
+        chosen = values > 0
+    elif len(found) == 2 and np.isfinite(high - low):
+        chosen = values == high
+    elif 0 <= low * 2 <= white < high * 2 <= 2 * white and not (high == white and found[-2] < _CLASSES):
+        chosen = values.astype(np.float64) * 2 > white
+    else:
+        listed = ", ".join(f"{value:g}" for value in found[:8]) + (", ..." if len(found) > 8 else "")
+        raise ValueError(
+            f"{where}: the mask holds the values {listed}, which do not tell the object from the rest; store the "
+            "object as 255 and the rest as 0"
+        )
+    return Image.fromarray(chosen)
