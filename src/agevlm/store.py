@@ -214,6 +214,7 @@ def _lock(descriptor: int, path: Path) -> None:
 def digest(content: bytes | str | Iterable[Any], size: int = 16) -> str:
     """blake2b, `size` bytes as hexadecimal digits, of text, bytes, or pieces of them one after the other."""
     result = hashlib.blake2b(digest_size=size)
-    for piece in (content,) if isinstance(content, (str, bytes)) else content:
+    pieces: Iterable[Any] = (content,) if isinstance(content, (str, bytes)) else content
+    for piece in pieces:
         result.update(piece.encode() if isinstance(piece, str) else piece)
     return result.hexdigest()

@@ -14,7 +14,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from agevlm.images import open_image
-
 from agevlm.store import write_json, write_text
 
 from .charts import Line, Point, line_chart
