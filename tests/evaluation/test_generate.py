@@ -127,7 +127,7 @@ def test_strict_stops_at_a_broken_picture(model, processor, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"identity": {"model": "other"}}, "'tiny' there, 'other' now"),
+        ({"identity": {"model": "other"}}, "'tiny' there, 'other' asked"),
         ({"max_new_tokens": 5}, "max_new_tokens: 4 there"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_run_without_its_metrics_goes_on_to_the_same_metrics(evaluated, scenes
 def test_a_folder_of_another_run_is_refused(evaluated, scenes, change):
     if "model" in change:
         change = {"model": tiny_model(seed=1)}
-    with pytest.raises(ValueError, match=r"metrics\.json belongs to another"):
+    with pytest.raises(ValueError, match=r"holds another run"):
         evaluate(scenes, evaluated[1], **change)
 
 

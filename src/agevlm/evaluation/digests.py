@@ -1,22 +1,25 @@
 """Digests that tell models and settings apart."""
 
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 
 from agevlm.hub_cards import weights_fingerprint
+from agevlm.store import digest
 
 
 def weights_digest(model: torch.nn.Module) -> str:
     """A digest of up to 64 evenly spaced values of every parameter: tells checkpoints apart in milliseconds."""
-    result = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // 64)].float().cpu().contiguous()
-        result.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return result.hexdigest()
+
+    def pieces() -> Iterator[str | bytes]:
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().reshape(-1)
+            yield f"{name} {tuple(parameter.shape)}"
+            yield values[:: max(1, values.numel() // 64)].float().cpu().numpy().tobytes()
+
+    return digest(pieces())
 
 
 def stored_fingerprint(name: str, revision: str = "main", adapter: str | None = None) -> str | None:
@@ -26,9 +29,3 @@ def stored_fingerprint(name: str, revision: str = "main", adapter: str | None = 
     if not Path(place).is_dir():
         place = snapshot_download(place, revision=revision, allow_patterns="*.safetensors", local_files_only=True)
     return weights_fingerprint(place)
-
-
-def digest(content: bytes | str) -> str:
-    """A short digest of bytes or text."""
-    data = content.encode() if isinstance(content, str) else content
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

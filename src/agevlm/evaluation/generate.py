@@ -7,8 +7,6 @@ processes; skipped rows are tried again. The file must hold answers to the same 
 says of which model and settings.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from agevlm.models import encode, render
+from agevlm.store import Journal, claim, read_lines, write_lines
 
 from .benchmark import Benchmark, Row, verdict
 from .inputs import RowError, each_picture_once, picture_key, row_image
@@ -27,24 +26,6 @@ from .processes import gather, my_share, rank, wait
 PREDICTIONS = "predictions.jsonl"
 RUN = "run.json"
 Prediction = dict[str, Any]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` under a temporary name and renames it: the file is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """Writes JSON lines, likewise."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text`, likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def generate_predictions(
@@ -88,13 +69,11 @@ def generate_predictions(
     own = folder / (PREDICTIONS if rank() == 0 else f"predictions.{rank()}.jsonl")
     new: list[Prediction] = []
     bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or rank() > 0)
-    with bar, own.open("a", encoding="utf-8") as file:
+    with bar, Journal(own) as journal:
         for start in range(0, len(pending), batch_size):
             chosen = rows.select(pending[start : start + batch_size])
             lines = _answer(model, processor, benchmark, chosen, limit, strict)
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+            journal.append(lines)
             new += lines
             bar.update(len(lines))
     done.update((line["id"], line) for line in gather(new))
@@ -167,20 +146,9 @@ def answer_batch(
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Records what the answers in `folder` depend on, or compares it with what was recorded."""
-    path, identity = folder / RUN, json.loads(json.dumps(identity))
-    if not path.is_file():
-        if (folder / PREDICTIONS).exists():
-            raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
-        write_json(path, identity)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name}: {found.get(name)!r} there, {identity.get(name)!r} now"
-        for name in sorted({*found, *identity})
-        if found.get(name) != identity.get(name)
-    ]
-    if changed:
-        raise ValueError(f"{folder} holds another run ({'; '.join(changed)}); choose another folder or delete it")
+    if (folder / PREDICTIONS).exists() and not (folder / RUN).is_file():
+        raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
+    claim(folder / RUN, identity)
 
 
 def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Prediction]:
@@ -193,13 +161,11 @@ def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Predictio
     for path in (folder / PREDICTIONS, *_parts(folder)):
         if not path.exists():
             continue
-        whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
-        for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+        for number, prediction in enumerate(read_lines(path), start=1):
             try:
-                prediction = json.loads(line)
                 row_id, prompt, outcome = prediction["id"], prediction["prompt"], prediction["verdict"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number} is damaged: {line[:80]!r}; delete the file") from error
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number} is damaged: {prediction!r:.80}; delete the file") from error
             if prompts.get(row_id) != prompt:
                 raise ValueError(
                     f"{path}, line {number} answers {prompt!r} (id {row_id!r}), which is not asked here; choose "

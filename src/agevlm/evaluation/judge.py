@@ -10,9 +10,6 @@ judged once. Deviation: the paper names its judge "Qwen-L" and neither version n
 Qwen2.5-7B-Instruct with the prompts below.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agevlm.models import TOKENIZER, load_weights, reading
+from agevlm.store import Journal, digest, read_lines
 
 from .benchmark import RIGHT, WRONG, Answers, Benchmark, Metrics, Row
 from .digests import weights_digest
@@ -94,22 +92,18 @@ class Judge:
         self.digest = weights_digest(self.model)
         self.replies = {}
         for path in sorted(self.cache.glob("replies.*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                if line.endswith("\n"):  # a cut-off last line is asked again
-                    entry = json.loads(line)
-                    self.replies[entry["key"]] = entry["reply"]
+            self.replies |= {entry["key"]: entry["reply"] for entry in read_lines(path)}
 
     def key(self, prompt: str) -> str:
-        return hashlib.blake2b(f"{self.digest}\n{prompt}".encode(), digest_size=16).hexdigest()
+        return digest(f"{self.digest}\n{prompt}")
 
     def ask(self, prompts: Sequence[str], progress: bool = True) -> list[str]:
         """Replies in the order of `prompts`; those on disk are not asked again, the others shared among processes."""
         new = my_share([prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.replies])
-        self.cache.mkdir(parents=True, exist_ok=True)
         found = []
         with (
             tqdm(total=len(new), desc="judge", unit="row", disable=not progress or rank() > 0) as bar,
-            (self.cache / f"replies.{rank()}.jsonl").open("a", encoding="utf-8") as file,
+            Journal(self.cache / f"replies.{rank()}.jsonl") as journal,
         ):
             for start in range(0, len(new), self.batch_size):
                 batch = new[start : start + self.batch_size]
@@ -117,9 +111,7 @@ class Judge:
                     {"key": self.key(prompt), "reply": reply}
                     for prompt, reply in zip(batch, self._generate(batch), strict=True)
                 ]
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-                file.flush()
-                os.fsync(file.fileno())
+                journal.append(entries)
                 found += entries
                 bar.update(len(batch))
         self.replies.update((entry["key"], entry["reply"]) for entry in gather(found))

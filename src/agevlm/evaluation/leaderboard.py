@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agevlm.store import write_text
+
 from .benchmark import Column, Metrics
-from .generate import write_text
 from .run import BENCHMARKS
 from .tables import benchmark_lines, grounding_lines, lookup, markdown_table
 

@@ -23,11 +23,12 @@ from rich.console import Console
 
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.models import load
+from agevlm.store import check_same, digest, read_json, write_json, write_lines, write_text
 
 from . import cvbench, hallusionbench, ocrbench, pope, realworldqa
 from .benchmark import PROTOCOLS, Benchmark, Metrics, units_of
-from .digests import digest, stored_fingerprint, weights_digest
-from .generate import generate_predictions, write_json, write_lines, write_text
+from .digests import stored_fingerprint, weights_digest
+from .generate import generate_predictions
 from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
 from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
@@ -301,10 +302,9 @@ def rows_digest(rows: Dataset) -> str:
 def _read_finished(path: Path, identity: dict) -> Metrics | None:
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("identity") == json.loads(json.dumps(identity)):
-        return found
-    raise ValueError(f"{path} belongs to another model, data or setting; choose another folder or delete it")
+    found = read_json(path)
+    check_same(path.parent, found.get("identity", {}), identity)
+    return found
 
 
 def compare_folders(
