@@ -36,10 +36,10 @@ from agevlm.data.rows import MASK_FEATURES
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.grounding.corrupt import corrupt
 from agevlm.grounding.masks import to_png
-from agevlm.grounding.output import write_text
 from agevlm.grounding.quality import METRICS, compare
 from agevlm.images import open_image
 from agevlm.models import load, load_processor
+from agevlm.store import write_json, write_text
 from agevlm.training.stages import stage3_ground, stage4_instruct
 from agevlm.training.stages.base import run_stage
 
@@ -181,7 +181,7 @@ def main() -> None:
             result = run_configuration(
                 options.quickstart, options.out, corruption, fraction, seed, options.rows, options.stage4
             )
-            write_text(path, json.dumps(result, indent=2) + "\n")
+            write_json(path, result)
             print(f"{number} of {len(wanted)}: {path.stem}, mass {result['mass']:.3f}, presence "
                   f"{result['presence']:.3f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
         found = [json.loads(file.read_text()) for file in sorted((options.out / "results").glob("*.json"))]

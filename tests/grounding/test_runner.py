@@ -19,7 +19,7 @@ from agevlm.data.masks import join_masks
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters
-from agevlm.grounding.journal import Journal, Journals, read
+from agevlm.grounding.journal import BatchJournal, Journals, read
 from agevlm.grounding.masks import draw_boxes, iou, mask_box, to_png
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 from agevlm.grounding.regions import Region
@@ -280,7 +280,7 @@ def _records(count, start=0):
 
 def test_a_torn_journal_is_read_up_to_the_tear_and_goes_on(tmp_path):
     path = tmp_path / "00000.arrows"
-    journal = Journal(path, SCHEMA)
+    journal = BatchJournal(path, SCHEMA)
     ends = [path.stat().st_size]
     for start in range(0, 12, 3):
         journal.append(_records(3, start))
@@ -294,7 +294,7 @@ def test_a_torn_journal_is_read_up_to_the_tear_and_goes_on(tmp_path):
             # Zeros in place of zeros are no tear: messages are padded with them.
             complete = max(0, sum(torn_file[:end] == whole[:end] for end in ends) - 1)
             assert sum(batch.num_rows for batch in read(path, SCHEMA)[0]) == 3 * complete
-            torn = Journal(path, SCHEMA)
+            torn = BatchJournal(path, SCHEMA)
             torn.append(_records(2, 100))
             torn.close()
             ids = pa.Table.from_batches(read(path, SCHEMA)[0]).column("id").to_pylist()
@@ -302,11 +302,11 @@ def test_a_torn_journal_is_read_up_to_the_tear_and_goes_on(tmp_path):
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
-    journal = Journal(tmp_path / "00000.arrows", SCHEMA)
+    journal = BatchJournal(tmp_path / "00000.arrows", SCHEMA)
     with pytest.raises(ValueError, match="another run is writing"):
-        Journal(tmp_path / "00000.arrows", SCHEMA)
+        BatchJournal(tmp_path / "00000.arrows", SCHEMA)
     journal.close()
-    Journal(tmp_path / "00000.arrows", SCHEMA).close()
+    BatchJournal(tmp_path / "00000.arrows", SCHEMA).close()
 
 
 @settings(max_examples=20, deadline=None)
@@ -314,7 +314,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
 def test_journals_of_any_number_of_processes_come_out_in_order(tmp_path_factory, order, cuts, size):
     folder = tmp_path_factory.mktemp("journals")
     for number, part in enumerate(np.split(np.array(order), sorted(cuts))):
-        journal = Journal(folder / f"{number:05d}.arrows", SCHEMA)
+        journal = BatchJournal(folder / f"{number:05d}.arrows", SCHEMA)
         for start in range(0, len(part), 4):
             journal.append([{**dict.fromkeys(SCHEMA.names), "index": int(i)} for i in part[start : start + 4]])
         journal.close()

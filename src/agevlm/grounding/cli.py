@@ -159,8 +159,8 @@ def _quality(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)
 
-    from agevlm.grounding.output import write_text
     from agevlm.grounding.quality import load_masks, measure_quality
+    from agevlm.store import write_text
 
     result = measure_quality(load_masks(options.masks), load_masks(options.against), _grid(options.processor))
     text = json.dumps(result, indent=2)

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from agevlm.data.rows import MASK_FEATURES
 from agevlm.images import open_image
+from agevlm.store import replacing, write_json
 
 from .masks import from_segmentation, mask_box, to_png, to_rle
-from .output import write_text
 from .rows import Undecoded
 
 
@@ -46,7 +46,7 @@ def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
             }
         )
     categories = [{"id": 1, "name": "region"}]
-    write_text(path, json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_json(path, {"images": images, "annotations": annotations, "categories": categories}, indent=None)
     return len(annotations)
 
 
@@ -65,15 +65,13 @@ def read_coco(path: Path, out: Path) -> int:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no COCO file: {error!r}; it needs `images` and `annotations`") from error
     schema = MASK_FEATURES.arrow_schema
-    temporary = out.with_name(f".{out.name}.part")
     written = 0
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with replacing(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for image in tqdm(images, desc="import", unit="picture"):
             annotations = grouped.get(image["id"])
             if annotations:
                 writer.write_table(pa.Table.from_pylist([_row(image, annotations, path)], schema=schema))
                 written += 1
-    temporary.rename(out)
     return written
 
 

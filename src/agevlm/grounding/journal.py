@@ -4,13 +4,14 @@ A process that is killed loses the batch in flight. What a torn write left at th
 the run goes on; journals of other processes, of this run or an earlier one with more of them, are only read.
 """
 
-import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from agevlm.store import Journal
 
 
 def read(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], int]:
@@ -39,37 +40,22 @@ def read(path: Path, schema: pa.Schema) -> tuple[list[pa.RecordBatch], int]:
             good = file.tell()
 
 
-class Journal:
-    """Appends batches of one process. One writer at a time.
+class BatchJournal(Journal):
+    """The store's journal, of Arrow batches.
 
     Raises:
-        ValueError: another run writes to it right now.
+        ValueError: see `store.Journal` and `read`.
     """
 
     def __init__(self, path: Path, schema: pa.Schema):
+        super().__init__(path, whole=lambda path: read(path, schema)[1])
         self.schema = schema
-        self.file: BinaryIO = path.open("ab+", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise ValueError(f"another run is writing to {path.parent.parent}; wait for it or stop it") from error
-        _, good = read(path, schema)
-        self.file.truncate(good)
-        if good == 0:
-            self._write(schema.serialize())
+        if path.stat().st_size == 0:
+            self.write(memoryview(schema.serialize()))
 
-    def append(self, rows: list[dict]) -> None:
-        """One batch of rows, out of this process when this returns."""
-        self._write(pa.RecordBatch.from_pylist(rows, schema=self.schema).serialize())
-
-    def _write(self, buffer: pa.Buffer) -> None:
-        view = memoryview(buffer)
-        while view:  # unbuffered files may write a part
-            view = view[self.file.write(view) :]
-
-    def close(self) -> None:
-        self.file.close()
+    def append(self, rows: Iterable[Any]) -> None:
+        """One batch of rows."""
+        self.write(memoryview(pa.RecordBatch.from_pylist(list(rows), schema=self.schema).serialize()))
 
 
 class Journals:

@@ -4,10 +4,9 @@
 score) and what a person wants to know of a mask. Rejected rows have the reason, and their mask where there was one.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
 from agevlm.data.rows import MASK_FEATURES
+from agevlm.store import replacing, write_json, write_text
 
 from .filters import KEPT, NOT_NEEDED, Filters
 from .journal import Journals
@@ -60,13 +60,6 @@ SPLITS = ("kept", "rejected")
 SUMMARY = "summary.json"
 
 
-def write_text(path: Path, text: str) -> None:
-    """A whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
-
-
 def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
     """Writes the folder out of the journals of a finished run; the summary comes last and marks it as complete."""
     (out / SUMMARY).unlink(missing_ok=True)
@@ -81,9 +74,9 @@ def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], fil
     (out / "data").mkdir(exist_ok=True)
     schema = OUTPUT_FEATURES.arrow_schema
     files = {split: out / "data" / f"{split}.parquet" for split in SPLITS}
-    temporary = {split: path.with_name(f".{path.name}.{os.getpid()}") for split, path in files.items()}
-    writers = {split: pq.ParquetWriter(path, schema) for split, path in temporary.items()}
-    try:
+    with ExitStack() as stack:
+        parts = {split: stack.enter_context(replacing(path)) for split, path in files.items()}
+        writers = {split: stack.enter_context(pq.ParquetWriter(path, schema)) for split, path in parts.items()}
         for table in journals.tables():
             found = [by_index[index] for index in table.column("index").to_pylist()]
             full = _with_columns(table, {**constant, "status": found}, schema)
@@ -91,14 +84,9 @@ def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], fil
             for split, chosen in (("kept", kept), ("rejected", ~kept)):
                 if chosen.any():
                     writers[split].write_table(full.filter(pa.array(chosen)))
-    finally:
-        for writer in writers.values():
-            writer.close()
-    for split, path in files.items():
-        temporary[split].rename(path)
     summary = _summary(journals, statuses, manifest, filters)
     write_text(out / "README.md", card(summary))
-    write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(out / SUMMARY, summary)
     return summary
 
 

@@ -4,8 +4,6 @@ Every process takes its share of the rows that no journal has yet, so that a run
 also with another number of processes. The main process writes the output when all are through.
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,10 +16,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from agevlm.store import check_same, digest, read_json, write_json
+
 from .filters import Filters
-from .journal import Journal, Journals
+from .journal import BatchJournal, Journals
 from .masks import to_png
-from .output import JOURNAL_FEATURES, SUMMARY, write_output, write_text
+from .output import JOURNAL_FEATURES, SUMMARY, write_output
 from .queries import QUERY_SOURCES
 from .regions import BAD_PICTURE, BAD_ROW, ERROR, GROUNDED, NO_QUERY, TEXT_TOO_LONG, Backend, Grounding, Region
 from .rows import Item, Items, choose_rows
@@ -81,7 +81,7 @@ def ground(
         "format": 1,
         "dataset": dataset_name,
         "rows": len(ids),
-        "ids": hashlib.blake2b("\n".join(map(str, ids)).encode(), digest_size=8).hexdigest(),
+        "ids": digest("\n".join(map(str, ids)), size=8),
         "backend": backend_name,
         "query_source": query_source,
         "attempt": attempt,
@@ -105,23 +105,20 @@ def ground(
             )
         if state.is_main_process and not found:
             (out / JOURNALS).mkdir(parents=True, exist_ok=True)
-            write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            write_json(out / MANIFEST, manifest)
         state.wait_for_everyone()
         (out / SUMMARY).unlink(missing_ok=True)
-        journal = Journal(out / JOURNALS / f"{state.process_index:05d}.arrows", schema)
-        try:
+        with BatchJournal(out / JOURNALS / f"{state.process_index:05d}.arrows", schema) as journal:
             items = Items(rows, mine, query_source, decode=model.decodes)
             workers = num_workers if model.decodes else 0  # opened pictures would be decoded on their way here
             loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
             _work(loader, model, grid, journal, len(mine), strict, progress and state.is_local_main_process)
-        finally:
-            journal.close()
     elif found:
         manifest["revisions"] = found["revisions"]
     else:  # a data set without rows
         manifest["revisions"] = {}
         (out / JOURNALS).mkdir(parents=True, exist_ok=True)
-        write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_json(out / MANIFEST, manifest)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -141,13 +138,9 @@ def _read_manifest(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None
         if out.exists() and (not out.is_dir() or any(entry.name != JOURNALS for entry in out.iterdir())):
             raise ValueError(f"{out} is in use and holds no run of `agevlm ground`; choose another folder")
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    # A moved data set is the same one: its ids say so.
-    asked = {key: value for key, value in json.loads(json.dumps(manifest)).items() if key != "dataset"}
-    changed = [key for key in asked if found.get(key) != asked[key]]
-    if changed:
-        told = "; ".join(f"{key}: {found.get(key)!r} there, {asked[key]!r} asked" for key in changed)
-        raise ValueError(f"{out} holds another run ({told}); choose another folder or delete it")
+    found = read_json(path)
+    # A moved data set is the same one: its ids say so. Revisions are known once the backend is there.
+    check_same(out, {**found, "dataset": None, "revisions": None}, {**manifest, "dataset": None})
     return found
 
 
@@ -155,7 +148,7 @@ def _work(
     batches: Iterable[list[Item]],
     backend: Backend,
     grid: Grid,
-    journal: Journal,
+    journal: BatchJournal,
     total: int,
     strict: bool,
     progress: bool,

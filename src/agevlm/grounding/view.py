@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 from agevlm.data.masks import subset_hash
 from agevlm.data.scenes.contact_sheet import outline
 from agevlm.images import open_image
+from agevlm.store import write_text
 
-from .output import SPLITS, SUMMARY, read_masks, write_text
+from .output import SPLITS, SUMMARY, read_masks
 from .rows import Undecoded
 
 
