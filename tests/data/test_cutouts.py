@@ -168,7 +168,7 @@ def test_scenes_of_cutouts(folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
     assert build_scenes(out, cutouts=copied, **arguments) == out  # the content counts, not the path
     disc(size=120).save(copied / "drawing-cat.png")
-    with pytest.raises(ValueError, match="holds other scenes"):
+    with pytest.raises(ValueError, match="holds another set of scenes"):
         build_scenes(out, cutouts=copied, **arguments)
 
 

@@ -3,11 +3,12 @@
 Two of ten million different things share a hash with a probability of 3 in a million.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from agevlm.store import digest, replacing
 
 
 _PARTS = 16
@@ -15,15 +16,13 @@ _PARTS = 16
 
 def hash64(data: bytes) -> int:
     """The first 8 bytes of blake2b."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    return int(digest(data, size=8), 16)
 
 
 def save_hashes(path: Path, rows: Sequence[Sequence[int]] | np.ndarray) -> None:
     """Writes rows of whole numbers, the first of which is the hash to compare, as (rows, numbers) uint64."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, np.array(rows, dtype=np.uint64), allow_pickle=False)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        np.save(temporary, np.array(rows, dtype=np.uint64), allow_pickle=False)
 
 
 def equal_groups(paths: Sequence[Path]) -> Iterator[np.ndarray]:

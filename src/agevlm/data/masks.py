@@ -5,7 +5,6 @@ contain smaller ones. `fraction_for` turns a number of masks (the paper's 77K an
 as many.
 """
 
-import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,14 +12,15 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from datasets import Image as ImageFeature
 
+from agevlm.store import digest
+
 from .duplicates import hash64
 from .rows import GUIDANCE
 
 
 def subset_hash(row_id: str, seed: int = 0) -> float:
     """blake2b(seed/id) / 2^64: rows below a threshold are a random share, and larger shares hold smaller ones."""
-    digest = hashlib.blake2b(f"{seed}/{row_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return hash64(f"{seed}/{row_id}".encode()) / 2**64
 
 
 def in_subset(row_id: str, fraction: float, seed: int = 0) -> bool:
@@ -86,8 +86,8 @@ def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int =
     guidance = pa.nulls(len(rows), features.arrow_schema.field("guidance").type)
     if place and len(rows):
         guidance = _struct(_table(masks).take(pa.array([t or 0 for t in taken], pa.int64())), taken, features)
-    fingerprint = hashlib.blake2b(f"{rows._fingerprint}{masks._fingerprint}{fraction}{seed}".encode(), digest_size=8)
-    joined = Dataset(pa.table([guidance], schema=features.arrow_schema), fingerprint=fingerprint.hexdigest())
+    fingerprint = digest(f"{rows._fingerprint}{masks._fingerprint}{fraction}{seed}", size=8)
+    joined = Dataset(pa.table([guidance], schema=features.arrow_schema), fingerprint=fingerprint)
     return concatenate_datasets([rows, joined], axis=1)
 
 

@@ -10,7 +10,6 @@ rows that are too long for a checkpoint's tokenizer, and pictures that evaluatio
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agevlm.data.duplicates import equal_groups, hash64, save_hashes
 from agevlm.data.rows import IMAGE_PLACEHOLDER
+from agevlm.store import new_folder, write_json
 
 from .json_records import Chunk
 from .overlap import EvaluationPictures, read_evaluation_pictures
@@ -253,19 +253,13 @@ def _lengths(work: Path, chunks: list[Chunk], checkpoint: str | Path | None, max
 
 
 def _write(out: Path, report: dict[str, Any], work: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with new_folder(out) as partial:
+        write_json(partial / "report.json", report)
         with (partial / "rows.jsonl").open("w", encoding="utf-8") as file:
             for path in sorted(work.glob("findings-*.jsonl")):
                 with path.open(encoding="utf-8") as findings:
                     file.writelines(line for line in findings if '"kind": "text_only"' not in line
                                     and '"kind": "multi_image"' not in line)  # fmt: skip
-        os.chmod(partial, 0o755)  # mkdtemp makes it private
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

@@ -15,7 +15,6 @@ Memory: one group of rows per worker, and 1/16 of the ids' hashes.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from agevlm.data.duplicates import equal_groups, save_hashes
 from agevlm.data.rows import ROW_FEATURES
+from agevlm.store import check_same, digest, publish, read_json, replacing, write_json
 
 from .json_records import Chunk
 from .parallel import run_jobs
@@ -88,7 +88,7 @@ def convert(
             if out.exists():
                 out.rmdir()
             shutil.rmtree(partial / "work")
-            os.rename(partial, out)
+            publish(partial, out)
     except Timeout:
         raise ValueError(f"another process is converting into {out}; wait for it, or choose another folder") from None
     except ValueError:
@@ -102,18 +102,14 @@ def _convert(
     source: Source, partial: Path, identity: dict, limit: int | None, size: int, workers: int, strict: bool, bar: bool
 ) -> dict[str, Any]:
     if (partial / "summary.json").is_file():  # interrupted between its last two steps
-        return json.loads((partial / "summary.json").read_text(encoding="utf-8"))
+        return read_json(partial / "summary.json")
     work = partial / "work"
     plan = work / "plan.json"
     if not plan.is_file():
         chunks = source.chunks(size, limit)
-        _write_json(plan, {"identity": identity, "chunks": [vars(chunk) for chunk in chunks]})
-    planned = json.loads(plan.read_text(encoding="utf-8"))
-    if planned["identity"] != identity:
-        raise ValueError(
-            f"{partial} holds an unfinished conversion of something else "
-            f"({_difference(planned['identity'], identity)}); go on with its arguments, or delete it"
-        )
+        write_json(plan, {"identity": identity, "chunks": [vars(chunk) for chunk in chunks]}, indent=None)
+    planned = read_json(plan)
+    check_same(partial, planned["identity"], identity, "conversion")
     chunks = [Chunk(**chunk) for chunk in planned["chunks"]]
 
     def run(function: Any, jobs: list[Chunk], description: str) -> Iterable[Any]:
@@ -160,10 +156,12 @@ def _write_shard(chunk: Chunk) -> None:
     counts: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
     target = _shard(_partial, chunk.index, _count)
-    temporary = target.with_name(f".{target.name}.partial")
     report = _partial / "work" / f"report-{chunk.index:05d}.json"
     bad, repaired = [], []
-    with pq.ParquetWriter(temporary, ROW_FEATURES.arrow_schema, use_dictionary=False) as writer:
+    with (
+        replacing(target) as temporary,
+        pq.ParquetWriter(temporary, ROW_FEATURES.arrow_schema, use_dictionary=False) as writer,
+    ):
         group, size = [], 0
         for position, record in _source.records(chunk):
             try:
@@ -198,8 +196,7 @@ def _write_shard(chunk: Chunk) -> None:
                 group, size = [], 0
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema=ROW_FEATURES.arrow_schema))
-    _write_json(report, {"counts": counts, "sources": sources, "bad": bad, "repaired": repaired})
-    os.replace(temporary, target)
+        write_json(report, {"counts": counts, "sources": sources, "bad": bad, "repaired": repaired}, indent=None)
 
 
 def _entry(position: int, row_id: str | None, kind: str, detail: str) -> dict[str, Any]:
@@ -226,10 +223,8 @@ def _find_repeated(work: Path, chunks: list[Chunk]) -> None:
             found.extend((position, content not in seen, content))
             seen.add(content)
     rows = np.frombuffer(found, dtype=np.uint64).reshape(-1, 3)
-    partial = work / "repeated.partial"
-    with partial.open("wb") as file:
-        np.save(file, rows[np.argsort(rows[:, 0])], allow_pickle=False)
-    os.replace(partial, work / "repeated.npy")
+    with replacing(work / "repeated.npy") as temporary:
+        np.save(temporary, rows[np.argsort(rows[:, 0])], allow_pickle=False)
 
 
 def _repeated_in(work: Path, chunk: Chunk) -> dict[int, tuple[bool, int]]:
@@ -239,14 +234,10 @@ def _repeated_in(work: Path, chunk: Chunk) -> dict[int, tuple[bool, int]]:
     return {place: (bool(kept), content) for place, kept, content in rows[start:stop].tolist()}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2 if path.name == "summary.json" else None) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) -> dict[str, Any]:
     """Joins the reports of all shards; summary.json comes last."""
+    for path in partial.glob(".*.parquet"):  # of workers that were killed
+        path.unlink()
     counts: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
     with (
@@ -254,7 +245,7 @@ def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) 
         (partial / "repaired_rows.jsonl").open("w", encoding="utf-8") as repaired,
     ):
         for chunk in chunks:
-            report = json.loads((partial / "work" / f"report-{chunk.index:05d}.json").read_text(encoding="utf-8"))
+            report = read_json(partial / "work" / f"report-{chunk.index:05d}.json")
             counts.update(report["counts"])
             for name, values in report["sources"].items():
                 sources.setdefault(name, Counter()).update(values)
@@ -274,7 +265,7 @@ def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) 
         "shards": len(chunks),
         "conversion": identity,
     }  # fmt: skip
-    _write_json(partial / "summary.json", summary)
+    write_json(partial / "summary.json", summary)
     return summary
 
 
@@ -285,24 +276,18 @@ def _identity(source: Source, limit: int | None, rows_per_shard: int) -> dict[st
         "format": FORMAT,
         "source": source.name,
         "size": source.size,
-        "images": hashlib.blake2b(roots.encode(), digest_size=8).hexdigest(),
+        "images": digest(roots, size=8),
         "limit": limit,
         "rows_per_shard": rows_per_shard,
     }
 
 
-def _difference(found: dict, wanted: dict) -> str:
-    return "; ".join(f"{k}: {found.get(k)!r} there, {v!r} asked" for k, v in wanted.items() if found.get(k) != v)
-
-
 def _finished(out: Path, identity: dict) -> dict[str, Any]:
     file = out / "summary.json"
-    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    summary = read_json(file) if file.is_file() else {}
     if "conversion" not in summary:
         raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
-    if summary["conversion"] != identity:
-        difference = _difference(summary["conversion"], identity)
-        raise ValueError(f"{out} holds another conversion ({difference}); choose another folder or delete it")
+    check_same(out, summary["conversion"], identity, "conversion")
     return summary
 
 

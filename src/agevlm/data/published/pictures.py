@@ -31,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 from agevlm.data.rows import resolve_inside
 from agevlm.images import open_image, open_stored
+from agevlm.store import replacing
 
 from .records import BadRow
 
@@ -164,10 +165,8 @@ class PictureStore:
         target = self.work / f"{path.name}.tar"
         with FileLock(self.work / "unpack.lock"):
             if not target.exists():
-                partial = target.with_suffix(".partial")
-                with gzip.open(path) as source, partial.open("wb") as sink:
+                with replacing(target) as partial, gzip.open(path) as source, partial.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 2**20)
-                os.replace(partial, target)
         return target
 
     @cached_property
@@ -177,13 +176,10 @@ class PictureStore:
         target = self.work / "pictures.sqlite"
         with FileLock(self.work / "index.lock"):
             if not target.exists():
-                partial = target.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                with closing(sqlite3.connect(partial)) as index, index:
+                with replacing(target) as partial, closing(sqlite3.connect(partial)) as index, index:
                     index.execute("CREATE TABLE files (folded, path, container INTEGER, start INTEGER, size INTEGER)")
                     index.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", self._files())
                     index.execute("CREATE INDEX by_name ON files (folded)")
-                os.replace(partial, target)
         return sqlite3.connect(f"{target.absolute().as_uri()}?mode=ro", uri=True)
 
     def _files(self) -> Iterator[tuple[str, str, int, int | None, int | None]]:

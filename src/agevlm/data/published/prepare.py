@@ -5,12 +5,13 @@ the Hub, with `conversations`, or with `messages` and `images`. It is converted 
 one core; that verb uses all of them, takes other folders of pictures, and its result lies where masks can join it.
 """
 
-import hashlib
 from pathlib import Path
 
 import datasets
 from filelock import FileLock
 from tqdm import tqdm
+
+from agevlm.store import digest
 
 from .convert import convert
 from .sources import DatasetSource, Source, open_source
@@ -51,4 +52,4 @@ def _identity(source: Source) -> str:
         facts = [source.name, source.dataset._fingerprint]
     else:
         facts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in source.paths]
-    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
+    return digest("\n".join(facts), size=8)

@@ -7,13 +7,9 @@ on the arguments alone, not on the number of processes.
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +24,7 @@ from tqdm import tqdm
 
 from agevlm.data.masks import join_masks, share_of_masks
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
 from .builder import SceneArguments, SceneBuilder, make_source
@@ -86,15 +83,9 @@ def build_scenes(
     manifest = _manifest(builder)
     if _is_finished(out, manifest):
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as temporary:
         _fill(temporary, builder, num_proc, progress)
-        (temporary / "scenes.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(temporary / "scenes.json", manifest)
     return out
 
 
@@ -140,9 +131,9 @@ def _read(path: Path) -> Dataset:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; build the folder with `agevlm data scenes`")
     state = path.stat()
-    identity = f"{path.resolve()}/{state.st_mtime_ns}/{state.st_size}".encode()
+    identity = f"{path.resolve()}/{state.st_mtime_ns}/{state.st_size}"
     # a given fingerprint spares `datasets` from hashing every picture
-    return Dataset(pq.read_table(path), fingerprint=hashlib.blake2b(identity, digest_size=8).hexdigest())
+    return Dataset(pq.read_table(path), fingerprint=digest(identity, size=8))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,7 +190,7 @@ def _manifest(builder: SceneBuilder) -> dict:
             "styles": {n: style for n, kind in sorted(kinds.items()) if (style := held_out_style(kind))},
         },
     }
-    return json.loads(json.dumps(manifest))  # tuples as the file will have them; folders count by content, not by path
+    return as_json(manifest)  # tuples as the file will have them; folders count by content, not by path
 
 
 def _is_finished(out: Path, manifest: dict) -> bool:
@@ -208,13 +199,13 @@ def _is_finished(out: Path, manifest: dict) -> bool:
         return False
     if not (out / "scenes.json").is_file():
         raise ValueError(f"{out} is not empty and holds no scenes; choose another folder")
-    found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-    if found == manifest:
-        return True
-    have, want = ({"format": m.get("format"), "source": m.get("source"), **m.get("arguments", {})}
-                  for m in (found, manifest))  # fmt: skip
-    changed = "; ".join(f"{k}: {have.get(k)!r} there, {want[k]!r} asked" for k in want if have.get(k) != want[k])
-    raise ValueError(f"{out} holds other scenes ({changed}); choose another folder or delete it")
+    # All else in it follows from these.
+    found, asked = (
+        {"format": m.get("format"), "source": m.get("source"), **m.get("arguments", {})}
+        for m in (read_json(out / "scenes.json"), manifest)
+    )
+    check_same(out, found, asked, "set of scenes")
+    return True
 
 
 def _groups(benchmark: str, test: int) -> int:

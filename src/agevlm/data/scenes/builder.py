@@ -17,7 +17,7 @@ from agevlm.images import open_image
 from .compose import Picture, compose, crop_background, draw_background, encode_image, encode_mask
 from .conversations import Message, caption_messages, question_messages, sample_caption
 from .layout import sample_scene
-from .objects import CutoutSource, IconSource, digest
+from .objects import CutoutSource, IconSource, table_digest
 from .questions import sample_questions
 from .splits import Pool, make_pools
 
@@ -138,4 +138,4 @@ def _load_backgrounds(folder: str) -> tuple[list[Image.Image], str]:
     photos = [open_image(path, where=f"background {path.name}") for path in files]
     for photo in photos:
         photo.thumbnail((1024, 1024))
-    return photos, digest("", files)
+    return photos, table_digest("", files)

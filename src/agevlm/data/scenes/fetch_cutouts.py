@@ -9,7 +9,6 @@ and writes PNG files and cutouts.json: [{file, name, category, group, style}]. N
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -22,6 +21,7 @@ from PIL import Image
 
 from agevlm.data.rows import resolve_inside
 from agevlm.images import open_image
+from agevlm.store import new_folder
 
 from .cutout_names import clean_name, emoji_category, synonym_group, tux_category, tux_name
 
@@ -152,14 +152,12 @@ def fetch_cutouts(out: str | Path, downloads: str | Path | None = None) -> list[
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as made, tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
         archives = Path(downloads) if downloads else temporary / "archives"
         download(archives)
-        unpacked, made = temporary / "unpacked", temporary / "made"
+        unpacked = temporary / "unpacked"
         unpacked.mkdir()
-        made.mkdir()
         _run(["dpkg-deb", "-x", str(_archive(archives, f"{APT_PACKAGE}_*.deb").resolve()), str(unpacked)], temporary)
 
         def every() -> Iterator[Cutout]:
@@ -168,11 +166,7 @@ def fetch_cutouts(out: str | Path, downloads: str | Path | None = None) -> list[
             )
             yield from read_stamps(unpacked / _STAMPS)
 
-        listing = write_cutouts(every(), made)
-        os.rename(made, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return listing
+        return write_cutouts(every(), made)
 
 
 def main(argv: list[str] | None = None) -> None:

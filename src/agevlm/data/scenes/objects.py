@@ -8,7 +8,6 @@ opaque and its mask is its silhouette. `CutoutSource` reads RGBA pictures from a
 """
 
 import difflib
-import hashlib
 import importlib.util
 import json
 import math
@@ -22,6 +21,7 @@ from PIL import Image, ImageFont
 
 from agevlm.data.rows import resolve_inside
 from agevlm.images import open_image
+from agevlm.store import digest
 
 
 COLOURS = {
@@ -82,10 +82,10 @@ def _restrict(kinds: dict[str, Kind], names: Collection[str] | None) -> dict[str
     return {name: kind for name, kind in kinds.items() if name in wanted}
 
 
-def digest(text: str, files: Iterable[Path] = ()) -> str:
+def table_digest(text: str, files: Iterable[Path] = ()) -> str:
     """Identity of a table and of the files (by name and size) that belong to it."""
     listing = "".join(f"/{path.name}:{path.stat().st_size}" for path in files)
-    return hashlib.blake2b((text + listing).encode(), digest_size=8).hexdigest()
+    return digest(text + listing, size=8)
 
 
 def _mip(extent: int) -> int:
@@ -140,7 +140,7 @@ class IconSource:
 
     def __init__(self, names: Collection[str] | None = None, colours: Collection[str] | None = None):
         text = Path(__file__).with_name("icons.json").read_text(encoding="utf-8")
-        self.digest, table = digest(text), json.loads(text)
+        self.digest, table = table_digest(text), json.loads(text)
         kinds = {n: Kind(n, row["category"], row["group"], tuple(row["glyphs"])) for n, row in table.items()}
         self.kinds = _restrict(kinds, names)
         if colours is not None:
@@ -220,7 +220,7 @@ class CutoutSource:
             raise ValueError(
                 f"{listing}: {len(absent)} pictures are missing, e.g. {absent[0]}; fetch the folder again"
             )
-        self.digest = digest(text, self._files.values())
+        self.digest = table_digest(text, self._files.values())
         styles = {name: tuple(sorted(s for n, s in self._files if n == name)) for name in found}
         kinds = {n: Kind(n, found[n]["category"], found[n].get("group", n), styles[n]) for n in sorted(found)}
         self.kinds = _restrict(kinds, names)

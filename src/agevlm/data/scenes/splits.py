@@ -7,11 +7,12 @@ Three tests of generalisation, each excluded from every training picture, questi
 Membership is decided by a hash of the item alone, so it does not change with the seed or the number of pictures.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+
+from agevlm.store import digest
 
 from .objects import Kind
 from .words import SIGN_WORDS
@@ -25,8 +26,7 @@ _POPULAR = 15
 
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on `parts` only: blake2b(parts joined by "/") / 2^64."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int(digest("/".join(map(str, parts)), size=8), 16) / 2**64
 
 
 def is_held_out_pair(colour: str | None, name: str) -> bool:
