@@ -5,7 +5,6 @@ uploaded. Counts come from the files, not from what was asked for.
 """
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
+
+from agevlm.store import write_text
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
@@ -99,7 +100,5 @@ def write_dataset_card(folder: Path) -> Path:
     Raises:
         ValueError: see `render_dataset_card`.
     """
-    target, temporary = folder / "README.md", folder / ".README.md.tmp"
-    temporary.write_text(str(render_dataset_card(folder)), encoding="utf-8")
-    os.replace(temporary, target)
-    return target
+    write_text(folder / "README.md", str(render_dataset_card(folder)))
+    return folder / "README.md"

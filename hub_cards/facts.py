@@ -6,14 +6,15 @@ Read are the files that a run leaves behind: `agevlm_stage.json` (recipe, parent
 `attention.png`.
 """
 
-import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from agevlm.store import digest
 
 
 LINEAGE_FILE, PUSH_FILE, STATE_FILE = "agevlm_stage.json", "agevlm_push.json", "trainer_state.json"
@@ -74,8 +75,7 @@ def evaluation_fits(folder: Path, evaluation: Mapping[str, Any] | None = None) -
 def weights_fingerprint(folder: str | os.PathLike) -> str | None:
     """A hash of the names, types, shapes and bytes of all tensors in a folder's weights (or adapter); None without.
 
-    It is that of the stored tensors, however they are spread over files and whatever they are loaded as. (The one of
-    `training/lineage.py` is that of a model in memory.)
+    It is that of the stored tensors, however they are spread over files and whatever they are loaded as.
 
     Raises:
         ValueError: a file that is no safetensors.
@@ -86,19 +86,21 @@ def weights_fingerprint(folder: str | os.PathLike) -> str | None:
     ):
         start, header = _header(path)
         tensors |= {name: (path, start, tensor) for name, tensor in header.items()}
-    digest = hashlib.blake2b(digest_size=16)
-    for name, (path, start, tensor) in sorted(tensors.items()):
-        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
-        first, last = tensor["data_offsets"]
-        with path.open("rb") as file:
-            file.seek(start + first)
-            while first < last:
-                read = file.read(min(last - first, 2**24))
-                if not read:
-                    raise ValueError(f"{path} is cut off: the tensor {name} is not complete.")
-                digest.update(read)
-                first += len(read)
-    return digest.hexdigest() if tensors else None
+
+    def pieces() -> Iterator[str | bytes]:
+        for name, (path, start, tensor) in sorted(tensors.items()):
+            yield f"{name} {tensor['dtype']} {tensor['shape']}"
+            first, last = tensor["data_offsets"]
+            with path.open("rb") as file:
+                file.seek(start + first)
+                while first < last:
+                    read = file.read(min(last - first, 2**24))
+                    if not read:
+                        raise ValueError(f"{path} is cut off: the tensor {name} is not complete.")
+                    yield read
+                    first += len(read)
+
+    return digest(pieces()) if tensors else None
 
 
 def count_parameters(folder: Path) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """The loss curve of a run, drawn from Trainer's log."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from agevlm.store import replacing
 
 
 LOSSES = {"loss": "training loss", "guidance_loss": "of it: guidance", "eval_loss": "validation loss"}
@@ -34,10 +35,6 @@ def draw_losses(log_history: Sequence[Mapping[str, float]], path: Path) -> bool:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True

@@ -22,6 +22,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from agevlm.store import write_bytes, write_text
+
 from .datasets import is_dataset, write_dataset_card
 from .facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, evaluation_fits, read_facts, weights_fingerprint
 from .figures import draw_losses
@@ -181,7 +183,8 @@ def write_card(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw_losses(read_facts(folder)["log_history"], folder / LOSS_FILE)
-    return _replace(folder / "README.md", str(render_card(read_facts(folder))))
+    write_text(folder / "README.md", str(render_card(read_facts(folder))))
+    return folder / "README.md"
 
 
 def write_eval_results(folder: Path, evaluation: Mapping[str, Any], dataset: str) -> list[Path]:
@@ -195,20 +198,9 @@ def write_eval_results(folder: Path, evaluation: Mapping[str, Any], dataset: str
             value=round(result[metric], 4),
             notes=f"{metric}; {result['protocol']}",
         )
-        (folder / EVAL_FOLDER).mkdir(exist_ok=True)
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        written.append(_replace(folder / EVAL_FOLDER / f"{name}.yaml", text))
+        written.append(folder / EVAL_FOLDER / f"{name}.yaml")
+        write_text(written[-1], yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
     return written
-
-
-def _replace(target: Path, text: str) -> Path:
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
 
 
 def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
@@ -229,7 +221,7 @@ def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
             f"{evaluation['weights']} and {weights_fingerprint(folder)}). Evaluate these, or name their result."
         )
     shutil.rmtree(folder / EVAL_FOLDER, ignore_errors=True)
-    _replace(folder / EVALUATION_FILE, text)
+    write_text(folder / EVALUATION_FILE, text)
     if dataset is not None:
         write_eval_results(folder, evaluation, dataset)
 
@@ -269,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.evaluation is not None:
         add_evaluation(options.folder, options.evaluation, options.dataset)
     if options.attention is not None:
-        if options.attention.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+        picture = options.attention.read_bytes()
+        if not picture.startswith(b"\x89PNG\r\n\x1a\n"):
             raise ValueError(f"{options.attention} is no PNG picture.")
-        shutil.copyfile(options.attention, options.folder / f".{ATTENTION_FILE}.tmp")
-        os.replace(options.folder / f".{ATTENTION_FILE}.tmp", options.folder / ATTENTION_FILE)
+        write_bytes(options.folder / ATTENTION_FILE, picture)
     print(f"written: {write_card(options.folder)}")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from agevlm.store import publish
+
 
 STAGING = ".incomplete"
 
@@ -31,8 +33,8 @@ def publish_folder(source: Path, target: Path) -> None:
     if target.exists():
         retired = staging_folder(target.parent) / f"replaced-{target.name}"
         retired.parent.mkdir(exist_ok=True)
-        os.rename(target, retired)
-    os.rename(source, target)
+        publish(target, retired)
+    publish(source, target)
 
 
 def publish_files(source: Path, target: Path, last: str) -> None:
@@ -42,7 +44,7 @@ def publish_files(source: Path, target: Path, last: str) -> None:
     """
     names = sorted((path.name for path in source.iterdir()), key=lambda name: (name == last, name))
     for name in names:
-        os.replace(source / name, target / name)
+        publish(source / name, target / name)
 
 
 def remove_leftovers(run_folder: str | os.PathLike) -> None:

@@ -13,9 +13,6 @@ before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm
 """
 
 import argparse
-import json
-import os
-import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +39,7 @@ from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
+from agevlm.store import new_folder, write_json
 from agevlm.training.freezing import part_of, trainable_table
 from agevlm.training.lineage import git_commit, library_versions
 
@@ -301,23 +299,17 @@ def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """What the model was made of, and with which code."""
     record = {**record, "git_commit": git_commit(), "versions": library_versions()}
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD_FILE, record)
 
 
 def save(
     model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, record: dict[str, Any], output: Path
 ) -> None:
     """Write everything beside `output` and rename it when it is complete."""
-    temporary = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    try:
+    with new_folder(output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         write_record(temporary, record)
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,6 @@ when the same folder is used again: same identity means resume or done, another 
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 import agevlm
+from agevlm.store import digest, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.streaming import MASK, POSITION, is_streamed
 
@@ -97,20 +97,22 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
         fingerprint = rows.format["format_kwargs"]["transform"].fingerprint(numbers, index[POSITION])
         guided_rows = 0 if numbers is None else int((numbers >= 0).sum())
         return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
-    table = rows.with_format("arrow")
-    digest = hashlib.blake2b(digest_size=16)
     guided_rows = 0
-    for batch in table.select_columns(["id", "guidance"]).iter(batch_size=10_000):
-        guided = [guidance is not None for guidance in _queries(batch)]
-        guided_rows += sum(guided)
-        digest.update(json.dumps([batch["id"].to_pylist(), guided]).encode())
-    stride = max(1, -(-len(rows) // WHOLE_TEXTS))
-    texts = rows.select(range(0, len(rows), stride)).with_format("arrow").select_columns(["messages", "guidance"])
-    for batch in texts.iter(batch_size=1_000):
-        digest.update(json.dumps([batch["messages"].to_pylist(), _queries(batch)]).encode())
-        for content in _masks(batch):
-            digest.update(content)
-    return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": digest.hexdigest()}
+
+    def pieces() -> Iterator[str | bytes]:
+        nonlocal guided_rows
+        for batch in rows.with_format("arrow").select_columns(["id", "guidance"]).iter(batch_size=10_000):
+            guided = [guidance is not None for guidance in _queries(batch)]
+            guided_rows += sum(guided)
+            yield json.dumps([batch["id"].to_pylist(), guided])
+        stride = max(1, -(-len(rows) // WHOLE_TEXTS))
+        texts = rows.select(range(0, len(rows), stride)).with_format("arrow").select_columns(["messages", "guidance"])
+        for batch in texts.iter(batch_size=1_000):
+            yield json.dumps([batch["messages"].to_pylist(), _queries(batch)])
+            yield from _masks(batch)
+
+    fingerprint = digest(pieces())
+    return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
 
 
 def _queries(batch: Any) -> list[str | None]:
@@ -132,20 +134,23 @@ def _masks(batch: Any) -> Iterator[bytes]:
     for mask in guidance.field("mask").to_pylist():
         if mask is not None:
             stored = mask["bytes"] if mask["bytes"] is not None else Path(mask["path"]).name.encode()
-            yield hashlib.blake2b(stored, digest_size=16).digest()
+            yield bytes.fromhex(digest(stored))
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of all weights and their names: equal for equal models, wherever they were loaded from.
 
-    Under DeepSpeed ZeRO-3 all processes must call it: each holds a part of the weights.
+    It is that of a model in memory; `hub_cards.weights_fingerprint` is that of stored files. Under DeepSpeed ZeRO-3
+    all processes must call it: each holds a part of the weights.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    with _gathered(model):
+
+    def pieces() -> Iterator[Any]:
         for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+            yield name
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+    with _gathered(model):
+        return digest(pieces())
 
 
 def _gathered(model: PreTrainedModel) -> AbstractContextManager:
@@ -159,31 +164,7 @@ def _gathered(model: PreTrainedModel) -> AbstractContextManager:
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
     """A short hash of an identity."""
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`field: old -> new` for all values that differ, fields of nested mappings joined with a dot."""
-    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
-    names = [*flat_new, *(name for name in flat_old if name not in flat_new)]
-    return [
-        f"{name}: {flat_old.get(name)!r} -> {flat_new.get(name)!r}"
-        for name in names
-        if flat_old.get(name) != flat_new.get(name)
-    ]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def as_json(value: Any) -> Any:
-    """`value` as it reads back from JSON: tuples become lists."""
-    return json.loads(json.dumps(value))
+    return digest(json.dumps(identity, sort_keys=True), size=8)
 
 
 def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -255,10 +236,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:
     """Write the lineage of a folder, replacing an older one in one step."""
-    folder = Path(folder)
-    temporary = folder / f".{LINEAGE_FILE}.tmp"
-    temporary.write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / LINEAGE_FILE)
+    write_json(Path(folder) / LINEAGE_FILE, lineage)
 
 
 def library_versions() -> dict[str, str]:

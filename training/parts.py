@@ -18,7 +18,6 @@ and trains a larger tower on cut-out pictures (`agevlm.data.scenes.fetch_cutouts
 """
 
 import argparse
-import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +45,7 @@ from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.models import load_processor, load_weights
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
+from agevlm.store import new_folder
 
 
 IMAGE_SIZE = 224
@@ -277,12 +277,10 @@ def make_small(folder: Path, work_dir: Path, cutouts: Path, scenes: int, seed: i
 
 def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:
     """All three into a temporary folder, renamed when complete."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    processor.save_pretrained(temporary)
-    language_model.save_pretrained(temporary / "language_model")
-    tower.save_pretrained(temporary / "vision_tower")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary.rename(folder)
+    with new_folder(folder) as temporary:
+        processor.save_pretrained(temporary)
+        language_model.save_pretrained(temporary / "language_model")
+        tower.save_pretrained(temporary / "vision_tower")
 
 
 def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmProcessor]:

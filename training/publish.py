@@ -34,6 +34,7 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
+from agevlm.store import write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 
@@ -208,12 +209,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    temporary = folder / f".{PUSH_FILE}.tmp"
-    try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / PUSH_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(folder / PUSH_FILE, record)
 
 
 # ---- Stages ----

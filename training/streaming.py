@@ -11,7 +11,6 @@ number of workers, and shards of unequal length end at different steps on differ
 What remains of streaming is the order (`shard_order`): a shuffle in which few row groups are in use at a time.
 """
 
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from datasets import Dataset
 
 from agevlm.data.masks import in_subset, share_of_masks
 from agevlm.data.rows import GUIDANCE
+from agevlm.store import digest
 
 
 ROW_COLUMNS = ("id", "images", "messages")
@@ -82,7 +82,7 @@ def open_shards(
     if lengths:
         columns["length"] = reader.lengths()
     identity = [reader.identity, mask_fraction, seed, lengths, None if masks is None else masks._fingerprint]
-    fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+    fingerprint = digest(json.dumps(identity), size=8)
     return Dataset(pa.table(columns), fingerprint=fingerprint).with_transform(reader)
 
 
@@ -116,7 +116,7 @@ class ShardReader:
         self.files = list(files)
         self.masks = masks
         sizes: list[np.ndarray] = []
-        digest = hashlib.blake2b(digest_size=16)
+        facts: list[str] = []
         self._forget()
         for name in self.files:
             file = self._open(name)
@@ -127,10 +127,9 @@ class ShardReader:
                 )
             groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
             sizes.append(np.array([group.num_rows for group in groups], dtype=np.int64))
-            facts = [Path(name).name, *((group.num_rows, group.total_byte_size) for group in groups)]
-            digest.update(json.dumps(facts).encode())
+            facts.append(json.dumps([Path(name).name, *((group.num_rows, group.total_byte_size) for group in groups)]))
         self.has_guidance = "guidance" in file.schema_arrow.names
-        self.identity = digest.hexdigest()
+        self.identity = digest(facts)
         self.group_file = np.repeat(np.arange(len(sizes)), [len(size) for size in sizes])
         self.group_in_file = np.concatenate([np.arange(len(size)) for size in sizes])
         # First row of each row group, and one past the last row of all.
@@ -141,7 +140,7 @@ class ShardReader:
         """Of the shards' footers, the rows taken and which of them are guided; no path, so it holds anywhere."""
         guided = np.zeros(0, dtype=bool) if mask_numbers is None else mask_numbers >= 0
         parts = self.identity.encode(), positions.astype(np.int64).tobytes(), guided.tobytes()
-        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+        return digest(parts)
 
     @property
     def num_rows(self) -> int:

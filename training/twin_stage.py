@@ -17,21 +17,20 @@ from trl import SFTTrainer
 
 from agevlm.conversion.twin import ConcatenatingCollator
 from agevlm.models import load, load_processor
+from agevlm.store import as_json, check_same
 from agevlm.training.checkpoints import newest_checkpoint, publish_files, remove_leftovers, staging_folder
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
     LINEAGE_FILE,
-    as_json,
-    changed_fields,
     data_fingerprint,
     git_commit,
     identity_hash,
     library_versions,
+    model_fingerprint,
     parent_lineage,
     read_lineage,
     training_identity,
-    weights_fingerprint,
     write_lineage,
 )
 from agevlm.training.stages.base import StageRecipe
@@ -61,12 +60,12 @@ def run_twin_stage(
             "frozen": recipe.frozen,
             "training": training_identity(args),
             "data": data_fingerprint(rows),
-            "parent_weights": weights_fingerprint(model),
+            "parent_weights": model_fingerprint(model),
         }
     )
     earlier = read_lineage(output)
-    if earlier is not None and (changed := changed_fields(earlier["recipe"], identity)):
-        raise ValueError(f"{output} belongs to another recipe. Delete it, or undo the changes: {'; '.join(changed)}.")
+    if earlier is not None:
+        check_same(output, earlier["recipe"], identity, "recipe's run")
     if earlier is not None and earlier["status"] == "finished":
         return
     lineage = {

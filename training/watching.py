@@ -15,9 +15,7 @@ as many again backward where a gradient passes through (everywhere but in frozen
 the weight trains (Kaplan et al. 2020, section 2.1). Activations that are computed twice count once.
 """
 
-import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -39,6 +37,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from trl import SFTTrainer
 
 from agevlm.data.rows import open_row
+from agevlm.store import read_lines, replacing, write_json, write_lines
 from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS
 from agevlm.training.freezing import part_of
 
@@ -138,8 +137,7 @@ class WatchedTrainer(SFTTrainer):
         path = Path(self.args.output_dir) / SKIPPED_FILE
         self.skipped_rows, self._skipped, self._rows = {}, [], torch.zeros_like(self._rows)
         if resume_from_checkpoint and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.skipped_rows = {line["id"]: line["reason"] for line in map(json.loads, lines)}
+            self.skipped_rows = {line["id"]: line["reason"] for line in read_lines(path)}
         elif self.args.should_save:
             path.unlink(missing_ok=True)
         self._started = time.perf_counter()
@@ -168,8 +166,7 @@ class WatchedTrainer(SFTTrainer):
         self._skipped = []
         path = Path(self.args.output_dir) / SKIPPED_FILE
         if len(self.skipped_rows) > known and self.args.should_save:
-            lines = [json.dumps({"id": row_id, "reason": reason}) for row_id, reason in self.skipped_rows.items()]
-            write_text(path, "\n".join(lines) + "\n")
+            write_lines(path, [{"id": row_id, "reason": reason} for row_id, reason in self.skipped_rows.items()])
         rows, bad = self.accelerator.reduce(self._rows.to(self.args.device), reduction="sum").tolist()
         if (rows >= FEWEST_ROWS and 2 * bad > rows) or (at_end and 0 < rows == bad):
             raise ValueError(
@@ -217,7 +214,7 @@ class WatchedTrainer(SFTTrainer):
         path = Path(self.args.output_dir) / f"stopped-before-step-{step}.json"
         if self.args.should_save:
             facts = {"step": step, "reason": reason, "loss": loss, "usual_loss": usual, "gradient_norm": norm}
-            write_json(path, {**facts, "processes": everywhere})
+            write_json(path, as_plain_json({**facts, "processes": everywhere}))
         self.accelerator.wait_for_everyone()
         raise DivergedError(
             f"Stopped before step {step}: {reason}. {path} holds the ids of its rows. Look at them, lower the "
@@ -225,25 +222,13 @@ class WatchedTrainer(SFTTrainer):
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file in one step. Numbers that JSON does not know become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_text(path, json.dumps(plain(value), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def as_plain_json(value: Any) -> Any:
+    """`value` with numbers that JSON does not know as strings."""
+    if isinstance(value, Mapping):
+        return {key: as_plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Flops:
@@ -358,10 +343,8 @@ class Probes(TrainerCallback):
         for line in lines:
             sheet.paste(line, (0, top))
             top += line.height
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        sheet.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            sheet.save(temporary, format="PNG")
         step = self.trainer.state.global_step
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

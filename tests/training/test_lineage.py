@@ -7,13 +7,12 @@ from PIL import ImageOps
 from training_worker import make_arguments, make_rows
 
 from agevlm.training.lineage import (
-    changed_fields,
     data_fingerprint,
     identity_hash,
+    model_fingerprint,
     parent_lineage,
     read_lineage,
     training_identity,
-    weights_fingerprint,
     write_lineage,
 )
 from builders import tiny_model
@@ -53,8 +52,8 @@ def test_rows_without_any_guidance_are_counted(tmp_path):
 def test_weights_are_hashed_by_content(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    assert weights_fingerprint(model) == weights_fingerprint(type(model).from_pretrained(tmp_path))
-    assert weights_fingerprint(model) != weights_fingerprint(tiny_model(seed=1))
+    assert model_fingerprint(model) == model_fingerprint(type(model).from_pretrained(tmp_path))
+    assert model_fingerprint(model) != model_fingerprint(tiny_model(seed=1))
 
 
 def test_switches_belong_to_the_identity_of_runs_that_turn_them_on(tmp_path):
@@ -72,17 +71,6 @@ def test_the_identity_is_the_batch_however_it_is_divided(tmp_path):
     assert one == training_identity(many)
     assert identity_hash(one) == identity_hash(json.loads(json.dumps(one)))
     assert identity_hash(one) != identity_hash(training_identity(make_arguments(tmp_path, seed=1)))
-
-
-def test_changed_fields_are_named_with_both_values():
-    old = {"a": 1, "training": {"lr": 0.1, "gone": True}, "trains": ["x"]}
-    new = {"a": 1, "training": {"lr": 0.2}, "trains": ["x", "y"]}
-    assert changed_fields(old, old) == []
-    assert changed_fields(old, new) == [
-        "training.lr: 0.1 -> 0.2",
-        "trains: ['x'] -> ['x', 'y']",
-        "training.gone: True -> None",
-    ]
 
 
 def test_what_a_parent_states_is_no_text_of_our_card(tmp_path):

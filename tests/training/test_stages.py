@@ -170,13 +170,15 @@ def test_the_same_command_again_finds_the_stage_finished(tmp_path):
 
 def test_the_folder_of_another_recipe_is_refused_by_naming_what_changed(tmp_path):
     run_small_stage(tmp_path / "run", max_steps=2)
-    with pytest.raises(ValueError, match=r"another recipe.*training\.learning_rate: 0\.003 -> 0\.5") as error:
+    with pytest.raises(
+        ValueError, match=r"another recipe.*training\.learning_rate: 0\.003 there, 0\.5 asked"
+    ) as error:
         run_small_stage(tmp_path / "run", max_steps=2, learning_rate=0.5)
     assert "max_steps" not in str(error.value)
     recipe = stage3_ground.recipe(size="tiny").override(
         max_steps=2, global_batch_size=2, per_device_train_batch_size=2
     )
-    with pytest.raises(ValueError, match=r"data\.rows: 12 -> 8"):
+    with pytest.raises(ValueError, match=r"data\.rows: 12 there, 8 asked"):
         run_stage(recipe, tmp_path / "run", data=make_rows(), model=tiny_model(), processor=tiny_processor())
     with pytest.raises(ValueError, match=r"parent_weights"):
         run_stage(

@@ -16,6 +16,7 @@ from agevlm.data.published.prepare import prepare
 from agevlm.data.scenes.build import load_rows
 from agevlm.hub_cards import write_card
 from agevlm.processing import AgeVlmProcessor
+from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
 from agevlm.training.checkpoints import (
     newest_checkpoint,
@@ -28,16 +29,14 @@ from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
     LINEAGE_FILE,
-    as_json,
-    changed_fields,
     data_fingerprint,
     git_commit,
     identity_hash,
     library_versions,
+    model_fingerprint,
     parent_lineage,
     read_lineage,
     training_identity,
-    weights_fingerprint,
     write_lineage,
 )
 from agevlm.training.publish import publish_stage, warn_early
@@ -210,7 +209,7 @@ def _lineage(
             "frozen": recipe.frozen,
             "training": training_identity(args),
             "data": data,
-            "parent_weights": weights_fingerprint(model),
+            "parent_weights": model_fingerprint(model),
             **adapters,
         }
     )
@@ -243,12 +242,7 @@ def _earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str,
         if "config.json" in foreign or any(name.startswith("checkpoint-") for name in foreign):
             raise ValueError(f"{output_dir} holds a model of another origin. Choose an empty folder as output.")
         return None
-    changed = changed_fields(lineage["recipe"], identity)
-    if changed:
-        raise ValueError(
-            f"{output_dir} belongs to another recipe ({lineage['name']}, {lineage['variant']}, {lineage['status']}). "
-            f"Choose another folder, delete it, or undo the changes: {'; '.join(changed)}."
-        )
+    check_same(output_dir, lineage["recipe"], identity, "recipe's run")
     return lineage
 
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.models import load_config
+from agevlm.store import as_json
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import format_table, set_trainable, trainable_table
-from agevlm.training.lineage import as_json, data_fingerprint, training_identity
+from agevlm.training.lineage import data_fingerprint, training_identity
 
 from .recipe import StageRecipe
 

@@ -11,10 +11,6 @@ its `agevlm_conversion.json` says what it was made of.
 
 import argparse
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,25 +22,12 @@ from tqdm import tqdm
 from agevlm.conversion import convllava, mobilevlm
 from agevlm.conversion.layout import Target, check_names, generation_config
 from agevlm.conversion.sources import INDEX_FILE, PickledWeightsError, Source, locate
+from agevlm.store import new_folder, write_json
 
 
 SYSTEMS = ("convllava", "mobilevlm-v2")
 RECORD_FILE = "agevlm_conversion.json"
 SHARD_SIZE = "2GB"
-
-
-@contextmanager
-def appears_complete(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into, renamed to it at the end and deleted if that is never reached."""
-    temporary = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE, progress: bool = True) -> None:
@@ -93,7 +76,7 @@ def write_checkpoint(target: Target, source: Source, system: str, folder: Path, 
         "made": sorted(target.made),
         "versions": {package: version(package) for package in ("agevlm", "torch", "transformers")},
     }
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD_FILE, record)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -147,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         target = convllava.prepare(source, args.vision_tower, args.vision_from_checkpoint, args.read_bin)
     else:
         target = mobilevlm.prepare(source)
-    with appears_complete(args.output) as folder:
+    with new_folder(args.output) as folder:
         write_checkpoint(target, source, args.system, folder)
     tower = target.notes["vision_tower"]
     print(f"vision tower: {tower['source']}" + (f" at {tower['revision'][:12]}" if tower["revision"] else ""))

@@ -57,9 +57,9 @@ from agevlm.reproduction.quickstart import (
     save_start,
     steps_of,
 )
-from agevlm.store import write_json
+from agevlm.store import as_json, changed_fields, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import as_json, changed_fields, read_lineage, training_identity
+from agevlm.training.lineage import read_lineage, training_identity
 from agevlm.training.stages.base import run_stage
 from agevlm.training.twin_stage import run_twin_stage
 

@@ -9,9 +9,9 @@ is run by `agevlm.serving.exported.ExportedAgeVlm.from_pretrained(OUT).generate(
 """
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
+
+from agevlm.store import new_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,12 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise ValueError(f"{error} All of it: pip install agevlm[export].") from error
     output = options.output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        made = Path(temporary) / output.name
+    with new_folder(output) as made:
         exported.save_pretrained(made)
         processor.save_pretrained(made)
-        os.rename(made, output)
     for file in sorted(output.iterdir()):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
 
