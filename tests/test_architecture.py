@@ -101,6 +101,42 @@ def test_one_place_opens_pictures():
             assert "Image.open(" not in path.read_text(encoding="utf-8"), f"{path}: use agevlm.images.open_image"
 
 
+def is_store_work(call: ast.Call) -> bool:
+    """Whether a call renames files, makes a temporary folder beside a result, syncs or hashes."""
+    name, arguments = ast.unparse(call.func), len(call.args) + len(call.keywords)
+    renames = isinstance(call.func, ast.Attribute) and call.func.attr in ("rename", "replace") and arguments == 1
+    banned = ("os.replace", "os.rename", "os.fsync", "shutil.move", "tempfile.mkdtemp")
+    return renames or name in banned or name.startswith("hashlib.")
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("os.replace(a, b)", True), ("path.rename(b)", True), ("path.replace(b)", True), ("hashlib.md5()", True),
+        ("text.replace('a', 'b')", False), ("dataclasses.replace(row, a=1)", False),
+        ("rows.rename_column(a, b)", False),
+    ],
+)  # fmt: skip
+def test_what_only_the_store_does(code, expected):
+    assert is_store_work(ast.parse(code, mode="eval").body) is expected
+
+
+def test_no_second_atomic_write():
+    """`agevlm.store` alone renames files and folders into place, syncs and hashes."""
+    others = {
+        "src/agevlm/store.py",
+        "src/agevlm/analysis/resume.py",  # SHA-256 decides whether earlier runs can be resumed
+        "src/agevlm/modeling_agevlm/guidance_agevlm.py",  # travels with checkpoints and imports nothing of ours
+    }
+    for path in python_files("src/agevlm", "bench", "examples"):
+        if str(path.relative_to(ROOT)) in others:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert not is_store_work(node), f"{place} calls {ast.unparse(node.func)}: use agevlm.store"
+
+
 def test_nothing_imports_tests():
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
     for path in python_files("src/agevlm", "bench", "examples"):

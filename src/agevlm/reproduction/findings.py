@@ -26,6 +26,7 @@ from agevlm.reproduction.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.reproduction.matrix import MAIN, Row, matrix
 from agevlm.reproduction.quickstart import SPLIT
 from agevlm.reproduction.scores import MASS, TABLE_2, Found, Scores, read_json
+from agevlm.store import write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
 
 
@@ -217,9 +218,7 @@ def write_findings(
             "numbers": numbers,
         },
     )
-    page = markdown(size, settings, decided, made)
-    (output / ".report.md").write_text(page, encoding="utf-8")
-    (output / ".report.md").replace(output / "report.md")
+    write_text(output / "report.md", markdown(size, settings, decided, made))
     return numbers
 
 

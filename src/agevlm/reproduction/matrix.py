@@ -9,12 +9,12 @@ the same runs therefore share them.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from agevlm.store import digest
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.base import StageRecipe
 
@@ -162,7 +162,7 @@ def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] |
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
         identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
-        address = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
+        address = digest(json.dumps(identity, sort_keys=True), size=4)
         recipe = recipe.override(seed=seed, disable_tqdm=True)
         folder = f"stage{stage}-{address}" if name is None else name(row, stage, address)
         runs.append(Run(folder, recipe, runs[-1].name if runs else None, row.start, query, address))

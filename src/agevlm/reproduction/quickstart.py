@@ -10,7 +10,6 @@ resumes: the same command again goes on where it was stopped.
 import argparse
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from agevlm.evaluation.digests import stored_fingerprint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.models import load
 from agevlm.reproduction.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
+from agevlm.store import new_folder
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
 from agevlm.training.stages.base import StageRecipe, run_stage
@@ -150,12 +150,9 @@ def save_start(
     model = assemble(language_model, vision_tower, processor.image_token_id, layers)
     if start.twin != "no":
         model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary.rename(folder)
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
 
 
 class StepProgress(TrainerCallback):
