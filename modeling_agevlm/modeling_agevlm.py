@@ -553,6 +553,13 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             model_kwargs["cross_attention_mask"] = model_kwargs["cross_attention_mask"][..., None]
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
+    def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """Later steps find the pictures in the cache. transformers before 5.15 would send them at every step."""
+        model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        if model_kwargs.get("use_cache", True):
+            model_kwargs.pop("pixel_values", None)
+        return model_kwargs
+
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AgeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)

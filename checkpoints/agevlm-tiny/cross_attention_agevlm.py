@@ -56,6 +56,17 @@ class AgeVlmCrossCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         pass
 
+    def reset(self) -> None:
+        """The next prompt may be text alone. Zeros, which transformers before 5.20 leaves, would count as pictures."""
+        self.is_initialized = False
+
+    # Before 5.15, `generate` asks all layers of a static cache whether the next prompt fits. The length is Llama's.
+    max_cache_len = 0
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.keys.shape[0]
+
 
 def cross_cache_layer(cache: Cache, num_text_layers: int, index: int) -> AgeVlmCrossCacheLayer:
     """The cache layer of cross block `index`, appended behind the text layers on first use."""

@@ -309,8 +309,26 @@ def beams(subject: Subject) -> Tensors:
 
 @probe
 def static_cache(subject: Subject) -> Tensors:
-    tokens = generate(subject.model, subject.inputs, cache_implementation="static", disable_compile=True)
+    """Kept and reset between prompts by older versions: of other lengths, with a picture, without, with one again."""
+    model, settings = subject.load(), {"cache_implementation": "static", "disable_compile": True}
+    text = dict(subject.processor(text=[subject.text("Describe a house.", 0)], return_tensors="pt"))
+    tokens = generate(model, subject.inputs, **settings)
     must_equal("tokens", tokens, subject.answer)
+    must_equal("tokens of text", generate(model, text, **settings), generate(model, text, use_cache=False))
+    must_equal("tokens again", generate(model, subject.inputs, **settings), subject.answer)
+    return {"tokens": tokens}
+
+
+@probe
+def pictures_once(subject: Subject) -> Tensors:
+    """The tower runs for the prompt only, and `generate` needs no masks: a version that sends the pictures at every
+    step misses their placeholders."""
+    model, runs = subject.load(), []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    bare = {name: subject.inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    tokens = generate(model, bare)
+    must_equal("runs of the tower", torch.tensor(len(runs)), torch.tensor(1))
+    must_equal("tokens without a cache", generate(model, bare, use_cache=False), tokens)
     return {"tokens": tokens}
 
 
