@@ -201,6 +201,10 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
     seen: list[str] = []
 
     class Trainer(AgeVlmSFTTrainer):
+        def __init__(self, **kwargs):
+            collator = KeepRows(kwargs["processing_class"], max_length=kwargs["args"].max_length)
+            super().__init__(**kwargs, data_collator=collator)
+
         def compute_loss(self, model, inputs, *args, **kwargs):
             seen.extend(f"row-{number}" for number in inputs.pop("row_numbers").tolist())
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -209,7 +213,7 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
         global_batch_size=2, per_device_train_batch_size=2, num_train_epochs=2, save_steps=3, disable_tqdm=True,
         logging_steps=1, dataloader_num_workers=workers, spread_guided_rows=True,
     )  # fmt: skip
-    with patch.object(base, "AgeVlmSFTTrainer", Trainer), patch.object(base, "AgeVlmDataCollator", KeepRows):
+    with patch.object(base, "AgeVlmSFTTrainer", Trainer):
         result = run_stage(
             recipe, output_dir, data=data, model=tiny_model(), processor=tiny_processor(), callbacks=callbacks
         )

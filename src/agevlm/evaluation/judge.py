@@ -90,7 +90,7 @@ class Judge:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.name, self.batch_size, self.cache = name, batch_size, Path(cache)
         self.digest = weights_digest(self.model)
-        self.replies = {}
+        self.replies: dict[str, str] = {}
         for path in sorted(self.cache.glob("replies.*.jsonl")):
             self.replies |= {entry["key"]: entry["reply"] for entry in read_lines(path)}
 
