@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from .cells import Cells, cells_of
 from .drawing import outline, overlay, panels
 from .files import file_name, make_folder, save_arrays, save_image
 from .recording import Recorder, recording
-from .results import Example, Panel
 from .subjects import Encoded, Subject, unique_names
 
 
@@ -42,6 +41,27 @@ LAYERS_DRAWN = 8  # at most, evenly spaced; the arrays hold all
 COLUMNS = 6  # of the sheet of generated tokens
 PANEL_SIDE, TOKEN_SIDE = 320, 200  # pixels of a drawn picture on the sheets
 TOKEN_MAP_SIDE = 1024  # pixels at most: a token's map each, of a large photograph, would be gigabytes
+
+
+class Panel(TypedDict):
+    """One model's answer to an example, and the file of its attention overlay."""
+
+    title: str
+    answer: str
+    correct: bool | None
+    in_mask_mass: float | None
+    overlay: str
+
+
+class Example(TypedDict):
+    """A question and how every model looked. `image`: file of the picture with the mask's outline."""
+
+    id: str
+    question: str
+    answer: str
+    image: str
+    has_mask: bool
+    panels: list[Panel]
 
 
 @dataclass(frozen=True)
@@ -319,7 +339,7 @@ def write_examples(
         correct: whether an answer to a row is right. Default: unknown.
 
     Returns:
-        One `agevlm.analysis.results.Example` per row.
+        One `Example` per row.
     """
     output = make_folder(output)
     examples: list[Example] = []

@@ -9,8 +9,8 @@ blindly: what cannot answer cannot answer better. Table 2's claims are made wher
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agevlm.analysis.results import Claim
 from agevlm.evaluation import leaderboard
+from agevlm.reproduction.results import Claim
 from agevlm.reproduction.scores import MASS, Scores
 
 

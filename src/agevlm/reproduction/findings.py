@@ -8,23 +8,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-
-from agevlm.analysis.attention import write_examples
 from agevlm.analysis.drawing import panels
 from agevlm.analysis.figures import save_rows
 from agevlm.analysis.files import save_image
-from agevlm.analysis.report import write_report
-from agevlm.analysis.results import Claim, Example, Section, Variant
-from agevlm.data.scenes.build import load_benchmark
-from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
 from agevlm.images import open_image
-from agevlm.models import load
 from agevlm.reproduction.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.reproduction.matrix import MAIN, Row, matrix
-from agevlm.reproduction.quickstart import SPLIT
+from agevlm.reproduction.quickstart import SPLIT, draw_examples, trained_stage
+from agevlm.reproduction.report import write_report
+from agevlm.reproduction.results import Claim, Example, Section, Variant
 from agevlm.reproduction.scores import MASS, TABLE_2, Found, Scores, read_json
 from agevlm.store import write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
@@ -194,14 +187,15 @@ def write_findings(
         "report written at commit": str(git_commit())[:12],
         "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
     }
-    examples = _examples(found, scenes, output / "examples", titles)
+    main = [row.name for row in matrix() if row.group == MAIN and row.name in found]
+    checkpoints = {titles[name]: next(iter(found[name].values()))["stages"][-1][1] for name in main}
+    examples = draw_examples(checkpoints, scenes, output / "examples", count=4) if checkpoints else []
     if examples:
         made.insert(3, attention_section(examples, output / "attention.png"))
     settings |= {f"failed: {name}": reason for name, reason in failed.items()}
     # One table of answers and looks holds rows that have both; a concatenating one has answers alone.
     looked = {name: runs for name, runs in found.items() if MASS in scores.numbers[name]}
     variants = [_variant(name, titles[name], runs) for name, runs in (looked or found).items()]
-    main = {row.name for row in matrix() if row.group == MAIN}
     write_report(
         output / "report.html",
         output / "report.json",
@@ -237,39 +231,10 @@ def _commit(folder: Path) -> str:
 def _variant(name: str, title: str, runs: Mapping[int, Any]) -> Variant:
     made: list[Any] = []
     for seed, run in runs.items():
-        stages = [
-            {
-                "name": recipe.name,
-                "log": TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history,
-                "guidance_weight": recipe.training["guidance_weight"],
-            }
-            for recipe, folder in run["stages"]
-        ]
+        stages = [trained_stage(recipe, folder) for recipe, folder in run["stages"]]
         evaluation = read_json(run["measured"] / "evaluation" / "metrics.json")
         made.append({"seed": seed, "evaluations": {SPLIT: evaluation}, "stages": stages})
     return {"name": name, "title": title, "runs": made}
-
-
-def _examples(found: Found, scenes: Path, output: Path, titles: Mapping[str, str], count: int = 4) -> list[Example]:
-    """The first presence questions with something to look at, for every row of the main group and its first seed.
-
-    Of a concatenating model the look is that of its first self-attention layer, as in the paper."""
-    rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
-    marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
-    models = {}
-    for row in matrix():
-        if row.group == MAIN and row.name in found:
-            run = next(iter(found[row.name].values()))
-            models[titles[row.name]] = load(str(run["stages"][-1][1]))
-    if not models:
-        return []
-    return write_examples(
-        models,
-        [rows[index] for index in marked],
-        output,
-        prompt=pope.PAPER.prompt,
-        correct=lambda row, answer: pope.PAPER.is_correct(row, pope.PAPER.parse(row, answer)),
-    )
 
 
 def attention_section(examples: Sequence[Example], path: Path) -> Section:

@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from agevlm.analysis.attention import write_examples
-from agevlm.analysis.report import write_report
-from agevlm.analysis.results import Example, Stage, Variant
-from agevlm.analysis.results import Run as SeedRun
 from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.scenes.build import build_scenes, load_benchmark
@@ -34,6 +31,9 @@ from agevlm.evaluation.digests import stored_fingerprint
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.models import load
 from agevlm.reproduction.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
+from agevlm.reproduction.report import write_report
+from agevlm.reproduction.results import Example, Stage, Variant
+from agevlm.reproduction.results import Run as SeedRun
 from agevlm.store import new_folder
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
@@ -184,6 +184,12 @@ def train(
     return done
 
 
+def trained_stage(recipe: StageRecipe, folder: Path) -> Stage:
+    """A finished stage run as the report wants it."""
+    log = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+    return {"name": recipe.name, "log": log, "guidance_weight": recipe.training["guidance_weight"]}
+
+
 def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes: Path) -> Variant:
     """Evaluation and training log of one variant over all seeds, as the report wants them."""
     runs: list[SeedRun] = []
@@ -204,23 +210,21 @@ def variant_results(name: str, plans: dict[int, list[Run]], output: Path, scenes
             batch_size=50,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        stages: list[Stage] = [
-            {
-                "name": run.recipe.name,
-                "log": TrainerState.load_from_json(str(folder / run.name / TRAINER_STATE_NAME)).log_history,
-                "guidance_weight": run.recipe.training["guidance_weight"],
-            }
-            for run in path
-        ]
+        stages = [trained_stage(run.recipe, folder / run.name) for run in path]
         runs.append({"seed": seed, "evaluations": {SPLIT: evaluation}, "stages": stages})
     return {"name": name, "title": TITLES[name], "runs": runs}
 
 
-def draw_examples(folder: Path, scenes: Path, output: Path, count: int = 6) -> list[Example]:
-    """The first `count` presence questions with something to look at, drawn for every variant. Not selected."""
+def draw_examples(checkpoints: Mapping[str, Path], scenes: Path, output: Path, count: int) -> list[Example]:
+    """The first `count` presence questions with something to look at, not selected, drawn for every model.
+
+    Args:
+        checkpoints: title -> folder of a model. Of a concatenating one the map is that of its first self-attention
+            layer, as in the paper.
+    """
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:count]
-    models = {TITLES[name]: load(str(folder / f"stage4-{name}"), ours=True) for name in VARIANTS}
+    models = {title: load(str(folder)) for title, folder in checkpoints.items()}
     return write_examples(
         models,
         [rows[index] for index in marked],
@@ -301,7 +305,9 @@ def main(argv: list[str] | None = None) -> None:
     console.rule("Evaluation on unseen scenes")
     timings["training"] = time.monotonic() - started - sum(timings.values())
     variants = [variant_results(name, plans, args.output, scenes) for name in VARIANTS]
-    examples = draw_examples(args.output / f"seed-{args.seeds[0]}", scenes, args.output / "examples")
+    first = args.output / f"seed-{args.seeds[0]}"
+    checkpoints = {TITLES[name]: first / f"stage4-{name}" for name in VARIANTS}
+    examples = draw_examples(checkpoints, scenes, args.output / "examples", count=6)
     timings["evaluation"] = time.monotonic() - started - sum(timings.values())
     write_report(
         args.output / "report.html",

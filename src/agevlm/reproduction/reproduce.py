@@ -1,6 +1,6 @@
 """`agevlm reproduce`: every row of the matrix on scenes, at equal compute and seeds, and one report (sections 3 to 5).
 
-    agevlm reproduce --dry-run                                       # the matrix, its runs, the time
+    agevlm reproduce --dry-run                                       # the matrix and its runs
     agevlm reproduce --seeds 0 1 2 --only main --quickstart runs/quickstart
     agevlm reproduce --only guidance normalisation                   # more rows into the same folder
 
@@ -28,8 +28,6 @@ from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from agevlm.analysis.padding import measure_padding
@@ -67,8 +65,6 @@ from agevlm.training.twin_stage import run_twin_stage
 PAIRS, MISMATCHED_SEEDS = 150, (0, 1, 2)  # of the similarity
 OBLONG = 80  # pictures of the padding
 SIMILARITY, PADDING = "similarity/similarity.json", "padding.json"
-# Seconds of an optimizer step and of measuring a row on one free CPU core, where no finished run tells better.
-SECONDS = {"tiny": (0.3, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -322,22 +318,7 @@ def quiet() -> None:
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def rates(place: Place, runs: Sequence[tuple[int, Run]]) -> tuple[float, float] | None:
-    """Seconds of an optimizer step and of measuring a row: of finished runs, else `SECONDS`."""
-    seconds = steps = 0.0
-    for seed, run in runs:
-        path = place.folder(seed, run) / TRAINER_STATE_NAME
-        if path.is_file():
-            state = TrainerState.load_from_json(str(path))
-            seconds += sum(entry.get("train_runtime", 0.0) for entry in state.log_history)
-            steps += state.global_step
-    known = SECONDS.get(place.size)
-    if known is None:
-        return None if not steps else (seconds / steps, 0.0)
-    return (seconds / steps if steps else known[0], known[1])
-
-
-def describe(place: Place, rows: Sequence[Row], seeds: Sequence[int], jobs: int, console: Console) -> dict[str, Any]:
+def describe(place: Place, rows: Sequence[Row], seeds: Sequence[int], console: Console) -> dict[str, int]:
     """Print the matrix and what is to be done; nothing is changed."""
     size = SIZES[place.size]
     every = [(seed, run) for seed in seeds for run in unique(chain(row, place.size, seed) for row in rows)]
@@ -353,15 +334,11 @@ def describe(place: Place, rows: Sequence[Row], seeds: Sequence[int], jobs: int,
     console.print(table)
     steps = sum(steps_of(run.recipe, size) for _, run in rest)
     measures = sum(not place.is_measured(seed, chain(row, place.size, seed)) for row in rows for seed in seeds)
-    known = rates(place, every)
-    seconds = None if known is None else (steps * known[0] + measures * known[1]) / jobs
-    estimate = "unknown until a run has finished" if seconds is None else f"about {seconds / 60:.0f} minutes"
     console.print(
         f"{len(rows)} rows x {len(seeds)} seeds: {len(every)} stage runs (shared ones once), {len(every) - len(rest)} "
-        f"finished, {len(rest)} to do ({steps:,} steps), {measures} rows to measure; {estimate} with {jobs} job(s)"
+        f"finished, {len(rest)} to do ({steps:,} steps), {measures} rows to measure"
     )
-    return {"runs": len(every), "finished": len(every) - len(rest), "steps": steps, "measures": measures,
-            "seconds": seconds}  # fmt: skip
+    return {"runs": len(every), "finished": len(every) - len(rest), "steps": steps, "measures": measures}
 
 
 def _finished(folder: Path) -> bool:
@@ -405,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
     parser.add_argument("--jobs", type=int, help="steps at a time (default: the number of accelerators, else 1)")
     parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
-    parser.add_argument("--dry-run", action="store_true", help="print the matrix, what is to be done, and the time")
+    parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
     args = parser.parse_args(argv)
     rows = choose_rows(args.only)
     jobs = args.jobs or max(1, torch.cuda.device_count())
@@ -418,14 +395,14 @@ def main(argv: list[str] | None = None) -> None:
     source = args.quickstart or args.output
     if args.dry_run:
         place = Place(args.output, args.size, args.parts or Path(), source / "scenes", args.quickstart)
-        describe(place, rows, args.seeds, jobs, console)
+        describe(place, rows, args.seeds, console)
         return
     if args.size == "small" and args.cutouts is None:
         raise ValueError("The size `small` needs --cutouts: agevlm data cutouts cutouts")
     scenes = draw_scenes(source / "scenes", size, args.cutouts)
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
     place = Place(args.output, args.size, parts, scenes, args.quickstart)
-    describe(place, rows, args.seeds, jobs, console)
+    describe(place, rows, args.seeds, console)
     steps = make_steps(place, rows, args.seeds)
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

@@ -60,7 +60,7 @@ def write_report(path_html: str | Path, path_json: str | Path, results: Results)
         "total_seconds": sum(results["seconds"].values()),
     }
     environment = Environment(
-        loader=PackageLoader("agevlm.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("agevlm.reproduction"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["duration"] = duration

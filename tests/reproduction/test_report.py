@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.analysis.charts import MOST_POINTS, Line, line_chart
-from agevlm.analysis.report import duration, language_model_loss, timeline, write_report
-from agevlm.analysis.results import ALWAYS_YES, UNIFORM, Measured, claims, exceeds, splits, summary, tables
 from agevlm.evaluation.cvbench import PAPER as CVBENCH
 from agevlm.evaluation.grounding import summarise
 from agevlm.evaluation.pope import PAPER as POPE
+from agevlm.reproduction.charts import MOST_POINTS, Line, line_chart
+from agevlm.reproduction.report import duration, language_model_loss, timeline, write_report
+from agevlm.reproduction.results import ALWAYS_YES, UNIFORM, Measured, claims, exceeds, splits, summary, tables
 
 
 QUESTIONS = 400

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
+from agevlm.analysis.attention import Example
+
 
 BASELINE, GUIDED = "ca-baseline", "agevlm"
 MASS_RATIO = 3.0  # what the method claims: in-mask attention mass over the unguided baseline's
@@ -38,27 +40,6 @@ class Variant(TypedDict):
     name: str
     title: str
     runs: list[Run]
-
-
-class Panel(TypedDict):
-    """One model's answer to an example, and the file of its attention overlay."""
-
-    title: str
-    answer: str
-    correct: bool | None
-    in_mask_mass: float | None
-    overlay: str
-
-
-class Example(TypedDict):
-    """A question and how every model looked. `image`: file of the picture with the mask's outline."""
-
-    id: str
-    question: str
-    answer: str
-    image: str
-    has_mask: bool
-    panels: list[Panel]
 
 
 class Section(TypedDict):
