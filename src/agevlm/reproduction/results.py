@@ -6,11 +6,12 @@ Rules, because numbers from few seeds invite wishful reading:
 - The best of a column is marked only if it differs in this sense from every other variant.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 from agevlm.analysis.attention import Example
+from agevlm.evaluation.tables import lookup
 
 
 BASELINE, GUIDED = "ca-baseline", "agevlm"
@@ -194,9 +195,8 @@ def _answers(baseline: Variant, guided: Variant, split: str) -> Claim:
 def _beats_constants(guided: Variant, split: str) -> Claim:
     """Every seed must be above the best constant by two standard errors of an accuracy over its questions."""
     runs = [run["evaluations"][split]["benchmarks"]["pope"] for run in guided["runs"]]
-    constants = runs[0]["constants"]
-    name = max(constants, key=lambda constant: constants[constant]["accuracy"])
-    best, lowest = constants[name]["accuracy"], min(run["accuracy"] for run in runs)
+    name, best = best_constant(runs[0]["constants"], ("accuracy",))
+    lowest = min(run["accuracy"] for run in runs)
     margin = 100 * 2 * (0.25 / runs[0]["n"]) ** 0.5
     return Claim(
         "Uses the picture: presence accuracy above any constant answer",
@@ -251,30 +251,24 @@ BEST_CONSTANT, CHANCE = "Best constant answer", "Chance"
 UNIFORM, CENTRE = "Spread evenly", "On the centre"
 
 
-def _benchmark(group: str, title: str, name: str, metric: str, ranked: bool = True) -> Column:
+def best_constant(constants: Mapping[str, Any], path: Sequence[str]) -> tuple[str, float]:
+    """The constant answer that scores highest in the metric at `path`, and its score; chance is no constant."""
+    scores = {name: lookup(made, path) for name, made in constants.items() if name != "chance"}
+    name = max(scores, key=lambda name: scores[name])
+    return name, scores[name]
+
+
+def _score(group: str, title: str, name: str, *path: str, ranked: bool = True) -> Column:
+    """A column of a benchmark's metric. Where "yes" and "no" are the constants, each has a row of its own."""
+
     def reference(metrics: dict[str, Any], which: str) -> float | None:
         constants = metrics["benchmarks"][name]["constants"]
-        wanted = {ALWAYS_YES: "always yes", ALWAYS_NO: "always no"}.get(which)
-        if wanted is not None:
-            return constants[wanted][metric] if wanted in constants else None
-        # A yes/no question's constants have rows of their own.
-        if which == BEST_CONSTANT and "always yes" not in constants:
-            return max(scores[metric] for constant, scores in constants.items() if constant != "chance")
-        return None
-
-    return Column(title, group, lambda metrics: metrics["benchmarks"][name][metric], reference, ranked)
-
-
-def _task(title: str, task: str) -> Column:
-    def reference(metrics: dict[str, Any], which: str) -> float | None:
-        constants = metrics["benchmarks"]["cvbench"]["constants"]
-        if which == CHANCE:
-            return constants["chance"]["tasks"][task]
         if which == BEST_CONSTANT:
-            return max(scores["tasks"][task] for constant, scores in constants.items() if constant != "chance")
-        return None
+            return None if "always yes" in constants else best_constant(constants, path)[1]
+        guess = {ALWAYS_YES: "always yes", ALWAYS_NO: "always no", CHANCE: "chance"}.get(which, which)
+        return lookup(constants, (guess, *path))
 
-    return Column(title, "Multiple choice", lambda metrics: metrics["benchmarks"]["cvbench"]["tasks"][task], reference)
+    return Column(title, group, lambda metrics: lookup(metrics["benchmarks"][name], path), reference, ranked)
 
 
 def _worst_unparsed(metrics: dict[str, Any]) -> float:
@@ -287,16 +281,19 @@ def answer_columns(metrics: dict[str, Any]) -> list[Column]:
     present = metrics["benchmarks"]
     if "pope" in present:
         columns += [
-            _benchmark("Presence", "accuracy", "pope", "accuracy"),
-            _benchmark("Presence", "F1", "pope", "f1"),
-            _benchmark("Presence", "says yes", "pope", "yes_ratio", ranked=False),
+            _score("Presence", "accuracy", "pope", "accuracy"),
+            _score("Presence", "F1", "pope", "f1"),
+            _score("Presence", "says yes", "pope", "yes_ratio", ranked=False),
         ]
     if "cvbench" in present:
         names = {"Count": "counting", "Relation": "position", "Depth": "in front"}
-        columns += [_task(names.get(task, task.lower()), task) for task in present["cvbench"]["tasks"]]
+        columns += [
+            _score("Multiple choice", names.get(task, task.lower()), "cvbench", "tasks", task)
+            for task in present["cvbench"]["tasks"]
+        ]
     others = (("ocrbench", "reading", "accuracy"), ("hallusionbench", "edited pairs", "aAcc"),
               ("realworldqa", "free", "accuracy"))  # fmt: skip
-    columns += [_benchmark("Other", title, name, metric) for name, title, metric in others if name in present]
+    columns += [_score("Other", title, name, metric) for name, title, metric in others if name in present]
     return [*columns, Column("unread", "Format", _worst_unparsed, lambda *_: None, ranked=False)]
 
 

@@ -5,7 +5,7 @@ questions (of the mean over seeds, each question in all seeds at once), in paren
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from agevlm.evaluation.benchmark import Benchmark, units_of
 from agevlm.evaluation.generate import without_pictures as plain
 from agevlm.evaluation.measures import Measure, interval, mean, paired_difference, share
 from agevlm.evaluation.run import BENCHMARKS, load_scenes
+from agevlm.evaluation.tables import lookup
 from agevlm.reproduction.quickstart import SPLIT
 
 
@@ -98,7 +99,9 @@ class Scores:
         units = units_of([benchmark.unit(row) for row in usable])
         wanted = [(path, title) for name, path, title in TABLE_2 if name == benchmark.name]
         for path, title in wanted:
-            scores = [value for made in benchmark.constants(usable).values() if (value := _at(made, path)) is not None]
+            scores = [
+                value for made in benchmark.constants(usable).values() if (value := lookup(made, path)) is not None
+            ]
             self.constants[title] = max(scores)
         for row, runs in self.found.items():
             measures = {}
@@ -146,14 +149,6 @@ class Scores:
         pair = [mean([number.seeds[seed] for seed in seeds]) for number in (one, other)]
         by_seed = {str(seed): other.seeds[seed].value() - one.seeds[seed].value() for seed in seeds}
         return {**paired_difference(pair[0], pair[1], one.units), "seeds": by_seed}
-
-
-def _at(values: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        if not isinstance(values, Mapping) or key not in values:
-            return None
-        values = values[key]
-    return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
