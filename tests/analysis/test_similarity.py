@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from agevlm.analysis import similarity
 from agevlm.analysis.pairs import Pair, load_pairs
-from agevlm.analysis.separation import cohens_d, derangement, overlap, separation
 from agevlm.analysis.similarity import (
     HIDDEN,
     QUERY_KEY,
@@ -26,6 +25,7 @@ from agevlm.analysis.similarity import (
     write_similarity,
 )
 from agevlm.analysis.subjects import Subject
+from agevlm.stats import cohens_d, derangement, overlap, separation
 from builders import picture, tiny_model, tiny_processor
 from vlms import EVERY, llava, ours
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agevlm.evaluation.measures import share
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.reproduction import claims, findings, quickstart, reproduce
 from agevlm.reproduction.claims import compared, decide
@@ -18,6 +17,7 @@ from agevlm.reproduction.matrix import PAPER_ROWS, STAGES, chain, choose_rows, c
 from agevlm.reproduction.queries import things_named, vocabulary
 from agevlm.reproduction.reproduce import Step, execute
 from agevlm.reproduction.scores import MASS, TABLE_2, Number, Scores
+from agevlm.stats import share
 from agevlm.training.lineage import LINEAGE_FILE, read_lineage, write_lineage
 
 

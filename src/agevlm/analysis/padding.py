@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from agevlm.models import load
+from agevlm.stats import Measure, interval
 from agevlm.store import write_json
 
 from .attention import question_look
@@ -40,7 +41,6 @@ from .subjects import Subject
 
 VARIANTS = ("own", "pad", "stretch", "crop")
 PADDING = 0.5  # a cell that shows less picture than this is padding
-RESAMPLES = 1000
 CHUNK = 16  # pictures in a part that a resumed run does not repeat
 
 
@@ -99,11 +99,8 @@ def _ratio(shares: np.ndarray, areas: np.ndarray) -> dict[str, Any]:
     result: dict[str, Any] = {"share": float(shares.mean()), "area": float(areas.mean())}
     if not areas.any():
         return {**result, "enrichment": None, "interval": None}
-    n = len(shares)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    resampled = (counts @ shares) / np.maximum(counts @ areas, 1e-12)
-    interval = [float(value) for value in np.quantile(resampled, (0.025, 0.975))]
-    return {**result, "enrichment": float(shares.mean() / areas.mean()), "interval": interval}
+    spread = interval(Measure(((1.0, shares, areas),), scale=1.0), np.arange(len(shares)))
+    return {**result, "enrichment": float(shares.mean() / areas.mean()), "interval": spread}
 
 
 def summarise(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int]) -> dict[str, Any]:

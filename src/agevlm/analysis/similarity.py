@@ -35,6 +35,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 
 from agevlm.models import load
+from agevlm.stats import derangement, separation
 from agevlm.store import write_json
 
 from .figures import save_histogram, save_layers
@@ -42,7 +43,6 @@ from .files import make_folder, save_arrays
 from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
-from .separation import derangement, separation
 from .subjects import Encoded, Subject
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .measures import Measure, Path, interval, nested, share
+from agevlm.stats import Measure, ResultKey, interval, nested, share
 
 
 Row = Mapping[str, Any]
@@ -54,7 +54,7 @@ class Column:
     """A metric in tables: its title, its path, the factor into published units, decimals."""
 
     title: str
-    path: Path
+    path: ResultKey
     factor: float = 1
     digits: int = 2
 
@@ -97,7 +97,7 @@ class Benchmark:
     gold: Callable[[Row], str]
     parse: Callable[[Row, str], str | None]
     is_correct: Callable[[Row, str | None], bool]
-    measures: Callable[[Sequence[Row], Answers, np.ndarray], dict[Path, Measure]]
+    measures: Callable[[Sequence[Row], Answers, np.ndarray], dict[ResultKey, Measure]]
     guesses: Callable[[Sequence[Row]], Guesses]
     unit: Callable[[Row], Any]
     labels: Callable[[Row], tuple[str, ...]]
@@ -111,7 +111,7 @@ class Benchmark:
         """1 for each right answer, else 0."""
         return np.array([self.is_correct(row, answer) for row, answer in zip(rows, parsed, strict=True)], dtype=float)
 
-    def all_measures(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> dict[Path, Measure]:
+    def all_measures(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> dict[ResultKey, Measure]:
         """The benchmark's own measures and the share of answers in which nothing was found."""
         earned = self.credits(rows, parsed) if credits is None else np.asarray(credits, dtype=float)
         unparsed = np.array([answer is None for answer in parsed], dtype=float)

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from agevlm.stats import Measure, ResultKey, mean, share
+
 from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always
 from .harnesses import cambrian_letter, lmms_letter
-from .measures import Measure, Path, mean, share
 from .parsing import LETTERS, parse_choice
 
 
@@ -25,7 +26,7 @@ def letters(row: Row) -> str:
     return LETTERS[: len(row["choices"])]
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`accuracy` over all rows, of each of `tasks` and `sources`, `2D` and `3D` where present, `overall`."""
 
     def accuracy(**wanted: str) -> Measure:

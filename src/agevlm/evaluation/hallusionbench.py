@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from agevlm.stats import Measure, ResultKey, all_right, share
+
 from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Column, Row, Source, always
-from .measures import Measure, Path, all_right, share
 from .parsing import parse_yes_no
 
 
@@ -35,7 +36,7 @@ def _key(row: Row, field: str) -> tuple:
     return (*(row[name] for name in _SET), row[field])
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     return {
         ("aAcc",): share(credits),
         ("fAcc",): all_right([None if without_figure(row) else _key(row, "figure_id") for row in rows], credits),

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agevlm.models import TOKENIZER, load_weights, reading
+from agevlm.stats import share
 from agevlm.store import Journal, digest, read_lines
 
 from .benchmark import RIGHT, WRONG, Answers, Benchmark, Metrics, Row
 from .digests import weights_digest
-from .measures import share
 from .processes import current_device, gather, my_share, rank
 
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from agevlm.stats import Measure, ResultKey, count, share
+
 from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
 from .harnesses import fold_width
-from .measures import Measure, Path, count, share
 
 
 RECOGNITION = ("Regular", "Irregular", "Artistic", "Handwriting", "Digit String", "Non-Semantic")
@@ -41,7 +42,7 @@ def _contains(fold: Callable[[str], str]) -> Callable[[Row, str | None], bool]:
     return is_correct
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`final`, `text_recognition` (six categories) and `categories`: counts of right answers; `accuracy`: percent."""
     kinds = [row["question_type"] for row in rows]
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from agevlm.stats import Measure, ResultKey, count, mean, share
+
 from .benchmark import YES_NO, Answers, Benchmark, Column, Row, Source, always
 from .harnesses import first_word, pope_official, whole_answer
-from .measures import Measure, Path, count, mean, share
 from .parsing import parse_yes_no
 
 
@@ -23,21 +24,23 @@ def gold(row: Row) -> str:
     return row["answer"].lower()
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     return _measures(rows, parsed, credits, np.ones(len(rows)))
 
 
-def _lmms_measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def _lmms_measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """Unread answers to questions with a yes drop out of the recall, as in lmms-eval."""
     return _measures(rows, parsed, credits, np.array([answer is not None for answer in parsed], dtype=float))
 
 
-def _measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray, counted: np.ndarray) -> dict[Path, Measure]:
+def _measures(
+    rows: Sequence[Row], parsed: Answers, credits: np.ndarray, counted: np.ndarray
+) -> dict[ResultKey, Measure]:
     said_yes = np.array([answer == "yes" for answer in parsed], dtype=float)
     gold_yes = np.array([gold(row) == "yes" for row in rows], dtype=float) * counted
     unparsed = np.array([answer is None for answer in parsed], dtype=float)
 
-    def among(chosen: np.ndarray) -> dict[Path, Measure]:
+    def among(chosen: np.ndarray) -> dict[ResultKey, Measure]:
         true_yes = said_yes * gold_yes * chosen
         return {
             ("accuracy",): share(credits * chosen, chosen),

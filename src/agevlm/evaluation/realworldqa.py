@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from agevlm.stats import Measure, ResultKey, share
+
 from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
 from .harnesses import cambrian_word, lmms_choice
-from .measures import Measure, Path, share
 from .parsing import LETTERS, number_value, parse_choice, simplify
 
 
@@ -41,7 +42,7 @@ def right_answer(row: Row) -> str:
     return row["answer"].strip() if options(row) else _normalise(row["answer"])
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[Path, Measure]:
+def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`accuracy`, also apart for `choice` and `open` questions where present."""
     kinds = ["choice" if options(row) else "open" for row in rows]
     chosen = {kind: np.array([kind == other for other in kinds], dtype=float) for kind in sorted(set(kinds))}

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.models import load
+from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, read_json, write_json, write_lines, write_text
 
 from . import cvbench, hallusionbench, ocrbench, pope, realworldqa
@@ -32,7 +33,6 @@ from .generate import generate_predictions
 from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
 from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
-from .measures import mcnemar, paired_difference
 from .processes import current_device, rank, wait
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table

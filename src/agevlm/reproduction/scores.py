@@ -14,10 +14,10 @@ import numpy as np
 
 from agevlm.evaluation.benchmark import Benchmark, units_of
 from agevlm.evaluation.generate import without_pictures as plain
-from agevlm.evaluation.measures import Measure, interval, mean, paired_difference, share
 from agevlm.evaluation.run import BENCHMARKS, load_scenes
 from agevlm.evaluation.tables import lookup
 from agevlm.reproduction.quickstart import SPLIT
+from agevlm.stats import Measure, interval, mean, paired_difference, share
 
 
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # row -> seed -> see `reproduce.collect`

@@ -1,8 +1,12 @@
-"""Metrics as ratios of sums over rows, so that one definition gives the value, its interval and paired differences.
+"""Statistics: metrics with intervals, comparisons of two models, and how far two samples of scores lie apart.
 
+Metrics are ratios of sums over rows, so that one definition gives the value, its interval and paired differences.
 Intervals are percentile bootstraps over units (rows that share a picture or are asked as a set are drawn together).
 Two models answer the same rows, so their difference is resampled in pairs, and McNemar's exact test compares their
 right answers row by row.
+
+AUROC is the probability that a matched pair scores higher than a mismatched one, ties counting one half: 0.5 means
+that nothing tells them apart, however high both score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +18,9 @@ from typing import Any
 import numpy as np
 
 
-Path = tuple[str, ...]
+ResultKey = tuple[str, ...]
 DRAWS = 1000
+BINS = 200  # of histograms whose overlap is measured
 _CHUNK = 4_000_000  # entries of a table of draws; more units are drawn in several
 
 
@@ -94,7 +99,7 @@ def all_right(keys: Sequence[Any], right: np.ndarray) -> Measure:
     return share(above, below)
 
 
-def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+def nested(values: Mapping[ResultKey, Any]) -> dict[str, Any]:
     """{("a", "b"): 1} -> {"a": {"b": 1}}."""
     result: dict[str, Any] = {}
     for path, value in values.items():
@@ -107,7 +112,12 @@ def nested(values: Mapping[Path, Any]) -> dict[str, Any]:
 
 def interval(measure: Measure, units: np.ndarray) -> list[float]:
     """95 % interval [low, high] of a measure."""
-    low, high = np.percentile(measure.resampled(units), (2.5, 97.5))
+    return _middle(measure.resampled(units))
+
+
+def _middle(values: np.ndarray) -> list[float]:
+    """[low, high] of the middle 95 % of resampled values."""
+    low, high = np.quantile(values, (0.025, 0.975))
     return [float(low), float(high)]
 
 
@@ -115,11 +125,10 @@ def paired_difference(first: Measure, second: Measure, units: np.ndarray) -> dic
     """`difference` of two models' measures over the same rows (second - first), its 95 % `interval`, and `p`, the
     two-sided bootstrap probability of a difference of 0."""
     differences = second.resampled(units) - first.resampled(units)
-    low, high = np.percentile(differences, (2.5, 97.5))
     below, above = (1 + (differences <= 0).sum()), (1 + (differences >= 0).sum())
     return {
         "difference": second.value() - first.value(),
-        "interval": [float(low), float(high)],
+        "interval": _middle(differences),
         "p": float(min(1.0, 2 * min(below, above) / (1 + len(differences)))),
     }
 
@@ -131,3 +140,71 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     a, b = int((first & ~second).sum()), int((second & ~first).sum())
     tail = sum(comb(a + b, k) for k in range(min(a, b) + 1))
     return {"only_first": a, "only_second": b, "p": min(1.0, 2 * tail / 2 ** (a + b))}
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+    """A random permutation of `range(n)` that leaves nothing in its place (one cycle through everything).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if n < 2:
+        raise ValueError(f"{n} pair(s): mismatched pairs need at least two")
+    order = np.random.default_rng(seed).permutation(n)
+    partner = np.empty(n, dtype=np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner
+
+
+def overlap(first: np.ndarray, second: np.ndarray, low: float = -1.0, high: float = 1.0) -> float:
+    """Overlap of two histograms, sum of min(p, q) on 200 bins: 1 for the same one, 0 for disjoint ones."""
+    edges = np.linspace(low, high, BINS + 1)
+    shares = [np.histogram(np.clip(values, low, high), edges)[0] / len(values) for values in (first, second)]
+    return float(np.minimum(*shares).sum())
+
+
+def cohens_d(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Difference of means over the root of the mean of both variances (so that more mismatched pairs do not weigh
+    more); None where nothing varies."""
+    pooled = ((first.var(ddof=1) + second.var(ddof=1)) / 2) ** 0.5
+    return float((first.mean() - second.mean()) / pooled) if pooled > 0 else None
+
+
+def wins(matched: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
+    """float32 `(n, n)`: 1 where matched pair i scores higher than mismatched pair j, 0.5 where they tie."""
+    return ((matched[:, None] > mismatched) + 0.5 * (matched[:, None] == mismatched)).astype(np.float32)
+
+
+def separation(matched: np.ndarray, mismatched: Sequence[np.ndarray], bounded: bool = True) -> dict[str, Any]:
+    """Everything that tells matched from mismatched scores.
+
+    Args:
+        matched: `(n,)`, score of picture i with its own text.
+        mismatched: one `(n,)` per seed, score of picture i with another's text.
+        bounded: scores lie in [-1, 1]; otherwise the overlap's bins span what there is.
+
+    Returns:
+        `matched`, `mismatched` ({mean, std}; the latter over all seeds), `overlap`, `cohens_d`, `auroc` (mean over
+        seeds), `auroc_seeds`, and `auroc_interval`, the 95 % interval of a bootstrap over pictures.
+    """
+    matched = np.asarray(matched, dtype=np.float64)
+    seeds = [np.asarray(values, dtype=np.float64) for values in mismatched]
+    pooled = np.concatenate(seeds)
+    low, high = (-1.0, 1.0) if bounded else _range(np.concatenate([matched, pooled]))
+    table = np.mean([wins(matched, values) for values in seeds], axis=0)
+    n = len(matched)
+    resampled = np.concatenate([((counts @ table) * counts).sum(1) for counts in _draws(n, DRAWS)]) / n**2
+    return {
+        "matched": {"mean": float(matched.mean()), "std": float(matched.std(ddof=1))},
+        "mismatched": {"mean": float(pooled.mean()), "std": float(pooled.std(ddof=1))},
+        "overlap": overlap(matched, pooled, low, high),
+        "cohens_d": cohens_d(matched, pooled),
+        "auroc": float(table.mean(dtype=np.float64)),
+        "auroc_seeds": [float(wins(matched, values).mean(dtype=np.float64)) for values in seeds],
+        "auroc_interval": _middle(resampled),
+    }
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low - 0.5, low + 0.5)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agevlm.evaluation.measures import all_right, count, interval, mcnemar, mean, paired_difference, share
+from agevlm.stats import all_right, count, interval, mcnemar, mean, paired_difference, share
 
 
 flags = st.lists(st.booleans(), min_size=1, max_size=40)
