@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from agevlm.store import Journal, claim, read_lines, write_lines
 
 from .benchmark import Benchmark, Row, verdict
 from .inputs import RowError, each_picture_once, picture_key, row_image
-from .processes import gather, my_share, rank, wait
+from .processes import is_main, my_share
 
 
 PREDICTIONS = "predictions.jsonl"
@@ -59,16 +61,16 @@ def generate_predictions(
         raise ValueError(f"{benchmark.name}: {len(rows)} rows have {len(prompts)} different ids; make ids unique")
     settings = {"protocol": benchmark.protocol, "rule": benchmark.rule, "max_new_tokens": limit}
     _claim(folder, {**identity, **settings})
-    wait()
+    PartialState().wait_for_everyone()
     done = {line["id"]: line for line in read_predictions(folder, prompts)}
-    wait()
-    if rank() == 0 and folder.joinpath(PREDICTIONS).exists():
+    PartialState().wait_for_everyone()
+    if is_main() and folder.joinpath(PREDICTIONS).exists():
         _consolidate(folder, list(done.values()))
-    wait()
+    PartialState().wait_for_everyone()
     pending = my_share([index for index, row_id in enumerate(rows["id"]) if row_id not in done])
-    own = folder / (PREDICTIONS if rank() == 0 else f"predictions.{rank()}.jsonl")
+    own = folder / (PREDICTIONS if is_main() else f"predictions.{PartialState().process_index}.jsonl")
     new: list[Prediction] = []
-    bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or rank() > 0)
+    bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or not is_main())
     with bar, Journal(own) as journal:
         for start in range(0, len(pending), batch_size):
             chosen = rows.select(pending[start : start + batch_size])
@@ -76,10 +78,10 @@ def generate_predictions(
             journal.append(lines)
             new += lines
             bar.update(len(lines))
-    done.update((line["id"], line) for line in gather(new))
+    done.update((line["id"], line) for line in gather_object(new))
     predictions = [done[row_id] for row_id in prompts]
-    wait()
-    if rank() == 0:
+    PartialState().wait_for_everyone()
+    if is_main():
         _consolidate(folder, predictions)
     return predictions
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from agevlm.models import encode, messages, render
 
 from .benchmark import Benchmark, Metrics, Row
 from .inputs import RowError, each_picture_once, picture_key, row_image, row_mask
-from .processes import gather, my_share, rank
+from .processes import is_main, my_share
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ def measure_grounding(
     masks = rows["mask"] if "mask" in rows.column_names else []
     marked = [index for index, mask in enumerate(masks) if mask is not None]
     mine, records = my_share(marked), []
-    bar = tqdm(total=len(mine), desc=f"{benchmark.name}: looking", unit="row", disable=not progress or rank() > 0)
+    bar = tqdm(total=len(mine), desc=f"{benchmark.name}: looking", unit="row", disable=not progress or not is_main())
     with bar:
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             records += _measure_batch(model, processor, benchmark, [rows[index] for index in indices], strict)
             bar.update(len(indices))
     order = {row_id: index for index, row_id in enumerate(rows["id"])}
-    records = sorted(gather(records), key=lambda record: order[record["id"]])
+    records = sorted(gather_object(records), key=lambda record: order[record["id"]])
     skipped = len(marked) - len(records)
     return {**summarise(records), "skipped": skipped, "layers": list(model.config.cross_attention_layers)}, records
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +27,7 @@ from agevlm.store import Journal, digest, read_lines
 
 from .benchmark import RIGHT, WRONG, Answers, Benchmark, Metrics, Row
 from .digests import weights_digest
-from .processes import current_device, gather, my_share, rank
+from .processes import current_device, is_main, my_share
 
 
 DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
@@ -102,8 +104,8 @@ class Judge:
         new = my_share([prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.replies])
         found = []
         with (
-            tqdm(total=len(new), desc="judge", unit="row", disable=not progress or rank() > 0) as bar,
-            Journal(self.cache / f"replies.{rank()}.jsonl") as journal,
+            tqdm(total=len(new), desc="judge", unit="row", disable=not progress or not is_main()) as bar,
+            Journal(self.cache / f"replies.{PartialState().process_index}.jsonl") as journal,
         ):
             for start in range(0, len(new), self.batch_size):
                 batch = new[start : start + self.batch_size]
@@ -114,7 +116,7 @@ class Judge:
                 journal.append(entries)
                 found += entries
                 bar.update(len(batch))
-        self.replies.update((entry["key"], entry["reply"]) for entry in gather(found))
+        self.replies.update((entry["key"], entry["reply"]) for entry in gather_object(found))
         return [self.replies[self.key(prompt)] for prompt in prompts]
 
     @torch.inference_mode()

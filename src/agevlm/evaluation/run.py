@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 
@@ -33,7 +34,7 @@ from .generate import generate_predictions
 from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
 from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
-from .processes import current_device, rank, wait
+from .processes import current_device, is_main
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
@@ -164,11 +165,11 @@ def evaluate(
         "masked": rows_digest(masked) if masked is not None else None,
     }
     finished = _read_finished(output / RESULT, whole)
-    wait()
+    PartialState().wait_for_everyone()
     if finished is not None:
         if weights is not None and finished.get("weights") != weights:  # of before, or the same weights stored anew
             finished["weights"] = weights
-            if rank() == 0:
+            if is_main():
                 write_json(output / RESULT, finished)
         return finished
 
@@ -184,7 +185,7 @@ def evaluate(
         )
         grounding, records = measure_grounding(model, processor, benchmark, rows, **settings) if looks else ({}, [])
         result, judged = score_predictions(benchmark, rows, predictions, judge, progress)
-        if rank() == 0:
+        if is_main():
             write_lines(folder / "grounding.jsonl", records)
             if judge is not None:
                 write_lines(folder / "judged.jsonl", judged)
@@ -212,9 +213,9 @@ def evaluate(
     model.train(was_training)
     metrics["seconds"] = round(time.monotonic() - start, 1)
     metrics["versions"] = {package: version(package) for package in ("agevlm", "torch", "transformers")}
-    if rank() == 0:
+    if is_main():
         write_json(output / RESULT, metrics)
-    wait()
+    PartialState().wait_for_everyone()
     return metrics
 
 
@@ -428,7 +429,7 @@ def main(argv: list[str] | None = None) -> None:
             max_new_tokens=arguments.max_new_tokens,
             strict=arguments.strict,
         )
-    if rank() > 0:
+    if not is_main():
         return
     comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []
     if comparisons:

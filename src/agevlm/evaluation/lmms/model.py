@@ -6,11 +6,12 @@ Deviation: greedy decoding alone; what a task asks of temperature or beams is re
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from agevlm.evaluation.generate import answer_batch
-from agevlm.evaluation.processes import current_device, rank, world_size
+from agevlm.evaluation.processes import current_device
 from agevlm.models import load
 
 
@@ -44,7 +45,7 @@ class AgeVlmLmms(lmms):
         if device is not None:
             self.model.to(device)
         self.batch_size_per_gpu = int(batch_size)
-        self._rank, self._world_size = rank(), world_size()
+        self._rank, self._world_size = PartialState().process_index, PartialState().num_processes
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         answers: dict[int, str] = {}
