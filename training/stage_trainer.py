@@ -19,13 +19,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
 
 from agevlm.models import reading
+from agevlm.training.callbacks import WatchedTrainer
 from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
 from agevlm.training.sampling import BY_LENGTH, OrderSampler, row_lengths, set_sampler_epoch
 from agevlm.training.streaming import is_streamed
-from agevlm.training.watching import WatchedTrainer
 
 
 class StageTrainer(WatchedTrainer):

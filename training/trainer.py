@@ -28,6 +28,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from agevlm.hub_cards.render import write_card
 from agevlm.processing import AgeVlmProcessor
+from agevlm.training.callbacks import Probes
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
@@ -35,7 +36,6 @@ from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask
 from agevlm.training.publish import push, repository_name
 from agevlm.training.sampling import guided_flags
 from agevlm.training.stage_trainer import StageTrainer
-from agevlm.training.watching import Probes
 
 
 # Share of guided tokens in a batch from which one wider attention call is cheaper than computing their maps

@@ -17,6 +17,7 @@ from agevlm.data.scenes.build import load_rows
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
+from agevlm.training.callbacks import SKIPPED_FILE
 from agevlm.training.checkpoints import (
     newest_checkpoint,
     publish_files,
@@ -44,7 +45,6 @@ from agevlm.training.stage_trainer import StageTrainer
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from agevlm.training.twin import TwinTrainer, check_twin, load_twin
-from agevlm.training.watching import SKIPPED_FILE
 
 from .dry_run import print_dry_run
 from .recipe import TWIN, TWINS, StageRecipe
