@@ -9,7 +9,7 @@ from training_worker import make_rows
 
 from agevlm.data.scenes.build import build_scenes
 from agevlm.models import load
-from agevlm.training import train_twin
+from agevlm.training import train
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.stages import stage4_instruct
 from agevlm.training.stages.base import run_stage
@@ -99,7 +99,7 @@ def test_it_does_not_pass_through_the_twin(folder, tmp_path):
     start = hostile(folder)
     for stage in ("stage1_align", "stage4_instruct"):
         flags = ["--init_from", str(start), "--data", str(scenes), "--size", "tiny", "--max_steps", "1"]
-        train_twin.main([stage, *flags, "--output_dir", str(tmp_path / stage)])
+        train.main([stage, "--variant", "twin", *flags, "--output_dir", str(tmp_path / stage)])
         assert code_named(tmp_path / stage) == set()
         start = Path(shutil.copytree(tmp_path / stage, tmp_path / f"hostile-{stage}"))
         hostile(start)

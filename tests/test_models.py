@@ -27,12 +27,11 @@ from agevlm.grounding.models import Sam
 from agevlm.models import CheckpointError, load, load_model, load_processor
 from agevlm.serving import export, serve
 from agevlm.serving.demo import app
-from agevlm.training import init, parts, train_twin
+from agevlm.training import init, parts
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.stages.base import run_stage
 from agevlm.training.train import main as train
-from agevlm.training.twin_stage import run_twin_stage
 from builders import picture, tiny_model, tiny_processor, tiny_tokenizer
 from damages import (
     ALL,
@@ -138,7 +137,7 @@ def start_stage(**flags) -> Callable:
 
 def start_twin(folder: Path, scenes: Path, out: Path) -> None:
     flags = ["--init_from", str(folder), "--data", str(scenes), "--size", "tiny", "--output_dir", str(out)]
-    train_twin.main(["stage1_align", *flags])
+    train(["stage1_align", "--variant", "twin", *flags])
 
 
 def dry_run(folder: Path, scenes: Path, out: Path) -> None:
@@ -311,8 +310,8 @@ def test_other_models_are_looked_at_likewise(foreign, tmp_path, damage):
     change, message = OF_OTHERS[damage]
     change(folder)
     refuses(lambda: load(folder), folder, message)
-    recipe = stage1_align.recipe(size="tiny", variant="ca-baseline")
-    refuses(lambda: run_twin_stage(recipe, tmp_path / "out", make_rows("ii"), folder), folder, message)
+    recipe = stage1_align.recipe(size="tiny", variant="twin")
+    refuses(lambda: run_stage(recipe, tmp_path / "out", data=make_rows("ii"), init_from=folder), folder, message)
 
 
 def test_published_models_may_hold_what_transformers_leaves_out(foreign, tmp_path):

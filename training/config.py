@@ -29,7 +29,7 @@ class AgeVlmSFTConfig(SFTConfig):
             are `cross_attention_learning_rate`, `vision_learning_rate` and `language_model_learning_rate`.
         spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
         loss_spike (`float`, *optional*): stop before a step whose loss is this many times the median of the last 100,
-            as always before one that is not finite (`watching.py`).
+            as always before one that is not finite (`callbacks.py`).
         probe_steps (`int`): every so many steps, draw where the model looks on the first 4 rows with a mask.
         strict (`bool`): stop at a row that cannot be used (a broken picture, or one behind `max_length`) instead of
             leaving it out, writing it into `skipped_rows.jsonl` and counting it (`skipped_rows`).

@@ -35,8 +35,12 @@ DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON
 class StageArguments:
     """Flags of `agevlm train` beside those of the trainer."""
 
-    variant: Literal["agevlm", "agevlm-lm", "ca-baseline"] = field(
-        default="agevlm", metadata={"help": "Which losses train: guidance in stage 3, in stages 3 and 4, or nowhere."}
+    variant: Literal["agevlm", "agevlm-lm", "ca-baseline", "twin", "twin-plain"] = field(
+        default="agevlm",
+        metadata={
+            "help": "Guidance in stage 3, in stages 3 and 4, or nowhere; or the concatenating twin, with or without a "
+            "Llama layer for each cross block."
+        },
     )
     size: Literal["paper", "small", "tiny"] = field(
         default="paper",

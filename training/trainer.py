@@ -17,32 +17,25 @@ step is stock SFT; evaluation still measures where the model looks.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
+from transformers.trainer_utils import unwrap_peft_model
 
 from agevlm.hub_cards.render import write_card
-from agevlm.models import reading
 from agevlm.processing import AgeVlmProcessor
-from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
+from agevlm.training.callbacks import Probes
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
-from agevlm.training.lineage import write_lineage
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
 from agevlm.training.publish import push, repository_name
-from agevlm.training.sampling import BY_LENGTH, OrderSampler, guided_flags, row_lengths, set_sampler_epoch
-from agevlm.training.streaming import is_streamed
-from agevlm.training.watching import Probes, WatchedTrainer
+from agevlm.training.sampling import guided_flags
+from agevlm.training.stage_trainer import StageTrainer
 
 
 # Share of guided tokens in a batch from which one wider attention call is cheaper than computing their maps
@@ -51,7 +44,7 @@ MASS_FROM_SHARE = 0.25
 PROBES = 4  # rows that `probe_steps` draws
 
 
-class AgeVlmSFTTrainer(WatchedTrainer):
+class AgeVlmSFTTrainer(StageTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with the guidance loss.
 
     Batches are those of `AgeVlmDataCollator`: the model's inputs, `labels`, and where rows are guided
@@ -82,12 +75,10 @@ class AgeVlmSFTTrainer(WatchedTrainer):
                 "follow. Leave them out, or set `guidance_weight=0`."
             )
         kwargs["data_collator"] = self._collator(args, **kwargs)
-        self.lineage = lineage or {}
-        self._staging: Path | None = None
         self._attention: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # maps, mass
         self._guided_rows: torch.Tensor | None = None
         self._guidance_sums: dict[str, Any] = defaultdict(float)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, lineage=lineage, **kwargs)
         if getattr(model, "hf_quantizer", None) is not None:
             # TRL keeps what trains beside quantised weights in bfloat16, where a step of 1e-5 is rounded away.
             for parameter in self.model.parameters():
@@ -125,7 +116,7 @@ class AgeVlmSFTTrainer(WatchedTrainer):
     def release_model(self) -> None:
         """Take the hook and TRL's fused head off the model, so that it can be used or trained again like a new one."""
         self._backbone_hook.remove()
-        unwrap_peft_model(self.accelerator.unwrap_model(self.model)).__dict__.pop("forward", None)
+        super().release_model()
 
     # ---- Loss ----
 
@@ -245,113 +236,10 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             inputs["pixel_values"] = self.data_collator.normalised(pixels)
         return inputs
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Ours where it matters (`sampling.py`); Trainer's for plain random and sequential orders."""
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.args.train_sampling_strategy
-        by_length, spread = strategy == BY_LENGTH, self.args.spread_guided_rows
-        if spread and strategy not in ("random", BY_LENGTH):
-            raise ValueError(f"`spread_guided_rows` does not go with `train_sampling_strategy='{strategy}'`.")
-        if not (by_length or spread or (strategy == "random" and is_streamed(rows))):
-            return super()._get_train_sampler(train_dataset)
-        return OrderSampler(
-            rows,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            lengths=row_lengths(rows, self.args.length_column_name) if by_length else None,
-            group_rows=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            spread=spread,
-        )
+    # ---- Cards ----
 
-    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
-        """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`)."""
-        set_sampler_epoch(train_dataloader, epoch)
-        return super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
-
-    # ---- Optimizer ----
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, its groups (with or without weight decay) divided by parts with own rates."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        rates = self.args.part_learning_rates
-        if is_new and rates:
-            names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
-            groups = []
-            for group in optimizer.param_groups:
-                by_rate = defaultdict(list)
-                for parameter in group["params"]:
-                    by_rate[rates.get(part_of(names[id(parameter)]), group["lr"])].append(parameter)
-                groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-            optimizer.param_groups = groups
-        return optimizer
-
-    # ---- Checkpoints ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer's, which only warns of weights that do not fit.
-
-        Raises:
-            ValueError: the checkpoint is damaged; the message names it.
-        """
-        with reading(resume_from_checkpoint, "its weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        tied = getattr(unwrap_peft_model(self.model), "all_tied_weights_keys", {})
-        missing = [key for key in load_result.missing_keys if key not in tied]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"{len(missing)} tensors are missing, {len(load_result.unexpected_keys)} are unexpected, first "
-                f"{[*missing, *load_result.unexpected_keys][0]}"
-            )
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's checkpoint, written to a temporary place and renamed to `checkpoint-N` when complete."""
-        run_folder = Path(self._get_output_dir(trial))
-        staging = staging_folder(run_folder)
-        staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
-        if self.args.should_save:
-            remove_leftovers(run_folder)
-        self.record_skipped()  # whoever goes on from here finds what was skipped before
-        self.accelerator.wait_for_everyone()
-        try:
-            self._staging = staging
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        if self.state.best_global_step:
-            # Trainer has looked for it among the temporary folders.
-            best = run_folder / checkpoint_name(self.state.best_global_step)
-            if best == final or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            publish_folder(staged, final)
-            remove_leftovers(run_folder)
-            rotate_checkpoints(
-                str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's (model, code, processor), with the model card and the lineage file."""
-        if state_dict is not None:
-            # Gathered from shards, tied weights are two tensors.
-            tied = unwrap_peft_model(self.model).all_tied_weights_keys
-            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        with own_class(self.model):
-            super()._save(output_dir, state_dict)
-        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
-        if not self.args.should_save:
-            return
-        # A pickle that only this package can read; the lineage file says the same in JSON.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if self.lineage:
-            write_lineage(folder, self.lineage)
+    def write_card(self, folder: Path) -> None:
+        """Write our card, made of what lies in the folder."""
         write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -394,17 +282,6 @@ class AgeVlmSFTTrainer(WatchedTrainer):
             branch=revision or self.args.hub_revision,
             message=commit_message,
         )
-
-
-@contextmanager
-def own_class(model: nn.Module) -> Iterator[None]:
-    """Gives a model sharded by FSDP2 its own class back for a while: its saved code would be torch's otherwise."""
-    sharded = type(model)
-    try:
-        model.__class__ = next(c for c in sharded.__mro__ if not issubclass(c, FSDPModule))  # type: ignore[assignment]
-        yield
-    finally:
-        model.__class__ = sharded
 
 
 def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from agevlm.conversion.twin import ConcatenatingCollator, concatenating_processor, concatenating_twin
 from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.training import train_twin
+from agevlm.training import train
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
@@ -283,8 +283,17 @@ def test_one_command_trains_it(ours, equal, tmp_path, capsys):
     scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=4, test=1, size=64, progress=False)
     rest = ["--data", str(scenes), "--size", "tiny", "--max_steps", "2", "--per_device_train_batch_size", "2",
             "--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--disable_tqdm", "true"]  # fmt: skip
-    align = ["stage1_align", "--init_from", str(tmp_path / "start"), "--output_dir", str(tmp_path / "align"), *rest]
-    train_twin.main(align)
+    align = [
+        "stage1_align",
+        "--variant",
+        "twin",
+        "--init_from",
+        str(tmp_path / "start"),
+        "--output_dir",
+        str(tmp_path / "align"),
+        *rest,
+    ]
+    train.main(align)
     assert (
         f"{ours[0].num_parameters():,} parameters; its twin: {equal[0].num_parameters():,}" in capsys.readouterr().out
     )
@@ -295,25 +304,35 @@ def test_one_command_trains_it(ours, equal, tmp_path, capsys):
     assert {f"model.{layer}self_attn.o_proj.weight" for layer in added} <= moved
     assert "model.multi_modal_projector.linear_1.weight" in moved
     written = (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns
-    train_twin.main(align)
+    train.main(align)
     assert (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns == written
     instruct = ["--init_from", str(tmp_path / "align"), "--output_dir", str(tmp_path / "instruct"), *rest]
-    with pytest.raises(ValueError, match=r"`--plain` says how an AGE-VLM is taken apart; .*align is a 'fast_vlm'"):
-        train_twin.main(["stage4_instruct", "--plain", *instruct])
-    train_twin.main(["stage4_instruct", *instruct])
+    with pytest.raises(ValueError, match=r"`--variant twin-plain` says how an AGE-VLM .*align is a 'fast_vlm'"):
+        train.main(["stage4_instruct", "--variant", "twin-plain", *instruct])
+    train.main(["stage4_instruct", "--variant", "twin", *instruct])
     state = json.loads((tmp_path / "instruct" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and not list((tmp_path / "instruct").glob("*.bin"))
     assert not list(tmp_path.glob(".twin-*"))
 
 
-def test_the_command_refuses_what_the_twin_does_not_have(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [("--push_to_hub", "true"), ("--push-to-hub", "true"), ("--use-peft",), ("--dry-run",), ("--probe_steps", "3"),
+     ("--mask_fraction", "0.5"), ("--mask-fraction", "0.5"), ("--mask-fraction=0.5",), ("--guidance-weight", "1")],
+)  # fmt: skip
+def test_the_command_refuses_what_the_twin_does_not_have(tmp_path, monkeypatch, flags):
+    """Checked on parsed values: every spelling is seen."""
     monkeypatch.chdir(tmp_path)
-    for flag in ("--variant", "--push_to_hub", "--use_peft", "--dry_run"):
-        with pytest.raises(ValueError, match=f"has no `{flag}`"):
-            train_twin.main(["stage1_align", flag, "true"])
-    with pytest.raises(ValueError, match="Give `--init_from`"):
-        train_twin.main(["stage1_align", "--size", "tiny"])
+    name = flags[0].removeprefix("--").split("=")[0].replace("-", "_")
+    with pytest.raises(ValueError, match=f"has no `{name}`"):
+        train.main(["stage4_instruct", "--variant", "twin", "--size", "tiny", *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_with_dashes_reach_the_twin():
+    recipe, _, training, _ = train.parse(["stage1_align", "--variant", "twin", "--output-dir", "here"])
+    assert (recipe.variant, training.output_dir) == ("twin", "here")
+    assert train.parse(["stage4_instruct", "--variant", "twin", "--size", "tiny"])[0].mask_fraction == 0
 
 
 def test_text_alone_trains_in_a_batch_of_its_own(ours, tmp_path):

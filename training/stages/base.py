@@ -14,10 +14,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from agevlm.data.published.prepare import prepare
 from agevlm.data.scenes.build import load_rows
-from agevlm.hub_cards import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
+from agevlm.training.callbacks import SKIPPED_FILE
 from agevlm.training.checkpoints import (
     newest_checkpoint,
     publish_files,
@@ -41,12 +41,13 @@ from agevlm.training.lineage import (
 )
 from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH
+from agevlm.training.stage_trainer import StageTrainer
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
-from agevlm.training.watching import SKIPPED_FILE
+from agevlm.training.twin import TwinTrainer, check_twin, load_twin
 
 from .dry_run import print_dry_run
-from .recipe import StageRecipe
+from .recipe import TWIN, TWINS, StageRecipe
 
 
 @dataclass
@@ -108,9 +109,15 @@ def run_stage(
     args.output_dir = str(output_dir)
     adapters = adapters or AdapterArguments()
     adapters.check(recipe.name, recipe.trains, init_from, args)
+    is_twin = recipe.variant in TWINS
+    if is_twin:
+        check_twin(recipe, args, adapters, dry_run)
     rows = _load_data(recipe, args, data)
     if model is None and init_from is not None and not dry_run:
-        model, processor = load_start(init_from, revision, adapters)
+        if is_twin:
+            model, processor = load_twin(init_from, revision or "main", recipe, console)
+        else:
+            model, processor = load_start(init_from, revision, adapters)
     if dry_run:
         lineage = print_dry_run(recipe, args, rows, model, init_from, revision, adapters, console)
         return StageResult("dry run", output_dir, lineage, [])
@@ -121,6 +128,8 @@ def run_stage(
     if rows is None:
         raise ValueError("No data: give `data`, the folder that `agevlm data scenes` has written, or rows.")
 
+    if is_twin:
+        recipe = recipe.override(variant=TWIN)  # from here on its weights say of which size it is
     lora = adapters.lora(model.config, recipe.frozen)
     lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
@@ -143,7 +152,7 @@ def run_stage(
 
     if lora is None:
         set_trainable(model, recipe.trains, recipe.frozen)
-    trainer = AgeVlmSFTTrainer(
+    trainer = (TwinTrainer if is_twin else AgeVlmSFTTrainer)(
         model=model,
         args=args,
         lineage=lineage,
@@ -246,7 +255,7 @@ def _earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str,
     return lineage
 
 
-def _save_finished(trainer: AgeVlmSFTTrainer, output_dir: Path) -> None:
+def _save_finished(trainer: StageTrainer, output_dir: Path) -> None:
     """Save model, processor, card, log and lineage into `output_dir`; the lineage comes last and says `finished`."""
     staged = staging_folder(output_dir) / "final"
     trainer.save_model(str(staged), _internal_call=True)
@@ -254,7 +263,7 @@ def _save_finished(trainer: AgeVlmSFTTrainer, output_dir: Path) -> None:
         if trainer.state.best_model_checkpoint:
             trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
         trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        write_card(staged)
+        trainer.write_card(staged)
         publish_files(staged, output_dir, last=LINEAGE_FILE)
         remove_leftovers(output_dir)
     trainer.accelerator.wait_for_everyone()

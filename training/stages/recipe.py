@@ -17,7 +17,9 @@ import torch
 from agevlm.training.config import AgeVlmSFTConfig
 
 
-VARIANTS = ("agevlm", "agevlm-lm", "ca-baseline")
+TWIN, TWIN_PLAIN = "twin", "twin-plain"
+TWINS = (TWIN, TWIN_PLAIN)
+VARIANTS = ("agevlm", "agevlm-lm", "ca-baseline", *TWINS)
 SIZES = ("paper", "small", "tiny")
 
 CAMBRIAN_CAPTIONS, CAMBRIAN_INSTRUCTIONS = 2_500_000, 10_000_000
@@ -73,7 +75,7 @@ class StageRecipe:
 
     Args:
         name, stage, goal: `stage1_align`, 1, one sentence.
-        variant: `agevlm`, `agevlm-lm` or `ca-baseline`.
+        variant: `agevlm`, `agevlm-lm`, `ca-baseline`, or the twin of `training/twin.py`: `twin`, `twin-plain`.
         size: `paper`, `small` or `tiny`.
         trains, frozen: parts that train, and parts taken out of them again (`training/freezing.py`).
         data: part of the data set, `captions` or `instructions`.
@@ -155,6 +157,8 @@ def build_recipe(
     training = {**PAPER_TRAINING, "guidance_weight": 1.0 if variant in guided_variants else 0.0}
     recipe = StageRecipe(size=size, variant=variant, training=training, **fields)
     changes = {**SMALLER.get(size, {}), **(smaller or {}).get(size, {})}
+    if variant in TWINS:
+        recipe = recipe.override(mask_fraction=0.0)
     if recipe.mask_fraction == 0:
         changes.pop("mask_fraction", None)
     return recipe.override(**changes)

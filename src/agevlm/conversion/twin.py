@@ -12,7 +12,7 @@ and nothing reads. The layers begin as cross blocks do, with both ends of their 
 larger twin computes what the smaller one computes.
 
 It trains with TRL's own `SFTTrainer` on the same rows, by the recipes of `training/stages` without guidance;
-`python -m agevlm.training.train_twin STAGE` is that in one command. The parts have the same names, so
+`agevlm train STAGE --variant twin` is that in one command. The parts have the same names, so
 `set_trainable(twin, recipe.trains, recipe.frozen)` reads Table 1 for it too: where stages 1 to 3 train projector and
 cross blocks, they train projector and added layers, or in the smaller twin the projector alone.
 

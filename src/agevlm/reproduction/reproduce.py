@@ -59,7 +59,6 @@ from agevlm.store import as_json, changed_fields, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import read_lineage, training_identity
 from agevlm.training.stages.base import run_stage
-from agevlm.training.twin_stage import run_twin_stage
 
 
 PAIRS, MISMATCHED_SEEDS = 150, (0, 1, 2)  # of the similarity
@@ -150,10 +149,8 @@ def train_step(place: Place, seed: int, run: Run, parent: Run | None) -> None:
     else:
         origin = place.folder(seed, parent)
     rows = rows_of(place.scenes, run)
-    if run.start.twin != "no":
-        run_twin_stage(run.recipe, folder / run.name, rows, origin)
-    else:
-        run_stage(run.recipe, folder / run.name, data=rows, init_from=origin, console=Console(quiet=True))
+    twin = {} if run.start.twin == "no" else {"variant": "twin", "mask_fraction": 0.0}
+    run_stage(run.recipe.override(**twin), folder / run.name, data=rows, init_from=origin, console=Console(quiet=True))
 
 
 def rows_of(scenes: Path, run: Run) -> Dataset:

@@ -262,7 +262,7 @@ class Flops:
         # Attention: query-key and attention-value products, forward once and backward twice.
         width = text.num_attention_heads * text.head_dim
         self.self_attention = 3 * 4 * width * text.num_hidden_layers / 2  # per pair of tokens, causal
-        self.cross_attention = 3 * 4 * width * len(config.cross_attention_layers)  # per token and cell
+        self.cross_attention = 3 * 4 * width * len(getattr(config, "cross_attention_layers", ()))  # per token and cell
 
     def of(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
         """(tokens, images, FLOPs) of a batch; padding counts for nothing, as it does for the user."""
@@ -271,11 +271,14 @@ class Flops:
         flops = self.per_token * tokens + self.per_answer * answers + self.self_attention * float((lengths**2).sum())
         if "pixel_values" not in batch:
             return tokens, 0.0, flops
-        per_row = batch["image_mask"].sum(1).double()
-        images, (height, width) = float(per_row.sum()), batch["pixel_values"].shape[-2:]
+        # The twin's batches hold real pictures alone, and its texts hold their cells.
+        masked = "image_mask" in batch
+        images = float(batch["image_mask"].sum()) if masked else float(len(batch["pixel_values"]))
+        seen = float((lengths * batch["image_mask"].sum(1)).sum()) if masked else 0.0  # pairs of tokens and pictures
+        height, width = batch["pixel_values"].shape[-2:]
         cells = height * width / 32**2
         flops += images * sum(cost * height * width / stride**2 for cost, stride in self.tower)
-        flops += images * cells * self.per_cell + self.cross_attention * cells * float((lengths * per_row).sum())
+        flops += images * cells * self.per_cell + self.cross_attention * cells * seen
         return tokens, images, flops
 
 

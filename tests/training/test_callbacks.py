@@ -12,9 +12,9 @@ from training_worker import make_rows, make_trainer, sharp_model
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from agevlm.training.callbacks import DivergedError, Flops, measured_peak, overlays
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.freezing import set_trainable
-from agevlm.training.watching import DivergedError, Flops, measured_peak, overlays
 from builders import mask, picture, row, tiny_model, tiny_processor
 
 
