@@ -30,7 +30,6 @@ from .measures import share
 from .processes import current_device, gather, my_share, rank
 
 
-DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
 NONE, UNCLEAR = "none", "unclear"
 _CLOSED = """A model was asked a question about a picture. Say which answer its reply gives, or none if it gives no \
 answer or several. Do not answer the question yourself.

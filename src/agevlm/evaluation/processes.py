@@ -1,4 +1,4 @@
-"""Several processes by accelerate (`accelerate launch -m agevlm.evaluation.run ...`): who I am, waiting, gathering.
+"""Several processes by accelerate (`accelerate launch -m agevlm eval ...`): who I am, waiting, gathering.
 
 One process needs no launcher, and then nothing distributed is set up.
 """

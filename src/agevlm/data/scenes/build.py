@@ -5,7 +5,6 @@ benchmarks/<split>/<benchmark>.parquet, scenes.json (what it was built from) and
 on the arguments alone, not on the number of processes.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -29,8 +28,9 @@ from tqdm import tqdm
 from agevlm.data.masks import join_masks, share_of_masks
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 
+from .arguments import SceneArguments
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
-from .builder import SceneArguments, SceneBuilder, make_source
+from .builder import SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message, text_conversations
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
@@ -143,39 +143,6 @@ def _read(path: Path) -> Dataset:
     identity = f"{path.resolve()}/{state.st_mtime_ns}/{state.st_size}".encode()
     # a given fingerprint spares `datasets` from hashing every picture
     return Dataset(pq.read_table(path), fingerprint=hashlib.blake2b(identity, digest_size=8).hexdigest())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`agevlm data scenes OUT`: the arguments of `build_scenes` as flags."""
-    parser = argparse.ArgumentParser(
-        prog="agevlm data scenes", description="Compose grounded scenes: pictures, questions, exact masks, benchmarks."
-    )
-    parser.add_argument("out", type=Path, help="folder to write; a finished one of the same arguments is kept")
-    for name, text in _FLAGS.items():
-        value = getattr(SceneArguments(), name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default: %(default)s)"
-        )
-    parser.add_argument("--cutouts", type=Path, help="folder made by `agevlm data cutouts`, else icons")
-    parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
-    parser.add_argument("--names", nargs="+", help="use these object names alone")
-    parser.add_argument("--colours", nargs="+", help="use these colours alone")
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    options = vars(parser.parse_args(argv))
-    out = build_scenes(options.pop("out"), **options)
-    print(f"Scenes in {out}: look at {out / 'contact_sheet.png'}")
-
-
-_FLAGS = {
-    "captions": "training pictures with a caption",
-    "instructions": "training pictures with questions",
-    "test": "questions of each benchmark in each split",
-    "size": "side of a picture in pixels",
-    "max_objects": "most objects in a picture, 1 to 4",
-    "turns": "questions per instruction row",
-    "seed": "another seed gives other pictures, not other splits",
-    "word_rate": "share of instruction pictures with a sign",
-}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
