@@ -1,9 +1,5 @@
 """Model cards, rendered from the facts that a run leaves behind (`facts.py`); no model is loaded.
 
-    agevlm card runs/agevlm/stage4_instruct
-    agevlm card runs/agevlm/stage4_instruct --evaluation runs/evaluation/stage4_instruct/metrics.json
-    agevlm card scenes                                  # a data set
-
 A card is never written by hand afterwards: it says what the files in its folder say, and rendering it again gives the
 same. Scores stand in the card's table and, where the Hub knows the data set (`--dataset`), in
 `.eval_results/*.yaml`, the Hub's current format; the older `model-index` is not written. Results of other weights are
@@ -226,27 +222,12 @@ def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
         write_eval_results(folder, evaluation, dataset)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Render the card of a checkpoint or of a data set again.
+def run_verb(options: argparse.Namespace) -> None:
+    """`agevlm card`, with the arguments of `cli.py`.
 
     Raises:
         ValueError: no such folder, or files that are no results or pictures.
     """
-    parser = argparse.ArgumentParser(
-        prog="agevlm card",
-        description="Render the card (README.md) of a checkpoint, or scenes or masks, from the files in its folder.",
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="checkpoint, or folder of scenes or masks")
-    parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="metrics.json of `agevlm eval`: is copied into the folder"
-    )
-    parser.add_argument(
-        "--dataset", metavar="ID", help="with --evaluation: the Hub data set of the benchmarks, for .eval_results"
-    )
-    parser.add_argument(
-        "--attention", type=Path, metavar="FILE.png", help="picture of `agevlm analyze attention`: copied likewise"
-    )
-    options = parser.parse_args(argv)
     if not options.folder.is_dir():
         raise ValueError(f"There is no folder {options.folder}.")
     if options.dataset and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.dataset):

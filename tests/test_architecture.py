@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "agevlm"
 # A floor may import from the floors above it in this list, and a room from itself.
 FLOORS = (
-    {"store", "images", "stats"},
+    {"arguments", "store", "images", "stats"},
     {"modeling_agevlm", "processing"},
     {"models"},
     {"data"},

@@ -1,37 +1,175 @@
-"""The command line: a frozen list of verbs, each with a help of its own, imported lazily."""
+"""The command line: frozen verbs and flags, helps that import nothing heavy, old spellings, errors in one line."""
 
+import argparse
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from agevlm import cli
+from agevlm.arguments import VerbParser
+
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib")
+# The 600 flags of `train` are transformers', which has to be imported to name them.
+LIGHT = sorted(set(cli.VERBS) - {"train"})
+# Commit 01c7f2d: number of positional arguments, flags. Whatever could be said there can be said here.
+# fmt: off
+BEFORE = {
+    "quickstart": (0, "cutouts output parts seeds size"),
+    "reproduce": (0, "cutouts dry-run jobs only output parts quickstart seeds size strict"),
+    "init": (1, "cross-attention-layers dry-run dtype image-size language-model parts seed vision-tower"),
+    "parts": (2, "conversations cutouts scenes seed"),  # python -m agevlm.training.parts
+    "data scenes": (1, "backgrounds captions colours cutouts instructions max-objects names num-proc seed size test "
+                       "turns word-rate"),
+    "data cutouts": (1, "downloads"),
+    "data cambrian": (2, "images limit rows-per-shard strict workers"),
+    "data check": (1, "against checkpoint images limit max-length out strict workers"),
+    "train": (0, "variant size data init_from revision mask_fraction vision freeze_self_attention dry_run resume "
+                 "model_name_or_path model_revision dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "
+                 "lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora "
+                 "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
+                 "guidance_weight guidance_normalisation projector_learning_rate cross_attention_learning_rate "
+                 "vision_learning_rate language_model_learning_rate spread_guided_rows loss_spike probe_steps strict "
+                 "peak_tflops output_dir"),
+    "eval": (1, "adapter batch-size benchmarks data four-bit judge limit masks max-new-tokens output protocol "
+                "revision scenes split strict trust-remote-code"),
+    "results": (1, "output"),  # python -m agevlm.evaluation.leaderboard
+    "analyze attention": (3, "layer mask max-new-tokens output trust-remote-code"),
+    "analyze similarity": (2, "batch-size limit output seeds strict text trust-remote-code"),
+    "analyze padding": (2, "limit output strict text trust-remote-code"),
+    "ground": (2, "attempt backend batch-size grounder grounder-revision keep masks max-area max-new-tokens min-area "
+                  "min-cells min-score num-workers processor query seed segmenter segmenter-revision split strict"),
+    "ground view": (1, "count dataset output processor split"),
+    "ground quality": (1, "against output processor"),
+    "ground export": (2, ""),
+    "ground import": (2, ""),
+    "convert": (3, "read-bin revision vision-from-checkpoint vision-tower"),
+    "push": (2, "branch public"),
+    "card": (1, "attention dataset evaluation"),
+    "export": (2, "format images int8"),
+    "serve": (1, "device dtype host port"),
+    "demo": (2, "host max-new-tokens port share trust-remote-code"),
+    "env": (0, ""),
+}
+# fmt: on
+# What the helps show instead. `output` stands for what was the last positional argument.
+RENAMED = {
+    "data scenes": {"num-proc": "workers"},
+    "data check": {"checkpoint": "model", "out": "output"},
+    "ground": {"num-workers": "workers", "processor": "model"},
+    "ground view": {"processor": "model"},
+    "ground quality": {"processor": "model"},
+}
+NEW_OUTPUT = (
+    "init", "parts", "data scenes", "data cutouts", "data cambrian", "ground", "ground export", "ground import",
+    "convert", "export",
+)  # fmt: skip
+ADDED = {"serve": {"open-addresses"}}
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "agevlm", *args], capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture
+def parser_of(monkeypatch):
+    """The parser that prints a verb's help."""
+
+    class Shown(Exception):
+        pass
+
+    def show(self, *_):
+        raise Shown(self)
+
+    def parser_of(verb: str) -> argparse.ArgumentParser:
+        monkeypatch.setattr(argparse.ArgumentParser, "print_help", show)
+        with pytest.raises(Shown) as shown:
+            cli.dispatch([*verb.split(), "--help"])
+        return shown.value.args[0]
+
+    return parser_of
+
+
 def test_verbs_are_frozen():
-    """A new verb is a decision: change this list together with README and CONTRIBUTING."""
-    expected = {
-        "quickstart", "reproduce", "init", "data scenes", "data cambrian", "data check", "data cutouts", "train",
-        "eval", "analyze attention", "analyze similarity", "analyze padding",
-        "ground", "convert", "export", "serve", "demo", "push", "card", "env",
-    }  # fmt: skip
-    assert set(cli.VERBS) == expected
+    """A new verb is a decision: change the list above together with README and CONTRIBUTING."""
+    assert set(cli.VERBS) == set(BEFORE)
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
-def test_every_verb_has_its_own_help(verb):
-    result = run(*verb.split(), "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"agevlm {verb}" in result.stdout
+def test_flags_are_frozen(verb, parser_of):
+    parser, (count, flags) = parser_of(verb), BEFORE[verb]
+    spellings = {name for name in parser._option_string_actions if name.startswith("--")} - {"--help"}
+    if verb == "train":
+        assert {f"--{flag}" for flag in flags.split()} <= spellings
+        return
+    assert isinstance(parser, VerbParser)
+    renamed = RENAMED.get(verb, {})
+    now = {renamed.get(flag, flag) for flag in flags.split()} | ADDED.get(verb, set())
+    now |= {"output"} if verb in NEW_OUTPUT else set()
+    assert spellings == {f"--{flag}" for flag in now}
+    assert parser.renamed == {f"--{old}": f"--{new}" for old, new in renamed.items()}
+    assert parser.output_was_positional == (verb in NEW_OUTPUT)
+    positional = [action for action in parser._actions if not action.option_strings]
+    assert len(positional) + parser.output_was_positional == count
 
 
-def test_help_imports_nothing_heavy():
-    code = "import sys, agevlm.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("verb", LIGHT)
+def test_a_help_imports_nothing_heavy(verb):
+    code = (
+        "import sys\nfrom agevlm import cli\n"
+        f"try:\n    cli.dispatch({[*verb.split(), '--help']!r})\n"
+        f"finally:\n    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and f"agevlm {verb}" in result.stdout
+    assert result.stderr.strip() == "[]"
+
+
+def test_every_entry_point_is_a_verb():
+    """`python -m` is for the command itself, for `accelerate launch`, and for old spellings that say so."""
+    package = Path(cli.__file__).parent
+    found = set()
+    for place, _, names in os.walk(package, followlinks=True):
+        for path in (Path(place) / name for name in names if name.endswith(".py")):
+            text = path.read_text(encoding="utf-8")
+            if text.rpartition("\n\n")[2].startswith('if __name__ == "__main__"') and "note_old" not in text:
+                found.add(str(path.relative_to(package)))
+    stages = {f"training/stages/{path.name}" for path in (package / "training" / "stages").glob("stage?_*.py")}
+    assert found - stages == {"__main__.py", "training/train.py"}
+
+
+def test_old_spellings_work_with_a_note(capsys):
+    parser = VerbParser("test", "A test.")
+    parser.add_argument("source")
+    parser.add_output("folder")
+    parser.add_argument("--workers", type=int)
+    parser.rename("--num-proc", "--workers")
+    wanted = parser.parse_args(["a", "--output", "b", "--workers", "2"])
+    assert capsys.readouterr().err == "" and wanted.output == Path("b")
+    for old in (["a", "b", "--num-proc", "2"], ["a", "--num-proc=2", "b"]):
+        assert parser.parse_args(old) == wanted
+        said = capsys.readouterr().err
+        assert "--num-proc is now --workers" in said and "`--output b`" in said
+    for wrong in (["a"], ["a", "b", "c"], ["a", "b", "--nothing"], ["a", "--output", "b", "c"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
+def test_the_overview_lists_every_verb():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)
+    group = run("ground", "view", "--help").stdout
+    assert "agevlm ground view" in group and "\n  data scenes " in run("data", "--help").stdout
+
+
+def test_a_wrong_verb_gets_a_proposal():
+    result = run("analyze", "atention")
+    assert result.returncode == 2 and "'analyze attention'" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_users_mistake_is_one_line():
@@ -39,6 +177,39 @@ def test_a_users_mistake_is_one_line():
     assert result.returncode == 2
     assert "aple" in result.stderr and "apple" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path):
+    rows, file = tmp_path / "rows.json", tmp_path / "file"
+    rows.write_text(
+        '[{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]}]'
+    )
+    file.write_text("")
+    result = run("data", "cambrian", str(rows), "--output", str(file / "out"), "--workers", "1")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("agevlm: ") and result.stderr.count("\n") == 1
+    assert str(file) in result.stderr and "choose another path" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied; change the permissions"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device; free some space"),
+        (FileNotFoundError("there is no a.json"), "there is no a.json"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused; check the connection"),
+        (ConnectionError("the Hub did not answer"), "the Hub did not answer; check the connection"),
+    ],
+)
+def test_system_errors_are_one_line(error, said, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and text.startswith(f"agevlm: {said}") and text.count("\n") == 1
 
 
 def test_env_names_what_a_bug_report_needs():

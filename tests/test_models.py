@@ -16,19 +16,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
 from agevlm import cli, models
-from agevlm.analysis import attention, padding, similarity
+from agevlm.analysis import cli as analyze
 from agevlm.data.published import check
 from agevlm.data.scenes.build import build_scenes
-from agevlm.evaluation import run
+from agevlm.evaluation.cli import evaluate
 from agevlm.evaluation.digests import weights_digest
 from agevlm.evaluation.judge import Judge
 from agevlm.grounding import cli as ground
 from agevlm.grounding.models import Sam
 from agevlm.models import CheckpointError, load, load_model, load_processor
 from agevlm.serving import export, serve
-from agevlm.serving.demo import app
-from agevlm.training import init, parts
+from agevlm.serving.demo import cli as demo
+from agevlm.training import parts
 from agevlm.training.adapters import AdapterArguments
+from agevlm.training.cli import init
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.stages.base import run_stage
 from agevlm.training.train import main as train
@@ -118,13 +119,13 @@ def test_a_repository_is_looked_at_before_it_is_built(whole, folder, tmp_path, m
 # ---- Ways of loading: name -> what calls it with a checkpoint, scenes and an empty folder ----
 
 
-def look(module) -> Callable:
-    return lambda folder, scenes, out: module.main([str(folder), str(scenes), "--output", str(out), "--limit", "2"])
+def look(verb: Callable) -> Callable:
+    return lambda folder, scenes, out: verb([str(folder), str(scenes), "--output", str(out), "--limit", "2"])
 
 
 def ask(folder: Path, scenes: Path, out: Path) -> None:
     picture().save(out.parent / "picture.png")
-    attention.main([str(folder), str(out.parent / "picture.png"), QUESTION, "--output", str(out)])
+    analyze.attention([str(folder), str(out.parent / "picture.png"), QUESTION, "--output", str(out)])
 
 
 def start_stage(**flags) -> Callable:
@@ -145,11 +146,11 @@ def dry_run(folder: Path, scenes: Path, out: Path) -> None:
 
 
 WAYS = {
-    "eval": lambda folder, scenes, out: run.main([str(folder), "--scenes", str(scenes), "--output", str(out)]),
+    "eval": lambda folder, scenes, out: evaluate([str(folder), "--scenes", str(scenes), "--output", str(out)]),
     "analyze attention": ask,
-    "analyze similarity": look(similarity),
-    "analyze padding": look(padding),
-    "demo": lambda folder, scenes, out: app.main([str(folder)]),
+    "analyze similarity": look(analyze.similarity),
+    "analyze padding": look(analyze.padding),
+    "demo": lambda folder, scenes, out: demo.main([str(folder)]),
     "export": lambda folder, scenes, out: export.main([str(folder), str(out)]),
     "train": start_stage(),
     "train with adapters": start_stage(use_peft=True),
@@ -232,7 +233,7 @@ def test_data_check_counts_with_whole_tokenizers(folder):
 
 def test_the_command_line_prints_it(folder, tmp_path, capsys, monkeypatch):
     cut(WEIGHTS, 1000)(folder)
-    monkeypatch.setattr("sys.argv", ["agevlm", "export", str(folder), str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["agevlm", "export", str(folder), "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr().err.strip()
@@ -360,7 +361,7 @@ def test_parts_are_looked_at(tmp_path):
     change_weights(lambda w: w | {"extra": torch.ones(1)})(tower)
     refuses(lambda: parts.load_parts(folder), tower, r"1 unexpected \(extra\)")
     rewrite(TEMPLATE, "{% for")(folder)
-    refuses(lambda: init.main([str(tmp_path / "out"), "--parts", str(folder)]), folder, "TemplateSyntaxError")
+    refuses(lambda: init([str(tmp_path / "out"), "--parts", str(folder)]), folder, "TemplateSyntaxError")
 
 
 # ---- Adapters, 4 bits ----

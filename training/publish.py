@@ -330,32 +330,13 @@ def explain(error: BaseException, repo_id: str) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-# ---- Command line ----
-
-
-def main(argv: list[str] | None = None) -> None:
-    """See the module.
+def run_verb(options: argparse.Namespace) -> None:
+    """`agevlm push`, with the arguments of `cli.py`.
 
     Raises:
         ValueError: nothing to push, or the Hub does not take it.
     """
-    parser = argparse.ArgumentParser(
-        prog="agevlm push",
-        description="Publish a finished checkpoint with its card: one commit, one tag per stage. What an interrupted "
-        "push has sent is not sent again.",
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="finished stage, or any AGE-VLM checkpoint")
-    parser.add_argument(
-        "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
-    )
-    parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
-    parser.add_argument("--branch", help="default: main, which keeps showing the latest stage")
-    options = parser.parse_args(argv)
     if not options.folder.is_dir():
         raise ValueError(f"There is no folder {options.folder}.")
     record = push(options.folder, options.repo_id, private=not options.public, branch=options.branch)
     print(f"{options.folder}: on the Hub as {_place(record)}")
-
-
-if __name__ == "__main__":
-    main()

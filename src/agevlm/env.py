@@ -1,9 +1,10 @@
 """`agevlm env`: versions and machine, as a bug report needs them."""
 
-import argparse
 import os
 import platform
 from importlib.metadata import version
+
+from agevlm.arguments import VerbParser
 
 
 PACKAGES = (
@@ -22,7 +23,7 @@ PACKAGES = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="agevlm env", description=__doc__).parse_args(argv)
+    VerbParser("env", __doc__).parse_args(argv)
     import torch
 
     rows = {

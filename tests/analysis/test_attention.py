@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from agevlm.analysis.attention import attend, in_mask_mass, main, write_attention, write_examples
+from agevlm.analysis.attention import attend, in_mask_mass, write_attention, write_examples
+from agevlm.analysis.cli import attention as main
 from builders import mask, picture, tiny_model, tiny_processor
 
 

@@ -8,7 +8,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PilImage
 
 from agevlm.analysis import padding
-from agevlm.analysis.padding import main, mean_colour, measure_padding, measure_picture, squared
+from agevlm.analysis.cli import padding as main
+from agevlm.analysis.padding import mean_colour, measure_padding, measure_picture, squared
 from agevlm.analysis.pairs import Pair
 from agevlm.analysis.resume import Parts, job_of
 from builders import mask, picture, tiny_model, tiny_processor

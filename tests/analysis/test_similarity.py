@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agevlm.analysis import similarity
+from agevlm.analysis.cli import similarity as main
 from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import (
     HIDDEN,
     QUERY_KEY,
     centred,
-    main,
     measure_similarity,
     reduce_heads,
     reduce_tokens,

@@ -10,11 +10,12 @@ from datasets import Dataset
 from tiny_baselines import CONVLLAVA_SIZE, LAYERS, QUESTION, conversation, encode
 from transformers import AutoModelForImageTextToText
 
-from agevlm.analysis import attention, padding, similarity
+from agevlm.analysis import cli as analyze
 from agevlm.analysis.attention import attend, in_mask_mass
 from agevlm.analysis.subjects import Subject
 from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import run
+from agevlm.evaluation.cli import evaluate
 from agevlm.evaluation.inputs import row_image
 from builders import mask, picture
 from vlms import force
@@ -86,7 +87,7 @@ def test_analyze_attention(pair, loaded, flags, tmp_path):
     image = picture(*WIDE)
     image.save(tmp_path / "picture.png")
     command = [str(folder), str(tmp_path / "picture.png"), QUESTION, "--output", str(tmp_path / "out")]
-    attention.main([*command, "--max-new-tokens", "5", *flags])
+    analyze.attention([*command, "--max-new-tokens", "5", *flags])
     told = read(tmp_path / "out", "attention.json")["models"][original.system]
     assert told["layers"] == [0] and 0 < told["image_mass"][0] < 1
     answer = tokenizer.decode(original.continuation(image, QUESTION, 5), skip_special_tokens=True)
@@ -96,7 +97,7 @@ def test_analyze_attention(pair, loaded, flags, tmp_path):
 
 def test_analyze_similarity(pair, flags, rows, tmp_path):
     """The paper's score, the cosine of mean final states, from the published code's own states."""
-    similarity.main([str(pair[1]), str(rows), "--output", str(tmp_path), "--seeds", "2", *flags])
+    analyze.similarity([str(pair[1]), str(rows), "--output", str(tmp_path), "--seeds", "2", *flags])
     told = read(tmp_path, "similarity.json")
     assert told["pairs"] == 4 and told["headline"]["layer"] == LAYERS
     with np.load(tmp_path / "scores.npz") as scores:
@@ -110,7 +111,7 @@ def test_analyze_similarity(pair, flags, rows, tmp_path):
 
 def test_analyze_padding(pair, flags, rows, tmp_path):
     original, folder = pair
-    padding.main([str(folder), str(rows), "--output", str(tmp_path), *flags])
+    analyze.padding([str(folder), str(rows), "--output", str(tmp_path), *flags])
     told = read(tmp_path, "padding.json")
     assert told["pictures"] == 4
     # Twice as wide as high: of five rows of cells the outer two show less than half, of twelve the outer six nothing.
@@ -129,7 +130,7 @@ def test_eval(pair, loaded, flags, scenes, tmp_path):
     """Answers are the published code's."""
     (original, folder), tokenizer = pair, loaded[2].tokenizer
     command = [str(folder), "--scenes", str(scenes), "--output", str(tmp_path / "out"), "--batch-size", "3"]
-    run.main([*command, "--benchmarks", "pope", "cvbench", "--max-new-tokens", "4", *flags])
+    evaluate([*command, "--benchmarks", "pope", "cvbench", "--max-new-tokens", "4", *flags])
     metrics = read(tmp_path / "out" / original.system, "metrics.json")
     assert {name: result["skipped"] for name, result in metrics["benchmarks"].items()} == {"pope": 0, "cvbench": 0}
     asked = run.load_scenes(scenes, "composition", run.choose(["pope"]))["pope"]
@@ -146,7 +147,7 @@ def test_code_that_travels_with_a_model_runs_only_when_asked_for(pair, tmp_path)
         pytest.skip("ConvLLaVA is transformers' own class")
     picture().save(tmp_path / "picture.png")
     for command in (
-        lambda: attention.main([str(folder), str(tmp_path / "picture.png"), QUESTION, "--output", str(tmp_path)]),
+        lambda: analyze.attention([str(folder), str(tmp_path / "picture.png"), QUESTION, "--output", str(tmp_path)]),
         lambda: run.load(str(folder)),
     ):
         with pytest.raises(ValueError, match="trust_remote_code"):

@@ -8,7 +8,8 @@ import bad_rows
 import pytest
 from bad_rows import write_corpus
 
-from agevlm.data.published.check import check, main
+from agevlm.data.cli import check as main
+from agevlm.data.published.check import check
 from agevlm.data.published.convert import convert
 from agevlm.data.published.records import DROPPED, REMARKED, REPAIRED
 from agevlm.data.rows import validate_row

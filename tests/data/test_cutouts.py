@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from agevlm.data.cli import cutouts as main
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
 from agevlm.data.scenes.cutout_names import clean_name, synonym_group, tux_category, tux_name
-from agevlm.data.scenes.fetch_cutouts import fetch_cutouts, main, usable
+from agevlm.data.scenes.fetch_cutouts import fetch_cutouts, usable
 from agevlm.data.scenes.objects import CutoutSource
 
 

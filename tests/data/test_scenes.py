@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from agevlm.data.cli import scenes as main
 from agevlm.data.rows import validate_row
 from agevlm.data.scenes.benchmarks import BENCHMARKS
-from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows, main
+from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
 from agevlm.data.scenes.objects import COLOURS
 from agevlm.data.scenes.splits import SPLITS, is_held_out_pair
 from agevlm.images import open_image

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agevlm.evaluation.judge import Judge, judge_prompt, judge_rows, labels_of, read_reply, score_judged
-from agevlm.evaluation.run import BENCHMARKS
+from agevlm.evaluation.registry import BENCHMARKS
 from builders import tiny_tokenizer
 
 

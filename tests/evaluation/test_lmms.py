@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from agevlm.data.scenes.build import build_scenes
-from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import evaluate_scenes
 from agevlm.evaluation.tables import lookup
 from builders import tiny_model, tiny_processor
 

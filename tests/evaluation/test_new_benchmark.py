@@ -7,8 +7,9 @@ import pytest
 
 from agevlm.evaluation import pope
 from agevlm.evaluation.benchmark import Column, Source
+from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.leaderboard import read_metrics, results_page
-from agevlm.evaluation.run import BENCHMARKS, main
+from agevlm.evaluation.registry import BENCHMARKS
 from builders import picture, tiny_model, tiny_processor
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from agevlm.data.scenes.build import build_scenes
-from agevlm.evaluation.run import main
+from agevlm.evaluation.cli import evaluate as main
 from builders import tiny_model, tiny_processor
 
 
@@ -63,7 +63,7 @@ def launch(place, output, processes, batch_size=1):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [*command, "-m", "agevlm.evaluation.run", *arguments(place, output, batch_size)],
+        [*command, "-m", "agevlm", "eval", *arguments(place, output, batch_size)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from public_data import public
 
 from agevlm.evaluation.benchmark import PROTOCOLS, verdict
-from agevlm.evaluation.run import BENCHMARKS, choose
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import choose
 
 
 EVERY = [benchmark for known in BENCHMARKS.values() for benchmark in known.values()]

@@ -10,7 +10,8 @@ from datasets import Image as ImageFeature
 from public_data import public_file
 
 from agevlm.evaluation.inputs import RowError, row_image
-from agevlm.evaluation.run import BENCHMARKS, choose, load_published, parse_places
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import choose, load_published, parse_places
 from agevlm.evaluation.sources import load_hub, load_local
 from builders import picture
 

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from agevlm.data.scenes.build import build_scenes
-from agevlm.evaluation.run import BENCHMARKS, evaluate_scenes
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import evaluate_scenes
 from agevlm.models import load
 from builders import tiny_tokenizer
 

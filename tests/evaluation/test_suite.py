@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from agevlm.data.scenes.build import build_scenes, load_benchmark
+from agevlm.evaluation.cli import evaluate as main
+from agevlm.evaluation.cli import results as make_page
 from agevlm.evaluation.leaderboard import PAPER, read_metrics, results_page
-from agevlm.evaluation.leaderboard import main as make_page
-from agevlm.evaluation.run import BENCHMARKS, choose, compare_folders, load_scenes, main
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import choose, compare_folders, load_scenes
 from agevlm.store import write_json
 from builders import tiny_model, tiny_processor
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers.utils import is_torchvision_available
 
 from agevlm.data.rows import ROW_FEATURES
-from agevlm.grounding.backends import GROUNDERS, Published, load_backend, names
+from agevlm.grounding.backends import load_backend
+from agevlm.grounding.choices import GROUNDERS, Published, names
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.models import PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
 from agevlm.grounding.output import read_masks

@@ -42,10 +42,10 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
 
     def launch(out, *more):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        return [*launcher, "-m", "agevlm.grounding.cli", *command(out, *more)]
+        return [*launcher, "-m", "agevlm", "ground", *command(out, *more)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    ground.main(command("one"))
+    ground.ground(command("one"))
     subprocess.run(launch("two"), check=True, env=environment, timeout=280)
     assert len(list((tmp_path / "two" / "journal").glob("*.arrows"))) == 2
     assert read_masks(tmp_path / "two").to_list() == read_masks(tmp_path / "one").to_list()
@@ -59,5 +59,5 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
         process.kill()
     begun.wait()
     assert 0 < len(Journals(journal, schema)) < 600
-    ground.main(command("cut", "--batch-size", "64"))
+    ground.ground(command("cut", "--batch-size", "64"))
     assert read_masks(tmp_path / "cut").to_list() == read_masks(tmp_path / "one").to_list()

@@ -47,28 +47,28 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
     folder, rows, masks = files
     out = folder / "out"
     command = [rows, str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--num-workers", "0"]
-    ground.main(command)
+    ground.ground(command)
     assert "5 masks kept of 8 rows attempted" in capsys.readouterr().out
     before = (out / "data" / "kept.parquet").stat().st_mtime_ns
-    ground.main([*command[:-4], "--keep", "9"])
+    ground.ground([*command[:-4], "--keep", "9"])
     told = capsys.readouterr()
     assert "7 masks kept" in told.out and "2 fewer than asked for" in told.err
     assert (out / "data" / "kept.parquet").stat().st_mtime_ns != before
 
-    ground.main(["view", str(out)])
+    ground.view([str(out)])
     page = (out / "view.html").read_text()
     assert page.count('<section class="row"') == 8 and page.count("data:image/jpeg;base64,") == 3 * 7 + 1
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     assert "http" not in page.replace("http-equiv", "")  # nothing to fetch
 
-    ground.main(["quality", str(out), "--against", masks, "--output", str(folder / "quality.json")])
+    ground.quality([str(out), "--against", masks, "--output", str(folder / "quality.json")])
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["compared"] == quality["masks"] == 7
     assert all(quality[name]["mean"] == 1 for name in ("iou", "boundary_f", "grid_iou"))
 
     pytest.importorskip("pycocotools", reason="needs the extra coco")
-    ground.main(["export", str(out), str(folder / "coco.json")])
-    ground.main(["import", str(folder / "coco.json"), str(folder / "back.parquet")])
+    ground.export_coco([str(out), str(folder / "coco.json")])
+    ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet")])
     kept, back = read_masks(out), load_table(str(folder / "back.parquet"))
     assert back["id"] == kept["id"] and back["query"] == kept["query"]
     for one, two in zip(kept["mask"], back["mask"], strict=True):
@@ -79,11 +79,11 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
 
 def test_rows_with_guidance_bring_their_masks(files):
     folder, rows, masks = files
-    ground.main([rows, str(folder / "out"), "--backend", "exact", "--masks", masks])
+    ground.ground([rows, str(folder / "out"), "--backend", "exact", "--masks", masks])
     kept = read_masks(folder / "out").select_columns(list(MASK_FEATURES))
     joined = join_masks(load_table(rows), kept)
     joined.to_parquet(folder / "joined.parquet")
-    ground.main([str(folder / "joined.parquet"), str(folder / "again"), "--backend", "exact"])
+    ground.ground([str(folder / "joined.parquet"), str(folder / "again"), "--backend", "exact"])
     again = read_masks(folder / "again")
     assert again["id"] == kept["id"]
     assert [m.tobytes() for m in again["mask"]] == [m.tobytes() for m in kept["mask"]]
@@ -164,7 +164,7 @@ def test_what_is_no_data_set_is_said(tmp_path):
     rows = str(tmp_path / "rows.parquet")
     Dataset.from_dict({"id": ["a"], "mask": [None]}).to_parquet(rows)
     with pytest.raises(ValueError, match="lacks the column images, messages"):
-        ground.main([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
+        ground.ground([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
     with pytest.raises(ValueError, match="no complete run"):
         read_masks(tmp_path)
     assert load_masks(str(tmp_path))["id"] == ["a"]

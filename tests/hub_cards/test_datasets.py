@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.data.scenes.build import build_scenes
-from agevlm.hub_cards.render import main
+from agevlm.hub_cards.cli import main
 from builders import mask, row
 
 

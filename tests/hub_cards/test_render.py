@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
 from agevlm.hub_cards import read_facts, render_card, weights_fingerprint, write_card
+from agevlm.hub_cards.cli import main
 from agevlm.hub_cards.facts import count_parameters
-from agevlm.hub_cards.render import main
 from agevlm.training.publish import published_files
 from builders import tiny_model, tiny_processor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agevlm.reproduction import quickstart
+from agevlm.reproduction import cli, quickstart
 from agevlm.training.parts import load_parts
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground
 
@@ -47,7 +47,7 @@ def test_variants_differ_in_guidance_alone(size):
 
 
 def test_missing_parts_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"agevlm\.training\.parts tiny"):
+    with pytest.raises(ValueError, match="agevlm parts tiny --output"):
         load_parts(tmp_path)
 
 
@@ -62,7 +62,7 @@ def minute(monkeypatch):
 def test_the_whole_chain_and_once_more(minute, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = ["--output", str(output), "--parts", str(PARTS)]
-    quickstart.main(arguments)
+    cli.quickstart(arguments)
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     page = (output / "report.html").read_text(encoding="utf-8")
     for variant in quickstart.VARIANTS:
@@ -73,5 +73,5 @@ def test_the_whole_chain_and_once_more(minute, tmp_path, capsys):
         }
     assert report["settings"]["size"] == "tiny"
     weights = (output / "seed-0" / "stage4-agevlm" / "model.safetensors").stat().st_mtime_ns
-    quickstart.main(arguments)  # finds everything done
+    cli.quickstart(arguments)  # finds everything done
     assert (output / "seed-0" / "stage4-agevlm" / "model.safetensors").stat().st_mtime_ns == weights

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from agevlm.modeling_agevlm import AgeVlmConfig
-from agevlm.reproduction import claims, findings, quickstart, reproduce
+from agevlm.reproduction import claims, cli, findings, quickstart, reproduce
 from agevlm.reproduction.claims import compared, decide
 from agevlm.reproduction.matrix import PAPER_ROWS, STAGES, chain, choose_rows, cross_layers, matrix, unique
 from agevlm.reproduction.queries import things_named, vocabulary
@@ -176,12 +176,12 @@ def minute(monkeypatch):
 def test_two_rows_end_to_end_and_once_more(minute, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--output", str(output), "--parts", str(PARTS), "--only", "ca-baseline", "query-things"]
-    reproduce.main([*arguments, "--dry-run"])
+    cli.reproduce([*arguments, "--dry-run"])
     assert not output.exists()
     assert "6 stage runs (shared ones once), 0 finished, 6 to do (12 steps)" in " ".join(
         capsys.readouterr().out.split()
     )
-    reproduce.main(arguments)
+    cli.reproduce(arguments)
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):
@@ -194,7 +194,7 @@ def test_two_rows_end_to_end_and_once_more(minute, tmp_path, capsys):
     guided = read_lineage(output / "seed-0" / chain(ROWS["query-things"], "tiny", 0)[2].name)
     plain = read_lineage(output / "seed-0" / chain(ROWS["ca-baseline"], "tiny", 0)[2].name)
     assert guided["data"]["fingerprint"] != plain["data"]["fingerprint"]  # other words are guided
-    reproduce.main([*arguments[:4], "--only", "ca-baseline"])  # finds everything done, and reports both
+    cli.reproduce([*arguments[:4], "--only", "ca-baseline"])  # finds everything done, and reports both
     again = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert again["numbers"] == report["numbers"]
     assert {path: path.stat().st_mtime_ns for path in output.glob("seed-0/**/*.safetensors")} == weights
@@ -205,7 +205,7 @@ def test_two_rows_end_to_end_and_once_more(minute, tmp_path, capsys):
 def test_the_twin_end_to_end(minute, tmp_path):
     output = tmp_path / "out"
     arguments = ["--output", str(output), "--parts", str(PARTS), "--only", "twin", "--strict"]
-    reproduce.main(arguments)
+    cli.reproduce(arguments)
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert set(report["numbers"]["twin"]) == {title for _, _, title in TABLE_2}
     assert not list(output.glob("seed-0/stage*/training_args.bin"))
@@ -213,7 +213,7 @@ def test_the_twin_end_to_end(minute, tmp_path):
     assert len(weights) == 4
     for folder in output.glob("seed-0/stage*"):
         assert json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["truncation"] is None
-    reproduce.main(arguments)
+    cli.reproduce(arguments)
     assert {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")} == weights
 
 

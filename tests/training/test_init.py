@@ -22,7 +22,9 @@ from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, Llam
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.reproduction.matrix import Start
 from agevlm.reproduction.quickstart import TINY_PARTS, save_start
-from agevlm.training.init import RECORD_FILE, count_parameters, main, parse, plan_parts, without_weights
+from agevlm.training.cli import init as main
+from agevlm.training.cli import parse_init
+from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights
 from agevlm.training.stages import stage1_align
 from agevlm.training.stages.base import run_stage
 from builders import picture, tiny_tokenizer
@@ -235,7 +237,7 @@ def save_large_parts(folder: Path) -> tuple[Path, Path]:
 def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
     llama, tower = save_large_parts(tmp_path)
     argv = [str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
-    model = without_weights(plan_parts(parse(argv)), seed=0)
+    model = without_weights(plan_parts(parse_init(argv)), seed=0)
     with torch.device("meta"):
         paper = AgeVlmForConditionalGeneration(AgeVlmConfig.paper())
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
@@ -364,9 +366,9 @@ def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, t
     argv = [str(tmp_path / "start"), *flags(llama, tower)]
     script = (
         "import os, signal\n"
-        "from agevlm.training import init\n"
+        "from agevlm.training import cli, init\n"
         "init.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"init.main({argv!r})\n"
+        f"cli.init({argv!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
@@ -400,7 +402,7 @@ def init_from_hub(home: Path, hub: HubServer, *runs: list[str], **environment: s
     """Run `init` several times in one process that knows only this Hub; what each one said, "" for success."""
     script = (
         "import json, sys\n"
-        "from agevlm.training.init import main\n"
+        "from agevlm.training.cli import init as main\n"
         "for argv in json.loads(sys.argv[1]):\n"
         "    try:\n"
         "        main(argv)\n"

@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from training_worker import make_arguments, make_trainer
 
 from agevlm.training import publish
+from agevlm.training.cli import push as main
 from agevlm.training.lineage import read_lineage, write_lineage
-from agevlm.training.publish import PushError, main, publish_stage, published_files, push, read_record
+from agevlm.training.publish import PushError, publish_stage, published_files, push, read_record
 from builders import tiny_model, tiny_processor
 
 

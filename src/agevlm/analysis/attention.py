@@ -379,26 +379,8 @@ def write_examples(
     return examples
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm analyze attention", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id of a checkpoint; several compare")
-    parser.add_argument("image", metavar="IMAGE", help="picture file")
-    parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--mask", metavar="FILE", help="black and white picture of what the question is about")
-    parser.add_argument(
-        "--layer",
-        type=int,
-        action="append",
-        dest="layers",
-        metavar="N",
-        help="may be given again; default: all cross layers, or the first self-attention layer",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a checkpoint that is not ours"
-    )
-    arguments = parser.parse_args(argv)
+def run_verb(arguments: argparse.Namespace) -> None:
+    """`agevlm analyze attention`, with the arguments of `cli.py`."""
     image = open_image(arguments.image, arguments.image)
     mask = None if arguments.mask is None else open_image(arguments.mask, arguments.mask, mode="1")
     models = {}

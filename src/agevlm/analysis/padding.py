@@ -33,7 +33,6 @@ from agevlm.store import write_json
 from .attention import question_look
 from .figures import save_padding
 from .files import make_folder
-from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
 from .subjects import Subject
@@ -186,20 +185,8 @@ def measure_padding(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm analyze padding", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of ours or of a concatenating model")
-    parser.add_argument(
-        "data", metavar="DATA", help="folder of scenes, or a .parquet or .jsonl with pictures and texts"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument(
-        "--text", metavar="COLUMN", help="default: the first answer of `messages`, caption or question"
-    )
-    parser.add_argument("--limit", type=at_least(2), default=200, metavar="N", help="pictures (default 200)")
-    parser.add_argument("--strict", action="store_true", help="stop at a bad row instead of leaving it out")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
-    arguments = parser.parse_args(argv)
+def run_verb(arguments: argparse.Namespace) -> None:
+    """`agevlm analyze padding`, with the arguments of `cli.py`."""
     output = make_folder(arguments.output)
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, strict=arguments.strict, progress=True

@@ -40,7 +40,6 @@ from agevlm.store import write_json
 
 from .figures import save_histogram, save_layers
 from .files import make_folder, save_arrays
-from .options import at_least
 from .pairs import LeftOut, Pair, load_pairs
 from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
 from .subjects import Encoded, Subject
@@ -354,24 +353,8 @@ def write_similarity(
     return summary
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm analyze similarity", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of ours or of a concatenating model")
-    parser.add_argument(
-        "data", metavar="DATA", help="folder of scenes (its captions), or a .parquet or .jsonl of pairs"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument(
-        "--text", metavar="COLUMN", help="default: the first answer of `messages`, caption or question"
-    )
-    parser.add_argument("--limit", type=at_least(2), default=1000, metavar="N", help="pairs (default 1000)")
-    parser.add_argument(
-        "--seeds", type=at_least(1), default=3, metavar="N", help="number of mismatched pairings (default 3)"
-    )
-    parser.add_argument("--batch-size", type=at_least(1), default=8, metavar="N")
-    parser.add_argument("--strict", action="store_true", help="stop at a bad row instead of leaving it out")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
-    arguments = parser.parse_args(argv)
+def run_verb(arguments: argparse.Namespace) -> None:
+    """`agevlm analyze similarity`, with the arguments of `cli.py`."""
     output = make_folder(arguments.output)
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, distinct=True, strict=arguments.strict, progress=True

@@ -1,7 +1,4 @@
-"""`agevlm convert convllava|mobilevlm-v2 SRC OUT`: a published baseline as a checkpoint of transformers (section 4).
-
-    agevlm convert convllava ConvLLaVA/ConvLLaVA-sft-768 convllava-768 --read-bin
-    agevlm convert mobilevlm-v2 mtgv/MobileVLM_V2-1.7B mobilevlm-1.7b --read-bin
+"""`agevlm convert`: a published baseline as a checkpoint of transformers (section 4).
 
 OUT loads with `AutoProcessor` and `AutoModelForImageTextToText` (MobileVLM with `trust_remote_code=True`: its
 projector travels with it), and speaks the originals' prompt token for token. Configuration, names and shapes are
@@ -25,7 +22,6 @@ from agevlm.conversion.sources import INDEX_FILE, PickledWeightsError, Source, l
 from agevlm.store import new_folder, write_json
 
 
-SYSTEMS = ("convllava", "mobilevlm-v2")
 RECORD_FILE = "agevlm_conversion.json"
 SHARD_SIZE = "2GB"
 
@@ -79,45 +75,12 @@ def write_checkpoint(target: Target, source: Source, system: str, folder: Path, 
     write_json(folder / RECORD_FILE, record)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="agevlm convert",
-        description="Convert a published ConvLLaVA or MobileVLM V2 into a checkpoint that transformers loads.",
-    )
-    parser.add_argument("system", choices=SYSTEMS)
-    parser.add_argument("source", metavar="SRC", help="folder or Hub repository in the authors' layout")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--revision", help="branch, tag or commit of SRC")
-    parser.add_argument(
-        "--read-bin",
-        action="store_true",
-        help="read pytorch_model.bin where there are no safetensors. It is a pickle: torch.load(weights_only=True) "
-        "builds its tensors and refuses whatever else it asks for",
-    )
-    tower = parser.add_mutually_exclusive_group()
-    tower.add_argument(
-        "--vision-tower",
-        metavar="ID_OR_DIR",
-        help="convllava: the tower (default: the `mm_vision_tower` of SRC's config.json, as the authors' loader does)",
-    )
-    tower.add_argument(
-        "--vision-from-checkpoint",
-        action="store_true",
-        help="convllava: the tower inside SRC, which the authors' loader ignores",
-    )
-    args = parser.parse_args(argv)
-    if args.system != "convllava" and (args.vision_tower or args.vision_from_checkpoint):
-        parser.error("MobileVLM's tower is inside the checkpoint: leave out the options of convllava's")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """See the module.
+def run_verb(args: argparse.Namespace) -> None:
+    """`agevlm convert`, with the arguments of `cli.py`.
 
     Raises:
         ValueError: a folder that is in use, or a source that cannot be had or is something else.
     """
-    args = parse(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output} is there already. Choose a new folder.")
     try:
@@ -144,7 +107,3 @@ def main(argv: list[str] | None = None) -> None:
         + ("" if args.system == "convllava" else " and trust_remote_code=True")
         + "."
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,6 @@ from .digests import weights_digest
 from .processes import current_device, is_main, my_share
 
 
-DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
 NONE, UNCLEAR = "none", "unclear"
 _CLOSED = """A model was asked a question about a picture. Say which answer its reply gives, or none if it gives no \
 answer or several. Do not answer the question yourself.

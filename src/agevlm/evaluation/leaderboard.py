@@ -1,6 +1,6 @@
 """The results page (docs/results.md) out of `metrics.json` files, beside the paper's Table 2.
 
-    python -m agevlm.evaluation.leaderboard docs/results/*/metrics.json --output docs/results.md
+    agevlm results docs/results/*/metrics.json --output docs/results.md
 
 The paper's rows are the paper's: printed in its Table 2, not measured here. Models evaluated on the published sets
 stand beside them in its columns and units; models evaluated on scenes, which are other questions, in tables of their
@@ -46,7 +46,7 @@ BLIND = {
 }
 _INTRODUCTION = """# Results
 
-Made by `python -m agevlm.evaluation.leaderboard` from `metrics.json` files of `agevlm eval`; do not edit.
+Made by `agevlm results` from `metrics.json` files of `agevlm eval`; do not edit.
 
 ## The published benchmarks, in the columns and units of the paper's Table 2
 
@@ -144,16 +144,15 @@ def read_metrics(path: Path) -> Metrics:
     return {**metrics, "model": metrics["model"] or path.parent.name}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m agevlm.evaluation.leaderboard", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.json files of `agevlm eval`")
-    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="(default: %(default)s)")
-    arguments = parser.parse_args(argv)
+def run_verb(arguments: argparse.Namespace) -> None:
+    """`agevlm results`, with the arguments of `cli.py`."""
     write_text(arguments.output, results_page([read_metrics(path) for path in arguments.metrics]))
     print(f"written to {arguments.output}")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as it was called, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.evaluation import cli
+
+    note_old("agevlm.evaluation.leaderboard", "`agevlm results`")
+    cli.results()

@@ -1,4 +1,4 @@
-"""Several processes by accelerate (`accelerate launch -m agevlm.evaluation.run ...`): shares of the work."""
+"""Several processes by accelerate (`accelerate launch -m agevlm eval ...`): shares of the work."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -3,7 +3,7 @@
     agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
     agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
     agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
-    accelerate launch -m agevlm.evaluation.run MODEL... --output DIR    # several processes
+    accelerate launch -m agevlm eval MODEL... --output DIR              # several processes
 
 Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchmark, `predictions.jsonl` (raw outputs),
 `run.json`, `judged.jsonl` and `grounding.jsonl`; the folder above `results.md`, `results.html` and, of several models,
@@ -27,21 +27,18 @@ from agevlm.models import load
 from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, read_json, write_json, write_lines, write_text
 
-from . import cvbench, hallusionbench, ocrbench, pope, realworldqa
 from .benchmark import PROTOCOLS, Benchmark, Metrics, units_of
 from .digests import stored_fingerprint, weights_digest
 from .generate import generate_predictions
 from .generate import without_pictures as plain
 from .grounding import MASKED, load_masked, measure_grounding, summarise
-from .judge import DEFAULT_JUDGE, Judge, judge_rows, score_judged
+from .judge import Judge, judge_rows, score_judged
 from .processes import current_device, is_main
+from .registry import BENCHMARKS
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
 
-BENCHMARKS: dict[str, dict[str, Benchmark]] = {
-    module.PAPER.name: module.PROTOCOLS for module in (pope, cvbench, ocrbench, hallusionbench, realworldqa)
-}
 RESULT = "metrics.json"
 FORMAT = 2  # raise when fields of metrics.json change their meaning
 
@@ -351,42 +348,8 @@ def parse_places(values: Sequence[str]) -> dict[str, str]:
     return places
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agevlm eval", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id: ours, or any image-text-to-text")
-    known = ", ".join(BENCHMARKS)
-    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help=f"all, or out of {known}")
-    parser.add_argument(
-        "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="one folder per model is made in it")
-    rows = parser.add_argument_group("rows (default: the published sets, from the Hub)")
-    rows.add_argument("--scenes", metavar="DIR", help="folder made by `agevlm data scenes`")
-    rows.add_argument("--split", default="composition", help="of scenes: composition, name or style")
-    rows.add_argument(
-        "--data", nargs="+", default=[], metavar="DIR|NAME=PLACE",
-        help="folder with files in the published columns, for all benchmarks or one; or another Hub id for one",
-    )  # fmt: skip
-    rows.add_argument("--masks", metavar="FILE", help="Parquet of image, question, mask: measure looking on it too")
-    rows.add_argument("--limit", type=int, help="first rows of each benchmark only")
-    rows.add_argument("--strict", action="store_true", help="stop at a bad row instead of skipping it")
-    loading = parser.add_argument_group("models")
-    loading.add_argument("--revision", default="main", help="of the models on the Hub")
-    loading.add_argument("--adapter", metavar="DIR", help="PEFT adapter (folder or Hub id) laid over the one model")
-    loading.add_argument("--four-bit", action="store_true", help="NF4 weights (needs bitsandbytes)")
-    loading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--batch-size", type=int, default=32)
-    answers.add_argument("--max-new-tokens", type=int, help="longest answer (default: the protocol's)")
-    answers.add_argument(
-        "--judge", nargs="?", const=DEFAULT_JUDGE, metavar="MODEL",
-        help=f"a chat model reads every answer a second time (without a name: {DEFAULT_JUDGE})",
-    )  # fmt: skip
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = make_parser().parse_args(argv)
+def run_verb(arguments: argparse.Namespace) -> None:
+    """`agevlm eval`, with the arguments of `cli.py`."""
     names = [Path(model).resolve().name for model in arguments.models]
     if len(set(names)) != len(names):
         raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder or call eval twice")
@@ -440,5 +403,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written to {output}")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as it was called with `accelerate launch -m`, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.evaluation import cli
+
+    note_old("agevlm.evaluation.run", "`-m agevlm eval`")
+    cli.evaluate()

@@ -5,7 +5,6 @@ repository pairs with Florence-2; the paper's text cites SAM, which is `florence
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,42 +13,10 @@ from PIL import Image
 
 from agevlm.images import open_image
 
+from .choices import GROUNDERS, ONE_STEP, SEGMENTERS, Published, names
 from .masks import mask_box
 from .regions import NO_REGION, Backend, Grounding, Region
 from .rows import Undecoded
-
-
-@dataclass(frozen=True)
-class Published:
-    """One model of a backend.
-
-    Attributes:
-        model: name of its class in `models.py`.
-        checkpoint: the repository it comes from by default.
-        options: arguments of the class that belong to the name.
-    """
-
-    model: str
-    checkpoint: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-# A new backend is a class in `models.py` and a line here. Any grounder goes with any segmenter.
-GROUNDERS = {
-    "florence2": Published("Florence2", "florence-community/Florence-2-large"),
-    "florence2-phrases": Published("Florence2", "florence-community/Florence-2-large", {"phrases": True}),
-    "grounding-dino": Published("GroundingDino", "IDEA-Research/grounding-dino-base"),
-}
-SEGMENTERS = {
-    "sam2": Published("Sam2", "facebook/sam2.1-hiera-large"),
-    "sam": Published("Sam", "facebook/sam-vit-huge"),
-}
-ONE_STEP = {"sam3": Published("Sam3", "facebook/sam3")}
-
-
-def names() -> list[str]:
-    """All backends, the default first; `exact` has no models (`Exact`)."""
-    return [*(f"{first}+{second}" for first in GROUNDERS for second in SEGMENTERS), *ONE_STEP, "exact"]
 
 
 class TwoSteps:

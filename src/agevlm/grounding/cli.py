@@ -1,46 +1,33 @@
-"""`agevlm ground`: text to masks (paper sections 3.2.2 and appendix A), with what it takes to trust them.
+"""The verbs `ground`, `ground view`, ... (paper sections 3.2.2 and appendix A): their parsers and what they print."""
 
-    agevlm ground DATASET OUT --backend florence2+sam2 --query caption --keep 77000
-    agevlm ground view OUT                       # a page to judge the masks by eye
-    agevlm ground quality OUT --against MASKS    # IoU, boundary F and grid IoU against exact masks
-    agevlm ground export OUT coco.json           # COCO annotations with run lengths
-    agevlm ground import coco.json MASKS.parquet
-
-The same command again goes on where it was stopped; with other filters it only writes the output anew. Several
-processes or nodes: accelerate launch -m agevlm.grounding.cli DATASET OUT ...
-"""
-
-import argparse
 import datetime
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from agevlm.arguments import VerbParser
 
-def main(argv: list[str] | None = None) -> None:
-    """See the module.
+from .choices import QUERY_SOURCES, names
+from .filters import Filters
 
-    Raises:
-        ValueError: see `agevlm.grounding.runner.ground` and the other parts.
+
+def ground(argv: list[str] | None = None) -> None:
+    """Make masks from texts.
+
+    agevlm ground DATASET --output OUT --backend florence2+sam2 --query caption --keep 77000
+    agevlm ground view OUT                       # a page to judge the masks by eye
+    agevlm ground quality OUT --against MASKS    # IoU, boundary F and grid IoU against exact masks
+    agevlm ground export OUT --output coco.json  # COCO annotations with run lengths
+    agevlm ground import coco.json --output MASKS.parquet
+
+    The same command again goes on where it was stopped; with other filters it only writes the output anew. Several
+    processes or nodes: accelerate launch -m agevlm ground DATASET ...
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in _OTHERS:
-        return _OTHERS[arguments[0]](arguments[1:])
-    return _ground(arguments)
-
-
-def _ground(argv: list[str]) -> None:
-    from agevlm.grounding.backends import names
-    from agevlm.grounding.filters import Filters
-    from agevlm.grounding.queries import QUERY_SOURCES
-
     default = Filters()
-    parser = argparse.ArgumentParser(
-        prog="agevlm ground", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = VerbParser("ground", ground.__doc__)
     parser.add_argument("dataset", help="rows: a Parquet file, a folder of them or of save_to_disk, or a repository")
-    parser.add_argument("out", type=Path, help="folder to write, or of an unfinished run")
+    parser.add_output("folder to write, or of an unfinished run")
     parser.add_argument("--backend", choices=names(), default="florence2+sam2", help="default: %(default)s")
     parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text to ground (default: caption)")
     parser.add_argument("--split", help="of the data set (default: train)")
@@ -51,10 +38,11 @@ def _ground(argv: list[str]) -> None:
     parser.add_argument("--segmenter", help="repository or folder instead of the default SAM")
     parser.add_argument("--segmenter-revision", help="its branch, tag or commit")
     parser.add_argument("--masks", help="exact: data set with id and mask (default: the rows' own guidance)")
-    parser.add_argument("--processor", help="checkpoint whose grid decides which masks are empty (default: 768, pad)")
+    _add_model(parser, "decides which masks are empty")
     parser.add_argument("--attempt", type=int, help="try this many rows, chosen by a hash of the id (default: all)")
-    parser.add_argument("--keep", type=int, help="keep at most this many masks; the paper: 77000 captions, 150000 "
-                        "questions")  # fmt: skip
+    parser.add_argument(
+        "--keep", type=int, help="keep at most this many masks; the paper: 77000 captions, 150000 questions"
+    )
     parser.add_argument("--min-area", type=float, default=default.min_area, help="share of the picture (%(default)s)")
     parser.add_argument("--max-area", type=float, default=default.max_area, help="share of the picture (%(default)s)")
     parser.add_argument("--min-score", type=float, default=default.min_score, help="segmenter's score (%(default)s)")
@@ -62,7 +50,8 @@ def _ground(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="of Florence-2's answer (%(default)s)")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode ahead (%(default)s)")
+    parser.rename("--num-workers", "--workers")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at a row that cannot be used")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
@@ -73,7 +62,7 @@ def _ground(argv: list[str]) -> None:
 
     from agevlm.grounding.backends import Exact, load_backend
     from agevlm.grounding.rows import load_table
-    from agevlm.grounding.runner import ground
+    from agevlm.grounding.runner import ground as make_masks
 
     # A process waits for the slowest at the end; the default limit of half an hour would end the run instead. Without
     # `cpu` accelerate does not look for other processes on a machine that has no accelerator.
@@ -94,12 +83,12 @@ def _ground(argv: list[str]) -> None:
             device=state.device,
         )
 
-    summary = ground(
+    summary = make_masks(
         rows,
-        options.out,
+        options.output,
         make_backend,
         backend_name=options.backend,
-        grid=_grid(options.processor),
+        grid=_grid(options.model),
         dataset_name=options.dataset,
         query_source=options.query,
         filters=Filters(
@@ -107,12 +96,14 @@ def _ground(argv: list[str]) -> None:
         ),
         attempt=options.attempt,
         batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        num_workers=options.workers,
         strict=options.strict,
     )
     if summary is not None:
         reasons = ", ".join(f"{name} {count:,}" for name, count in summary["status"].items())
-        print(f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons}): {options.out}")
+        print(
+            f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons}): {options.output}"
+        )
         if options.keep is not None and summary["kept"] < options.keep:
             print(f"{options.keep - summary['kept']:,} fewer than asked for: raise --attempt", file=sys.stderr)
     if torch.distributed.is_initialized():
@@ -127,13 +118,14 @@ def _grid(checkpoint: str | None) -> Any:
     return load_processor(checkpoint, ours=True).image_processor if checkpoint else AgeVlmImageProcessorPil()
 
 
-def _view(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm ground view", description="A page of pictures with their masks.")
+def view(argv: list[str] | None = None) -> None:
+    """Make a page of pictures with their masks."""
+    parser = VerbParser("ground view", view.__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--dataset", help="its rows, where they are now (default: as in the run)")
     parser.add_argument("--split", help="of the data set")
     parser.add_argument("--count", type=int, default=100, help="rows of each split, by a hash (%(default)s)")
-    parser.add_argument("--processor", help="checkpoint whose grid is shown (default: 768, pad)")
+    _add_model(parser, "is shown")
     parser.add_argument("--output", type=Path, help="page to write (default: view.html in the folder)")
     options = parser.parse_args(argv)
 
@@ -146,33 +138,35 @@ def _view(argv: list[str]) -> None:
         name = json.loads((options.run / SUMMARY).read_text(encoding="utf-8"))["dataset"]
     output = options.output or options.run / "view.html"
     count = write_view(
-        options.run, load_table(name, options.split) if name else None, output, _grid(options.processor), options.count
+        options.run, load_table(name, options.split) if name else None, output, _grid(options.model), options.count
     )
     print(f"{count} rows: {output}")
 
 
-def _quality(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm ground quality", description="Masks against exact masks.")
+def quality(argv: list[str] | None = None) -> None:
+    """Compare masks with exact masks."""
+    parser = VerbParser("ground quality", quality.__doc__)
     parser.add_argument("masks", help="folder of a run, or a data set with id and mask")
     parser.add_argument("--against", required=True, help="the exact ones: likewise")
-    parser.add_argument("--processor", help="checkpoint whose grid is compared (default: 768, pad)")
+    _add_model(parser, "is compared")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(argv)
 
     from agevlm.grounding.quality import load_masks, measure_quality
     from agevlm.store import write_text
 
-    result = measure_quality(load_masks(options.masks), load_masks(options.against), _grid(options.processor))
+    result = measure_quality(load_masks(options.masks), load_masks(options.against), _grid(options.model))
     text = json.dumps(result, indent=2)
     if options.output:
         write_text(options.output, text + "\n")
     print(text)
 
 
-def _export(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="agevlm ground export", description="Kept masks as COCO annotations.")
+def export_coco(argv: list[str] | None = None) -> None:
+    """Write kept masks as COCO annotations."""
+    parser = VerbParser("ground export", export_coco.__doc__)
     parser.add_argument("masks", help="folder of a run, or a data set with id and mask")
-    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_output("JSON file to write", "FILE")
     options = parser.parse_args(argv)
 
     from agevlm.grounding.coco import write_coco
@@ -181,12 +175,11 @@ def _export(argv: list[str]) -> None:
     print(f"{write_coco(load_masks(options.masks), options.output)} annotations: {options.output}")
 
 
-def _import(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="agevlm ground import", description="COCO annotations as masks: one for each picture, the union of all."
-    )
+def import_coco(argv: list[str] | None = None) -> None:
+    """Read COCO annotations as masks: one for each picture, the union of all."""
+    parser = VerbParser("ground import", import_coco.__doc__)
     parser.add_argument("coco", type=Path, help="JSON file with images and annotations")
-    parser.add_argument("output", type=Path, help="Parquet file to write")
+    parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
 
     from agevlm.grounding.coco import read_coco
@@ -194,8 +187,6 @@ def _import(argv: list[str]) -> None:
     print(f"{read_coco(options.coco, options.output)} masks: {options.output}")
 
 
-_OTHERS = {"view": _view, "quality": _quality, "export": _export, "import": _import}
-
-
-if __name__ == "__main__":
-    main()
+def _add_model(parser: VerbParser, purpose: str) -> None:
+    parser.add_argument("--model", help=f"checkpoint whose grid {purpose} (default: 768, pad)")
+    parser.rename("--processor", "--model")

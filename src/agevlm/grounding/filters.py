@@ -8,8 +8,6 @@ are what makes a mask useless to Eq. 3.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from agevlm.data.masks import subset_hash
-
 from .regions import GROUNDED
 
 
@@ -63,5 +61,7 @@ class Filters:
         ids: list[str] = list(kept_ids)
         if self.keep is None or len(ids) <= self.keep:
             return set()
+        from agevlm.data.masks import subset_hash  # brings `datasets`, which the help of `agevlm ground` does without
+
         hashed = sorted((subset_hash(row_id, self.seed), row_id) for row_id in ids)
         return {row_id for _, row_id in hashed[self.keep :]}

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from agevlm.data.rows import IMAGE_PLACEHOLDER
 
-
-QUERY_SOURCES = ("caption", "question", "question+answer")
+from .choices import QUERY_SOURCES
 
 
 class Query(NamedTuple):

@@ -247,26 +247,8 @@ def settings(size: str, seeds: Sequence[int], plans: dict[int, list[Run]]) -> di
     return told
 
 
-SIZE_HELP = (
-    "tiny (default): drawn icons, 10 minutes a seed on 2 CPU cores; small: SmolLM2-135M and cut-out pictures, hours"
-)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="agevlm quickstart",
-        description="Build data, train every variant through all stages, evaluate on unseen scenes, write a report.",
-    )
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help=SIZE_HELP)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
-    )
-    parser.add_argument(
-        "--parts", type=Path, help="pretrained tower and language model (default: checkpoints/tiny-parts for tiny)"
-    )
-    parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
-    args = parser.parse_args(argv)
+def run_verb(args: argparse.Namespace) -> None:
+    """`agevlm quickstart`, with the arguments of `cli.py`."""
     if args.size == "small" and args.cutouts is None:
         raise ValueError(
             "The size `small` is made of real cut-out pictures: agevlm data cutouts cutouts, then --cutouts cutouts."

@@ -365,22 +365,8 @@ def collect(place: Place) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="agevlm reproduce",
-        description="Train and measure every variant, baseline and ablation on scenes, and write one report.",
-    )
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows or groups of the matrix (see --dry-run)")
-    parser.add_argument("--quickstart", type=Path, help="take finished runs of `agevlm quickstart` from this folder")
-    parser.add_argument("--parts", type=Path, help="pretrained parts (default: checkpoints/tiny-parts for tiny)")
-    parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
-    parser.add_argument("--jobs", type=int, help="steps at a time (default: the number of accelerators, else 1)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
-    parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
-    args = parser.parse_args(argv)
+def run_verb(args: argparse.Namespace) -> None:
+    """`agevlm reproduce`, with the arguments of `cli.py`."""
     rows = choose_rows(args.only)
     jobs = args.jobs or max(1, torch.cuda.device_count())
     if args.quickstart is not None and not args.quickstart.is_dir():

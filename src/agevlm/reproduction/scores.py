@@ -14,7 +14,8 @@ import numpy as np
 
 from agevlm.evaluation.benchmark import Benchmark, units_of
 from agevlm.evaluation.generate import without_pictures as plain
-from agevlm.evaluation.run import BENCHMARKS, load_scenes
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import load_scenes
 from agevlm.evaluation.tables import lookup
 from agevlm.reproduction.quickstart import SPLIT
 from agevlm.stats import Measure, interval, mean, paired_difference, share

@@ -1,30 +1,25 @@
-"""`agevlm export CHECKPOINT OUT`: a checkpoint as ONNX or torch.export graphs, with its processor.
+"""`agevlm export`: a checkpoint as ONNX or torch.export graphs, with its processor."""
 
-    agevlm export checkpoints/agevlm-tiny exported              # ONNX, float32
-    agevlm export checkpoints/agevlm-tiny exported --int8       # int8 weights, activations quantised at run time
-    agevlm export checkpoints/agevlm-tiny exported --format dynamo
-
-OUT holds `vision` and `decoder` (`serving/exported.py` has the cut), the configurations and the processor, and
-is run by `agevlm.serving.exported.ExportedAgeVlm.from_pretrained(OUT).generate(...)`. Needs `agevlm[export]`.
-"""
-
-import argparse
-from pathlib import Path
-
+from agevlm.arguments import VerbParser
 from agevlm.store import new_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    """See the module.
+    """Write a checkpoint as ONNX or torch.export graphs, with its processor.
+
+    agevlm export checkpoints/agevlm-tiny --output exported              # ONNX, float32
+    agevlm export checkpoints/agevlm-tiny --output exported --int8       # int8 weights
+    agevlm export checkpoints/agevlm-tiny --output exported --format dynamo
+
+    OUT holds `vision` and `decoder` (`serving/exported.py` has the cut), the configurations and the processor, and is
+    run by `agevlm.serving.exported.ExportedAgeVlm.from_pretrained(OUT).generate(...)`. Needs `agevlm[export]`.
 
     Raises:
         ValueError: OUT is in use, there is no AGE-VLM checkpoint of that name, or the options do not go together.
     """
-    parser = argparse.ArgumentParser(
-        prog="agevlm export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = VerbParser("export", main.__doc__)
     parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM")
-    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_output("new folder")
     parser.add_argument("--format", choices=["onnx", "dynamo"], default="onnx", help="dynamo: torch.export's .pt2")
     parser.add_argument("--int8", action="store_true", help="ONNX only: dynamic quantisation of all matrix products")
     parser.add_argument("--images", type=int, default=1, help="places for pictures per row (default: 1)")
@@ -57,7 +52,3 @@ def main(argv: list[str] | None = None) -> None:
         processor.save_pretrained(made)
     for file in sorted(output.iterdir()):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,10 +8,11 @@ There is no password. Pictures come inside the requests, as data URLs. With `--o
 trust, a request may also name a file of this machine or an address, which the server then reads.
 """
 
-import argparse
 import base64
 from pathlib import Path
 from typing import Any
+
+from agevlm.arguments import VerbParser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,9 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         ValueError: the server's packages are not installed, or there is no AGE-VLM checkpoint of that name.
     """
-    parser = argparse.ArgumentParser(
-        prog="agevlm serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = VerbParser("serve", __doc__)
     parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM; also the model's name in requests")
     parser.add_argument("--host", default="localhost", help="any other opens it to the network (default: localhost)")
     parser.add_argument("--port", type=int, default=8000)

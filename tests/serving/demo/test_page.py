@@ -20,7 +20,8 @@ from agevlm.analysis.attention import attend
 from agevlm.analysis.subjects import Subject
 from agevlm.models import load
 from agevlm.serving.demo.answering import MAX_QUESTION, Answerer, ask
-from agevlm.serving.demo.app import MAX_UPLOAD, build_page, main
+from agevlm.serving.demo.app import MAX_UPLOAD, build_page
+from agevlm.serving.demo.cli import main
 from agevlm.serving.demo.figure import finished
 from builders import picture, tiny_model, tiny_processor
 

@@ -7,10 +7,7 @@ number of rows that a conversion writes. Beyond what a single row can show it fi
 rows that are too long for a checkpoint's tokenizer, and pictures that evaluation sets hold as well.
 """
 
-import argparse
 import json
-import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,14 +24,14 @@ from agevlm.data.duplicates import equal_groups, hash64, save_hashes
 from agevlm.data.rows import IMAGE_PLACEHOLDER
 from agevlm.store import new_folder, write_json
 
+from .defaults import MAX_LENGTH
 from .json_records import Chunk
 from .overlap import EvaluationPictures, read_evaluation_pictures
 from .parallel import run_jobs
 from .records import DROPPED, REMARKED, REPAIRED, BadRow
-from .sources import IMAGES_HELP, SOURCE_HELP, Source, draft_hashes, open_source, read_draft, read_pictures
+from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
 
 
-MAX_LENGTH = 1024  # TRL's default
 _CHUNK, _EXAMPLES = 1_000, 5
 # What no single row shows. The row would be used:
 WARNED = {
@@ -292,34 +289,3 @@ def _headline(report: dict[str, Any]) -> str:
 def _by_number(report: dict[str, Any], severity: str) -> Iterable[tuple[str, dict]]:
     found = [(kind, value) for kind, value in report["findings"].items() if value["severity"] == severity]
     return sorted(found, key=lambda item: -item[1]["rows"])
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`agevlm data check SRC`. Ends with status 1 under `--strict` if there is a problem."""
-    parser = argparse.ArgumentParser(
-        prog="agevlm data check",
-        description="Report what is wrong with a training set, before it costs time on a GPU.",
-    )
-    parser.add_argument("source", help=SOURCE_HELP)
-    parser.add_argument("--images", nargs="+", metavar="ROOT", help=IMAGES_HELP)
-    parser.add_argument(
-        "--against", nargs="+", default=(), metavar="FOLDER", help="evaluation sets, as pictures or Parquet files"
-    )
-    parser.add_argument("--checkpoint", help="folder or repository whose tokenizer counts tokens")
-    parser.add_argument(
-        "--max-length", type=int, default=MAX_LENGTH, help="tokens a row may have (default: %(default)s)"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="examine the first LIMIT rows only")
-    parser.add_argument("--out", type=Path, help="new folder for report.json and rows.jsonl, which lists all findings")
-    parser.add_argument("--strict", action="store_true", help="end with status 1 if a row is dropped or a problem")
-    options = vars(parser.parse_args(argv))
-    strict = options.pop("strict")
-    report = check(options.pop("source"), **options)
-    print_report(report, Console())
-    if strict and report["problems"]:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

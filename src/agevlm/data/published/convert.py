@@ -1,7 +1,7 @@
 """Converts a published data set (Cambrian, LLaVA) once to Parquet shards of our rows, which training streams.
 
-    agevlm data cambrian Cambrian-Alignment/jsons/alignment_2.5m.jsonl cambrian/captions --workers 16
-    agevlm data cambrian Cambrian-10M/jsons/Cambrian7M.jsonl cambrian/instructions --workers 16
+    agevlm data cambrian Cambrian-Alignment/jsons/alignment_2.5m.jsonl --output cambrian/captions --workers 16
+    agevlm data cambrian Cambrian-10M/jsons/Cambrian7M.jsonl --output cambrian/instructions --workers 16
     agevlm train stage1_align --data cambrian
 
 The folder holds train-*.parquet (id, images, messages; `data/rows.py`), summary.json with all counts, and what was
@@ -14,9 +14,7 @@ same call goes on after an interruption, and the files are the same bytes whatev
 Memory: one group of rows per worker, and 1/16 of the ids' hashes.
 """
 
-import argparse
 import json
-import os
 import shutil
 from array import array
 from collections import Counter
@@ -33,14 +31,14 @@ from agevlm.data.duplicates import equal_groups, save_hashes
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.store import check_same, digest, publish, read_json, replacing, write_json
 
+from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
 from .parallel import run_jobs
 from .records import DROPPED, REMARKED, REPAIRED, BadRow
-from .sources import IMAGES_HELP, SOURCE_HELP, Source, draft_hashes, open_source, read_draft, read_pictures
+from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
 
 
 FORMAT = 1  # raise when the same arguments would give other rows
-ROWS_PER_SHARD = 5_000
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
 
 
@@ -289,36 +287,3 @@ def _finished(out: Path, identity: dict) -> dict[str, Any]:
         raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
     check_same(out, summary["conversion"], identity, "conversion")
     return summary
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`agevlm data cambrian SRC OUT`."""
-    parser = argparse.ArgumentParser(
-        prog="agevlm data cambrian",
-        description="Convert Cambrian, or any LLaVA-style JSON, to Parquet shards that training streams. "
-        "The same command goes on where it was interrupted.",
-    )
-    parser.add_argument("source", help=SOURCE_HELP)
-    parser.add_argument("out", type=Path, help="folder to write; it appears when all is done")
-    parser.add_argument("--images", nargs="+", metavar="ROOT", help=IMAGES_HELP)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="convert the first LIMIT rows only")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad row and leave nothing")
-    parser.add_argument(
-        "--rows-per-shard",
-        type=int,
-        default=ROWS_PER_SHARD,
-        help="rows of the source per shard (default: %(default)s)",
-    )
-    options = vars(parser.parse_args(argv))
-    out = options["out"]
-    summary = convert(options.pop("source"), options.pop("out"), **options)
-    dropped = sum(summary["dropped"].values())
-    print(f"{summary['rows']:,} rows with {summary['pictures']:,} pictures in {out}; {dropped:,} dropped")
-    for what in ("dropped", "repaired"):
-        for kind, count in sorted(summary[what].items(), key=lambda item: -item[1]):
-            print(f"  {what} {count:>10,}  {kind}: {(DROPPED | REPAIRED)[kind]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -23,8 +23,6 @@ from .records import BadRow, Draft, parse_record, read_record
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SOURCE_HELP = ".jsonl or .json file, a folder with one, Parquet files, or a data set of the Hub"
-IMAGES_HELP = "folders and tar archives of the pictures (default: beside the JSON file)"
 
 
 @dataclass(frozen=True)

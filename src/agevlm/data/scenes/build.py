@@ -5,10 +5,8 @@ benchmarks/<split>/<benchmark>.parquet, scenes.json (what it was built from) and
 on the arguments alone, not on the number of processes.
 """
 
-import argparse
 import dataclasses
 import multiprocessing
-import os
 import random
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +24,9 @@ from agevlm.data.masks import join_masks, share_of_masks
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
+from .arguments import SceneArguments
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
-from .builder import SceneArguments, SceneBuilder, make_source
+from .builder import SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message, text_conversations
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
@@ -134,39 +133,6 @@ def _read(path: Path) -> Dataset:
     identity = f"{path.resolve()}/{state.st_mtime_ns}/{state.st_size}"
     # a given fingerprint spares `datasets` from hashing every picture
     return Dataset(pq.read_table(path), fingerprint=digest(identity, size=8))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`agevlm data scenes OUT`: the arguments of `build_scenes` as flags."""
-    parser = argparse.ArgumentParser(
-        prog="agevlm data scenes", description="Compose grounded scenes: pictures, questions, exact masks, benchmarks."
-    )
-    parser.add_argument("out", type=Path, help="folder to write; a finished one of the same arguments is kept")
-    for name, text in _FLAGS.items():
-        value = getattr(SceneArguments(), name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default: %(default)s)"
-        )
-    parser.add_argument("--cutouts", type=Path, help="folder made by `agevlm data cutouts`, else icons")
-    parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
-    parser.add_argument("--names", nargs="+", help="use these object names alone")
-    parser.add_argument("--colours", nargs="+", help="use these colours alone")
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    options = vars(parser.parse_args(argv))
-    out = build_scenes(options.pop("out"), **options)
-    print(f"Scenes in {out}: look at {out / 'contact_sheet.png'}")
-
-
-_FLAGS = {
-    "captions": "training pictures with a caption",
-    "instructions": "training pictures with questions",
-    "test": "questions of each benchmark in each split",
-    "size": "side of a picture in pixels",
-    "max_objects": "most objects in a picture, 1 to 4",
-    "turns": "questions per instruction row",
-    "seed": "another seed gives other pictures, not other splits",
-    "word_rate": "share of instruction pictures with a sign",
-}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ drawing or on the number of processes.
 
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,39 +13,13 @@ from PIL import Image
 
 from agevlm.images import open_image
 
+from .arguments import SceneArguments
 from .compose import Picture, compose, crop_background, draw_background, encode_image, encode_mask
 from .conversations import Message, caption_messages, question_messages, sample_caption
 from .layout import sample_scene
 from .objects import CutoutSource, IconSource, table_digest
 from .questions import sample_questions
 from .splits import Pool, make_pools
-
-
-@dataclass(frozen=True)
-class SceneArguments:
-    """Everything that decides the content of a folder of scenes."""
-
-    captions: int = 20_000
-    instructions: int = 10_000
-    test: int = 500
-    size: int = 224
-    max_objects: int = 4
-    turns: int = 4
-    seed: int = 0
-    cutouts: str | None = None
-    backgrounds: str | None = None
-    names: tuple[str, ...] | None = None
-    colours: tuple[str, ...] | None = None
-    word_rate: float = 0.25
-
-    def __post_init__(self):
-        for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field} is {getattr(self, field)}; use at least {least}")
-        if not 1 <= self.max_objects <= 4:
-            raise ValueError(f"max_objects is {self.max_objects}; use 1 to 4")
-        if not 0 <= self.word_rate <= 1:
-            raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
 
 
 def make_source(

@@ -1,13 +1,12 @@
 """Makes a folder of named RGBA cut-outs from published packages; the pictures are never part of the project.
 
-    agevlm data cutouts cutouts
+    agevlm data cutouts --output cutouts
 
 downloads with the ordinary clients (`apt-get download`, `npm pack`) the Tux Paint stamps (GPL-2: photographs) and the
 Fluent 3D emoji (MIT: drawings) with OpenMoji's names (CC-BY-SA 4.0), keeps plain single objects under singular names
 and writes PNG files and cutouts.json: [{file, name, category, group, style}]. Needs Debian's `dpkg-deb` and `npm`.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -167,16 +166,3 @@ def fetch_cutouts(out: str | Path, downloads: str | Path | None = None) -> list[
             yield from read_stamps(unpacked / _STAMPS)
 
         return write_cutouts(every(), made)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "agevlm data cutouts", description="Make a folder of named cut-outs for the grounded scenes."
-    )
-    parser.add_argument("out", help="new folder to write")
-    parser.add_argument("--downloads", help="folder that keeps the downloaded archives")
-    options = parser.parse_args(argv)
-    listing = fetch_cutouts(options.out, options.downloads)
-    styles = sorted({entry["style"] for entry in listing})
-    counts = ", ".join(f"{sum(entry['style'] == style for entry in listing)} {style}" for style in styles)
-    print(f"{len({entry['name'] for entry in listing})} names ({counts}) in {options.out}")

@@ -1,9 +1,4 @@
-"""`agevlm demo`: a page that answers questions about a picture and shows where each token looked.
-
-    agevlm demo [MODEL] [SECOND] --port 7860
-
-For this machine unless `--host` or `--share` open it. Questions wait in one queue, a model answers one at a time.
-Uploads are deleted after an hour. Nothing is loaded from or sent to the network, whatever a client asks for.
+"""The page that answers questions about a picture and shows where each token looked.
 
 A client can have no file of this machine opened but those of Gradio's upload folder (`GRADIO_TEMP_DIR`, or `gradio` in
 the folder for temporary files), which all Gradio programs of this user share. Among the uploads, only their names
@@ -22,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from agevlm.analysis.attention import Attended
-from agevlm.analysis.options import at_least
 from agevlm.analysis.subjects import Subject, unique_names
 from agevlm.data.rows import resolve_inside
 from agevlm.images import MAX_PIXELS, open_image
@@ -180,27 +174,8 @@ def _draw(answerer: Answerer, name: str, image: Image.Image, question: str, valu
     return finished(name, image, question, value, first)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Load the models, then serve until interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="agevlm demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="checkpoints/agevlm-tiny",
-        metavar="MODEL",
-        help="folder or Hub id of a checkpoint, ours or of another vision-language model (default: %(default)s)",
-    )
-    parser.add_argument("second", nargs="?", metavar="SECOND", help="another one, which answers beside the first")
-    parser.add_argument("--host", default="127.0.0.1", help="any other opens it to the network (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a checkpoint that is not ours"
-    )
-    options = parser.parse_args(argv)
+def run_verb(options: argparse.Namespace) -> None:
+    """`agevlm demo`, with the arguments of `cli.py`: load the models, then serve until interrupted."""
     paths = [path for path in (options.model, options.second) if path]
     answerers = {
         name: Answerer(Subject(*load(path, trust_remote_code=options.trust_remote_code)))

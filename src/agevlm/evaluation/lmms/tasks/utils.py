@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agevlm.evaluation.benchmark import Benchmark
-from agevlm.evaluation.run import BENCHMARKS
+from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.tables import lookup
 
 

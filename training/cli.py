@@ -1,0 +1,118 @@
+"""The verbs `init`, `parts` and `push`: their parsers. What they do is imported once the arguments are parsed."""
+
+import argparse
+from pathlib import Path
+
+from agevlm.arguments import VerbParser
+
+from .defaults import IMAGE_SIZE, LANGUAGE_MODEL, VISION_TOWER
+
+
+def init(argv: list[str] | None = None) -> None:
+    """Build the model that stage 1 starts from.
+
+    agevlm init --output start                      # Llama-3.2-1B-Instruct, LAION CLIP ConvNeXt-L, 768 pixels
+    agevlm init --output start --language-model DIR --vision-tower model.safetensors
+    agevlm train stage1_align --init_from start --data DATA
+
+    It is made of a published Llama and ConvNeXt, fresh projector and cross-attention blocks, tokenizer and chat
+    template. Parts are folders or Hub repositories of safetensors.
+    """
+    arguments = parse_init(argv)
+
+    from .init import run_verb
+
+    run_verb(arguments)
+
+
+def parse_init(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of `agevlm init`."""
+    parser = VerbParser("init", init.__doc__)
+    parser.add_output("folder to make")
+    parser.add_argument(
+        "--language-model",
+        metavar="ID_OR_DIR",
+        help=f"any Llama with its tokenizer (default: {LANGUAGE_MODEL}, gated)",
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="ID_OR_DIR_OR_FILE",
+        help="a ConvNeXt as open_clip, timm or transformers name it, recognised from the names of its weights "
+        f"(default: {VISION_TOWER})",
+    )
+    parser.add_argument(
+        "--parts", type=Path, metavar="DIR", help="both of them and the tokenizer from a folder of `agevlm parts`"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"side of the square pictures, a multiple of 32 (default: {IMAGE_SIZE}, or that of --parts)",
+    )
+    parser.add_argument(
+        "--cross-attention-layers",
+        type=int,
+        nargs="+",
+        metavar="INDEX",
+        help="places of the cross blocks in the interleaved stack (default: after 2 layers and then after every 4, "
+        "which is the paper's 2 7 12 17 for 16 layers)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="how the weights are saved (default: %(default)s, in which training keeps them)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="resolve the parts (no weights), print them and the parameter counts, and stop",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.parts is not None and (arguments.language_model or arguments.vision_tower):
+        parser.error("--parts brings both parts: leave out --language-model and --vision-tower")
+    arguments.language_model = arguments.language_model or LANGUAGE_MODEL
+    arguments.vision_tower = arguments.vision_tower or VISION_TOWER
+    return arguments
+
+
+def parts(argv: list[str] | None = None) -> None:
+    """Pretrain the parts that the sizes tiny and small start from: a tokenizer, a Llama and a ConvNeXt.
+
+    agevlm parts tiny --output OUT
+    agevlm parts small --output OUT --cutouts DIR
+    """
+    parser = VerbParser("parts", parts.__doc__)
+    parser.add_argument("size", choices=["tiny", "small"])
+    parser.add_output("folder to make: the processor, `language_model/`, `vision_tower/`")
+    parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
+    parser.add_argument("--conversations", type=int, default=100_000, help="tiny: texts for the language model")
+    parser.add_argument("--scenes", type=int, default=40_000, help="pictures for the tower")
+    parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")
+    arguments = parser.parse_args(argv)
+
+    from .parts import run_verb
+
+    run_verb(arguments)
+
+
+def push(argv: list[str] | None = None) -> None:
+    """Publish a finished checkpoint with its card: one commit, one tag per stage.
+
+    agevlm push runs/agevlm/stage1_align org/agevlm
+
+    What an interrupted push has sent is not sent again.
+    """
+    parser = VerbParser("push", push.__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="finished stage, or any AGE-VLM checkpoint")
+    parser.add_argument(
+        "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
+    )
+    parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
+    parser.add_argument("--branch", help="default: main, which keeps showing the latest stage")
+    arguments = parser.parse_args(argv)
+
+    from .publish import run_verb
+
+    run_verb(arguments)
