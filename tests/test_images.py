@@ -1,5 +1,6 @@
 """Pictures: every kind of file is decoded as it looks or refused by name; masks are read as what they mark."""
 
+import base64
 import io
 import struct
 import zlib
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.images import FORMATS, open_header, open_image
+from agevlm.images import FORMATS, data_address, open_header, open_image
 from agevlm.processing import image_processing_agevlm
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessorPil
 
@@ -252,3 +253,9 @@ def test_colors_of_one_brightness_are_refused():
     image = Image.merge("RGB", [Image.new("L", (40, 30))] * 2 + [grey(0, 1)])
     with pytest.raises(ValueError, match=r"mask: .*one brightness"):
         open_image(image, "mask", mode="1")
+
+
+def test_a_data_address_holds_the_shrunk_picture():
+    head, _, content = data_address(PHOTO, "jpeg", 85, side=20).partition(",")
+    assert head == "data:image/jpeg;base64" and PHOTO.size == (40, 30)
+    assert open_image(base64.b64decode(content), "x").size == (20, 15)

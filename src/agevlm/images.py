@@ -1,5 +1,6 @@
 """Pictures and masks: the one place that opens and converts them, outside of the processor that travels."""
 
+import base64
 import io
 import os
 import warnings
@@ -251,3 +252,18 @@ def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:
             "object as 255 and the rest as 0"
         )
     return Image.fromarray(chosen)
+
+
+def data_address(image: Image.Image, kind: str, quality: int, side: int | None = None) -> str:
+    """The picture as a `data:` URL for a page that fetches nothing.
+
+    Args:
+        kind: `jpeg` or `webp`.
+        side: largest length of a side; larger pictures are shrunk.
+    """
+    if side is not None:
+        image = image.copy()
+        image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=quality)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

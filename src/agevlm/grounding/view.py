@@ -4,9 +4,7 @@ For each row the picture with what the grounding model drew, the mask's outline,
 a fixed random share of the kept and of the rejected ones, sorted and filtered in the page.
 """
 
-import base64
 import heapq
-import io
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from agevlm.data.masks import subset_hash
 from agevlm.data.scenes.contact_sheet import outline
-from agevlm.images import open_image
+from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 
 from .output import SPLITS, SUMMARY, read_masks
@@ -85,7 +83,9 @@ def _entry(row: dict[str, Any], stored: Any, grid: Grid) -> dict[str, Any]:
         **{name: row[name] for name in ("id", "query", "text", "score", "area", "status", "detail")},
         "cells": row["grid_cells"],
         "boxes": len(row["boxes"] or []),
-        "pictures": [(title, _jpeg(picture) if picture else None) for title, picture in shown],
+        "pictures": [
+            (title, data_address(picture, "jpeg", 85, SIDE) if picture else None) for title, picture in shown
+        ],
     }
 
 
@@ -104,10 +104,3 @@ def _on_grid(image: Image.Image, mask: np.ndarray, grid: Grid) -> Image.Image:
     light = grid.grid_to_pixels(grid.mask_to_grid(mask).astype(np.float32), mask.shape)  # type: ignore[arg-type]
     pixels = np.asarray(image, dtype=np.float32) * (0.25 + 0.75 * light[..., None])
     return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _jpeg(image: Image.Image) -> str:
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -3,9 +3,7 @@
 What it says follows from `results.py`; this file turns files into inline pictures and logs into curves, and renders.
 """
 
-import base64
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from agevlm.images import open_image
+from agevlm.images import data_address, open_image
 from agevlm.store import write_json, write_text
 
 from .charts import Line, Point, line_chart
@@ -152,12 +150,8 @@ def _inline(example: Example) -> dict[str, Any]:
 
 
 def data_uri(path: str | Path, side: int = PICTURE_SIDE) -> str:
-    """The picture as a WebP data URI of at most `side` pixels a side."""
-    image = open_image(path, str(path))
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=82)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    """The picture as a WebP data URL of at most `side` pixels a side."""
+    return data_address(open_image(path, str(path)), "webp", 82, side)
 
 
 def _relative(example: Example, folder: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ layer ask the server nothing; `figure.js` only chooses which one is seen. A laye
 token's, share one colour scale, which is written below: maps of another layer or model have their own.
 """
 
-import base64
-import io
 from html import escape
 from importlib.resources import files
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from agevlm.analysis.attention import LEAST_PEAK, Attended
 from agevlm.analysis.drawing import heat_layer
+from agevlm.images import data_address
 
 
 PICTURE_SIDE = 768  # pixels at most
@@ -26,12 +25,6 @@ MEAN = "mean"
 SCRIPT = files(__package__).joinpath("figure.js").read_text(encoding="utf-8")
 COLOURS = ", ".join(to_hex(colormaps["jet"](share)) for share in np.linspace(0, 1, 9))
 STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8").replace("COLOURS", COLOURS)
-
-
-def _address(image: Image.Image, kind: str, quality: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=quality)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def growing(name: str, text: str) -> str:
@@ -71,7 +64,7 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
         maps = [cells.to_pixels(row) for row in rows]
         peaks[layer] = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
         for token, heat in zip(tokens, maps, strict=True):
-            source = _address(heat_layer(heat, peaks[layer], (heat.shape[1], heat.shape[0])), "webp", 60)
+            source = data_address(heat_layer(heat, peaks[layer], (heat.shape[1], heat.shape[0])), "webp", 60)
             heats.append(f'<img class="heat" data-token="{token}" data-layer="{layer}" alt="" src="{source}">')
     options = "".join(
         f'<option value="{layer}" data-peak="{peak:.1f}"{" selected" if layer == first else ""}>'
@@ -83,14 +76,13 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
         for key, token in tokens.items()
         if key != QUESTION
     )
-    picture = image.copy()
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    picture = data_address(image, "jpeg", 85, PICTURE_SIDE)
     return (
         f'<figure class="answer" data-done><figcaption>{escape(name)}</figcaption>'
         f'<p class="text"><span class="token asked" tabindex="0" data-token="{QUESTION}">'
         f'{escape(tokens[QUESTION])}</span></p><p class="text tokens">{spans}</p>'
         f'<div class="stage" style="--ratio: {image.width / image.height:.4f}">'
-        f'<img class="picture" alt="the picture" src="{_address(picture, "jpeg", 85)}">'
+        f'<img class="picture" alt="the picture" src="{picture}">'
         f'{"".join(heats)}</div><p class="layers"><label>layer <select>{options}</select></label> '
         '<span class="scale">0 <span class="colours"></span> <span class="peak"></span> × an even spread</span>'
         "</p></figure>"
