@@ -381,7 +381,7 @@ def run_verb(args: argparse.Namespace) -> None:
         describe(place, rows, args.seeds, console)
         return
     if args.size == "small" and args.cutouts is None:
-        raise ValueError("The size `small` needs --cutouts: agevlm data cutouts cutouts")
+        raise ValueError("The size `small` needs --cutouts: agevlm data cutouts --output cutouts")
     scenes = draw_scenes(source / "scenes", size, args.cutouts)
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
     place = Place(args.output, args.size, parts, scenes, args.quickstart)
