@@ -25,7 +25,7 @@ def quickstart(argv: list[str] | None = None) -> None:
 def reproduce(argv: list[str] | None = None) -> None:
     """Train and measure every variant, baseline and ablation on scenes, and write one report.
 
-    agevlm reproduce --dry-run                                       # the matrix, its runs, the time
+    agevlm reproduce --dry-run                                       # the matrix and its runs
     agevlm reproduce --seeds 0 1 2 --only main --quickstart runs/quickstart
     agevlm reproduce --only guidance normalisation                   # more rows into the same folder
     """
@@ -35,7 +35,7 @@ def reproduce(argv: list[str] | None = None) -> None:
     parser.add_argument("--quickstart", type=Path, help="take finished runs of `agevlm quickstart` from this folder")
     parser.add_argument("--jobs", type=int, help="steps at a time (default: the number of accelerators, else 1)")
     parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
-    parser.add_argument("--dry-run", action="store_true", help="print the matrix, what is to be done, and the time")
+    parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
     arguments = parser.parse_args(argv)
 
     from .reproduce import run_verb
