@@ -366,7 +366,9 @@ def _check_processor(name: Name, processor: Any) -> None:
             )
     if isinstance(processor, AgeVlmProcessor):
         with reading(name, "the image processor (processor_config.json)"):
-            processor.image_processor(Image.new("RGB", (64, 48)), return_tensors="np")
+            white = processor.image_processor(Image.new("RGB", (64, 48), "white"), return_tensors="pt")
+            if not white["pixel_values"].isfinite().all():
+                raise ValueError("a white picture becomes pixels that are not finite")
 
 
 def load(

@@ -122,6 +122,10 @@ OF_PROCESSOR = {
     ),
     "std not finite": (set_field(PROCESSOR, "image_processor", "image_std", value=[1, NAN, 1]), "image_std"),
     "rescale_factor 0": (set_field(PROCESSOR, "image_processor", "rescale_factor", value=0), "rescale_factor"),
+    "rescale_factor beyond float32": (
+        set_field(PROCESSOR, "image_processor", "rescale_factor", value=1e39),
+        "pixels that are not finite",
+    ),
     "size 0": (set_field(PROCESSOR, "image_processor", "size", value={"height": 0, "width": 0}), "`size`"),
     "empty processor": (rewrite(PROCESSOR, ""), r"processor_config\.json"),
     "template that does not parse": (
