@@ -251,7 +251,8 @@ def run_verb(args: argparse.Namespace) -> None:
     """`agevlm quickstart`, with the arguments of `cli.py`."""
     if args.size == "small" and args.cutouts is None:
         raise ValueError(
-            "The size `small` is made of real cut-out pictures: agevlm data cutouts --output cutouts, then --cutouts cutouts."
+            "The size `small` is made of real cut-out pictures: agevlm data cutouts --output cutouts, then "
+            "--cutouts cutouts."
         )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
