@@ -103,11 +103,15 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             ValueError: the checkpoint lacks a tensor, or has one too many, of another shape or that is not finite;
                 not where `output_loading_info` reports it instead.
         """
+        accepted = kwargs.get("ignore_mismatched_sizes", False)
+        kwargs.setdefault("ignore_mismatched_sizes", not output_loading_info)  # shapes are checked here
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         if output_loading_info:
             return model, report  # for the caller to judge
+        if accepted:
+            report = {**report, "mismatched_keys": ()}
         if pretrained_model_name_or_path is not None:
             check_weights(model, report, pretrained_model_name_or_path)
         return model
@@ -129,7 +133,7 @@ def check_weights(model: nn.Module, report: dict[str, Any], name: Any) -> None:
         "of another shape": sorted(str(key[0]) for key in report.get("mismatched_keys", ())),
         "not finite": [
             key
-            for key, tensor in model.state_dict().items()
+            for key, tensor in {**model.state_dict(), **dict(model.named_buffers())}.items()
             if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and tensor.device.type != "meta"
             and not getattr(tensor, "_local_tensor", tensor).isfinite().all()
@@ -512,7 +516,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 raise ValueError(
                     f"The rows hold {placeholders_BT.sum(-1).tolist()} image placeholders (token "
                     f"{self.config.image_token_id}) but {image_mask.sum(-1).tolist()} pictures. Put one placeholder "
-                    "per picture, and mark missing pictures in `image_mask`."
+                    "per picture, mark missing pictures in `image_mask`, and leave out those that the cache holds."
                 )
             image_BTN = placeholders_BT.cumsum(-1)[..., None] > torch.arange(num_images, device=device)
         else:

@@ -149,6 +149,8 @@ def _damaged(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Ten
         return {key: value for key, value in weights.items() if "vision_tower" not in key}
     if kind == "unexpected":
         return {**weights, "model.language_model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}
+    if kind == "misshapen":
+        return {**weights, name: weights[name][:-1].contiguous()}
     return {**weights, name: weights[name] * (float("nan") if kind == "nan" else float("inf"))}
 
 
@@ -160,6 +162,7 @@ def _damaged(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Ten
             r"\d+ missing \(model\.vision_tower\.\S+, model\.vision_tower\.\S+, model\.vision_tower\.\S+, \.\.\.\)",
         ),
         ("unexpected", r"1 unexpected \(model\.language_model\.layers\.9\.mlp\.up_proj\.weight\)"),
+        ("misshapen", r"1 of another shape \(model\.multi_modal_projector\.linear_1\.bias\)"),
         ("nan", r"1 not finite \(model\.multi_modal_projector\.linear_1\.bias\)"),
         ("inf", r"1 not finite \(model\.multi_modal_projector\.linear_1\.bias\)"),
     ],
