@@ -313,3 +313,11 @@ def run_verb(args: argparse.Namespace) -> None:
         make_tiny(args.output, work_dir, args.conversations, args.scenes, args.seed)
     else:
         make_small(args.output, work_dir, args.cutouts, args.scenes, args.seed)
+
+
+if __name__ == "__main__":  # as it was called, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.training import cli
+
+    note_old("`python -m agevlm.training.parts`", "`agevlm parts`")
+    cli.parts()
