@@ -151,7 +151,9 @@ def test_torch_export_survives_the_disk(torch_export, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("torch._export.serde.serialize"), "disabled", True)
     model, exported = torch_export
     exported.exported.save_pretrained(tmp_path)
-    read_back = ExportedAgeVlm.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dynamo programs, which run code when loaded"):
+        ExportedAgeVlm.from_pretrained(tmp_path, trust_remote_code=False)
+    read_back = ExportedAgeVlm.from_pretrained(tmp_path, trust_remote_code=True)
     assert_same_answers(model, read_back, inputs_of(tiny_processor(), mixed_rows()))
 
 

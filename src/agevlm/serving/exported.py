@@ -200,7 +200,10 @@ class ExportedAgeVlm(AgeVlmPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs) -> "ExportedAgeVlm":  # type: ignore[override]
-        """Load an export's folder or Hub repository; keywords go to `ExportedModel.from_pretrained`."""
+        """Load an export's folder or Hub repository; keywords go to `ExportedModel.from_pretrained`.
+
+        torch.export's programs are pickled: transformers wants `trust_remote_code=True` for them.
+        """
         return cls(ExportedModel.from_pretrained(folder, **kwargs))
 
     @property
