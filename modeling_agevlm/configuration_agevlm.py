@@ -8,6 +8,7 @@ Readings of the paper that the fields encode:
 - Eq. 2 has no gate on the cross block and no norm on queries and keys; both exist as switches (`mllama()` sets them).
 """
 
+import copy
 from typing import Any, Literal
 
 from .compatibility_agevlm import MINIMUM, sub_config_specs
@@ -61,7 +62,7 @@ def _part(name: str, config_class: Any, given: Any, defaults: dict[str, Any]) ->
     Raises:
         ValueError: it is of another architecture.
     """
-    given = defaults if given is None else given
+    given = copy.deepcopy(defaults) if given is None else given  # no two configurations share a list or dictionary
     if isinstance(given, dict):
         found = given.get("model_type", config_class.model_type)
     else:

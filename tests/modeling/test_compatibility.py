@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, compatibility_agevlm
+from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, compatibility_agevlm
 from agevlm.processing import AgeVlmProcessor
 from builders import tiny_batch, tiny_model, tiny_processor
 
@@ -141,6 +141,13 @@ def test_a_checkpoint_says_which_version_it_needs_and_no_foreign_code_travels_on
         assert again["auto_map"] == honest["auto_map"]
     assert not [path.name for path in (tmp_path / "again").glob("*.json") if "evil" in path.read_text()]
     assert json.loads((tmp_path / "again/config.json").read_text())["transformers_version"] == "5.10"
+
+
+def test_default_configurations_share_nothing():
+    first, second = AgeVlmConfig(), AgeVlmConfig()
+    first.text_config.rope_parameters["rope_theta"] = 1.0
+    first.vision_config.depths[0] = 99
+    assert second.to_dict() == AgeVlmConfig().to_dict() != first.to_dict()
 
 
 def _damaged(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
