@@ -85,6 +85,9 @@ class AgeVlmConfig(PreTrainedConfig):
             last reserved special token.
         cross_attention_gate (`"none"` or `"tanh"`): `"tanh"` scales both branches of a cross block by the tanh of a
             learned scalar that starts at 0 (Mllama). `"none"` (Eq. 2) starts the output projections at 0 instead.
+        cross_attention_position (`"after_layer"` or `"after_self_attention"`): whether a cross block follows a whole
+            Llama layer (Mllama, and the reading of the paper's indices) or stands between that layer's self-attention
+            and its MLP (the text of section 3.2.1).
         cross_attention_qk_norm (`bool`): RMSNorm on the heads of queries and keys, as Mllama.
         projector_hidden_act (`str`): the activation between the projector's two linear layers.
 
@@ -104,6 +107,7 @@ class AgeVlmConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | tuple[int, ...] = (2, 7, 12, 17)
     image_token_id: int = 128255
     cross_attention_gate: Literal["none", "tanh"] = "none"
+    cross_attention_position: Literal["after_layer", "after_self_attention"] = "after_layer"
     cross_attention_qk_norm: bool = False
     projector_hidden_act: str = "gelu"
     tie_word_embeddings: bool = True
@@ -136,6 +140,11 @@ class AgeVlmConfig(PreTrainedConfig):
                 f"`cross_attention_layers` must be ascending, distinct and inside the interleaved stack of "
                 f"{self.text_config.num_hidden_layers} + {len(layers)} = {depth} layers (0 to {depth - 1}), "
                 f"got {layers}."
+            )
+        if self.cross_attention_position == "after_self_attention" and 0 in self.cross_attention_schedule:
+            raise ValueError(
+                f"`cross_attention_layers` {layers} puts a cross block before the first Llama layer; with "
+                "`cross_attention_position` 'after_self_attention' each one needs a layer to stand in: start at 1."
             )
 
     @property

@@ -45,7 +45,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig
-from .cross_attention_agevlm import AgeVlmCrossAttention, AgeVlmCrossAttentionLayer, has_pictures
+from .cross_attention_agevlm import AgeVlmCrossAttention, AgeVlmCrossAttentionLayer, AgeVlmDecoderLayer, has_pictures
 from .guidance_agevlm import Visibility
 
 
@@ -86,7 +86,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmCrossAttentionLayer", "ConvNextStage"]  # noqa: RUF012
+    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmCrossAttentionLayer", "ConvNextStage"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -218,6 +218,9 @@ class AgeVlmTextModel(LlamaModel):
             [AgeVlmCrossAttentionLayer(config, index) for index in range(len(config.cross_attention_layers))]
         )
         self.cross_attention_schedule = config.cross_attention_schedule
+        self.blocks_inside = config.cross_attention_position == "after_self_attention"
+        for after in self.cross_attention_schedule if self.blocks_inside else ():
+            self.layers[after - 1] = AgeVlmDecoderLayer(config.text_config, after - 1)
         self.post_init()
 
     @torch.no_grad()
@@ -270,40 +273,44 @@ class AgeVlmTextModel(LlamaModel):
         cross_mask = None if visibility is None else self._cross_attention_mask(inputs_embeds, visibility)
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        guidance = []
+        # Positional in every block: as keywords, reentrant checkpointing would go through the tower's graph twice.
+        cross_inputs = (image_states, cross_mask, visibility, cache, guidance_query_mask, guidance_mask)
+        llama_inputs = {
+            "attention_mask": causal_mask,
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+            CACHE: cache,
+            **kwargs,
+        }
+        guidance: list[torch.Tensor | None] = []
         for index in range(self.config.num_hidden_layers + 1):
-            # More than one where the configuration puts cross blocks side by side
-            places = [place for place, after in enumerate(self.cross_attention_schedule) if after == index]
-            for place in places if visibility is not None else ():
-                cross_layer = self.cross_attention_layers[place]
-                # Positional: as keywords, reentrant checkpointing would go through the tower's graph twice.
-                hidden_states, measured = cross_layer(
-                    hidden_states,
-                    image_states,
-                    cross_mask,
-                    visibility,
-                    cache,
-                    guidance_query_mask,
-                    guidance_mask,
+            if not self.blocks_inside:
+                for cross_layer in self._blocks_behind(index, visibility):
+                    hidden_states, measured = cross_layer(hidden_states, *cross_inputs)
+                    guidance.append(measured)
+            if index == self.config.num_hidden_layers:
+                break
+            if isinstance(self.layers[index], AgeVlmDecoderLayer):
+                blocks = self._blocks_behind(index + 1, visibility)
+                hidden_states, *measured = self.layers[index](
+                    hidden_states, *cross_inputs, cross_layers=blocks, **llama_inputs
                 )
-                guidance.append(measured)
-            if index < self.config.num_hidden_layers:
-                hidden_states = self.layers[index](
-                    hidden_states,
-                    attention_mask=causal_mask,
-                    position_embeddings=position_embeddings,
-                    position_ids=position_ids,
-                    use_cache=use_cache,
-                    **{CACHE: cache},
-                    **kwargs,
-                )
+                guidance.extend(measured)
+            else:
+                hidden_states = self.layers[index](hidden_states, **llama_inputs)
         output = AgeVlmModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
         if guidance_query_mask is not None and visibility is not None:
             field = "cross_attention_maps" if guidance_mask is None else "cross_attention_mass"
             # Blocks that `device_map` has spread over devices leave theirs on each.
             output[field] = torch.stack([measured.to(hidden_states.device) for measured in guidance])
         return output
+
+    def _blocks_behind(self, num_layers: int, visibility: Visibility | None) -> list[nn.Module]:
+        """The cross blocks behind so many Llama layers, or none for a batch without pictures. More than one where the
+        configuration puts them side by side."""
+        places = [] if visibility is None else range(len(self.cross_attention_schedule))
+        return [self.cross_attention_layers[i] for i in places if self.cross_attention_schedule[i] == num_layers]
 
     def _cross_attention_mask(self, inputs_embeds: torch.Tensor, visibility: Visibility):
         """The mask of the chosen attention kernel, None where nothing has to be hidden.

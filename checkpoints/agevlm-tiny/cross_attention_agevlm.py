@@ -12,7 +12,7 @@ Shapes: B batch, T text tokens, N images per row, L visual tokens per image, V =
 G key/value heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,12 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
 
 from .configuration_agevlm import AgeVlmConfig
 from .guidance_agevlm import Visibility, attend_with_mass, tap
@@ -227,3 +232,28 @@ class AgeVlmCrossAttentionLayer(GradientCheckpointingLayer):
             transformed = transformed * self.mlp_gate.tanh()
         hidden_states = torch.where(sees_BT1, hidden_states + transformed, hidden_states)
         return hidden_states, guidance
+
+
+class AgeVlmDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer with cross blocks between its self-attention and its MLP: where the text of section 3.2.1 puts
+    them (`cross_attention_position="after_self_attention"`). The blocks stay in the decoder's own list."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *cross_inputs: Any,
+        cross_layers: Sequence[AgeVlmCrossAttentionLayer],
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """As a Llama layer, with the inputs of its cross blocks behind `hidden_states`.
+
+        Returns:
+            The states, then what guidance asks of each block.
+        """
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        guidance = []
+        for cross_layer in cross_layers:
+            hidden_states, measured = cross_layer(hidden_states, *cross_inputs)
+            guidance.append(measured)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), *guidance

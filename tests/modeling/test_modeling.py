@@ -25,6 +25,17 @@ def stock_llama(model) -> LlamaForCausalLM:
     return llama
 
 
+@pytest.fixture(params=["after_layer", "after_self_attention"])
+def position(request):
+    """Where a cross block stands: nothing else about it changes."""
+    return request.param
+
+
+@pytest.fixture
+def model(position):
+    return tiny_model(cross_attention_position=position)
+
+
 @pytest.fixture
 def batch(model):
     return tiny_batch(model)
@@ -55,8 +66,8 @@ def test_text_only_logits_equal_stock_llama_bit_for_bit(model, batch, implementa
         assert torch.equal(logits(model, **kwargs), logits(llama, **kwargs))
 
 
-def test_closed_cross_blocks_leave_the_llama_unchanged(batch):
-    model = tiny_model(open_cross_blocks=False)
+def test_closed_cross_blocks_leave_the_llama_unchanged(batch, position):
+    model = tiny_model(open_cross_blocks=False, cross_attention_position=position)
     assert torch.equal(logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"]))
 
 
@@ -106,11 +117,11 @@ def test_explicit_cross_attention_mask_equals_the_default(model, batch):
 
 
 @pytest.mark.parametrize("case", ["mixed", "unpadded"])
-def test_eager_equals_sdpa(batch, case, query_mask):
+def test_eager_equals_sdpa(batch, position, case, query_mask):
     """`unpadded` runs SDPA without any mask: the case in which it would silently turn causal."""
     results = {}
     for implementation in ("eager", "sdpa"):
-        model = tiny_model()
+        model = tiny_model(cross_attention_position=position)
         model.set_attn_implementation(implementation)
         inputs = dict(batch)
         if case == "unpadded":
@@ -125,8 +136,8 @@ def test_eager_equals_sdpa(batch, case, query_mask):
         assert torch.allclose(eager, sdpa, atol=2e-5)
 
 
-def test_maps_are_the_mean_of_the_eager_weights_with_the_same_gradients(batch, query_mask):
-    model = tiny_model().double()
+def test_maps_are_the_mean_of_the_eager_weights_with_the_same_gradients(batch, position, query_mask):
+    model = tiny_model(cross_attention_position=position).double()
     model.set_attn_implementation("eager")
     inputs = {**batch, "pixel_values": batch["pixel_values"].double()}
     output = model(**inputs, guidance_query_mask=query_mask, output_attentions=True)
@@ -165,10 +176,10 @@ def test_query_tokens_that_see_no_picture_are_left_out_of_the_map(model, batch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(batch, query_mask, reentrant):
+def test_gradient_checkpointing_changes_no_gradient(batch, position, query_mask, reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(cross_attention_position=position).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -348,14 +359,57 @@ def test_paper_sizes():
     assert millions(cross) == 243.3
 
 
+def test_a_block_stands_where_its_position_says(model, position):
+    """Eqs. 1 and 2 written out in float64, with every cell visible. `after_self_attention` is the text of section
+    3.2.1: Llama's own MLP comes after the cross block."""
+    model = model.double()
+    decoder = model.model.language_model
+    ids = torch.tensor([[model.config.image_token_id, 30, 40, 50]])
+    pixels = torch.randn(1, 1, 3, 96, 96, dtype=torch.float64)
+    image = model.model.get_image_features(pixels).pooler_output
+
+    def cross(x, index):
+        block = decoder.cross_attention_layers[index]
+        attention = block.cross_attn
+
+        def heads(projected):
+            return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        keys, values = (heads(p(image)).repeat_interleave(2, 1) for p in (attention.k_proj, attention.v_proj))
+        scores = heads(attention.q_proj(block.input_layernorm(x))) @ keys.mT * attention.scaling
+        x = x + attention.o_proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+        return x + block.mlp(block.post_attention_layernorm(x))
+
+    x = decoder.embed_tokens(ids)
+    rotary = decoder.rotary_emb(x, torch.arange(4)[None])
+    causal = torch.full((4, 4), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    blocks = {1: 0, 3: 1}  # positions 1 and 4 of the stack: behind one and behind three layers
+    for index, layer in enumerate(decoder.layers):
+        x = x + layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=causal)[0]
+        if position == "after_self_attention" and index + 1 in blocks:
+            x = cross(x, blocks[index + 1])
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if position == "after_layer" and index + 1 in blocks:
+            x = cross(x, blocks[index + 1])
+    expected = model.lm_head(decoder.norm(x))
+    output = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+    assert torch.allclose(output.logits, expected, atol=1e-6)
+    assert len(output.hidden_states) == 5
+
+
+def test_a_block_before_the_first_layer_has_no_layer_to_stand_in():
+    with pytest.raises(ValueError, match="start at 1"):
+        AgeVlmConfig.tiny(300, 299, cross_attention_layers=[0, 4], cross_attention_position="after_self_attention")
+
+
 @pytest.mark.parametrize("layers", [[2, 2], [5, 1], [-1, 2], [1, 6]])
 def test_impossible_cross_layers_are_refused(layers):
     with pytest.raises(ValueError, match="cross_attention_layers"):
         AgeVlmConfig.tiny(300, 299, cross_attention_layers=layers)
 
 
-def test_cross_blocks_side_by_side_all_run(batch):
-    model = tiny_model(cross_attention_layers=[1, 2, 6])
+def test_cross_blocks_side_by_side_all_run(batch, position):
+    model = tiny_model(cross_attention_layers=[1, 2, 6], cross_attention_position=position)
     assert model.config.cross_attention_schedule == [1, 1, 4]
     output = model(**batch, guidance_query_mask=torch.ones_like(batch["input_ids"]), labels=batch["input_ids"])
     assert len(output.cross_attention_maps) == 3

@@ -82,7 +82,8 @@ def test_the_plans_name_modules_that_exist(model):
     ]
     assert len(ours) == 11
     assert set(ours) <= wildcards
-    classes = {type(module).__name__ for module in model.modules()}
+    models = (model, tiny_model(cross_attention_position="after_self_attention"))
+    classes = {type(module).__name__ for each in models for module in each.modules()}
     assert set(model._no_split_modules) <= classes
 
 
