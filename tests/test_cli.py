@@ -138,8 +138,7 @@ def test_every_entry_point_is_a_verb():
             text = path.read_text(encoding="utf-8")
             if text.rpartition("\n\n")[2].startswith('if __name__ == "__main__"') and "note_old" not in text:
                 found.add(str(path.relative_to(package)))
-    stages = {f"training/stages/{path.name}" for path in (package / "training" / "stages").glob("stage?_*.py")}
-    assert found - stages == {"__main__.py", "training/train.py"}
+    assert found == {"__main__.py", "training/train.py"}
 
 
 def test_old_spellings_work_with_a_note(capsys):

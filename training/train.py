@@ -10,7 +10,6 @@ private unless `--hub_private_repo false`, with its card and a tag (`publish.py`
 
 import argparse
 import gc
-import importlib
 import inspect
 import sys
 from dataclasses import dataclass, field
@@ -21,11 +20,9 @@ from trl import TrlParser
 
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.run_stage import StageResult, run_stage
+from agevlm.training.stages import STAGES
 from agevlm.training.stages.recipe import StageRecipe
-
-
-STAGES = ("stage1_align", "stage2_adapt_vision", "stage3_ground", "stage4_instruct")
 
 
 DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON, Parquet files, or a Hub data set."
@@ -75,7 +72,7 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     """
     if stage not in STAGES:
         raise ValueError(f"Unknown stage '{stage}'. Choose from {', '.join(STAGES)}.")
-    recipe = importlib.import_module(f"agevlm.training.stages.{stage}").recipe
+    recipe = STAGES[stage]
     switches = {"vision": arguments.vision, "freeze_self_attention": arguments.freeze_self_attention or None}
     switches = {name: value for name, value in switches.items() if value is not None}
     unknown = [name for name in switches if name not in inspect.signature(recipe).parameters]
@@ -94,7 +91,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     if argv and argv[0] not in ("-h", "--help"):
         stage, flags = argv[0], argv[1:]
     else:
-        stage, flags = STAGES[0], argv  # only to print the help; a missing stage ends in it as well
+        stage, flags = next(iter(STAGES)), argv  # only to print the help; a missing stage ends in it as well
     # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
     first = TrlParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
     first.add_argument("--per_device_train_batch_size", type=int)

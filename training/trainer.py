@@ -55,7 +55,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         processing_class (`AgeVlmProcessor`): of the model.
         data_collator (`AgeVlmDataCollator`, *optional*): default: one with `max_length` and `pad_to_multiple_of` of
             `args`. One that sets no `max_length` gets that of `args`.
-        lineage (`dict`, *optional*): JSON-ready facts about the run (`training/stages/base.py`). Every saved folder
+        lineage (`dict`, *optional*): JSON-ready facts about the run (`run_stage.py`). Every saved folder
             gets them as `agevlm_stage.json`, and a model card made of them.
         **kwargs: those of `SFTTrainer`.
 

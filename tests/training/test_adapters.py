@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.freezing import part_of
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
-from agevlm.training.stages.base import run_stage
 from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.train import parse
 from builders import tiny_model, tiny_processor

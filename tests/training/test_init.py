@@ -25,8 +25,8 @@ from agevlm.reproduction.quickstart import TINY_PARTS, save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
 from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
-from agevlm.training.stages.base import run_stage
 from builders import picture, tiny_tokenizer
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from agevlm.training.train import STAGES, main, parse
+from agevlm.training.stages import STAGES
+from agevlm.training.train import main, parse
 
 
 def test_a_stage_without_flags_is_its_recipe():

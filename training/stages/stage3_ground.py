@@ -9,8 +9,6 @@ Variants: `ca-baseline` runs the same stage on the same data with a guidance wei
 seen the same number of steps.
 """
 
-import sys
-
 from .recipe import CAMBRIAN_CAPTIONS, CAPTION_MASKS, StageRecipe, build_recipe
 
 
@@ -31,14 +29,3 @@ def recipe(size: str = "paper", variant: str = "agevlm", vision: str = "vision_l
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=CAPTION_MASKS / CAMBRIAN_CAPTIONS,
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m agevlm.training.stages.stage3_ground [flags]`: those of `agevlm train`."""
-    from agevlm.training.train import main as train
-
-    train([NAME, *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()

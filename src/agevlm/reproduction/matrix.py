@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from agevlm.store import digest
-from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import StageRecipe
+from agevlm.training import stages
+from agevlm.training.stages.recipe import StageRecipe
 
 
-STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
 Twin = Literal["no", "equal", "small"]
@@ -152,7 +152,7 @@ def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] |
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
-        recipe = STAGES[stage].recipe(size=size, variant=_variant(stage, row.guided))
+        recipe = STAGES[stage](size=size, variant=_variant(stage, row.guided))
         longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
         if guided and row.normalisation != "sum":
