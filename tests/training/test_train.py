@@ -2,6 +2,7 @@
 
 import pytest
 
+from agevlm.training import cli
 from agevlm.training.stages import STAGES
 from agevlm.training.train import main, parse
 
@@ -69,13 +70,23 @@ def test_dry_run_from_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
-def test_wrong_commands_are_refused(capsys):
+def test_helps(capsys):
+    """Ours without a stage too; the libraries' flags on request."""
+    for words in ([], ["--help"], ["stage1_align", "-h"]):
+        with pytest.raises(SystemExit):
+            cli.train(words)
+        shown = capsys.readouterr().out
+        assert "stage2_adapt_vision" in shown and "--guidance-weight" in shown and "--fsdp" not in shown
+    with pytest.raises(SystemExit):
+        parse(["--help-all"])
+    shown = capsys.readouterr().out
+    assert "--guidance_weight" in shown and "--fsdp" in shown
+
+
+def test_wrong_commands_are_refused():
     with pytest.raises(ValueError, match=r"Unknown stage 'stage5'. Choose from stage1_align"):
         parse(["stage5"])
     with pytest.raises(ValueError, match=r"`--vision` does not exist for stage1_align"):
         parse(["stage1_align", "--vision", "vision_all"])
     with pytest.raises(ValueError, match="--no_such_flag"):
         parse(["stage1_align", "--no_such_flag", "1"])
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    assert "stage2_adapt_vision" in capsys.readouterr().out
