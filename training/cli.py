@@ -60,7 +60,7 @@ def parse_init(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vision-tower",
         metavar="ID_OR_DIR_OR_FILE",
-        help="a ConvNeXt as open_clip, timm or transformers name it, recognised from the names of its weights "
+        help="a ConvNeXt as open_clip, timm or transformers name it, recognized from the names of its weights "
         f"(default: {VISION_TOWER})",
     )
     parser.add_argument(

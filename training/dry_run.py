@@ -32,7 +32,7 @@ SOURCES = {
     "data": "section 4",
     "mask_fraction": "sections 3.2.2 and 4: 77K of 2.5M captions, 150K of 10M instructions",
     "guidance_weight": "Table 1, section 3.2.2",
-    "guidance_normalisation": "section 3.2.2: normalised to a distribution",
+    "guidance_normalization": "section 3.2.2: normalized to a distribution",
     "global_batch_size": "section 4: 16 on each of 8 GPUs",
     "per_device_train_batch_size": "section 4: 16 per GPU",
     "learning_rate": "appendix B",

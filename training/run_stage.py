@@ -37,6 +37,7 @@ from agevlm.training.lineage import (
     model_fingerprint,
     parent_lineage,
     read_lineage,
+    stored_names,
     training_identity,
     write_lineage,
 )
@@ -215,7 +216,7 @@ def _lineage(
             "variant": recipe.variant,
             "trains": recipe.trains,
             "frozen": recipe.frozen,
-            "training": training_identity(args),
+            "training": stored_names(training_identity(args)),
             "data": data,
             "parent_weights": model_fingerprint(model),
             **adapters,

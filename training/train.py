@@ -5,6 +5,7 @@ The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb an
 
 import gc
 import inspect
+from typing import Any
 
 import torch
 from trl import TrlParser
@@ -12,7 +13,7 @@ from trl import TrlParser
 from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.flags import StageArguments
+from agevlm.training.flags import StageArguments, current_name
 from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import STAGES
 from agevlm.training.stages.recipe import StageRecipe
@@ -36,6 +37,13 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     return built if arguments.mask_fraction is None else built.override(mask_fraction=arguments.mask_fraction)
 
 
+class StageParser(TrlParser):
+    """TRL's, whose configuration files may hold old names of flags."""
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return super().set_defaults_with_config(**{current_name(name): value for name, value in kwargs.items()})
+
+
 def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig, AdapterArguments]:
     """Recipe, stage flags, training arguments and adapter flags of a command line that begins with a stage's name.
 
@@ -44,6 +52,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     """
     # All flags are shown for the first stage, which has what all of them have.
     stage, flags = (next(iter(STAGES)), argv) if argv[0] == "--help-all" else (argv[0], argv[1:])
+    flags = [current_name(word) for word in flags]
     # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
     first = TrlParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
     first.add_argument("--per_device_train_batch_size", type=int)
@@ -52,7 +61,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     defaults = {"output_dir": f"runs/{arguments.variant}/{stage}"}
     if namespace.per_device_train_batch_size is not None:
         defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
-    parser = TrlParser(
+    parser = StageParser(
         (StageArguments, AgeVlmSFTConfig, AdapterArguments),  # type: ignore[arg-type]  # as above
         prog="agevlm train",
         usage="agevlm train STAGE [--flag VALUE ...]",  # argparse's own names 600 flags before it says a word

@@ -158,7 +158,7 @@ def test_the_command_line_has_trls_flags():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_quantised_training_merges_into_full_precision(start, tmp_path):
+def test_quantized_training_merges_into_full_precision(start, tmp_path):
     result = run_adapters(start, tmp_path / "run", {**FLAGS, "load_in_4bit": True})
     assert result.log_history[-2]["loss"] < result.log_history[0]["loss"]
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")

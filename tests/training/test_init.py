@@ -203,7 +203,7 @@ def test_a_tokenizer_without_reserved_tokens_gets_new_rows(tower, tmp_path):
     assert weights.shape[0] == 259 and torch.equal(weights[:258], old)
 
 
-def test_pixels_are_normalised_as_the_tower_was_trained(llama, tmp_path):
+def test_pixels_are_normalized_as_the_tower_was_trained(llama, tmp_path):
     save_tower(tmp_path / "tower" / "model.safetensors")
     stated = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     (tmp_path / "tower" / "config.json").write_text(json.dumps(stated))

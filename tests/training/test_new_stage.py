@@ -33,7 +33,7 @@ def polish(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
 
 def test_a_recipe_and_two_lines_are_enough(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(STAGES, "stage5_polish", polish)
-    monkeypatch.setattr(render, "STAGES", (*render.STAGES, (5, "stage5-polish", "projector", "language modelling")))
+    monkeypatch.setattr(render, "STAGES", (*render.STAGES, (5, "stage5-polish", "projector", "language modeling")))
     start, out, scenes = tmp_path / "start", tmp_path / "out", tmp_path / "scenes"
     tiny_model().save_pretrained(start)
     tiny_processor().save_pretrained(start)

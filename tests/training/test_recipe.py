@@ -40,7 +40,7 @@ OF_EVERY_STAGE = (
     "adam_beta2 0.95 appendix B",
     "num_train_epochs 1 appendix B",
     "optim adamw_torch_fused appendix B: Adam with weight decay",
-    "guidance_normalisation sum section 3.2.2: normalised to a distribution",
+    "guidance_normalization sum section 3.2.2: normalized to a distribution",
     "adam_beta1 0.9 not stated in the paper",
     "lr_scheduler_type cosine not stated in the paper",
     "bf16 True not stated in the paper",

@@ -3,6 +3,7 @@
 import pytest
 
 from agevlm.training import cli
+from agevlm.training.lineage import stored_names, training_identity
 from agevlm.training.stages import STAGES
 from agevlm.training.train import main, parse
 
@@ -61,6 +62,19 @@ def test_a_config_file_stands_between_recipe_and_flags(tmp_path):
     assert recipe.size == "tiny"
     assert (training.learning_rate, training.seed) == (0.5, 9)
     assert training.lr_scheduler_type == "cosine"
+
+
+def test_the_old_name_of_the_normalization_works_with_a_note(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("guidance_normalisation: max\n")
+    for flags in (
+        ["--guidance_normalisation", "max"],
+        ["--guidance-normalisation=max"],
+        ["--config", str(tmp_path / "run.yaml")],
+    ):
+        _, _, training, _ = parse(["stage3_ground", *flags])
+        assert training.guidance_normalization == "max"
+        assert capsys.readouterr().err.count("`guidance_normalisation` is now `guidance_normalization`") == 1
+    assert stored_names(training_identity(training))["guidance_normalisation"] == "max"  # as stored earlier
 
 
 def test_dry_run_from_the_command_line(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Stage 1, initial vision-language alignment (paper section 3.2.3, Table 1).
 
 Goal: map visual features into the language model's space through the new cross-attention blocks, with the
-language-modelling loss alone.
+language-modeling loss alone.
 Trains: projector and cross-attention blocks. Frozen: vision tower and language model.
 Data: image-caption pairs (the paper: Cambrian 2.5M).
 Starts from: a pretrained language model and a pretrained ConvNeXt, joined by `agevlm init`.

@@ -1,6 +1,6 @@
 """Stage 3, spatial grounding by distillation from masks (paper sections 3.2.2 and 3.2.3, Table 1).
 
-Goal: make the cross-attention look at what the text speaks about: language-modelling loss on all captions, guidance
+Goal: make the cross-attention look at what the text speaks about: language-modeling loss on all captions, guidance
 loss (Eq. 3) on those with a mask, with equal weights.
 Trains: as stage 2.
 Data: the captions again, 77K of 2.5M with a mask.

@@ -5,7 +5,7 @@ Trains: everything. `freeze_self_attention=True` reads "the self-attention layer
 instead; Table 1 marks them as trained, which is followed.
 Data: instructions (the paper: Cambrian 10M), 150K of them with a mask.
 Starts from: stage 3.
-Variants: `agevlm` and `ca-baseline` train the language-modelling loss alone, `agevlm-lm` adds the guidance loss.
+Variants: `agevlm` and `ca-baseline` train the language-modeling loss alone, `agevlm-lm` adds the guidance loss.
 """
 
 from .recipe import CAMBRIAN_INSTRUCTIONS, INSTRUCTION_MASKS, StageRecipe, build_recipe

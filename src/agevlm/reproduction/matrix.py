@@ -16,6 +16,7 @@ from typing import Literal
 
 from agevlm.store import digest
 from agevlm.training import stages
+from agevlm.training.lineage import stored_names
 from agevlm.training.stages.recipe import StageRecipe
 
 
@@ -156,12 +157,13 @@ def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] |
         longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
         if guided and row.normalisation != "sum":
-            recipe = recipe.override(guidance_normalisation=row.normalisation)
+            recipe = recipe.override(guidance_normalization=row.normalisation)
         if guided and row.mask_fraction is not None:
             recipe = recipe.override(mask_fraction=row.mask_fraction)
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
-        identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
+        nameless = dataclasses.replace(recipe, variant="", goal="", training=stored_names(recipe.training))
+        identity.append([dataclasses.asdict(nameless), query])
         address = digest(json.dumps(identity, sort_keys=True), size=4)
         recipe = recipe.override(seed=seed, disable_tqdm=True)
         folder = f"stage{stage}-{address}" if name is None else name(row, stage, address)
