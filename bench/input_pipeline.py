@@ -7,7 +7,7 @@
 `throughput`: JPEGs of four sizes, a quarter of the rows with a mask, batches of 16 on a canvas of 768 pixels. The
 plain script decodes with `datasets`, makes batches with TRL's own vision collator and LLaVA's stock image processor
 (Pillow; as many image tokens as ours: one), and shrinks masks to the grid with Pillow. Rounds of both alternate. Ours
-arrives as bytes, as in training, where the device normalises; `normalised` does that here too, on the CPU.
+arrives as bytes, as in training, where the device normalizes; `normalized` does that here too, on the CPU.
 """
 
 import argparse
@@ -184,15 +184,15 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     ours = open_shards([path])
     order = OrderSampler(ours, seed=0)
     plain = Dataset.from_parquet(path, cache_dir=str(folder / "cache"))
-    print("| workers | ours, rows/s | normalised too | plain TRL | ratio | ratio of processor time |")
+    print("| workers | ours, rows/s | normalized too | plain TRL | ratio | ratio of processor time |")
     print("|---|---|---|---|---|---|")
     for workers in arguments.workers:
         loader = functools.partial(DataLoader, batch_size=BATCH, num_workers=workers)
         candidates = {
             "ours": (loader(ours, collate_fn=collator, sampler=order), lambda batch: None),
-            "normalised": (
+            "normalized": (
                 loader(ours, collate_fn=collator, sampler=order),
-                lambda batch: collator.normalised(batch["pixel_values"]),
+                lambda batch: collator.normalized(batch["pixel_values"]),
             ),
             "plain": (loader(plain, collate_fn=PlainCollator(), shuffle=True), lambda batch: None),
         }
@@ -208,7 +208,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
             for kind in (0, 1)
         ]
         print(
-            f"| {workers} | {rate['ours']:.1f} | {rate['normalised']:.1f} | {rate['plain']:.1f} | {ratios[0]:.2f} | "
+            f"| {workers} | {rate['ours']:.1f} | {rate['normalized']:.1f} | {rate['plain']:.1f} | {ratios[0]:.2f} | "
             f"{ratios[1]:.2f} |",
             flush=True,
         )

@@ -40,8 +40,8 @@ from agevlm.grounding.quality import METRICS, compare
 from agevlm.images import open_image
 from agevlm.models import load, load_processor
 from agevlm.store import write_json, write_text
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage3_ground, stage4_instruct
-from agevlm.training.stages.base import run_stage
 
 
 SPLIT, PRESENCE = "composition", "pope"

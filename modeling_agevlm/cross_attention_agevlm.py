@@ -91,7 +91,7 @@ def has_pictures(cache: Cache | None, num_text_layers: int) -> bool:
 
 def zero_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     """A linear layer whose weights start at zero: the end of a residual branch that is closed at first. Marked, not
-    subclassed, because quantisers (bitsandbytes) pass over subclasses of `nn.Linear`."""
+    subclassed, because quantizers (bitsandbytes) pass over subclasses of `nn.Linear`."""
     linear = nn.Linear(in_features, out_features, bias=bias)
     linear.starts_at_zero = True
     return linear

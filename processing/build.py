@@ -50,7 +50,7 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     vocabulary = tokenizer.get_vocab()
     reserved = sorted((token for token in vocabulary if token.startswith(RESERVED)), key=vocabulary.get)
     if IMAGE_TOKEN not in vocabulary and reserved:
-        # Renamed in the serialised form: every place that names the token changes with it.
+        # Renamed in the serialized form: every place that names the token changes with it.
         text = tokenizer.backend_tokenizer.to_str().replace(f'"{reserved[-1]}"', f'"{IMAGE_TOKEN}"')
         settings = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         tokenizer = PreTrainedTokenizerFast(

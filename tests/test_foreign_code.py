@@ -11,8 +11,8 @@ from agevlm.data.scenes.build import build_scenes
 from agevlm.models import load
 from agevlm.training import train
 from agevlm.training.adapters import AdapterArguments
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage4_instruct
-from agevlm.training.stages.base import run_stage
 from builders import tiny_model, tiny_processor
 from vlms import llava
 

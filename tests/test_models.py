@@ -30,8 +30,8 @@ from agevlm.serving.demo import cli as demo
 from agevlm.training import parts
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.cli import init
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
-from agevlm.training.stages.base import run_stage
 from agevlm.training.train import main as train
 from builders import picture, tiny_model, tiny_processor, tiny_tokenizer
 from damages import (

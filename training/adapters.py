@@ -5,7 +5,7 @@ The flags are TRL's (`--use_peft --lora_r 16 ...`, `--load_in_4bit`). What they 
   train whole (`modules_to_save`); tower, embeddings and norms stay as they are.
 - Checkpoints hold the adapters and what trains whole. The finished folder is a complete model like any other stage's,
   the adapters merged into the weights in full precision: with `--load_in_4bit` into those of `init_from`, which were
-  quantised for training only.
+  quantized for training only.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ FLOAT_PARTS = (r".*\.vision_tower", r".*\.multi_modal_projector", r".*\.cross_at
 
 @dataclass
 class AdapterArguments(ModelConfig):
-    """TRL's flags for adapters, quantisation and the attention kernel. The model itself comes from `--init_from`."""
+    """TRL's flags for adapters, quantization and the attention kernel. The model itself comes from `--init_from`."""
 
     def check(self, stage: str, trains: Collection[str], init_from: str | Path | None, args: AgeVlmSFTConfig) -> None:
         """Refuse what cannot work, before anything is loaded.
@@ -51,7 +51,7 @@ class AdapterArguments(ModelConfig):
                 "padded."
             )
         if bits and not self.use_peft:
-            raise ValueError(f"`{bits}` needs `--use_peft`: quantised weights cannot be trained themselves.")
+            raise ValueError(f"`{bits}` needs `--use_peft`: quantized weights cannot be trained themselves.")
         if self.use_peft and "language_model" not in trains:
             raise ValueError(
                 f"`--use_peft`: {stage} keeps the language model frozen, so there is nothing for adapters. They are "
@@ -68,7 +68,7 @@ class AdapterArguments(ModelConfig):
                 "whole weights. Use training/accelerate/one_gpu.yaml or ddp.yaml."
             )
         if bits and init_from is None:
-            raise ValueError(f"`{bits}` needs `--init_from`: a model that is loaded already cannot be quantised.")
+            raise ValueError(f"`{bits}` needs `--init_from`: a model that is loaded already cannot be quantized.")
         if bits and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(f"`{bits}` needs bitsandbytes: `pip install 'agevlm[qlora]'`.")
 
@@ -89,30 +89,30 @@ class AdapterArguments(ModelConfig):
         names = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
         values = {name: getattr(adapter, name) for name in names}
         values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
-        quantised = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
+        quantized = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
         if self.load_in_4bit:
-            quantised |= {"quant_type": self.bnb_4bit_quant_type, "nested": self.use_bnb_nested_quant}
-        return {"adapters": {**values, **quantised}}
+            quantized |= {"quant_type": self.bnb_4bit_quant_type, "nested": self.use_bnb_nested_quant}
+        return {"adapters": {**values, **quantized}}
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the language model is held in 4 or 8 bits."""
         return self.load_in_4bit or self.load_in_8bit
 
 
 def load_start(
-    init_from: str | Path, revision: str | None, adapters: AdapterArguments, quantised: bool | None = None
+    init_from: str | Path, revision: str | None, adapters: AdapterArguments, quantized: bool | None = None
 ) -> tuple[PreTrainedModel, AgeVlmProcessor]:
-    """The model a stage starts from, float32, its language model quantised where the flags say so; and its processor.
+    """The model a stage starts from, float32, its language model quantized where the flags say so; and its processor.
 
-    `quantised=False` loads full precision whatever the flags say.
+    `quantized=False` loads full precision whatever the flags say.
 
     Raises:
         ValueError: see `agevlm.models.load`.
     """
-    quantisation = get_quantization_config(adapters) if quantised is not False else None
-    if quantisation is not None:
-        quantisation.llm_int8_skip_modules = list(FLOAT_PARTS)
+    quantization = get_quantization_config(adapters) if quantized is not False else None
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(FLOAT_PARTS)
     model, processor = models.load(
         init_from,
         ours=True,
@@ -120,7 +120,7 @@ def load_start(
         dtype=torch.float32,
         device_map=None,
         attn_implementation=adapters.attn_implementation,
-        quantization_config=quantisation,
+        quantization_config=quantization,
     )
     if is_deepspeed_zero3_enabled():
         model._weight_conversions = None  # renamings that this way of loading notes without using, undone on saving
@@ -130,11 +130,11 @@ def load_start(
 def merge(
     model: PeftModel, init_from: str | Path | None, revision: str | None, adapters: AdapterArguments
 ) -> PreTrainedModel:
-    """A model without adapters that computes what `model` computes; from `init_from` if that was quantised."""
-    if not adapters.quantised:
+    """A model without adapters that computes what `model` computes; from `init_from` if that was quantized."""
+    if not adapters.quantized:
         return model.merge_and_unload()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        assert init_from is not None  # what is quantised was read from somewhere
-        whole, _ = load_start(init_from, revision, adapters, quantised=False)
+        assert init_from is not None  # what is quantized was read from somewhere
+        whole, _ = load_start(init_from, revision, adapters, quantized=False)
         return PeftModel.from_pretrained(whole, folder).merge_and_unload()

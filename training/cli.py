@@ -1,11 +1,34 @@
-"""The verbs `init`, `parts` and `push`: their parsers. What they do is imported once the arguments are parsed."""
+"""The verbs `train`, `init`, `parts` and `push`. What they do is imported once their arguments are read."""
 
 import argparse
+import inspect
+import sys
 from pathlib import Path
 
 from agevlm.arguments import VerbParser
 
 from .defaults import IMAGE_SIZE, LANGUAGE_MODEL, VISION_TOWER
+from .flags import help_parser
+from .stages import STAGES
+
+
+def train(argv: list[str] | None = None) -> None:
+    """Run one training stage; the same command again resumes it.
+
+    agevlm train stage3_ground --data scenes --init-from runs/agevlm/stage2_adapt_vision --size tiny
+    accelerate launch -m agevlm.training.train stage1_align --data DATA --init-from REPO
+
+    The stage's recipe sets the defaults of all flags. Flags are written with dashes or underscores. --push-to-hub
+    pushes the finished stage with its card and a tag, private unless --hub-private-repo False.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or {"-h", "--help"} & set(words):
+        help_parser(f"{inspect.cleandoc(train.__doc__ or '')}\n\nSTAGE is one of {', '.join(STAGES)}.").print_help()
+        sys.exit(0 if words else 2)
+
+    from .train import main
+
+    main(words)
 
 
 def init(argv: list[str] | None = None) -> None:
@@ -37,7 +60,7 @@ def parse_init(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vision-tower",
         metavar="ID_OR_DIR_OR_FILE",
-        help="a ConvNeXt as open_clip, timm or transformers name it, recognised from the names of its weights "
+        help="a ConvNeXt as open_clip, timm or transformers name it, recognized from the names of its weights "
         f"(default: {VISION_TOWER})",
     )
     parser.add_argument(

@@ -31,7 +31,7 @@ class AgeVlmDataCollator:
             changes, but the tower and the cross blocks run. Where FSDP or DeepSpeed shard them, a process that left
             them out would leave the others waiting for its share. The trainer turns it on there.
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
-            `normalised` makes of them there what the processor would have made. The trainer turns it on and does so.
+            `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
         row_ids: the batch names its rows (`row_ids`, a list of strings), which the trainer wants and takes out.
         strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
             the batch says so (`skipped_rows`, a list of [id, reason], there if a row is bad). Losses are sums over
@@ -62,8 +62,8 @@ class AgeVlmDataCollator:
         """Arguments of the image processor."""
         return {"do_rescale": False, "do_normalize": False} if self.pixels_as_bytes else {}
 
-    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels, rescaled and normalised on their device: float32, bit for bit what the processor returns."""
+    def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels, rescaled and normalized on their device: float32, bit for bit what the processor returns."""
         processor = self.processor.image_processor
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         scale, shift = scale_and_shift(factor, processor.do_normalize, processor.image_mean, processor.image_std)

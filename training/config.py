@@ -14,70 +14,19 @@ from dataclasses import dataclass, field
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
-from agevlm.training.losses import NORMALISATIONS
+from agevlm.training.flags import OwnTrainingArguments
+from agevlm.training.losses import NORMALIZATIONS
 
 
 @dataclass
-class AgeVlmSFTConfig(SFTConfig):
-    """Arguments of [`AgeVlmSFTTrainer`].
-
-    Args:
-        guidance_weight (`float`): weight of the guidance loss beside the language-modelling loss. The paper's is 1.
-            With 0 a training step is exactly that of TRL's `SFTTrainer`.
-        guidance_normalisation (`"sum"` or `"max"`): how attention becomes the distribution of Eq. 3.
-        projector_learning_rate (`float`, *optional*): learning rate of one part; `learning_rate` where not given. So
-            are `cross_attention_learning_rate`, `vision_learning_rate` and `language_model_learning_rate`.
-        spread_guided_rows (`bool`): spread the rows with a mask evenly over the steps. The paper draws at random.
-        loss_spike (`float`, *optional*): stop before a step whose loss is this many times the median of the last 100,
-            as always before one that is not finite (`callbacks.py`).
-        probe_steps (`int`): every so many steps, draw where the model looks on the first 4 rows with a mask.
-        strict (`bool`): stop at a row that cannot be used (a broken picture, or one behind `max_length`) instead of
-            leaving it out, writing it into `skipped_rows.jsonl` and counting it (`skipped_rows`).
-        peak_tflops (`float`, *optional*): of one device, for `mfu`. Default: measured with a matrix product.
+class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
+    """Arguments of [`AgeVlmSFTTrainer`]: TRL's and those of [`OwnTrainingArguments`].
 
     Raises:
-        ValueError: an unknown normalisation, a negative weight or rate, `remove_unused_columns=True`, or another
+        ValueError: an unknown normalization, a negative weight or rate, `remove_unused_columns=True`, or another
             `hub_strategy` than "end".
     """
 
-    guidance_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the guidance loss (paper: 1). 0 is exactly stock SFT."}
-    )
-    guidance_normalisation: str = field(
-        default="sum",
-        metadata={
-            "help": "How attention becomes a distribution: `sum` (cells sum to 1) or `max` (true soft dice).",
-            "choices": list(NORMALISATIONS),
-        },
-    )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector. Default: `learning_rate`."}
-    )
-    cross_attention_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the cross-attention blocks. Default: `learning_rate`."}
-    )
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: `learning_rate`."}
-    )
-    language_model_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the language model. Default: `learning_rate`."}
-    )
-    spread_guided_rows: bool = field(
-        default=False, metadata={"help": "Spread the rows with a mask evenly over the steps instead of at random."}
-    )
-    loss_spike: float | None = field(
-        default=None, metadata={"help": "Stop before a step whose loss is this many times the usual one."}
-    )
-    probe_steps: int = field(
-        default=0, metadata={"help": "Draw where the model looks on fixed rows every so many steps. 0: never."}
-    )
-    strict: bool = field(
-        default=False,
-        metadata={"help": "Stop at a row that cannot be used instead of leaving it out and counting it."},
-    )
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}
-    )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Must stay on: the answers of all assistant turns are learned, nothing else."}
     )
@@ -96,10 +45,10 @@ class AgeVlmSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        if self.guidance_normalisation not in NORMALISATIONS:
+        if self.guidance_normalization not in NORMALIZATIONS:
             raise ValueError(
-                f"`guidance_normalisation` must be one of {', '.join(NORMALISATIONS)}, got "
-                f"'{self.guidance_normalisation}'."
+                f"`guidance_normalization` must be one of {', '.join(NORMALIZATIONS)}, got "
+                f"'{self.guidance_normalization}'."
             )
         if self.guidance_weight < 0:
             raise ValueError(f"`guidance_weight` must be 0 (off) or positive, got {self.guidance_weight}.")

@@ -45,7 +45,7 @@ RECORD_FILE = "agevlm_init.json"
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama-3.1's and 3.2's, which their tokenizers have but do not name
 
 # Where a published tower states the mean and standard deviation of its pixels: file, field ("" for the top), keys.
-NORMALISATIONS = (
+NORMALIZATIONS = (
     ("config.json", "pretrained_cfg", "mean", "std"),  # timm
     ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
     ("preprocessor_config.json", "", "image_mean", "image_std"),  # transformers
@@ -101,9 +101,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def stated_normalisation(source: Source) -> tuple[list[float], list[float]] | None:
+def stated_normalization(source: Source) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation of the pixels that a published tower was trained on, None where it does not say."""
-    for file, field, mean, std in NORMALISATIONS:
+    for file, field, mean, std in NORMALIZATIONS:
         settings = source.configuration(file)
         settings = settings.get(field, {}) if field else settings
         if mean in settings and std in settings:
@@ -140,9 +140,9 @@ def plan_parts(args: argparse.Namespace) -> Plan:
             f"{vision_source.name} makes one cell of {stride} pixels; the image processor's cells have "
             f"{processor.image_processor.cell_size}. Take a ConvNeXt of four stages with patches of 4 pixels."
         )
-    normalisation = stated_normalisation(vision_source)
-    if normalisation is not None:
-        processor.image_processor.image_mean, processor.image_processor.image_std = normalisation
+    normalization = stated_normalization(vision_source)
+    if normalization is not None:
+        processor.image_processor.image_mean, processor.image_processor.image_std = normalization
     layers = args.cross_attention_layers
     return Plan(
         language_source,

@@ -42,7 +42,7 @@ RESULT_FIELDS = (
     "vision_learning_rate",
     "language_model_learning_rate",
     "guidance_weight",
-    "guidance_normalisation",
+    "guidance_normalization",
     "num_train_epochs",
     "max_steps",
     "lr_scheduler_type",
@@ -64,6 +64,9 @@ RESULT_FIELDS = (
     "dataloader_drop_last",
 )
 
+# Names under which identities keep an argument, so that folders of earlier runs can be resumed.
+STORED_NAMES = {"guidance_normalization": "guidance_normalisation"}
+
 # These decide it as well. No recipe touches them, so they are named only where a run does.
 SWITCHES = (
     "loss_type",
@@ -82,6 +85,11 @@ def training_identity(args: AgeVlmSFTConfig) -> dict[str, Any]:
     usual = {item.name: item.default for item in dataclasses.fields(args)}
     switched = {name: values[name] for name in SWITCHES if values[name] != usual[name]}
     return {"global_batch_size": batch, **{name: values[name] for name in RESULT_FIELDS}, **switched}
+
+
+def stored_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments under the names that identities have for them."""
+    return {STORED_NAMES.get(name, name): value for name, value in arguments.items()}
 
 
 def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:

@@ -22,49 +22,49 @@ from typing import Literal
 import torch
 
 
-Normalisation = Literal["sum", "max"]
-NORMALISATIONS: tuple[Normalisation, ...] = ("sum", "max")
+Normalization = Literal["sum", "max"]
+NORMALIZATIONS: tuple[Normalization, ...] = ("sum", "max")
 
 # Keeps divisions and the logarithm finite when a row's attention (inside its mask, or at all) is exactly zero. Far
 # below any ratio that a float32 softmax produces otherwise, so that it changes neither the loss nor its gradient.
 EPSILON = 1e-12
 
 
-def normalise_maps(maps_KBV: torch.Tensor, normalisation: Normalisation = "sum") -> torch.Tensor:
+def normalize_maps(maps_KBV: torch.Tensor, normalization: Normalization = "sum") -> torch.Tensor:
     """P of Eq. 3: `maps_KBV` scaled per layer and row so that the cells sum to 1 (`sum`) or peak at 1 (`max`).
 
     Computed in float32 at least; a row of zeros stays zero.
 
     Raises:
-        ValueError: `normalisation` is neither `sum` nor `max`.
+        ValueError: `normalization` is neither `sum` nor `max`.
     """
     maps_KBV = maps_KBV.to(torch.promote_types(maps_KBV.dtype, torch.float32))
-    if normalisation == "sum":
+    if normalization == "sum":
         scale_KB1 = maps_KBV.sum(dim=-1, keepdim=True)
-    elif normalisation == "max":
+    elif normalization == "max":
         scale_KB1 = maps_KBV.amax(dim=-1, keepdim=True)
     else:
-        raise ValueError(f"`normalisation` must be one of {', '.join(NORMALISATIONS)}, got '{normalisation}'.")
+        raise ValueError(f"`normalization` must be one of {', '.join(NORMALIZATIONS)}, got '{normalization}'.")
     return maps_KBV / scale_KB1.clamp(min=EPSILON)
 
 
-def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalisation: Normalisation = "sum") -> torch.Tensor:
+def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalization: Normalization = "sum") -> torch.Tensor:
     """Eq. 3 per row: -log(2 <M, P> / (sum M + sum P)), averaged over the layers.
 
     Args:
         maps_KBV (`torch.Tensor`): floating point, non-negative.
         mask_BV (`torch.Tensor`): bool or {0, 1}.
-        normalisation (`"sum"` or `"max"`): how P is made of the maps.
+        normalization (`"sum"` or `"max"`): how P is made of the maps.
 
     Returns:
         `torch.Tensor` of shape (B,), float32 at least and finite. It is meaningful for guided rows only (those with a
         query and a mask): the caller selects them and divides by their global count.
 
     Raises:
-        ValueError: shapes that do not belong together, or an unknown normalisation.
+        ValueError: shapes that do not belong together, or an unknown normalization.
     """
     _check_shapes(maps_KBV, mask_BV)
-    attention_KBV = normalise_maps(maps_KBV, normalisation)
+    attention_KBV = normalize_maps(maps_KBV, normalization)
     mask_BV = mask_BV.to(attention_KBV.dtype)
     overlap_KB = (attention_KBV * mask_BV).sum(dim=-1)
     total_KB = mask_BV.sum(dim=-1) + attention_KBV.sum(dim=-1)
@@ -73,7 +73,7 @@ def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalisation: 
 
 
 def guidance_loss_of_mass(mass_KB: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
-    """Eq. 3 per row in the normalisation `sum`, where it needs no more of the attention than its mass in the mask:
+    """Eq. 3 per row in the normalization `sum`, where it needs no more of the attention than its mass in the mask:
     -log(2 m / (sum M + 1)), averaged over the layers.
 
     Args:
@@ -99,7 +99,7 @@ def guidance_loss_of_mass(mass_KB: torch.Tensor, mask_BV: torch.Tensor) -> torch
 def in_mask_mass(maps_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
     """The share of a row's attention that lies inside its mask, averaged over the layers: (B,) in [0, 1]."""
     _check_shapes(maps_KBV, mask_BV)
-    attention_KBV = normalise_maps(maps_KBV, "sum")
+    attention_KBV = normalize_maps(maps_KBV, "sum")
     return (attention_KBV * mask_BV.to(attention_KBV.dtype)).sum(dim=-1).mean(dim=0)
 
 

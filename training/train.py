@@ -1,70 +1,22 @@
-"""`agevlm train STAGE [flags]`: run one training stage from the command line.
+"""What `agevlm train STAGE [flags]` does: the recipe sets the defaults of all training flags, the command line wins.
 
-    agevlm train stage3_ground --data scenes --init_from runs/agevlm/stage2_adapt_vision --size tiny
-    accelerate launch -m agevlm.training.train stage1_align --data DATA --init_from REPO
-
-The stage's recipe sets the defaults of all training flags (TRL's parser, so `--config FILE.yaml` works too); whatever
-is given on the command line wins. `--push_to_hub --hub_model_id ORG/NAME` pushes the finished stage to the Hub,
-private unless `--hub_private_repo false`, with its card and a tag (`publish.py`).
+The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb and `flags.py` the flags that are ours.
 """
 
-import argparse
 import gc
-import importlib
 import inspect
-import sys
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 from trl import TrlParser
 
+from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.flags import StageArguments, current_name
+from agevlm.training.run_stage import StageResult, run_stage
+from agevlm.training.stages import STAGES
 from agevlm.training.stages.recipe import StageRecipe
-
-
-STAGES = ("stage1_align", "stage2_adapt_vision", "stage3_ground", "stage4_instruct")
-
-
-DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON, Parquet files, or a Hub data set."
-
-
-@dataclass
-class StageArguments:
-    """Flags of `agevlm train` beside those of the trainer."""
-
-    variant: Literal["agevlm", "agevlm-lm", "ca-baseline", "twin", "twin-plain"] = field(
-        default="agevlm",
-        metadata={
-            "help": "Guidance in stage 3, in stages 3 and 4, or nowhere; or the concatenating twin, with or without a "
-            "Llama layer for each cross block."
-        },
-    )
-    size: Literal["paper", "small", "tiny"] = field(
-        default="paper",
-        metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
-    )
-    data: str | None = field(default=None, metadata={"help": DATA_HELP})
-    init_from: str | None = field(default=None, metadata={"help": "Repository or folder of the model to start from."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
-    mask_fraction: float | None = field(
-        default=None, metadata={"help": "Share of rows that bring their mask. Default: the recipe's."}
-    )
-    vision: Literal["vision_last_stage", "vision_last_block", "vision_all"] | None = field(
-        default=None,
-        metadata={"help": "Stages 2 and 3: which end of the vision tower trains. Default: the last stage."},
-    )
-    freeze_self_attention: bool = field(
-        default=False, metadata={"help": "Stage 4: keep the language model's self-attention frozen."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print configuration, trainable parameters, counts and steps, and stop."}
-    )
-    resume: bool = field(
-        default=True, metadata={"help": "Go on from the newest checkpoint of an unfinished run, if there is one."}
-    )
 
 
 def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
@@ -75,7 +27,7 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     """
     if stage not in STAGES:
         raise ValueError(f"Unknown stage '{stage}'. Choose from {', '.join(STAGES)}.")
-    recipe = importlib.import_module(f"agevlm.training.stages.{stage}").recipe
+    recipe = STAGES[stage]
     switches = {"vision": arguments.vision, "freeze_self_attention": arguments.freeze_self_attention or None}
     switches = {name: value for name, value in switches.items() if value is not None}
     unknown = [name for name in switches if name not in inspect.signature(recipe).parameters]
@@ -85,16 +37,22 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     return built if arguments.mask_fraction is None else built.override(mask_fraction=arguments.mask_fraction)
 
 
+class StageParser(TrlParser):
+    """TRL's, whose configuration files may hold old names of flags."""
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return super().set_defaults_with_config(**{current_name(name): value for name, value in kwargs.items()})
+
+
 def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig, AdapterArguments]:
     """Recipe, stage flags, training arguments and adapter flags of a command line that begins with a stage's name.
 
     Raises:
         ValueError: see `build_stage`.
     """
-    if argv and argv[0] not in ("-h", "--help"):
-        stage, flags = argv[0], argv[1:]
-    else:
-        stage, flags = STAGES[0], argv  # only to print the help; a missing stage ends in it as well
+    # All flags are shown for the first stage, which has what all of them have.
+    stage, flags = (next(iter(STAGES)), argv) if argv[0] == "--help-all" else (argv[0], argv[1:])
+    flags = [current_name(word) for word in flags]
     # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
     first = TrlParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
     first.add_argument("--per_device_train_batch_size", type=int)
@@ -103,15 +61,16 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     defaults = {"output_dir": f"runs/{arguments.variant}/{stage}"}
     if namespace.per_device_train_batch_size is not None:
         defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
-    parser = TrlParser(
+    parser = StageParser(
         (StageArguments, AgeVlmSFTConfig, AdapterArguments),  # type: ignore[arg-type]  # as above
         prog="agevlm train",
-        usage="agevlm train STAGE [--flag VALUE ...]",  # argparse's own names 200 flags before it says a word
-        description=f"{__doc__}\nSTAGE is one of {', '.join(STAGES)}. Its own flags come first.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="agevlm train STAGE [--flag VALUE ...]",  # argparse's own names 600 flags before it says a word
+        description="Every flag; `agevlm train --help` shows those that most runs need.",
+        add_help=False,
     )
+    parser.add_argument("--help-all", action="help", help="show every flag")
     parser.set_defaults_with_config(**recipe.training_arguments(**defaults))
-    arguments, training, adapters = parser.parse_args_and_config(flags or (["--help"] if not argv else []))
+    arguments, training, adapters = parser.parse_args_and_config(flags)
     return recipe, arguments, training, adapters
 
 
@@ -123,9 +82,9 @@ def end_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def main(argv: list[str] | None = None) -> StageResult:
-    """Parse `argv` (default: the command line) and run the stage it names."""
-    recipe, arguments, training, adapters = parse(list(sys.argv[1:] if argv is None else argv))
+def main(argv: list[str]) -> StageResult:
+    """Parse `argv` and run the stage it names."""
+    recipe, arguments, training, adapters = parse(argv)
     result = run_stage(
         recipe,
         str(training.output_dir),
@@ -141,5 +100,5 @@ def main(argv: list[str] | None = None) -> StageResult:
     return result
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # what `accelerate launch -m` runs
+    cli.train()

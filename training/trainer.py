@@ -5,7 +5,7 @@
   head keeps only the backbone's hidden states, so a forward hook keeps the maps. Full logits are never built.
   Where most tokens are guided the backbone is asked for the attention inside the mask alone, which is cheaper
   (`modeling_agevlm/guidance_agevlm.py`); in steps that are logged always for the maps, so that pointing is known.
-- Its scale: TRL divides the language-modelling loss by the answer tokens of the whole optimizer step (all accumulated
+- Its scale: TRL divides the language-modeling loss by the answer tokens of the whole optimizer step (all accumulated
   micro-batches, all processes); guidance is divided by the guided rows of the whole step in the same way. One batch of
   8, 8 accumulated batches of 1 and 2 processes give the same gradients, however the masks are spread.
 - Metrics averaged over rows, learning rates per part, checkpoints that are complete or invisible (`checkpoints.py`), a
@@ -55,7 +55,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         processing_class (`AgeVlmProcessor`): of the model.
         data_collator (`AgeVlmDataCollator`, *optional*): default: one with `max_length` and `pad_to_multiple_of` of
             `args`. One that sets no `max_length` gets that of `args`.
-        lineage (`dict`, *optional*): JSON-ready facts about the run (`training/stages/base.py`). Every saved folder
+        lineage (`dict`, *optional*): JSON-ready facts about the run (`run_stage.py`). Every saved folder
             gets them as `agevlm_stage.json`, and a model card made of them.
         **kwargs: those of `SFTTrainer`.
 
@@ -80,7 +80,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         self._guidance_sums: dict[str, Any] = defaultdict(float)
         super().__init__(model=model, args=args, lineage=lineage, **kwargs)
         if getattr(model, "hf_quantizer", None) is not None:
-            # TRL keeps what trains beside quantised weights in bfloat16, where a step of 1e-5 is rounded away.
+            # TRL keeps what trains beside quantized weights in bfloat16, where a step of 1e-5 is rounded away.
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         if isinstance(self.data_collator, AgeVlmDataCollator):
@@ -176,7 +176,7 @@ class AgeVlmSFTTrainer(StageTrainer):
                 loss = guidance_loss_of_mass(mass, mask)
                 stats = (loss, mass.mean(0), torch.ones_like(loss), torch.zeros_like(loss), torch.zeros_like(loss))
             else:
-                loss = guidance_loss(maps, mask, self.args.guidance_normalisation)
+                loss = guidance_loss(maps, mask, self.args.guidance_normalization)
                 known = torch.ones_like(loss)
                 stats = (loss, in_mask_mass(maps, mask), known, pointing_accuracy(maps, mask), known)
             stats_B6[:, :5] = torch.stack(stats, dim=-1).detach().masked_fill(~guided[:, None], 0)
@@ -197,7 +197,7 @@ class AgeVlmSFTTrainer(StageTrainer):
 
     def _needs_mass_only(self, query_mask: torch.Tensor) -> bool:
         """Whether a training batch is served by the attention inside its masks; else by whole maps."""
-        if not self.model.training or self.args.guidance_normalisation != "sum":
+        if not self.model.training or self.args.guidance_normalization != "sum":
             return False
         is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
         return not is_logged and bool(query_mask.float().mean() > MASS_FROM_SHARE)
@@ -229,11 +229,11 @@ class AgeVlmSFTTrainer(StageTrainer):
     # ---- Batches ----
 
     def _prepare_inputs(self, inputs):
-        """Trainer's; pictures that came as bytes are normalised on the device."""
+        """Trainer's; pictures that came as bytes are normalized on the device."""
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
         if pixels is not None and pixels.dtype == torch.uint8:
-            inputs["pixel_values"] = self.data_collator.normalised(pixels)
+            inputs["pixel_values"] = self.data_collator.normalized(pixels)
         return inputs
 
     # ---- Cards ----

@@ -1,11 +1,11 @@
 """Image processing of AGE-VLM: one geometry for pictures, masks and attention maps (paper section 3.2.2, appendix C).
 
 A picture is fitted onto a square canvas (768 pixels, a grid of 24 x 24 visual cells) in one of three ways:
-- `pad` (default): the whole picture, centred on CLIP's mean colour. Cells that show no picture are reported in
+- `pad` (default): the whole picture, centered on CLIP's mean color. Cells that show no picture are reported in
   `visual_token_mask`, so that the model never attends to them. The paper leaves its own policy open and blames
   unmasked padding for stray attention.
 - `stretch`: the whole picture, aspect ratio given up.
-- `crop`: the centre, filling the canvas.
+- `crop`: the center, filling the canvas.
 
 `mask_to_grid` takes a mask of the original picture through the same fit, and `grid_to_pixels` takes a map on the grid
 back to the original pixels.
@@ -101,7 +101,7 @@ def fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str) -> Fit
 def covered(cells: int, cell_size: int, source: tuple[int, int], target: tuple[int, int], length: int) -> np.ndarray:
     """Along one axis, the share of every cell that every pixel of the picture fills: float32 `(cells, length)`.
 
-    Exact lengths, because a box filter may lose a pixel whose centre lies on the border of two of its windows.
+    Exact lengths, because a box filter may lose a pixel whose center lies on the border of two of its windows.
 
     Args:
         source, target: the axis of a `Fit`, as (start, end).
@@ -128,14 +128,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB: turned upright, 16 bits scaled to 8, transparency laid on white.
 
     Raises:
-        ValueError: grey of more than 16 bits.
+        ValueError: gray of more than 16 bits.
     """
     image = upright(image)
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"values from {grey.min()} to {grey.max()}, expected 0 to 65535")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"values from {gray.min()} to {gray.max()}, expected 0 to 65535")
+        return Image.fromarray((gray >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image), do_rescale=True)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -197,12 +197,12 @@ def check_numbers(name: str, values: Any, least: float) -> None:
 
 
 def background(image_mean) -> list[int]:
-    """The colour of the padding, in 8 bits."""
+    """The color of the padding, in 8 bits."""
     return [int(value * 255) for value in image_mean]
 
 
 def scale_and_shift(factor: float, do_normalize: bool, image_mean, image_std) -> tuple[np.ndarray, np.ndarray]:
-    """Rescaling and normalising as one multiplication and one addition: float32 `(3, 1, 1)` each."""
+    """Rescaling and normalizing as one multiplication and one addition: float32 `(3, 1, 1)` each."""
     scale, shift = np.full(3, factor), np.zeros(3)
     if do_normalize:
         scale, shift = scale / np.asarray(image_std), -np.asarray(image_mean) / np.asarray(image_std)
@@ -239,7 +239,7 @@ def _to_bytes(pixels: np.ndarray, do_rescale: bool) -> np.ndarray:
     if not 0 <= low <= high <= 255:  # refuses NaN too
         raise ValueError(
             f"A picture of {pixels.dtype} with values from {low} to {high}. Give 0..255, or 0..1 in floating point: "
-            "pictures are normalised here, not before."
+            "pictures are normalized here, not before."
         )
     return (pixels * (255 if floating and high <= 1 else 1)).round().astype(np.uint8)
 
@@ -552,7 +552,7 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
         device = images[0].device
         dtype = torch.float32 if do_rescale or do_normalize else torch.uint8
         values = torch.empty((len(images), 3, *canvas), dtype=dtype, device=device)
-        colour = torch.tensor(background(image_mean), dtype=dtype, device=device)[:, None, None]
+        color = torch.tensor(background(image_mean), dtype=dtype, device=device)[:, None, None]
         for group, pixels in groups.items():
             (x0, y0, x1, y1), (left, top, right, bottom) = fits[members[group][0]]
             pixels = self.resize(
@@ -560,7 +560,7 @@ class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):
             )
             for index, picture in zip(members[group], pixels, strict=True):
                 if pixels.shape[-2:] != canvas:
-                    values[index] = colour
+                    values[index] = color
                 values[index, :, top:bottom, left:right] = picture
         if do_rescale or do_normalize:
             scale, shift = scale_and_shift(rescale_factor if do_rescale else 1.0, do_normalize, image_mean, image_std)

@@ -198,7 +198,7 @@ class AgeVlmTextModel(LlamaModel):
         "cross_attention_layers.*.cross_attn.k_proj": "colwise",
         "cross_attention_layers.*.cross_attn.v_proj": "colwise",
         "cross_attention_layers.*.cross_attn.o_proj": "rowwise",
-        # Each rank normalises its own heads with the whole weight.
+        # Each rank normalizes its own heads with the whole weight.
         "cross_attention_layers.*.cross_attn.q_norm": "replicated_with_grad_allreduce",
         "cross_attention_layers.*.cross_attn.k_norm": "replicated_with_grad_allreduce",
         "cross_attention_layers.*.mlp.gate_proj": "colwise",

@@ -41,7 +41,7 @@ VERBS = {
         "agevlm.data.cli:check",
         "Report what is wrong with a training set, before it costs time on a GPU.",
     ),
-    "train": ("agevlm.training.train:main", "Run one of the four training stages."),
+    "train": ("agevlm.training.cli:train", "Run one of the four training stages."),
     "eval": (
         "agevlm.evaluation.cli:evaluate",
         "Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes.",

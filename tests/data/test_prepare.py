@@ -12,8 +12,8 @@ from rich.console import Console
 
 from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import validate_row
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
-from agevlm.training.stages.base import run_stage
 from builders import tiny_model, tiny_processor
 
 

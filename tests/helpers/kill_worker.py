@@ -24,26 +24,25 @@ from transformers import TrainerState
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.training.checkpoints import STAGING
 from agevlm.training.lineage import read_lineage
-from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import run_stage
+from agevlm.training.run_stage import run_stage
+from agevlm.training.stages import STAGES
 from builders import tiny_model, tiny_processor
 
 
-STAGES = (stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct)
 # All stages, and those that are guided without guidance as well.
-RUNS = [(stage, "agevlm-lm") for stage in STAGES] + [(stage, "ca-baseline") for stage in STAGES[2:]]
+RUNS = [(stage, "agevlm-lm") for stage in STAGES] + [(stage, "ca-baseline") for stage in list(STAGES)[2:]]
 KILLS_PER_RUN = 4
 
 
-def run(stage, variant: str, folder: Path) -> None:
-    recipe = stage.recipe(size="tiny", variant=variant).override(
+def run(stage: str, variant: str, folder: Path) -> None:
+    recipe = STAGES[stage](size="tiny", variant=variant).override(
         global_batch_size=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1, disable_tqdm=True
     )
     rows = make_rows("gigtgiiggitgigti")
     run_stage(recipe, folder, data=rows, model=tiny_model(), processor=tiny_processor())
 
 
-def start(stage, variant: str, folder: Path) -> int:
+def start(stage: str, variant: str, folder: Path) -> int:
     """A fork that runs the stage; returns its process id."""
     child = os.fork()
     if child:
@@ -94,18 +93,18 @@ def main(folder: Path, kills: int, seed: int) -> None:
     unhurt = list(RUNS)  # have ended before their kill came
     while total < kills or unhurt:
         stage, variant = unhurt[0] if unhurt else RUNS[number % len(RUNS)]
-        alone = folder / f"alone-{stage.NAME}-{variant}"
+        alone = folder / f"alone-{stage}-{variant}"
         if not alone.exists():
             begun = time.monotonic()
             assert os.waitpid(start(stage, variant, alone), 0)[1] == 0, (folder / "output.txt").read_text()[-3000:]
-            lengths[stage.NAME, variant] = time.monotonic() - begun
+            lengths[stage, variant] = time.monotonic() - begun
         killed = folder / f"killed-{number}"
         left: Counter[str] = Counter()
         while check(killed) != "after the end":
             begun, child = time.monotonic(), start(stage, variant, killed)
             # At least one kill for each run and not many more, then until there have been enough.
             if not left or (total < kills and left.total() < KILLS_PER_RUN):
-                kill_after(child, rng.uniform(0.05, 1.0) * lengths[stage.NAME, variant])
+                kill_after(child, rng.uniform(0.05, 1.0) * lengths[stage, variant])
             status = os.waitpid(child, 0)[1]
             if os.WIFSIGNALED(status):
                 left[check(killed)] += 1
@@ -113,13 +112,13 @@ def main(folder: Path, kills: int, seed: int) -> None:
             else:
                 assert status == 0, (folder / "output.txt").read_text()[-3000:]
                 # A machine that was busy before may be idle now, and most kills would come too late.
-                lengths[stage.NAME, variant] = min(lengths[stage.NAME, variant], time.monotonic() - begun)
+                lengths[stage, variant] = min(lengths[stage, variant], time.monotonic() - begun)
         first, second = (load_file(path / "model.safetensors") for path in (killed, alone))
         same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
         number += 1
         if left and (stage, variant) in unhurt:
             unhurt.remove((stage, variant))
-        result = {"stage": stage.NAME, "variant": variant, "kills": sum(left.values()), "left": left, "same": same}
+        result = {"stage": stage, "variant": variant, "kills": sum(left.values()), "left": left, "same": same}
         print(json.dumps(result), flush=True)
 
 

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from training_worker import make_rows, sharp_model
 
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import stage3_ground
-from agevlm.training.stages.base import StageResult, run_stage
 from agevlm.training.train import end_processes
 from builders import tiny_processor
 

@@ -19,8 +19,8 @@ from agevlm.data.rows import GUIDANCE, MASK_FEATURES, ROW_FEATURES
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
-from agevlm.training.stages import base, stage3_ground
-from agevlm.training.stages.base import StageResult, run_stage
+from agevlm.training.run_stage import StageResult, run_stage
+from agevlm.training.stages import stage3_ground
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import mask, row, tiny_model, tiny_processor
 
@@ -213,7 +213,7 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
         global_batch_size=2, per_device_train_batch_size=2, num_train_epochs=2, save_steps=3, disable_tqdm=True,
         logging_steps=1, dataloader_num_workers=workers, spread_guided_rows=True,
     )  # fmt: skip
-    with patch.object(base, "AgeVlmSFTTrainer", Trainer):
+    with patch("agevlm.training.run_stage.AgeVlmSFTTrainer", Trainer):
         result = run_stage(
             recipe, output_dir, data=data, model=tiny_model(), processor=tiny_processor(), callbacks=callbacks
         )

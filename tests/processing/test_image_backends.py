@@ -41,7 +41,7 @@ def both(geometry: str = "pad", canvas: tuple[int, int] = (96, 96), **kwargs):
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Smooth colours with a few hard edges, which make bicubic filters overshoot."""
+    """Smooth colors with a few hard edges, which make bicubic filters overshoot."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9 + y / 17), np.cos(x / 23), np.sin(y / 11)], axis=-1) * 100 + 120
     waves[height // 4 : height // 2, width // 5 : width // 3] = (255, 0, 255)
@@ -116,7 +116,7 @@ def sixteen_bits() -> np.ndarray:
 
 
 KINDS = {
-    "grey": picture(30, 20).convert("L"),
+    "gray": picture(30, 20).convert("L"),
     "alpha": Image.merge("RGBA", [*picture(30, 20).split(), picture(30, 20, seed=1).convert("L")]),
     "CMYK": picture(30, 20).convert("CMYK"),
     "palette": picture(30, 20).quantize(16),
@@ -129,7 +129,7 @@ KINDS = {
     "tensor": torch.from_numpy(np.array(picture(30, 20))).permute(2, 0, 1),
     "tensor, channels last": torch.from_numpy(np.array(picture(30, 20))),
     "tensor of 0..1": torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)),
-    "grey tensor": torch.from_numpy(np.array(picture(30, 20).convert("L")))[None],
+    "gray tensor": torch.from_numpy(np.array(picture(30, 20).convert("L")))[None],
     "tensor with alpha": torch.randint(0, 256, (4, 20, 30), generator=torch.Generator().manual_seed(0)).byte(),
 }
 

@@ -127,7 +127,7 @@ def test_no_cell_of_a_mask_lies_on_padding(geometry, mask, canvas):
 @pytest.mark.parametrize("geometry", ["pad", "stretch"])
 @QUICK
 @given(mask=masks(smallest_only=True), canvas=CANVASES)
-@example(mask=np.arange(176)[None] == 16, canvas=(96, 96))  # a pixel centred on the border of two windows
+@example(mask=np.arange(176)[None] == 16, canvas=(96, 96))  # a pixel centered on the border of two windows
 def test_small_objects_never_vanish(geometry, mask, canvas):
     processor = make(geometry, canvas)
     assert processor.mask_to_grid(mask).sum() >= 1
@@ -186,7 +186,7 @@ def test_maps_stay_in_their_range_and_outside_the_crop_they_are_zero(geometry, s
 
 @geometries
 @pytest.mark.parametrize("size", [(96, 96), (96, 192), (192, 96), (300, 130), (97, 400)])
-def test_maps_are_interpolated_between_the_centres_of_their_cells(geometry, size):
+def test_maps_are_interpolated_between_the_centers_of_their_cells(geometry, size):
     processor = make(geometry)
     values = np.random.default_rng(0).random(processor.grid)
     source, target = fit(size, (96, 96), geometry)
@@ -194,10 +194,10 @@ def test_maps_are_interpolated_between_the_centres_of_their_cells(geometry, size
     def along(axis: int) -> np.ndarray:
         """For each pixel of the picture, the share that each cell has in it: `(pixels, cells)`."""
         scale = (target[axis + 2] - target[axis]) / (source[axis + 2] - source[axis])
-        centres = (np.arange(size[1 - axis]) + 0.5 - source[axis]) * scale + target[axis]
-        distance = np.abs(centres[:, None] / STRIDE - 0.5 - np.arange(3))
-        distance[centres < STRIDE / 2] = np.arange(3)
-        distance[centres > 96 - STRIDE / 2] = np.arange(2, -1, -1)
+        centers = (np.arange(size[1 - axis]) + 0.5 - source[axis]) * scale + target[axis]
+        distance = np.abs(centers[:, None] / STRIDE - 0.5 - np.arange(3))
+        distance[centers < STRIDE / 2] = np.arange(3)
+        distance[centers > 96 - STRIDE / 2] = np.arange(2, -1, -1)
         return (1 - distance).clip(0)
 
     back = processor.grid_to_pixels(values, size)
@@ -238,7 +238,7 @@ def test_a_picture_of_the_target_size_is_not_resampled(geometry):
     np.testing.assert_array_equal(values, pixels(again, geometry))
 
 
-def test_crop_shows_the_centre():
+def test_crop_shows_the_center():
     image = picture(192, 96)
     np.testing.assert_allclose(pixels(image, "crop"), plain(image.crop((48, 0, 144, 96))), atol=1e-6)
     assert make("crop")(image)["visual_token_mask"].all()
@@ -255,7 +255,7 @@ def test_other_sizes_are_resampled_bicubically_into_their_place(width, height):
     np.testing.assert_allclose(values[:, top:bottom, left:right], plain(resized), atol=1e-6)
     padding = np.ones((96, 96), dtype=bool)
     padding[top:bottom, left:right] = False
-    # CLIP's mean colour in whole steps of 1 / 255
+    # CLIP's mean color in whole steps of 1 / 255
     assert padding.any() and np.abs(values[:, padding]).max() < 1 / 255 / min(make().image_std)
 
 
@@ -263,7 +263,7 @@ def test_other_sizes_are_resampled_bicubically_into_their_place(width, height):
 @QUICK
 @given(size=SIZES, canvas=CANVASES)
 def test_visible_cells_are_those_that_hold_a_pixel_of_the_picture(geometry, size, canvas):
-    """A white picture is nowhere of the background's colour."""
+    """A white picture is nowhere of the background's color."""
     processor = make(geometry, canvas)
     batch = processor(Image.new("RGB", size[::-1], "white"), return_tensors="np", do_normalize=False)
     white = (batch["pixel_values"][0] == 1).all(0)
@@ -281,7 +281,7 @@ def test_cells_are_visible_where_any_picture_is():
     )
 
 
-def grey(value: int) -> Image.Image:
+def gray(value: int) -> Image.Image:
     return Image.new("RGB", (5, 5), (value, value, value))
 
 
@@ -296,14 +296,14 @@ def with_transparency(mode: str) -> Image.Image:
 
 
 MODES = {
-    "L": (Image.new("L", (5, 5), 77), grey(77)),
-    "LA": (Image.new("LA", (5, 5), (100, 51)), grey(224)),  # 255 + (100 - 255) * 51 / 255
+    "L": (Image.new("L", (5, 5), 77), gray(77)),
+    "LA": (Image.new("LA", (5, 5), (100, 51)), gray(224)),  # 255 + (100 - 255) * 51 / 255
     "RGBA": (with_transparency("RGBA"), Image.new("RGB", (5, 5), (255, 127, 127))),
-    "P": (with_transparency("P"), grey(255)),
-    "P without transparency": (grey(0).convert("P"), grey(0)),
+    "P": (with_transparency("P"), gray(255)),
+    "P without transparency": (gray(0).convert("P"), gray(0)),
     "CMYK": (Image.new("CMYK", (5, 5), (255, 0, 0, 0)), Image.new("RGB", (5, 5), (0, 255, 255))),
-    "I;16": (Image.fromarray(np.full((5, 5), 0x8123, dtype=np.uint16)), grey(0x81)),
-    "1": (Image.new("1", (5, 5), 1), grey(255)),
+    "I;16": (Image.fromarray(np.full((5, 5), 0x8123, dtype=np.uint16)), gray(0x81)),
+    "1": (Image.new("1", (5, 5), 1), gray(255)),
 }
 
 
@@ -338,9 +338,9 @@ def test_arrays_equal_pictures(size):
     np.testing.assert_array_equal(pixels(array, input_data_format="channels_last"), expected)
     np.testing.assert_array_equal(pixels(torch.tensor(channels_first), input_data_format="channels_first"), expected)
     np.testing.assert_array_equal(pixels(channels_first / 255, input_data_format="channels_first"), expected)
-    grey_array = np.asarray(image.convert("L"))
+    gray_array = np.asarray(image.convert("L"))
     np.testing.assert_array_equal(
-        pixels(grey_array[None], input_data_format="channels_first"), pixels(image.convert("L"))
+        pixels(gray_array[None], input_data_format="channels_first"), pixels(image.convert("L"))
     )
     with pytest.raises(ValueError, match=r"float64 with `do_rescale=False`. Leave"):
         pixels(channels_first / 255, input_data_format="channels_first", do_rescale=False)

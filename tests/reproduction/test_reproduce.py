@@ -65,7 +65,7 @@ def test_a_row_differs_from_agevlm_in_what_it_says_alone():
 
     ours = told("agevlm")
     changed = {
-        "max": {3: {"guidance_normalisation": "max"}},
+        "max": {3: {"guidance_normalization": "max"}},
         "guided-4": {3: {"guidance_weight": 0.0}, 4: {"guidance_weight": 1.0}},
         "masks-10": {3: {"mask_fraction": 0.1}},
     }

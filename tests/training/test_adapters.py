@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.freezing import part_of
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
-from agevlm.training.stages.base import run_stage
 from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.train import parse
 from builders import tiny_model, tiny_processor
@@ -158,7 +158,7 @@ def test_the_command_line_has_trls_flags():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_quantised_training_merges_into_full_precision(start, tmp_path):
+def test_quantized_training_merges_into_full_precision(start, tmp_path):
     result = run_adapters(start, tmp_path / "run", {**FLAGS, "load_in_4bit": True})
     assert result.log_history[-2]["loss"] < result.log_history[0]["loss"]
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")

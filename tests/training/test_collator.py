@@ -277,16 +277,16 @@ def test_a_blank_picture_changes_nothing_and_reaches_every_parameter(collator):
     assert same(AgeVlmDataCollator(collator.processor, always_pictures=True)(mixed), collator(mixed))
 
 
-def test_pixels_sent_as_bytes_are_normalised_to_the_bit(processor):
+def test_pixels_sent_as_bytes_are_normalized_to_the_bit(processor):
     rows = [row("row-0"), row("row-1", images=2, guided=True), row("row-2", images=0)]
     floats = AgeVlmDataCollator(processor)(rows)
     collator = AgeVlmDataCollator(processor, pixels_as_bytes=True)
     batch = collator(rows)
     assert batch["pixel_values"].dtype == torch.uint8
     shown = floats["image_mask"]  # places without a picture hold zeros, before and after: nothing looks at them
-    normalised = collator.normalised(batch["pixel_values"])
-    assert normalised.dtype == torch.float32
-    assert torch.equal(normalised[shown], floats["pixel_values"][shown])
+    normalized = collator.normalized(batch["pixel_values"])
+    assert normalized.dtype == torch.float32
+    assert torch.equal(normalized[shown], floats["pixel_values"][shown])
     for name in floats.keys() - {"pixel_values"}:
         assert torch.equal(batch[name], floats[name])
 

@@ -25,8 +25,8 @@ from agevlm.reproduction.quickstart import TINY_PARTS, save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
 from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
-from agevlm.training.stages.base import run_stage
 from builders import picture, tiny_tokenizer
 
 
@@ -203,7 +203,7 @@ def test_a_tokenizer_without_reserved_tokens_gets_new_rows(tower, tmp_path):
     assert weights.shape[0] == 259 and torch.equal(weights[:258], old)
 
 
-def test_pixels_are_normalised_as_the_tower_was_trained(llama, tmp_path):
+def test_pixels_are_normalized_as_the_tower_was_trained(llama, tmp_path):
     save_tower(tmp_path / "tower" / "model.safetensors")
     stated = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     (tmp_path / "tower" / "config.json").write_text(json.dumps(stated))

@@ -28,4 +28,4 @@ def test_twenty_random_kills_change_nothing(tmp_path):
     assert all(result["same"] for result in results)
     assert sum(result["kills"] for result in results) >= 20
     stages = {(result["stage"], result["variant"]) for result in results if result["kills"]}
-    assert stages == {(stage.NAME, variant) for stage, variant in kill_worker.RUNS}
+    assert stages == set(kill_worker.RUNS)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agevlm.training.losses import (
-    NORMALISATIONS,
+    NORMALIZATIONS,
     guidance_loss,
     in_mask_mass,
-    normalise_maps,
+    normalize_maps,
     pointing_accuracy,
 )
 
@@ -24,14 +24,14 @@ def random_case(layers=3, rows=4, cells=10, seed=0, dtype=torch.float32):
     return maps, mask
 
 
-def naive_loss(maps, mask, normalisation):
+def naive_loss(maps, mask, normalization):
     """Eq. 3 with loops over rows, layers and cells; float64 scalars, so that autograd gives its gradient."""
     losses = []
     for row in range(mask.shape[0]):
         of_layers = []
         for layer in range(maps.shape[0]):
             cells = [maps[layer, row, cell] for cell in range(maps.shape[2])]
-            scale = sum(cells) if normalisation == "sum" else max(cells)
+            scale = sum(cells) if normalization == "sum" else max(cells)
             attention = [cell / scale for cell in cells]
             overlap = sum(p for p, inside in zip(attention, mask[row].tolist(), strict=True) if inside)
             total = sum(mask[row].tolist()) + sum(attention)
@@ -40,13 +40,13 @@ def naive_loss(maps, mask, normalisation):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_loss_and_gradient_equal_a_naive_float64_reference(normalisation):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_loss_and_gradient_equal_a_naive_float64_reference(normalization):
     maps, mask = random_case()
     exact = maps.double().requires_grad_()
     maps.requires_grad_()
 
-    loss, reference = guidance_loss(maps, mask, normalisation), naive_loss(exact, mask, normalisation)
+    loss, reference = guidance_loss(maps, mask, normalization), naive_loss(exact, mask, normalization)
     torch.testing.assert_close(loss.double(), reference, atol=1e-6, rtol=1e-6)
 
     weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
@@ -55,15 +55,15 @@ def test_loss_and_gradient_equal_a_naive_float64_reference(normalisation):
     torch.testing.assert_close(maps.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_gradient_equals_finite_differences(normalisation):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradient_equals_finite_differences(normalization):
     maps, mask = random_case(dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda maps: guidance_loss(maps, mask, normalisation), maps.requires_grad_())
+    assert torch.autograd.gradcheck(lambda maps: guidance_loss(maps, mask, normalization), maps.requires_grad_())
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30))
-def test_sum_normalised_loss_is_the_log_of_the_mass_inside_plus_a_constant(seed, layers, cells):
+def test_sum_normalized_loss_is_the_log_of_the_mass_inside_plus_a_constant(seed, layers, cells):
     maps, mask = random_case(layers, 3, cells, seed, torch.float64)
     mass = (maps * mask).sum(dim=-1)
     constant = torch.log((mask.sum(dim=-1) + 1) / 2)
@@ -72,25 +72,25 @@ def test_sum_normalised_loss_is_the_log_of_the_mass_inside_plus_a_constant(seed,
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10_000), st.floats(1e-3, 1e3), st.sampled_from(NORMALISATIONS))
-def test_loss_ignores_the_scale_of_the_maps_and_the_order_of_the_cells(seed, scale, normalisation):
+@given(st.integers(0, 10_000), st.floats(1e-3, 1e3), st.sampled_from(NORMALIZATIONS))
+def test_loss_ignores_the_scale_of_the_maps_and_the_order_of_the_cells(seed, scale, normalization):
     maps, mask = random_case(seed=seed, dtype=torch.float64)
-    loss = guidance_loss(maps, mask, normalisation)
-    torch.testing.assert_close(guidance_loss(maps * scale, mask, normalisation), loss)
+    loss = guidance_loss(maps, mask, normalization)
+    torch.testing.assert_close(guidance_loss(maps * scale, mask, normalization), loss)
     order = torch.randperm(maps.shape[-1], generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(guidance_loss(maps[..., order], mask[:, order], normalisation), loss)
+    torch.testing.assert_close(guidance_loss(maps[..., order], mask[:, order], normalization), loss)
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 0.5, 1.0]), min_size=4, max_size=4), min_size=1),
     st.lists(st.booleans(), min_size=4, max_size=4),
-    st.sampled_from(NORMALISATIONS),
+    st.sampled_from(NORMALIZATIONS),
 )
-def test_loss_and_gradient_are_finite_for_any_map_and_mask(cells, mask, normalisation):
+def test_loss_and_gradient_are_finite_for_any_map_and_mask(cells, mask, normalization):
     maps = torch.tensor([cells]).requires_grad_()
     mask = torch.tensor([mask] * len(cells))
-    loss = guidance_loss(maps, mask, normalisation)
+    loss = guidance_loss(maps, mask, normalization)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(maps.grad).all()
@@ -103,7 +103,7 @@ def test_the_gradient_reaches_attention_that_has_almost_left_the_mask():
     torch.testing.assert_close(logits.grad, torch.tensor([[[1.0, -1.0]]]), atol=1e-2, rtol=0)
 
 
-def test_a_perfect_map_has_no_loss_with_max_normalisation_and_all_its_mass_inside():
+def test_a_perfect_map_has_no_loss_with_max_normalization_and_all_its_mass_inside():
     _, mask = random_case()
     maps = mask.float().expand(3, -1, -1) * 0.2
     torch.testing.assert_close(guidance_loss(maps, mask, "max"), torch.zeros(4))
@@ -122,10 +122,10 @@ def test_half_precision_maps_are_computed_in_float32():
     torch.testing.assert_close(loss, guidance_loss(maps.bfloat16().float(), mask))
 
 
-def test_normalised_maps_sum_or_peak_at_one_and_zeros_stay():
+def test_normalized_maps_sum_or_peak_at_one_and_zeros_stay():
     maps, _ = random_case()
     maps[0, 0] = 0
-    total, peak = normalise_maps(maps, "sum").sum(dim=-1), normalise_maps(maps, "max").amax(dim=-1)
+    total, peak = normalize_maps(maps, "sum").sum(dim=-1), normalize_maps(maps, "max").amax(dim=-1)
     for value in (total, peak):
         assert value[0, 0] == 0
         torch.testing.assert_close(value.flatten()[1:], torch.ones(11))

@@ -5,12 +5,13 @@ import io
 import pytest
 from rich.console import Console
 
-from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import run_stage
+from agevlm.training import stages
+from agevlm.training.run_stage import run_stage
+from agevlm.training.stages import stage3_ground
 from agevlm.training.train import main
 
 
-STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 
 # Parameters at the paper's size: ConvNeXt-L without its last norm, Llama-3.2-1B with a tied head.
 SIZES = {
@@ -39,7 +40,7 @@ OF_EVERY_STAGE = (
     "adam_beta2 0.95 appendix B",
     "num_train_epochs 1 appendix B",
     "optim adamw_torch_fused appendix B: Adam with weight decay",
-    "guidance_normalisation sum section 3.2.2: normalised to a distribution",
+    "guidance_normalization sum section 3.2.2: normalized to a distribution",
     "adam_beta1 0.9 not stated in the paper",
     "lr_scheduler_type cosine not stated in the paper",
     "bf16 True not stated in the paper",
@@ -72,7 +73,7 @@ def printed(recipe, folder, **arguments) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_papers_numbers_each_with_its_source(tmp_path, stage):
-    lines = printed(STAGES[stage].recipe(), tmp_path / "never")
+    lines = printed(STAGES[stage](), tmp_path / "never")
     rows, masks, steps, warmup = COUNTS[stage]
     wanted = [
         *OF_EVERY_STAGE,
@@ -91,8 +92,8 @@ def test_the_papers_numbers_each_with_its_source(tmp_path, stage):
 
 @pytest.mark.parametrize(("variant", "guided"), GUIDED.items())
 def test_the_variants_losses(tmp_path, variant, guided):
-    for stage, module in STAGES.items():
-        lines = printed(module.recipe(size="small", variant=variant), tmp_path / "never")
+    for stage, recipe in STAGES.items():
+        lines = printed(recipe(size="small", variant=variant), tmp_path / "never")
         assert f"guidance_weight {float(stage in guided)} Table 1, section 3.2.2" in lines
 
 

@@ -16,15 +16,16 @@ from training_worker import CountSteps, make_rows, run_small_stage
 from transformers import AutoProcessor
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.training import stages
 from agevlm.training.checkpoints import STAGING
 from agevlm.training.freezing import part_of
+from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import run_stage
 from agevlm.training.stages.recipe import SIZES, TWINS, VARIANTS, build_recipe
 from builders import tiny_model, tiny_processor
 
 
-STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 
 
 def weights(folder):
@@ -57,10 +58,8 @@ MOVES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
-    recipe = (
-        STAGES[stage]
-        .recipe(size="tiny", variant="agevlm-lm")
-        .override(global_batch_size=4, per_device_train_batch_size=4, weight_decay=0.0, max_steps=2, disable_tqdm=True)
+    recipe = STAGES[stage](size="tiny", variant="agevlm-lm").override(
+        global_batch_size=4, per_device_train_batch_size=4, weight_decay=0.0, max_steps=2, disable_tqdm=True
     )
     model, before = tiny_model(), dict(tiny_model().named_parameters())
     run_stage(recipe, tmp_path / "run", data=make_rows(), model=model, processor=tiny_processor())
@@ -77,8 +76,8 @@ def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_variants_differ_in_the_guidance_weight_alone(size, variant, weights_of_stages):
-    for (stage, module), weight in zip(STAGES.items(), weights_of_stages, strict=True):
-        recipe, reference = module.recipe(size, variant), module.recipe(size, "agevlm")
+    for (stage, recipe_of), weight in zip(STAGES.items(), weights_of_stages, strict=True):
+        recipe, reference = recipe_of(size, variant), recipe_of(size, "agevlm")
         assert recipe.training["guidance_weight"] == weight
         assert recipe.stage == stage
         same = {"variant": "agevlm", "guidance_weight": reference.training["guidance_weight"]}
@@ -88,7 +87,7 @@ def test_variants_differ_in_the_guidance_weight_alone(size, variant, weights_of_
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_change_only_what_they_may(size, stage):
-    paper, recipe = STAGES[stage].recipe("paper"), STAGES[stage].recipe(size)
+    paper, recipe = STAGES[stage]("paper"), STAGES[stage](size)
     for name in ("name", "stage", "trains", "frozen", "data", "paper_rows", "goal"):
         assert getattr(recipe, name) == getattr(paper, name)
     assert (recipe.mask_fraction > 0) == (stage >= 3)
@@ -100,7 +99,7 @@ def test_sizes_change_only_what_they_may(size, stage):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in TWINS])
 def test_every_recipe_dry_runs(tmp_path, stage, size, variant):
-    text = dry_run(STAGES[stage].recipe(size, variant), tmp_path / "never", model=tiny_model(), data=make_rows())
+    text = dry_run(STAGES[stage](size, variant), tmp_path / "never", model=tiny_model(), data=make_rows())
     assert f"stage {stage}, {variant}, size {size}" in text
     assert "frozen" in text or stage == 4
     assert list(tmp_path.iterdir()) == []
@@ -247,7 +246,7 @@ def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch):
     def die(*_, **__):
         raise Death
 
-    monkeypatch.setattr("agevlm.training.stages.base.publish_files", die)
+    monkeypatch.setattr("agevlm.training.run_stage.publish_files", die)
     with pytest.raises(Death):
         run_small_stage(tmp_path / "run")
     monkeypatch.undo()

@@ -2,7 +2,10 @@
 
 import pytest
 
-from agevlm.training.train import STAGES, main, parse
+from agevlm.training import cli
+from agevlm.training.lineage import stored_names, training_identity
+from agevlm.training.stages import STAGES
+from agevlm.training.train import main, parse
 
 
 def test_a_stage_without_flags_is_its_recipe():
@@ -61,6 +64,19 @@ def test_a_config_file_stands_between_recipe_and_flags(tmp_path):
     assert training.lr_scheduler_type == "cosine"
 
 
+def test_the_old_name_of_the_normalization_works_with_a_note(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("guidance_normalisation: max\n")
+    for flags in (
+        ["--guidance_normalisation", "max"],
+        ["--guidance-normalisation=max"],
+        ["--config", str(tmp_path / "run.yaml")],
+    ):
+        _, _, training, _ = parse(["stage3_ground", *flags])
+        assert training.guidance_normalization == "max"
+        assert capsys.readouterr().err.count("`guidance_normalisation` is now `guidance_normalization`") == 1
+    assert stored_names(training_identity(training))["guidance_normalisation"] == "max"  # as stored earlier
+
+
 def test_dry_run_from_the_command_line(tmp_path, capsys):
     result = main(["stage3_ground", "--dry_run", "--output_dir", str(tmp_path / "never")])
     assert result.status == "dry run"
@@ -68,13 +84,23 @@ def test_dry_run_from_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
-def test_wrong_commands_are_refused(capsys):
+def test_helps(capsys):
+    """Ours without a stage too; the libraries' flags on request."""
+    for words in ([], ["--help"], ["stage1_align", "-h"]):
+        with pytest.raises(SystemExit):
+            cli.train(words)
+        shown = capsys.readouterr().out
+        assert "stage2_adapt_vision" in shown and "--guidance-weight" in shown and "--fsdp" not in shown
+    with pytest.raises(SystemExit):
+        parse(["--help-all"])
+    shown = capsys.readouterr().out
+    assert "--guidance_weight" in shown and "--fsdp" in shown
+
+
+def test_wrong_commands_are_refused():
     with pytest.raises(ValueError, match=r"Unknown stage 'stage5'. Choose from stage1_align"):
         parse(["stage5"])
     with pytest.raises(ValueError, match=r"`--vision` does not exist for stage1_align"):
         parse(["stage1_align", "--vision", "vision_all"])
     with pytest.raises(ValueError, match="--no_such_flag"):
         parse(["stage1_align", "--no_such_flag", "1"])
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    assert "stage2_adapt_vision" in capsys.readouterr().out

@@ -44,7 +44,7 @@ def batch_of(kinds, model):
     return labels, guided, masks, model(**batch)
 
 
-def plain_objective(kinds=KINDS, weight=1.0, normalisation="sum"):
+def plain_objective(kinds=KINDS, weight=1.0, normalization="sum"):
     """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows.
 
     Returns the loss and its gradients.
@@ -53,7 +53,7 @@ def plain_objective(kinds=KINDS, weight=1.0, normalisation="sum"):
     set_trainable(model, ("projector", "cross_attention"))
     labels, guided, masks, output = batch_of(kinds, model)
     loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    guidance = guidance_loss(output.cross_attention_maps, masks, normalisation)[guided].mean()
+    guidance = guidance_loss(output.cross_attention_maps, masks, normalization)[guided].mean()
     loss = loss + weight * guidance
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -89,10 +89,10 @@ def test_weight_zero_is_stock_sft(tmp_path):
     assert "guidance_loss" not in ours.state.log_history[0]
 
 
-@pytest.mark.parametrize(("weight", "normalisation"), [(1.0, "sum"), (0.3, "max")])
-def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalisation):
-    gradients = step_gradients(tmp_path, batch_size=8, guidance_weight=weight, guidance_normalisation=normalisation)
-    _, reference = plain_objective(weight=weight, normalisation=normalisation)
+@pytest.mark.parametrize(("weight", "normalization"), [(1.0, "sum"), (0.3, "max")])
+def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization):
+    gradients = step_gradients(tmp_path, batch_size=8, guidance_weight=weight, guidance_normalization=normalization)
+    _, reference = plain_objective(weight=weight, normalization=normalization)
     assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
 
 
@@ -273,7 +273,7 @@ def test_parts_have_their_own_learning_rates(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guidance_normalisation": "softmax"}, "one of sum, max, got 'softmax'"),
+        ({"guidance_normalization": "softmax"}, "one of sum, max, got 'softmax'"),
         ({"guidance_weight": -1.0}, "must be 0 .off. or positive, got -1.0"),
         ({"vision_learning_rate": -1e-3}, "`vision_learning_rate` must not be negative"),
         ({"use_liger_kernel": True}, "no kernels for this one"),

@@ -1,7 +1,9 @@
 """Stage recipes (paper Table 1, sections 3.2.3 and 4, appendix B).
 
 A recipe is one complete, frozen description of a stage; variants and sizes are the same recipe with named fields
-changed. What the paper does not state is decided here once: beta1 0.9 and the cosine schedule are the usual choice of
+changed. This module imports nothing heavy at its top: the help of `agevlm train` names the stages.
+
+What the paper does not state is decided here once: beta1 0.9 and the cosine schedule are the usual choice of
 the models it builds on; the number of masks follows its counts (77K, 150K) rather than its percentages, which
 contradict them.
 """
@@ -11,10 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import torch
-
-from agevlm.training.config import AgeVlmSFTConfig
 
 
 TWIN, TWIN_PLAIN = "twin", "twin-plain"
@@ -101,7 +99,9 @@ class StageRecipe:
     def override(self, **changes: Any) -> "StageRecipe":
         """The recipe with fields changed: its own fields, or arguments of `AgeVlmSFTConfig`."""
         own = {name: changes.pop(name) for name in list(changes) if name in RECIPE_FIELDS}
-        unknown = set(changes) - CONFIG_FIELDS
+        from agevlm.training.config import AgeVlmSFTConfig
+
+        unknown = set(changes) - {item.name for item in dataclasses.fields(AgeVlmSFTConfig)}
         if unknown:
             raise ValueError(f"Neither a recipe nor `AgeVlmSFTConfig` has the fields {', '.join(sorted(unknown))}.")
         return dataclasses.replace(self, training={**self.training, **changes}, **own)
@@ -115,6 +115,8 @@ class StageRecipe:
         Raises:
             ValueError: the devices' batches do not divide the global batch.
         """
+        import torch
+
         arguments = {"use_cpu": not torch.accelerator.is_available(), **self.training, **overrides}
         if "gradient_accumulation_steps" not in arguments:
             devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,7 +132,6 @@ class StageRecipe:
 
 
 RECIPE_FIELDS = {item.name for item in dataclasses.fields(StageRecipe)} - {"training"}
-CONFIG_FIELDS = {item.name for item in dataclasses.fields(AgeVlmSFTConfig)}
 
 
 def build_recipe(

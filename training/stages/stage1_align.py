@@ -1,13 +1,11 @@
 """Stage 1, initial vision-language alignment (paper section 3.2.3, Table 1).
 
 Goal: map visual features into the language model's space through the new cross-attention blocks, with the
-language-modelling loss alone.
+language-modeling loss alone.
 Trains: projector and cross-attention blocks. Frozen: vision tower and language model.
 Data: image-caption pairs (the paper: Cambrian 2.5M).
 Starts from: a pretrained language model and a pretrained ConvNeXt, joined by `agevlm init`.
 """
-
-import sys
 
 from .recipe import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
 
@@ -28,14 +26,3 @@ def recipe(size: str = "paper", variant: str = "agevlm") -> StageRecipe:
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=0.0,
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m agevlm.training.stages.stage1_align [flags]`: those of `agevlm train`."""
-    from agevlm.training.train import main as train
-
-    train([NAME, *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,6 @@ Data: the captions of stage 1.
 Starts from: stage 1.
 """
 
-import sys
-
 from .recipe import CAMBRIAN_CAPTIONS, StageRecipe, build_recipe
 
 
@@ -28,14 +26,3 @@ def recipe(size: str = "paper", variant: str = "agevlm", vision: str = "vision_l
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=0.0,
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m agevlm.training.stages.stage2_adapt_vision [flags]`: those of `agevlm train`."""
-    from agevlm.training.train import main as train
-
-    train([NAME, *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()

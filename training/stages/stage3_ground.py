@@ -1,6 +1,6 @@
 """Stage 3, spatial grounding by distillation from masks (paper sections 3.2.2 and 3.2.3, Table 1).
 
-Goal: make the cross-attention look at what the text speaks about: language-modelling loss on all captions, guidance
+Goal: make the cross-attention look at what the text speaks about: language-modeling loss on all captions, guidance
 loss (Eq. 3) on those with a mask, with equal weights.
 Trains: as stage 2.
 Data: the captions again, 77K of 2.5M with a mask.
@@ -8,8 +8,6 @@ Starts from: stage 2.
 Variants: `ca-baseline` runs the same stage on the same data with a guidance weight of 0, so that all variants have
 seen the same number of steps.
 """
-
-import sys
 
 from .recipe import CAMBRIAN_CAPTIONS, CAPTION_MASKS, StageRecipe, build_recipe
 
@@ -31,14 +29,3 @@ def recipe(size: str = "paper", variant: str = "agevlm", vision: str = "vision_l
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=CAPTION_MASKS / CAMBRIAN_CAPTIONS,
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m agevlm.training.stages.stage3_ground [flags]`: those of `agevlm train`."""
-    from agevlm.training.train import main as train
-
-    train([NAME, *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()

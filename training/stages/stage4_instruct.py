@@ -5,10 +5,8 @@ Trains: everything. `freeze_self_attention=True` reads "the self-attention layer
 instead; Table 1 marks them as trained, which is followed.
 Data: instructions (the paper: Cambrian 10M), 150K of them with a mask.
 Starts from: stage 3.
-Variants: `agevlm` and `ca-baseline` train the language-modelling loss alone, `agevlm-lm` adds the guidance loss.
+Variants: `agevlm` and `ca-baseline` train the language-modeling loss alone, `agevlm-lm` adds the guidance loss.
 """
-
-import sys
 
 from .recipe import CAMBRIAN_INSTRUCTIONS, INSTRUCTION_MASKS, StageRecipe, build_recipe
 
@@ -33,14 +31,3 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
         # At the other stages' rate the whole model moves so fast that the grounded attention is lost (docs/LOG.md).
         smaller={"tiny": {"learning_rate": 3e-4}, "small": {"learning_rate": 3e-5}},
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m agevlm.training.stages.stage4_instruct [flags]`: those of `agevlm train`."""
-    from agevlm.training.train import main as train
-
-    train([NAME, *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()

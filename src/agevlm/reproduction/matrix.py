@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from agevlm.store import digest
-from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.base import StageRecipe
+from agevlm.training import stages
+from agevlm.training.lineage import stored_names
+from agevlm.training.stages.recipe import StageRecipe
 
 
-STAGES = {1: stage1_align, 2: stage2_adapt_vision, 3: stage3_ground, 4: stage4_instruct}
+STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
 Twin = Literal["no", "equal", "small"]
@@ -152,16 +153,17 @@ def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] |
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
-        recipe = STAGES[stage].recipe(size=size, variant=_variant(stage, row.guided))
+        recipe = STAGES[stage](size=size, variant=_variant(stage, row.guided))
         longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
         if guided and row.normalisation != "sum":
-            recipe = recipe.override(guidance_normalisation=row.normalisation)
+            recipe = recipe.override(guidance_normalization=row.normalisation)
         if guided and row.mask_fraction is not None:
             recipe = recipe.override(mask_fraction=row.mask_fraction)
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
-        identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
+        nameless = dataclasses.replace(recipe, variant="", goal="", training=stored_names(recipe.training))
+        identity.append([dataclasses.asdict(nameless), query])
         address = digest(json.dumps(identity, sort_keys=True), size=4)
         recipe = recipe.override(seed=seed, disable_tqdm=True)
         folder = f"stage{stage}-{address}" if name is None else name(row, stage, address)

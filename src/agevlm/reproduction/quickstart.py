@@ -37,7 +37,8 @@ from agevlm.reproduction.results import Run as SeedRun
 from agevlm.store import new_folder
 from agevlm.training.lineage import git_commit, library_versions
 from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
-from agevlm.training.stages.base import StageRecipe, run_stage
+from agevlm.training.run_stage import run_stage
+from agevlm.training.stages.recipe import StageRecipe
 
 
 # In the order in which the report shows them: without guidance first.

@@ -58,7 +58,7 @@ from agevlm.reproduction.quickstart import (
 from agevlm.store import as_json, changed_fields, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import read_lineage, training_identity
-from agevlm.training.stages.base import run_stage
+from agevlm.training.run_stage import run_stage
 
 
 PAIRS, MISMATCHED_SEEDS = 150, (0, 1, 2)  # of the similarity

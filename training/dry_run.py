@@ -4,7 +4,6 @@ Nothing is downloaded, loaded or written: parameters are counted on a model with
 """
 
 import dataclasses
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import format_table, set_trainable, trainable_table
 from agevlm.training.lineage import data_fingerprint, training_identity
-
-from .recipe import StageRecipe
+from agevlm.training.stages import STAGES
+from agevlm.training.stages.recipe import StageRecipe
 
 
 NOT_STATED = "not stated in the paper"
@@ -33,7 +32,7 @@ SOURCES = {
     "data": "section 4",
     "mask_fraction": "sections 3.2.2 and 4: 77K of 2.5M captions, 150K of 10M instructions",
     "guidance_weight": "Table 1, section 3.2.2",
-    "guidance_normalisation": "section 3.2.2: normalised to a distribution",
+    "guidance_normalization": "section 3.2.2: normalized to a distribution",
     "global_batch_size": "section 4: 16 on each of 8 GPUs",
     "per_device_train_batch_size": "section 4: 16 per GPU",
     "learning_rate": "appendix B",
@@ -67,7 +66,7 @@ def print_dry_run(
 
     Without `rows` the counts are those of the paper's data.
     """
-    paper = importlib.import_module(f"agevlm.training.stages.{recipe.name}").recipe(variant=recipe.variant)
+    paper = STAGES[recipe.name](variant=recipe.variant)
     papers = {name: getattr(paper, name) for name in ("data", "mask_fraction", "global_batch_size")}
     papers |= {**paper.training, "trains": _trains(paper)}
     resolved = {

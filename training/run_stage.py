@@ -26,6 +26,7 @@ from agevlm.training.checkpoints import (
     staging_folder,
 )
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.dry_run import print_dry_run
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
     LINEAGE_FILE,
@@ -36,18 +37,17 @@ from agevlm.training.lineage import (
     model_fingerprint,
     parent_lineage,
     read_lineage,
+    stored_names,
     training_identity,
     write_lineage,
 )
 from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH
 from agevlm.training.stage_trainer import StageTrainer
+from agevlm.training.stages.recipe import TWIN, TWINS, StageRecipe
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from agevlm.training.twin import TwinTrainer, check_twin, load_twin
-
-from .dry_run import print_dry_run
-from .recipe import TWIN, TWINS, StageRecipe
 
 
 @dataclass
@@ -216,7 +216,7 @@ def _lineage(
             "variant": recipe.variant,
             "trains": recipe.trains,
             "frozen": recipe.frozen,
-            "training": training_identity(args),
+            "training": stored_names(training_identity(args)),
             "data": data,
             "parent_weights": model_fingerprint(model),
             **adapters,
