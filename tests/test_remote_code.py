@@ -46,26 +46,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The model saved first, the processor second."""
-    folder = tmp_path_factory.mktemp("model-first")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
-def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(folder, tmp_path):
-    tiny_processor().save_pretrained(tmp_path)
-    tiny_model().save_pretrained(tmp_path)
-    assert contents(folder) == contents(tmp_path)
-    assert contents(folder).keys() == FILES
+def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    for name, parts in (("model first", (model, processor)), ("processor first", (processor, model))):
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    saved = contents(tmp_path / "model first")
+    assert saved == contents(tmp_path / "processor first")
+    assert saved.keys() == FILES
     for name, source in CODE.items():
-        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
+        assert saved[name] == (source / name).read_bytes(), name
 
 
 def check(folder: Path, tmp_path: Path, hide_torchvision: bool = False) -> None:
-    """A user's process loads and asks, says nothing, and saves the same again."""
+    """A user's process loads, asks, prints no warning, and saves the same again."""
     model = AgeVlmForConditionalGeneration.from_pretrained(folder)
     processor = AgeVlmProcessor.from_pretrained(folder)
     if hide_torchvision:
@@ -79,20 +73,14 @@ def check(folder: Path, tmp_path: Path, hide_torchvision: bool = False) -> None:
         assert after[name] == before[name], name
 
 
-def test_a_user_without_the_repository_loads_asks_and_saves(folder, tmp_path):
-    check(folder, tmp_path)
-
-
-@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed: the test above is this one")
-def test_a_user_without_torchvision_gets_the_other_backend(folder, tmp_path):
-    check(folder, tmp_path, hide_torchvision=True)
-
-
-def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path):
+@pytest.mark.parametrize(
+    "hide_torchvision",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not is_torchvision_available(), reason="is not installed"))],
+)
+def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path, hide_torchvision):
+    """`test_hub_roundtrip.py` does the same with a folder that was just saved."""
     shipped = ROOT / "checkpoints" / "agevlm-tiny"
-    if not shipped.is_dir():
-        pytest.skip("checkpoints/agevlm-tiny is not in this clone")
     present = contents(shipped)
     assert present.keys() >= FILES
     assert not {Path(name).suffix for name in present} & PICKLES
-    check(shipped, tmp_path)
+    check(shipped, tmp_path, hide_torchvision)
