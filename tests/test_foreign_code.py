@@ -8,7 +8,9 @@ import pytest
 from training_worker import make_rows
 
 from agevlm.data.scenes.build import build_scenes
+from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.models import load
+from agevlm.processing import AgeVlmProcessor
 from agevlm.training import train
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.run_stage import run_stage
@@ -65,13 +67,22 @@ def code_named(folder: Path) -> set[str]:
     return found
 
 
+def auto_maps(folder: Path) -> list[dict | None]:
+    files = ("config.json", "processor_config.json", "tokenizer_config.json")
+    return [json.loads((folder / file).read_text()).get("auto_map") for file in files]
+
+
 def test_it_is_not_saved_on(folder, tmp_path):
-    own = code_named(folder)
+    own, maps = code_named(folder), auto_maps(folder)
     assert len(own) == 5 and all(name.split(".")[0].endswith("_agevlm") for name in own)
     assert EVIL in code_named(hostile(folder))
     for part in load(folder):
         part.save_pretrained(tmp_path / "saved")
     assert code_named(tmp_path / "saved") == own
+    # Without `load`, the classes themselves forget Auto classes that are not theirs
+    for part_class in (AgeVlmForConditionalGeneration, AgeVlmProcessor):
+        part_class.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert auto_maps(tmp_path / "again") == maps
 
 
 def test_it_is_not_saved_on_of_other_models(tmp_path):

@@ -4,16 +4,13 @@ Everything happens in processes that know the Hub of `hub_server.py` by `HF_ENDP
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from remote_code_worker import conversation
-from safetensors.torch import load_file, save_file
+from remote_code_worker import isolated, load_without_the_repository
+from safetensors.torch import load_file
 
 from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -31,24 +28,9 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
-def run(home: Path, hub: HubServer, *command: str | Path, **environment: str) -> str:
-    """What a process says that knows this Hub and no other."""
-    known = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(home),
-        "HF_HOME": str(home / "hf"),
-        "HF_ENDPOINT": hub.address,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env={**known, **environment}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout
+def known(hub: HubServer) -> dict[str, str]:
+    """The environment of a user who knows this Hub and no other."""
+    return {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +55,9 @@ def published(tmp_path_factory):
     ]
     runs[1] += ["--revision", "stage1-align"]
     with HubServer(folder / "contents") as hub:
-        told = run(folder, hub, "-c", TRAIN, json.dumps(runs))
-        assert told.count("on the Hub as") == 2
+        done = isolated(folder, "-c", TRAIN, json.dumps(runs), **known(hub))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("on the Hub as") == 2 and TOKEN not in done.stdout + done.stderr
         yield hub, folder
 
 
@@ -112,17 +95,7 @@ def test_nothing_on_the_hub_names_a_place_of_this_machine_or_a_token(published):
 
 def test_a_user_without_the_repository_loads_it_by_its_name_and_asks(published, tmp_path):
     hub, folder = published
-    image = tmp_path / "picture.png"
-    picture(50, 90).save(image)
     model = AgeVlmForConditionalGeneration.from_pretrained(folder / "stage2")
     processor = AgeVlmProcessor.from_pretrained(folder / "stage2")
-    inputs = processor.apply_chat_template(
-        conversation(str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    save_file({**inputs, "logits": logits, "generated": generated}, tmp_path / "expected.safetensors")
-    worker = Path(__file__).parent / "helpers" / "remote_code_worker.py"
-    told = run(tmp_path, hub, "-I", worker, REPO, image, tmp_path / "expected.safetensors", tmp_path / "resaved")
-    assert told.endswith("ok\n")
+    done = load_without_the_repository(REPO, model, processor, picture(50, 90), tmp_path, **known(hub))
+    assert TOKEN not in done.stderr

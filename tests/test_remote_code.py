@@ -1,14 +1,9 @@
 """Checkpoint folders in the hands of users: complete, free of pickles, and loadable without this repository."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from remote_code_worker import conversation
-from safetensors.torch import save_file
+from remote_code_worker import load_without_the_repository
 from transformers.utils import is_torchvision_available
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -18,13 +13,14 @@ from builders import picture, tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {
-    "compatibility_agevlm.py": ROOT / "modeling_agevlm",
-    "configuration_agevlm.py": ROOT / "modeling_agevlm",
-    "modeling_agevlm.py": ROOT / "modeling_agevlm",
-    "guidance_agevlm.py": ROOT / "modeling_agevlm",
-    "cross_attention_agevlm.py": ROOT / "modeling_agevlm",
-    "image_processing_agevlm.py": ROOT / "processing",
-    "processing_agevlm.py": ROOT / "processing",
+    **dict.fromkeys(
+        [
+            f"{name}_agevlm.py"
+            for name in ("compatibility", "configuration", "modeling", "guidance", "cross_attention")
+        ],
+        ROOT / "modeling_agevlm",
+    ),
+    **dict.fromkeys(["image_processing_agevlm.py", "processing_agevlm.py"], ROOT / "processing"),
 }
 FILES = {
     *CODE,
@@ -50,77 +46,41 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The model saved first, the processor second."""
-    folder = tmp_path_factory.mktemp("model-first")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
-def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(folder, tmp_path):
-    tiny_processor().save_pretrained(tmp_path)
-    tiny_model().save_pretrained(tmp_path)
-    assert contents(folder) == contents(tmp_path)
-    assert contents(folder).keys() == FILES
+def test_the_folder_is_complete_and_the_order_of_saving_does_not_matter(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    for name, parts in (("model first", (model, processor)), ("processor first", (processor, model))):
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    saved = contents(tmp_path / "model first")
+    assert saved == contents(tmp_path / "processor first")
+    assert saved.keys() == FILES
     for name, source in CODE.items():
-        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
+        assert saved[name] == (source / name).read_bytes(), name
 
 
-def load_without_the_repository(folder: Path, tmp_path: Path, hide_torchvision: bool = False) -> None:
-    """Runs `remote_code_worker.py` on `folder`, and compares what it has saved again."""
-    image = tmp_path / "picture.png"
-    picture(50, 90).save(image)
+def check(folder: Path, tmp_path: Path, hide_torchvision: bool = False) -> None:
+    """A user's process loads, asks, prints no warning, and saves the same again."""
     model = AgeVlmForConditionalGeneration.from_pretrained(folder)
     processor = AgeVlmProcessor.from_pretrained(folder)
     if hide_torchvision:
         processor.image_processor = AgeVlmImageProcessorPil.from_pretrained(folder)
-    inputs = processor.apply_chat_template(
-        conversation(str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    save_file({**inputs, "logits": logits, "generated": generated}, tmp_path / "expected.safetensors")
-
-    resaved = tmp_path / "resaved"
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    worker = Path(__file__).parent / "helpers" / "remote_code_worker.py"
-    arguments = [worker, folder, image, tmp_path / "expected.safetensors", resaved]
-    if hide_torchvision:
-        arguments = ["-c", HIDE_TORCHVISION, *arguments]
-    result = subprocess.run(
-        [sys.executable, "-I", *arguments], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
-    before, after = contents(folder), contents(resaved)
+    start = ("-c", HIDE_TORCHVISION) if hide_torchvision else ()
+    result = load_without_the_repository(folder, model, processor, picture(50, 90), tmp_path, start=start)
+    assert result.stderr == ""
+    before, after = contents(folder), contents(tmp_path / "resaved")
     assert after.keys() == FILES
     for name in (*CODE, "model.safetensors", "processor_config.json", "chat_template.jinja"):
         assert after[name] == before[name], name
 
 
-def test_a_user_without_the_repository_loads_asks_and_saves(folder, tmp_path):
-    load_without_the_repository(folder, tmp_path)
-
-
-@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed: the test above is this one")
-def test_a_user_without_torchvision_gets_the_other_backend(folder, tmp_path):
-    load_without_the_repository(folder, tmp_path, hide_torchvision=True)
-
-
-def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path):
+@pytest.mark.parametrize(
+    "hide_torchvision",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not is_torchvision_available(), reason="is not installed"))],
+)
+def test_the_shipped_checkpoint_loads_without_the_repository(tmp_path, hide_torchvision):
+    """`test_hub_roundtrip.py` does the same with a folder that was just saved."""
     shipped = ROOT / "checkpoints" / "agevlm-tiny"
-    if not shipped.is_dir():
-        pytest.skip("checkpoints/agevlm-tiny is not in this clone")
     present = contents(shipped)
     assert present.keys() >= FILES
     assert not {Path(name).suffix for name in present} & PICKLES
-    load_without_the_repository(shipped, tmp_path)
+    check(shipped, tmp_path, hide_torchvision)

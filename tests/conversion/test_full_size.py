@@ -8,7 +8,7 @@ import published_baselines as published
 import pytest
 import torch
 from tiny_baselines import LLAVA
-from transformers import LlamaTokenizer
+from transformers import ConvNextModel, LlamaTokenizer
 
 from agevlm.conversion import convllava, mobilevlm
 from agevlm.conversion.layout import check_names
@@ -35,7 +35,7 @@ MOBILE_LLAMA = {
     "3B": {"hidden": 2560, "mlp": 6912, "layers": 32, "vocab": 32000},
     "7B": VICUNA,
 }
-CLIP_L = {"width": 1024, "mlp": 4096, "layers": 24, "patch": 14, "positions": 577}
+CLIP_L = published.clip(width=1024, mlp=4096, layers=24, heads=16, patch=14, size=336)
 FIVE_STAGES = ([3, 3, 27, 3, 6], [192, 384, 768, 1536, 3072])
 
 
@@ -59,11 +59,11 @@ def parameters(shapes: dict) -> int:
 @pytest.mark.parametrize(("pixels", "tokens"), [(768, 144), (1024, 256), (1536, 576)])
 def test_full_size_convllava(pixels, tokens, tmp_path, monkeypatch):
     depths, widths = FIVE_STAGES
-    tower = published.convnext_shapes(depths, widths)
-    shapes = published.convllava_shapes(published.llama_shapes(**VICUNA), tower, 3072, 4096)
+    tower = published.convnext(depths, widths)
+    shapes = published.system_shapes(published.llama_shapes(**VICUNA), tower)
     # what is known of the published index: its size, and that of the tower
     assert len(shapes) == 695
-    assert parameters(tower) == pytest.approx(669.2e6, rel=1e-3)
+    assert parameters(published.shapes_of(ConvNextModel, tower)) == pytest.approx(669.2e6, rel=1e-3)
     assert published.index_bytes(shapes, 2, 2 * parameters(shapes)) == 70_781
     monkeypatch.setattr(convllava, "Weights", lambda source: Shapes(shapes))
     source = full_size_folder(
@@ -80,9 +80,9 @@ def test_full_size_convllava(pixels, tokens, tmp_path, monkeypatch):
 
 def test_full_size_convllava_of_four_stages(tmp_path, monkeypatch):
     """As many tokens as AGE-VLM has: 768 pixels in cells of 32. No such language model is published."""
-    tower = published.convnext_shapes([3, 3, 27, 3], [192, 384, 768, 1536])
-    assert parameters(tower) == pytest.approx(196.2e6, rel=1e-3)
-    shapes = published.convllava_shapes(published.llama_shapes(**VICUNA), tower, 1536, 4096)
+    tower = published.convnext([3, 3, 27, 3], [192, 384, 768, 1536])
+    assert parameters(published.shapes_of(ConvNextModel, tower)) == pytest.approx(196.2e6, rel=1e-3)
+    shapes = published.system_shapes(published.llama_shapes(**VICUNA), tower)
     monkeypatch.setattr(convllava, "Weights", lambda source: Shapes(shapes))
     source = full_size_folder(
         tmp_path, VICUNA, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-1, mm_vision_resolution=768
@@ -95,8 +95,7 @@ def test_full_size_convllava_of_four_stages(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "total"), [("1.7B", 1674.1e6), ("3B", 3.0e9), ("7B", 7.1e9)])
 def test_full_size_mobilevlm(size, total, tmp_path, monkeypatch):
     llama = MOBILE_LLAMA[size]
-    clip = published.clip_shapes(**CLIP_L)
-    shapes = published.mobilevlm_shapes(published.llama_shapes(**llama), clip, 1024, llama["hidden"])
+    shapes = published.system_shapes(published.llama_shapes(**llama), CLIP_L)
     assert parameters(shapes) == pytest.approx(total, rel=0.02)
     if size == "1.7B":
         assert len(shapes) == 616 and parameters(shapes) == pytest.approx(total, rel=1e-4)

@@ -3,15 +3,10 @@
 The other side of every comparison is `published_baselines.py`, which knows nothing of `agevlm.conversion`.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import published_baselines as published
 import pytest
 import torch
-from safetensors.torch import save_file
+from remote_code_worker import load_without_the_repository
 from tiny_baselines import QUESTION, conversation, encode
 
 from builders import picture
@@ -104,33 +99,7 @@ def test_added_tokens_change_no_word_and_are_never_said(loaded):
 
 def test_a_user_without_the_repository_loads_asks_and_saves(pair, loaded, tmp_path):
     original, folder = pair
-    _, model, processor = loaded
-    image = picture(70, 40)
-    image.save(tmp_path / "picture.png")
-    inputs = encode(processor, [conversation(image, [QUESTION])])
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    generated = model.generate(**inputs, max_new_tokens=8)
-    save_file(
-        {"input_ids": inputs["input_ids"], "logits": logits, "generated": generated}, tmp_path / "expected.safetensors"
-    )
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    worker = Path(__file__).parents[1] / "helpers" / "baselines_worker.py"
-    arguments = [
-        worker,
-        folder,
-        tmp_path / "picture.png",
-        QUESTION,
-        tmp_path / "expected.safetensors",
-        tmp_path / "re",
-    ]
-    result = subprocess.run(
-        [sys.executable, "-I", *map(str, arguments)], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
+    load_without_the_repository(folder, *loaded[1:], picture(70, 40), tmp_path)
     code = [path.name for path in folder.glob("*.py")]
     assert code == ([] if original.system == "convllava" else ["modeling_mobilevlm.py"])
     assert not [path.name for path in folder.iterdir() if path.suffix in {".bin", ".model", ".pt"}]

@@ -30,21 +30,24 @@ CORPUS = [
 IMAGE_SIZE = 96  # a grid of 3 x 3 visual tokens
 
 
-@functools.cache
-def _trained_tokenizer() -> str:
+def train_tokenizer(texts: list[str], special_tokens: list[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer of 400 tokens or more, line breaks apart."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer.to_str()
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@functools.cache
+def _trained_tokenizer() -> str:
+    return train_tokenizer(CORPUS, SPECIAL_TOKENS).to_str()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

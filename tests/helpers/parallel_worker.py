@@ -1,8 +1,8 @@
-"""A model sharded over the processes of a torchrun. Each takes its own batch and writes what it got.
+"""Models sharded over the processes of a torchrun. Each takes its own batch and writes what it got.
 
-    torchrun --nproc_per_node 2 tests/helpers/parallel_worker.py tp|fsdp FOLDER
+    torchrun --nproc_per_node 2 tests/helpers/parallel_worker.py FOLDER
 
-FOLDER holds a checkpoint and `batches.pt`, a list with one batch per process.
+FOLDER/tp and FOLDER/fsdp hold a checkpoint each, and `batches.pt`, a list with one batch per process.
 """
 
 import sys
@@ -20,9 +20,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main(kind: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def step(kind: str, folder: Path) -> None:
     rank = dist.get_rank()
     model = AgeVlmForConditionalGeneration.from_pretrained(
         folder, distributed_config=DistributedConfig(**{f"{kind}_size": dist.get_world_size()})
@@ -43,8 +41,15 @@ def main(kind: str, folder: Path) -> None:
         result["refusal"] = str(error)
     torch.save(result, folder / f"rank-{rank}.pt")
     dist.barrier()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for kind in ("tp", "fsdp"):
+        step(kind, folder / kind)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

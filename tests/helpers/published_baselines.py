@@ -41,81 +41,53 @@ Shapes = dict[str, list[int]]
 
 
 # ---- Names and shapes ----
+#
+# Towers and language model have transformers' names; `test_full_size.py` holds them against the sizes of the published
+# files.
+
+
+def shapes_of(model_class: type[torch.nn.Module], config) -> Shapes:
+    with torch.device("meta"):
+        return {name: list(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
 
 
 def llama_shapes(hidden: int, mlp: int, layers: int, vocab: int, rotary: bool = False) -> Shapes:
     """A Llama with as many key and value heads as query heads; `rotary`: with the buffers of older versions."""
-    shapes: Shapes = {"model.embed_tokens.weight": [vocab, hidden]}
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        shapes |= {f"{at}.self_attn.{kind}_proj.weight": [hidden, hidden] for kind in "qkvo"}
-        if rotary:
-            shapes[f"{at}.self_attn.rotary_emb.inv_freq"] = [64]
-        shapes |= {f"{at}.mlp.{kind}_proj.weight": [mlp, hidden] for kind in ("gate", "up")}
-        shapes[f"{at}.mlp.down_proj.weight"] = [hidden, mlp]
-        shapes |= {f"{at}.{norm}.weight": [hidden] for norm in ("input_layernorm", "post_attention_layernorm")}
-    return shapes | {"model.norm.weight": [hidden], "lm_head.weight": [vocab, hidden]}
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=4, vocab_size=vocab
+    )
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": [64] for layer in range(layers)}
+    return shapes_of(LlamaForCausalLM, config) | (buffers if rotary else {})
 
 
-def convnext_shapes(depths: list[int], widths: list[int], pooled: bool = True) -> Shapes:
-    """transformers' ConvNextModel; `pooled`: with the norm of the pooled vector."""
-    shapes: Shapes = {"embeddings.patch_embeddings.weight": [widths[0], 3, 4, 4]}
-    shapes |= {
-        f"embeddings.{name}": [widths[0]] for name in ("patch_embeddings.bias", "layernorm.weight", "layernorm.bias")
-    }
-    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-        at = f"encoder.stages.{stage}"
-        if stage:
-            shapes |= {f"{at}.downsampling_layer.0.{kind}": [widths[stage - 1]] for kind in ("weight", "bias")}
-            shapes[f"{at}.downsampling_layer.1.weight"] = [width, widths[stage - 1], 2, 2]
-            shapes[f"{at}.downsampling_layer.1.bias"] = [width]
-        for block in range(depth):
-            to = f"{at}.layers.{block}"
-            shapes |= {f"{to}.{name}": [width] for name in ("layer_scale_parameter", "dwconv.bias", "pwconv2.bias")}
-            shapes |= {f"{to}.layernorm.{kind}": [width] for kind in ("weight", "bias")}
-            shapes[f"{to}.dwconv.weight"] = [width, 1, 7, 7]
-            shapes |= {f"{to}.pwconv1.weight": [4 * width, width], f"{to}.pwconv1.bias": [4 * width]}
-            shapes[f"{to}.pwconv2.weight"] = [width, 4 * width]
-    return shapes | ({f"layernorm.{kind}": [widths[-1]] for kind in ("weight", "bias")} if pooled else {})
+def convnext(depths: list[int], widths: list[int]) -> ConvNextConfig:
+    return ConvNextConfig(num_stages=len(depths), depths=depths, hidden_sizes=widths)
 
 
-def clip_shapes(width: int, mlp: int, layers: int, patch: int, positions: int) -> Shapes:
-    """OpenAI's ViT under the names of the checkpoint."""
-    shapes: Shapes = {
-        "vision_model.embeddings.class_embedding": [width],
-        "vision_model.embeddings.patch_embedding.weight": [width, 3, patch, patch],
-        "vision_model.embeddings.position_embedding.weight": [positions, width],
-    }
-    norms = ["vision_model.pre_layrnorm", "vision_model.post_layernorm"]
-    for layer in range(layers):
-        at = f"vision_model.encoder.layers.{layer}"
-        for kind in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= {f"{at}.self_attn.{kind}.weight": [width, width], f"{at}.self_attn.{kind}.bias": [width]}
-        shapes |= {f"{at}.mlp.fc1.weight": [mlp, width], f"{at}.mlp.fc1.bias": [mlp]}
-        shapes |= {f"{at}.mlp.fc2.weight": [width, mlp], f"{at}.mlp.fc2.bias": [width]}
-        norms += [f"{at}.layer_norm1", f"{at}.layer_norm2"]
-    return shapes | {f"{norm}.{kind}": [width] for norm in norms for kind in ("weight", "bias")}
+def clip(width: int, mlp: int, layers: int, heads: int, patch: int, size: int) -> CLIPVisionConfig:
+    """OpenAI's ViT."""
+    return CLIPVisionConfig(
+        hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        image_size=size, patch_size=patch, hidden_act="quick_gelu",
+    )  # fmt: skip
 
 
-def inside(tower: Shapes) -> Shapes:
-    return {f"model.vision_tower.vision_tower.{name}": shape for name, shape in tower.items()}
-
-
-def convllava_shapes(llama: Shapes, tower: Shapes, tower_width: int, hidden: int) -> Shapes:
+def system_shapes(llama: Shapes, tower: ConvNextConfig | CLIPVisionConfig) -> Shapes:
+    """A whole checkpoint: ConvLLaVA's around a ConvNeXt, MobileVLM's around a ViT."""
+    hidden = llama["model.embed_tokens.weight"][1]
+    if isinstance(tower, ConvNextConfig):
+        own, mlp, width = shapes_of(ConvNextModel, tower), "", tower.hidden_sizes[-1]
+    else:
+        own, mlp, width = shapes_of(CLIPVisionModel, tower), "mlp.mlp.", tower.hidden_size
+        own = {f"vision_model.{name.removeprefix('vision_model.')}": shape for name, shape in own.items()}
+    at = "model.mm_projector"
     projector = {
-        "model.mm_projector.0.weight": [hidden, tower_width], "model.mm_projector.0.bias": [hidden],
-        "model.mm_projector.2.weight": [hidden, hidden], "model.mm_projector.2.bias": [hidden],
+        f"{at}.{mlp}0.weight": [hidden, width], f"{at}.{mlp}0.bias": [hidden],
+        f"{at}.{mlp}2.weight": [hidden, hidden], f"{at}.{mlp}2.bias": [hidden],
     }  # fmt: skip
-    return llama | inside(tower) | projector
-
-
-def mobilevlm_shapes(llama: Shapes, tower: Shapes, tower_width: int, hidden: int) -> Shapes:
-    projector = {
-        "model.mm_projector.mlp.mlp.0.weight": [hidden, tower_width], "model.mm_projector.mlp.mlp.0.bias": [hidden],
-        "model.mm_projector.mlp.mlp.2.weight": [hidden, hidden], "model.mm_projector.mlp.mlp.2.bias": [hidden],
-        "model.mm_projector.peg.peg.0.weight": [hidden, 1, 3, 3], "model.mm_projector.peg.peg.0.bias": [hidden],
-    }  # fmt: skip
-    return llama | inside(tower) | projector
+    if mlp:
+        projector |= {f"{at}.peg.peg.0.weight": [hidden, 1, 3, 3], f"{at}.peg.peg.0.bias": [hidden]}
+    return llama | {f"model.vision_tower.vision_tower.{name}": shape for name, shape in own.items()} | projector
 
 
 def index_bytes(shapes: Shapes, shards: int, total_size: int) -> int:
@@ -246,15 +218,17 @@ def llama(weights: dict[str, torch.Tensor], config: dict) -> LlamaForCausalLM:
     return load_part(LlamaForCausalLM(LlamaConfig(**{name: config[name] for name in fields})), own)
 
 
-def convllava_picture(weights: dict, tower: dict, depths: list[int], widths: list[int], pixels: torch.Tensor):
+def project(weights: dict, at: str, states: torch.Tensor) -> torch.Tensor:
+    """The two linear layers `at`.0 and `at`.2 with GELU between them."""
+    hidden = F.gelu(states @ weights[f"{at}.0.weight"].T + weights[f"{at}.0.bias"])
+    return hidden @ weights[f"{at}.2.weight"].T + weights[f"{at}.2.bias"]
+
+
+def convllava_picture(weights: dict, tower: dict, config: ConvNextConfig, pixels: torch.Tensor):
     """The map of the last stage before any norm, row by row, through `mlp2x_gelu`."""
-    convnext = load_part(
-        ConvNextModel(ConvNextConfig(num_stages=len(depths), depths=depths, hidden_sizes=widths)), tower
-    )
+    convnext = load_part(ConvNextModel(config), tower)
     cells = convnext.encoder(convnext.embeddings(pixels)).last_hidden_state
-    tokens = cells.permute(0, 2, 3, 1).reshape(1, -1, widths[-1])
-    hidden = F.gelu(tokens @ weights["model.mm_projector.0.weight"].T + weights["model.mm_projector.0.bias"])
-    return hidden @ weights["model.mm_projector.2.weight"].T + weights["model.mm_projector.2.bias"]
+    return project(weights, "model.mm_projector", cells.flatten(2).transpose(1, 2))
 
 
 def mobilevlm_picture(weights: dict, config: CLIPVisionConfig, pixels: torch.Tensor):
@@ -263,9 +237,7 @@ def mobilevlm_picture(weights: dict, config: CLIPVisionConfig, pixels: torch.Ten
     prefix = "model.vision_tower.vision_tower.vision_model."
     clip = load_part(CLIPVisionModel(config), weights, prefix)
     tokens = clip(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
-    at = "model.mm_projector.mlp.mlp"
-    hidden = F.gelu(tokens @ weights[f"{at}.0.weight"].T + weights[f"{at}.0.bias"])
-    hidden = hidden @ weights[f"{at}.2.weight"].T + weights[f"{at}.2.bias"]
+    hidden = project(weights, "model.mm_projector.mlp.mlp", tokens)
     width = hidden.shape[-1]
     grid = hidden.reshape(12, 2, 12, 2, width).mean(dim=(1, 3))  # rows, columns, width
     kernel, bias = weights["model.mm_projector.peg.peg.0.weight"], weights["model.mm_projector.peg.peg.0.bias"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import published_baselines as published
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig
 
 
 DEPTHS, WIDTHS, CONVLLAVA_SIZE = [1, 1, 1, 1, 2], [8, 16, 16, 32, 48], 320  # 5 x 5 tokens of 64 pixels
+CONVNEXT = published.convnext(DEPTHS, WIDTHS)
+CLIP = published.clip(width=128, mlp=64, layers=2, heads=2, patch=2, size=48)
 HIDDEN, MLP, LAYERS, HEADS = 32, 48, 2, 4
-CLIP = {"width": 128, "mlp": 64, "layers": 2, "patch": 2, "positions": 24 * 24 + 1}
 QUESTION = "Is there a red apple in the image?"
 LLAVA = {"model_type": "llava", "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "rms_norm_eps": 1e-5}
 SYSTEMS = ("convllava", "mobilevlm-v2")
@@ -36,10 +36,10 @@ class Published:
         llama = published.llama_shapes(HIDDEN, MLP, LAYERS, vocabulary, rotary=system == "mobilevlm-v2")
         if system == "convllava":
             self.size = CONVLLAVA_SIZE
-            tower = published.convnext_shapes(DEPTHS, WIDTHS)
-            shapes = published.convllava_shapes(llama, tower, WIDTHS[-1], HIDDEN)
+            tower = CONVNEXT
             # the tower that the loader takes: another one, without the pooled vector's norm
-            bare = published.convnext_shapes(DEPTHS, WIDTHS, pooled=False)
+            bare = published.shapes_of(published.ConvNextModel, tower)
+            bare = {name: shape for name, shape in bare.items() if not name.startswith("layernorm.")}
             self.tower = published.random_weights(bare, seed=5)
             stated = {"model_type": "convnext", "depths": DEPTHS, "hidden_sizes": WIDTHS, "hidden_act": "gelu"}
             published.save_folder(folder / "tower", self.tower, stated, bins=bins)
@@ -48,13 +48,12 @@ class Published:
                 "mm_vision_tower": str(folder / "tower"),
             }  # fmt: skip
         else:
-            self.size = 48
-            shapes = published.mobilevlm_shapes(llama, published.clip_shapes(**CLIP), CLIP["width"], HIDDEN)
+            self.size, tower = CLIP.image_size, CLIP
             self.config |= {
                 "mm_projector_type": "ldpnetv2", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
                 "mm_vision_tower": "openai/clip-vit-large-patch14-336",
             }  # fmt: skip
-        self.weights = published.random_weights(shapes)
+        self.weights = published.random_weights(published.system_shapes(llama, tower))
         published.save_folder(self.folder, self.weights, self.config, words, bins)
         self.language = published.llama(self.weights, self.config)
 
@@ -62,17 +61,15 @@ class Published:
         """The picture's tokens (1, cells, width)."""
         pixels = published.pixels(image, self.size)
         if self.system == "convllava":
-            return published.convllava_picture(self.weights, tower or self.tower, DEPTHS, WIDTHS, pixels)
-        config = CLIPVisionConfig(
-            hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
-            patch_size=2, hidden_act="quick_gelu",
-        )  # fmt: skip
-        return published.mobilevlm_picture(self.weights, config, pixels)
+            return published.convllava_picture(self.weights, tower or self.tower, CONVNEXT, pixels)
+        return published.mobilevlm_picture(self.weights, CLIP, pixels)
 
     @torch.no_grad()
     def logits(self, image: Image.Image | None, turns: list[str], tower: dict | None = None) -> torch.Tensor:
         """(1, tokens, words) of the whole text, asked about a picture or without one."""
-        ids = published.token_ids(self.words, published.prompt(turns, image is not None))
+        return self._logits(published.token_ids(self.words, published.prompt(turns, image is not None)), image, tower)
+
+    def _logits(self, ids: list[int], image: Image.Image | None, tower: dict | None = None) -> torch.Tensor:
         if image is None:
             return self.language(torch.tensor([ids])).logits
         return self.language(inputs_embeds=published.splice(self.language, ids, self.cells(image, tower))).logits
@@ -95,14 +92,9 @@ class Published:
     def continuation(self, image: Image.Image | None, question: str, steps: int) -> list[int]:
         """Greedy, without a cache: every token's answer is a forward pass over the whole text."""
         ids: list[int] = []
-        prompt = published.token_ids(self.words, published.prompt([question], image is not None))
-        cells = None if image is None else self.cells(image)
         while len(ids) < steps and ids[-1:] != [2]:
-            if cells is None:
-                logits = self.language(torch.tensor([prompt + ids])).logits
-            else:
-                logits = self.language(inputs_embeds=published.splice(self.language, prompt + ids, cells)).logits
-            ids.append(logits[0, -1].argmax().item())
+            prompt = published.token_ids(self.words, published.prompt([question], image is not None)) + ids
+            ids.append(self._logits(prompt, image)[0, -1].argmax().item())
         return ids
 
 

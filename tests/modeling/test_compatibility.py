@@ -4,21 +4,17 @@ What differs between versions is measured on real ones by `make test-versions`; 
 """
 
 import copy
-import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 import transformers
+from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, compatibility_agevlm
-from agevlm.processing import AgeVlmProcessor
 from builders import tiny_batch, tiny_model, tiny_processor
 
 
@@ -96,7 +92,7 @@ def test_an_old_version_hands_the_cache_on_under_its_new_name(monkeypatch):
         forward(None, 1, cache=2, past_key_values=3)
 
 
-FOLDERS = ["agevlm (1)", "lr=1e-5", "agevlm tiny", "it's", "模型", "a.b", "1", "class"]
+FOLDERS = ["agevlm (1)", "lr=1e-5", "it's", "模型", "a.b", "1", "class"]
 LOAD_ALL = """
 import sys, torch
 from transformers import AutoModel, AutoProcessor
@@ -122,40 +118,8 @@ def test_the_name_of_the_folder_does_not_matter(tmp_path):
     folders = [tmp_path / name for name in FOLDERS]
     for folder in folders:
         shutil.copytree(tmp_path / "saved", folder)
-    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD_ALL, *map(str, folders)],
-        capture_output=True, text=True, timeout=200, env=environment,
-    )  # fmt: skip
+    result = isolated(tmp_path, "-I", "-c", LOAD_ALL, *folders)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
-
-
-def test_a_checkpoint_says_which_version_it_needs_and_no_foreign_code_travels_on(tmp_path):
-    model, processor = tiny_model(), tiny_processor()
-    model.save_pretrained(tmp_path / "honest")
-    processor.save_pretrained(tmp_path / "honest")
-    shutil.copytree(tmp_path / "honest", tmp_path / "hostile")
-    evil = "attacker/repo--evil.Model"
-    for name, auto_class in (
-        ("config.json", "AutoModel"),
-        ("config.json", "AutoModelForCausalLM"),
-        ("config.json", "AutoVideoProcessor"),
-        ("processor_config.json", "AutoProcessor"),
-        ("processor_config.json", "AutoTokenizer"),
-        ("tokenizer_config.json", "AutoTokenizer"),
-    ):
-        path = tmp_path / "hostile" / name
-        content = json.loads(path.read_text())
-        for part in (content, content.get("image_processor", {})):
-            part.setdefault("auto_map", {})[auto_class] = evil
-        path.write_text(json.dumps(content))
-    AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "hostile").save_pretrained(tmp_path / "again")
-    AgeVlmProcessor.from_pretrained(tmp_path / "hostile").save_pretrained(tmp_path / "again")
-    for name in ("config.json", "processor_config.json"):
-        honest, again = (json.loads((tmp_path / place / name).read_text()) for place in ("honest", "again"))
-        assert again["auto_map"] == honest["auto_map"]
-    assert not [path.name for path in (tmp_path / "again").glob("*.json") if "evil" in path.read_text()]
-    assert json.loads((tmp_path / "again/config.json").read_text())["transformers_version"] == "5.10"
 
 
 def test_default_configurations_share_nothing():
@@ -198,14 +162,3 @@ def test_weights_that_do_not_fit_are_refused(kind, said, tmp_path):
     if kind in ("missing", "unexpected"):  # transformers' own report is for its reader to judge
         _, report = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
         assert report[f"{kind}_keys"]
-
-
-def test_whole_weights_load_with_and_without_a_report(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    model, report = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert AgeVlmForConditionalGeneration.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
-    backbone = type(model.model).from_pretrained(tmp_path)  # the same file without its head
-    assert torch.equal(
-        backbone.multi_modal_projector.linear_1.weight, model.model.multi_modal_projector.linear_1.weight
-    )

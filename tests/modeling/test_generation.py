@@ -3,8 +3,6 @@
 The checks of transformers' GenerationTesterMixin, which its source distribution leaves out, on batches with pictures.
 """
 
-import itertools
-
 import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer, pipeline, set_seed
@@ -37,12 +35,11 @@ def answer(model, batch: dict, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 def test_rows_answer_in_any_order_as_they_do_alone(model, processor, settings):
     alone = [answer(model, ask(processor, (row,)), **settings) for row in range(3)]
-    for order in itertools.permutations(range(3)):
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
         together = answer(model, ask(processor, order), **settings)
         assert torch.equal(together, torch.cat([alone[row] for row in order])), order
-    assert (
-        len({tuple(rows.flatten().tolist()) for rows in alone}) == 3
-    )  # answers that do not depend on the row prove nothing
+    # Answers that do not depend on the row prove nothing
+    assert len({tuple(rows.flatten().tolist()) for rows in alone}) == 3
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": True}, {"do_sample": True, "num_beams": 2}], ids=str)

@@ -189,7 +189,8 @@ def test_nothing_of_size_heads_by_queries_by_keys_is_kept():
 
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["tap", "mass"])
-def test_a_guided_forward_and_backward_compiles_into_one_graph(model, with_mask):
+def test_a_guided_forward_and_backward_compiles_into_one_graph(with_mask):
+    model = tiny_model(text_config={"num_hidden_layers": 1}, cross_attention_layers=[1])
     inputs = {
         "input_ids": torch.tensor([[model.config.image_token_id, 21, 22, 23]]),
         "pixel_values": torch.randn(1, 1, 3, 96, 96),

@@ -6,27 +6,12 @@ import sys
 from pathlib import Path
 
 import parallel_worker
+import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from builders import tiny_batch, tiny_model
-
-
-def run_on_two_processes(kind: str, model, batches: list[dict], folder: Path) -> list[dict]:
-    model.save_pretrained(folder)
-    torch.save(batches, folder / "batches.pt")
-    worker = Path(parallel_worker.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*command, str(worker), kind, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 
 def whole_step(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -39,15 +24,41 @@ def whole_step(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor
     }
 
 
-def test_tensor_parallel_equals_one_process(tmp_path):
-    """With norms on queries and keys, whose gradients are partial on each process."""
+def normed_model():
+    """With norms on queries and keys, whose gradients are partial on each process of tensor parallelism."""
     model = tiny_model(cross_attention_gate="tanh", cross_attention_qk_norm=True)
     for block in model.model.language_model.cross_attention_layers:
         torch.nn.init.ones_(block.attn_gate)
         torch.nn.init.ones_(block.mlp_gate)
-    batch = tiny_batch(model)
-    logits, gradients = whole_step(model, batch)
-    for result in run_on_two_processes("tp", model, [batch, batch], tmp_path):
+    return model
+
+
+TEXT = {"input_ids": torch.randint(20, 200, (3, 10), generator=torch.Generator().manual_seed(2))}
+BLANK = {"pixel_values": torch.zeros(3, 1, 3, 96, 96), "image_mask": torch.zeros(3, 1, dtype=torch.bool)}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> dict[str, list[dict]]:
+    """What both processes got by either plan, all from one start of them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for kind, model in (("tp", normed_model()), ("fsdp", tiny_model())):
+        model.save_pretrained(folder / kind)
+        pictures = tiny_batch(model)
+        torch.save([pictures, pictures if kind == "tp" else {**TEXT, **BLANK}], folder / kind / "batches.pt")
+    worker = Path(parallel_worker.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
+    run = subprocess.run(
+        [*command, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {kind: [torch.load(folder / kind / f"rank-{rank}.pt") for rank in range(2)] for kind in ("tp", "fsdp")}
+
+
+def test_tensor_parallel_equals_one_process(sharded):
+    model = normed_model()
+    logits, gradients = whole_step(model, tiny_batch(model))
+    for result in sharded["tp"]:
         assert torch.allclose(result["logits"], logits, atol=1e-5)
         for name, gradient in gradients.items():
             assert torch.allclose(result["gradients"][name], gradient, atol=1e-5), name
@@ -56,16 +67,12 @@ def test_tensor_parallel_equals_one_process(tmp_path):
         assert "all 4 heads; under tensor parallelism this process has 2" in result["refusal"]
 
 
-def test_fsdp_equals_one_process_with_a_batch_of_text_on_one_rank(tmp_path):
+def test_fsdp_equals_one_process_with_a_batch_of_text_on_one_rank(sharded):
     """A rank without pictures takes a blank one that no row has, so that all ranks gather the same parameters. Its
     logits and gradients are those of the text alone."""
     model = tiny_model()
-    pictures = tiny_batch(model)
-    text = {"input_ids": torch.randint(20, 200, (3, 10))}
-    blank = {"pixel_values": torch.zeros(3, 1, 3, 96, 96), "image_mask": torch.zeros(3, 1, dtype=torch.bool)}
-    steps = [whole_step(model, pictures), whole_step(model, text)]
-    results = run_on_two_processes("fsdp", model, [pictures, {**text, **blank}], tmp_path)
-    for (logits, _), result in zip(steps, results, strict=True):
+    steps = [whole_step(model, batch) for batch in (tiny_batch(model), TEXT)]
+    for (logits, _), result in zip(steps, sharded["fsdp"], strict=True):
         assert torch.allclose(result["logits"], logits, atol=1e-5)
         assert result["sharded"] == {name for name, _ in model.named_parameters()}
         assert not result["refusal"]
