@@ -23,8 +23,8 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     """Arguments of [`AgeVlmSFTTrainer`]: TRL's and those of [`OwnTrainingArguments`].
 
     Raises:
-        ValueError: an unknown guidance loss or normalization, a negative weight or rate, `remove_unused_columns=True`, or another
-            `hub_strategy` than "end".
+        ValueError: an unknown guidance loss or normalization, a negative weight or rate, `remove_unused_columns=True`,
+            or another `hub_strategy` than "end".
     """
 
     assistant_only_loss: bool = field(
