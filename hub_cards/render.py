@@ -44,6 +44,7 @@ SETTINGS = (
     "num_train_epochs",
     "max_steps",
     "guidance_weight",
+    "guidance_loss",
     "guidance_normalisation",
     "bf16",
     "seed",

@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from agevlm.training.flags import OwnTrainingArguments
-from agevlm.training.losses import NORMALIZATIONS
+from agevlm.training.losses import check_loss
 
 
 @dataclass
@@ -23,8 +23,8 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     """Arguments of [`AgeVlmSFTTrainer`]: TRL's and those of [`OwnTrainingArguments`].
 
     Raises:
-        ValueError: an unknown normalization, a negative weight or rate, `remove_unused_columns=True`, or another
-            `hub_strategy` than "end".
+        ValueError: an unknown guidance loss or normalization, a negative weight or rate, `remove_unused_columns=True`,
+            or another `hub_strategy` than "end".
     """
 
     assistant_only_loss: bool = field(
@@ -45,11 +45,7 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     )
 
     def __post_init__(self):
-        if self.guidance_normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"`guidance_normalization` must be one of {', '.join(NORMALIZATIONS)}, got "
-                f"'{self.guidance_normalization}'."
-            )
+        check_loss(self.guidance_loss, self.guidance_normalization)
         if self.guidance_weight < 0:
             raise ValueError(f"`guidance_weight` must be 0 (off) or positive, got {self.guidance_weight}.")
         for part, rate in self.part_learning_rates.items():

@@ -56,6 +56,13 @@ class OwnTrainingArguments:
     guidance_weight: float = field(
         default=1.0, metadata={"help": "Weight of the guidance loss (paper: 1). 0 is exactly stock SFT."}
     )
+    guidance_loss: Literal["dice", "bce", "kl"] = field(
+        default="dice",
+        metadata={
+            "help": "How attention is compared with the mask: `dice` (the paper's), binary cross-entropy, or the "
+            "divergence from an even spread over the mask."
+        },
+    )
     guidance_normalization: Literal["sum", "max"] = field(
         default="sum",
         metadata={"help": "How attention becomes a distribution: `sum` (cells sum to 1) or `max` (true soft dice)."},

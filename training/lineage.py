@@ -69,6 +69,7 @@ STORED_NAMES = {"guidance_normalization": "guidance_normalisation"}
 
 # These decide it as well. No recipe touches them, so they are named only where a run does.
 SWITCHES = (
+    "guidance_loss",
     "loss_type",
     "label_smoothing_factor",
     "neftune_noise_alpha",

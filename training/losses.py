@@ -15,13 +15,18 @@ Readings of the paper:
   the negative log of the usual soft dice, with pressure to cover the whole mask.
 - "Applied to all the cross-attention layers" is read as their mean, so that the weight does not depend on their
   number.
+
+Beside dice there are the losses that it is compared with: binary cross-entropy, which the paper calls difficult to
+optimize on sparse masks, and the Kullback-Leibler divergence from an even spread over the mask.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 
+GuidanceLoss = Literal["dice", "bce", "kl"]
 Normalization = Literal["sum", "max"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("sum", "max")
 
@@ -48,28 +53,71 @@ def normalize_maps(maps_KBV: torch.Tensor, normalization: Normalization = "sum")
     return maps_KBV / scale_KB1.clamp(min=EPSILON)
 
 
-def guidance_loss(maps_KBV: torch.Tensor, mask_BV: torch.Tensor, normalization: Normalization = "sum") -> torch.Tensor:
-    """Eq. 3 per row: -log(2 <M, P> / (sum M + sum P)), averaged over the layers.
+def dice_loss(attention_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """Eq. 3: -log(2 <M, P> / (sum M + sum P)), (K, B)."""
+    overlap_KB = (attention_KBV * mask_BV).sum(dim=-1)
+    total_KB = mask_BV.sum(dim=-1) + attention_KBV.sum(dim=-1)
+    return -torch.log(2 * overlap_KB / total_KB.clamp(min=EPSILON) + EPSILON)
+
+
+def bce_loss(attention_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of P against M, averaged over the cells: (K, B)."""
+    # Above the rounding of 1 - P near P = 1, where EPSILON would vanish
+    attention_KBV = attention_KBV.clamp(EPSILON, 1 - 1e-6)
+    return -torch.where(mask_BV.bool(), attention_KBV.log(), (-attention_KBV).log1p()).mean(dim=-1)
+
+
+def kl_loss(attention_KBV: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    """KL(M / |M| || P), zero where attention is spread evenly over the mask: (K, B)."""
+    size_B = mask_BV.sum(dim=-1).clamp(min=1)
+    inside_KB = (mask_BV * torch.log(attention_KBV + EPSILON)).sum(dim=-1) / size_B
+    return -inside_KB - size_B.log()
+
+
+LOSSES: dict[GuidanceLoss, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "dice": dice_loss,
+    "bce": bce_loss,
+    "kl": kl_loss,
+}
+
+
+def check_loss(loss: str, normalization: str) -> None:
+    """Raises ValueError where there is no such guidance loss or normalization, or the two do not go together."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"`guidance_normalization` must be one of {', '.join(NORMALIZATIONS)}, got '{normalization}'."
+        )
+    if loss not in LOSSES:
+        raise ValueError(f"`guidance_loss` must be one of {', '.join(LOSSES)}, got '{loss}'.")
+    if loss == "kl" and normalization != "sum":
+        raise ValueError("`guidance_loss` 'kl' compares distributions: set `guidance_normalization` to 'sum'.")
+
+
+def guidance_loss(
+    maps_KBV: torch.Tensor,
+    mask_BV: torch.Tensor,
+    normalization: Normalization = "sum",
+    loss: GuidanceLoss = "dice",
+) -> torch.Tensor:
+    """The guidance loss per row, averaged over the layers.
 
     Args:
         maps_KBV (`torch.Tensor`): floating point, non-negative.
         mask_BV (`torch.Tensor`): bool or {0, 1}.
         normalization (`"sum"` or `"max"`): how P is made of the maps.
+        loss (`"dice"`, `"bce"` or `"kl"`): how P is compared with M; the paper's is `dice`.
 
     Returns:
         `torch.Tensor` of shape (B,), float32 at least and finite. It is meaningful for guided rows only (those with a
         query and a mask): the caller selects them and divides by their global count.
 
     Raises:
-        ValueError: shapes that do not belong together, or an unknown normalization.
+        ValueError: shapes that do not belong together, see also `check_loss`.
     """
+    check_loss(loss, normalization)
     _check_shapes(maps_KBV, mask_BV)
     attention_KBV = normalize_maps(maps_KBV, normalization)
-    mask_BV = mask_BV.to(attention_KBV.dtype)
-    overlap_KB = (attention_KBV * mask_BV).sum(dim=-1)
-    total_KB = mask_BV.sum(dim=-1) + attention_KBV.sum(dim=-1)
-    dice_KB = 2 * overlap_KB / total_KB.clamp(min=EPSILON)
-    return -torch.log(dice_KB + EPSILON).mean(dim=0)
+    return LOSSES[loss](attention_KBV, mask_BV.to(attention_KBV.dtype)).mean(dim=0)
 
 
 def guidance_loss_of_mass(mass_KB: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:

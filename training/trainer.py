@@ -176,7 +176,7 @@ class AgeVlmSFTTrainer(StageTrainer):
                 loss = guidance_loss_of_mass(mass, mask)
                 stats = (loss, mass.mean(0), torch.ones_like(loss), torch.zeros_like(loss), torch.zeros_like(loss))
             else:
-                loss = guidance_loss(maps, mask, self.args.guidance_normalization)
+                loss = guidance_loss(maps, mask, self.args.guidance_normalization, self.args.guidance_loss)
                 known = torch.ones_like(loss)
                 stats = (loss, in_mask_mass(maps, mask), known, pointing_accuracy(maps, mask), known)
             stats_B6[:, :5] = torch.stack(stats, dim=-1).detach().masked_fill(~guided[:, None], 0)
@@ -197,7 +197,7 @@ class AgeVlmSFTTrainer(StageTrainer):
 
     def _needs_mass_only(self, query_mask: torch.Tensor) -> bool:
         """Whether a training batch is served by the attention inside its masks; else by whole maps."""
-        if not self.model.training or self.args.guidance_normalization != "sum":
+        if not self.model.training or (self.args.guidance_loss, self.args.guidance_normalization) != ("dice", "sum"):
             return False
         is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
         return not is_logged and bool(query_mask.float().mean() > MASS_FROM_SHARE)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agevlm.training.losses import (
+    LOSSES,
     NORMALIZATIONS,
     guidance_loss,
     in_mask_mass,
@@ -61,6 +62,36 @@ def test_gradient_equals_finite_differences(normalization):
     assert torch.autograd.gradcheck(lambda maps: guidance_loss(maps, mask, normalization), maps.requires_grad_())
 
 
+@pytest.mark.parametrize(("loss", "normalization"), [("bce", "sum"), ("bce", "max"), ("kl", "sum")])
+def test_other_losses_equal_torch_and_a_naive_reference_in_float64(loss, normalization):
+    maps, mask = random_case(dtype=torch.float64)
+    maps.requires_grad_()
+    attention, target = normalize_maps(maps, normalization), mask.double().expand_as(maps)
+    if loss == "bce":
+        clamped = attention.clamp(1e-12, 1 - 1e-6)
+        of_cells = torch.nn.functional.binary_cross_entropy(clamped, target, reduction="none")
+        expected = of_cells.mean((0, 2))
+    else:
+        even = target / target.sum(-1, keepdim=True)
+        expected = torch.nn.functional.kl_div(attention.log(), even, reduction="none").sum(-1).mean(0)
+    found = guidance_loss(maps, mask, normalization, loss)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(value.sum(), maps, retain_graph=True)[0] for value in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_best_map_of_each_loss():
+    """`kl` and `dice` with `max` are zero on an even spread over the mask; `bce` is lowest there among maps that add
+    up to the mask's share."""
+    _, mask = random_case(dtype=torch.float64)
+    even = mask.double().expand(3, -1, -1) / mask.sum(-1, keepdim=True)
+    torch.testing.assert_close(guidance_loss(even, mask, loss="kl"), torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(guidance_loss(even, mask, "max"), torch.zeros(4, dtype=torch.float64))
+    worse = even.roll(1, dims=-1)
+    for loss in LOSSES:
+        assert (guidance_loss(even, mask, loss=loss) < guidance_loss(worse, mask, loss=loss)).all()
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30))
 def test_sum_normalized_loss_is_the_log_of_the_mass_inside_plus_a_constant(seed, layers, cells):
@@ -85,12 +116,13 @@ def test_loss_ignores_the_scale_of_the_maps_and_the_order_of_the_cells(seed, sca
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 0.5, 1.0]), min_size=4, max_size=4), min_size=1),
     st.lists(st.booleans(), min_size=4, max_size=4),
-    st.sampled_from(NORMALIZATIONS),
+    st.sampled_from([("dice", "sum"), ("dice", "max"), ("bce", "sum"), ("bce", "max"), ("kl", "sum")]),
 )
-def test_loss_and_gradient_are_finite_for_any_map_and_mask(cells, mask, normalization):
+def test_loss_and_gradient_are_finite_for_any_map_and_mask(cells, mask, kind):
     maps = torch.tensor([cells]).requires_grad_()
     mask = torch.tensor([mask] * len(cells))
-    loss = guidance_loss(maps, mask, normalization)
+    loss, normalization = kind
+    loss = guidance_loss(maps, mask, normalization, loss)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(maps.grad).all()
@@ -139,6 +171,10 @@ def test_wrong_shapes_and_names_are_refused():
         in_mask_mass(maps[:0], mask)
     with pytest.raises(ValueError, match="one of sum, max, got 'minmax'"):
         guidance_loss(maps, mask, "minmax")
+    with pytest.raises(ValueError, match="one of dice, bce, kl, got 'iou'"):
+        guidance_loss(maps, mask, loss="iou")
+    with pytest.raises(ValueError, match="'kl' compares distributions"):
+        guidance_loss(maps, mask, "max", "kl")
 
 
 def test_the_literal_example_of_the_paper():

@@ -44,7 +44,7 @@ def batch_of(kinds, model):
     return labels, guided, masks, model(**batch)
 
 
-def plain_objective(kinds=KINDS, weight=1.0, normalization="sum"):
+def plain_objective(kinds=KINDS, weight=1.0, normalization="sum", loss="dice"):
     """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows.
 
     Returns the loss and its gradients.
@@ -52,11 +52,10 @@ def plain_objective(kinds=KINDS, weight=1.0, normalization="sum"):
     model = sharp_model().train()
     set_trainable(model, ("projector", "cross_attention"))
     labels, guided, masks, output = batch_of(kinds, model)
-    loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    guidance = guidance_loss(output.cross_attention_maps, masks, normalization)[guided].mean()
-    loss = loss + weight * guidance
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    guidance = guidance_loss(output.cross_attention_maps, masks, normalization, loss)[guided].mean()
+    total = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + weight * guidance
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ---- The objective ----
@@ -89,10 +88,14 @@ def test_weight_zero_is_stock_sft(tmp_path):
     assert "guidance_loss" not in ours.state.log_history[0]
 
 
-@pytest.mark.parametrize(("weight", "normalization"), [(1.0, "sum"), (0.3, "max")])
-def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization):
-    gradients = step_gradients(tmp_path, batch_size=8, guidance_weight=weight, guidance_normalization=normalization)
-    _, reference = plain_objective(weight=weight, normalization=normalization)
+@pytest.mark.parametrize(
+    ("weight", "normalization", "loss"),
+    [(1.0, "sum", "dice"), (0.3, "max", "dice"), (1.0, "sum", "bce"), (0.3, "sum", "kl")],
+)
+def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization, loss):
+    settings = {"guidance_weight": weight, "guidance_normalization": normalization, "guidance_loss": loss}
+    gradients = step_gradients(tmp_path, batch_size=8, **settings)
+    _, reference = plain_objective(weight=weight, normalization=normalization, loss=loss)
     assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
 
 
@@ -274,6 +277,8 @@ def test_parts_have_their_own_learning_rates(tmp_path):
     ("arguments", "message"),
     [
         ({"guidance_normalization": "softmax"}, "one of sum, max, got 'softmax'"),
+        ({"guidance_loss": "iou"}, "one of dice, bce, kl, got 'iou'"),
+        ({"guidance_loss": "kl", "guidance_normalization": "max"}, "'kl' compares distributions"),
         ({"guidance_weight": -1.0}, "must be 0 .off. or positive, got -1.0"),
         ({"vision_learning_rate": -1e-3}, "`vision_learning_rate` must not be negative"),
         ({"use_liger_kernel": True}, "no kernels for this one"),
