@@ -57,6 +57,7 @@ BEFORE = {
 # fmt: on
 # What the helps show instead. `output` stands for what was the last positional argument.
 RENAMED = {
+    "reproduce": {"quickstart": "output"},
     "data scenes": {"num-proc": "workers"},
     "data check": {"checkpoint": "model", "out": "output"},
     "ground": {"num-workers": "workers", "processor": "model"},

@@ -60,6 +60,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.close(place)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """A folder, made if missing, that one process at a time works in; the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(place)
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,211 +1,257 @@
-"""The report: claims decided by their rules, tables honest about spread, one file that needs nothing else."""
+"""What the numbers say: scores read from files, claims decided by their rules, a page that needs nothing else."""
 
-import copy
-import json
+import dataclasses
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.evaluation.cvbench import PAPER as CVBENCH
-from agevlm.evaluation.grounding import summarise
-from agevlm.evaluation.pope import PAPER as POPE
-from agevlm.reproduction.charts import MOST_POINTS, Line, line_chart
-from agevlm.reproduction.report import duration, language_model_loss, timeline, write_report
-from agevlm.reproduction.results import ALWAYS_YES, UNIFORM, Measured, claims, exceeds, splits, summary, tables
+from agevlm.data.scenes.build import build_scenes
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import load_scenes
+from agevlm.reproduction import report
+from agevlm.reproduction.charts import MOST_POINTS, line_chart, over_seeds
+from agevlm.reproduction.claims import (
+    BETTER,
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    ONE_SEED,
+    UNCLEAR,
+    UNDECIDED,
+    WORSE,
+    above,
+    claims,
+    reading,
+    summary,
+)
+from agevlm.reproduction.matrix import ROWS, SIZES, chain
+from agevlm.reproduction.prepare import SPLIT
+from agevlm.reproduction.scores import (
+    ACCURACY,
+    EVENLY,
+    MASS,
+    TABLE_2,
+    UNREAD,
+    Number,
+    Scores,
+    Trained,
+    layer_title,
+    read_scores,
+)
+from agevlm.stats import share
+from agevlm.store import write_json, write_lines
 
 
-QUESTIONS = 400
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def evaluation(accuracy: float, mass: float) -> dict:
-    """Metrics as `evaluate_scenes` returns them, made by the benchmarks' own functions."""
-    presence = [{"question": "?", "answer": "yes" if i % 2 else "no", "category": "random"} for i in range(QUESTIONS)]
-    right = round(accuracy / 100 * QUESTIONS)
-    flipped = {"yes": "no", "no": "yes"}
-    said = [row["answer"] if index < right else flipped[row["answer"]] for index, row in enumerate(presence)]
-    choice = [
-        {"type": "2D", "task": task, "source": "Scenes", "choices": ["1", "2"], "answer": "(A)"}
-        for task in ("Count", "Relation")
-    ]
-    baseline = {"in_mask_mass": 0.1, "pointing_accuracy": 0.1, "token_auroc": 0.5}
-    measured = {"in_mask_mass": [mass] * 2, "pointing_accuracy": [1.0, 0.0], "token_auroc": [0.9, 0.7]}
-    record = {**measured, "uniform": baseline, "centre": baseline}
-    grounding = {**summarise([record]), "skipped": 0, "layers": [2, 7]}
-    return {
-        "benchmarks": {
-            "pope": {**POPE.score(presence, said), "constants": POPE.constants(presence), "grounding": grounding},
-            "cvbench": {**CVBENCH.score(choice, ["A", None]), "constants": CVBENCH.constants(choice)},
-        },
-        "grounding": grounding,
-    }
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    size = SIZES["tiny"]
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    return build_scenes(
+        folder, captions=2, instructions=2, test=12, names=size.names, colours=size.colours, progress=False
+    )
 
 
-def stage(name: str, guided: bool, steps: int = 20) -> dict:
-    log = [{"step": step, "loss": 3 / step + guided, "learning_rate": 1e-3} for step in range(5, steps + 1, 5)]
-    for entry in log:
-        if guided:
-            entry.update(guidance_loss=1.0, in_mask_mass=entry["step"] / steps)
-    return {"name": name, "log": [*log, {"step": steps, "train_runtime": 1.0}], "guidance_weight": float(guided)}
+def write_measured(folder: Path, scenes: Path, mass: float, skipped: int = 0) -> Path:
+    """All answers right, but for `skipped` first rows of POPE and one that is not read; `mass` in layer 1 and half of
+    it in layer 4."""
+    benchmarks = [known["paper"] for known in BENCHMARKS.values()]
+    for benchmark, rows in zip(benchmarks, load_scenes(scenes, SPLIT, benchmarks).values(), strict=True):
+        lines, records = [], []
+        for index, row in enumerate(rows):
+            bad = benchmark.name == "pope" and index < skipped
+            unread = benchmark.name == "pope" and index == len(rows) - 1
+            said = "" if unread else benchmark.gold(row)
+            lines.append({"id": row["id"], "output": said, "verdict": "skipped" if bad else "correct"})
+            if row["mask"] is not None:
+                looks = {"in_mask_mass": [mass, mass / 2], "pointing_accuracy": [1.0, 0.0]}
+                blind = {"in_mask_mass": 0.1, "pointing_accuracy": 0.2}
+                records.append({"id": row["id"], **looks, "uniform": blind, "centre": blind})
+        write_lines(folder / "evaluation" / benchmark.name / "predictions.jsonl", lines)
+        write_lines(folder / "evaluation" / benchmark.name / "grounding.jsonl", records)
+    write_json(folder / "evaluation" / "metrics.json", {"grounding": {"layers": [1, 4]}})
+    return folder
 
 
-def variant(name: str, accuracies: list[float], mass: float, guided: bool) -> dict:
-    runs = [
-        {
-            "seed": seed,
-            "evaluations": {"composition": evaluation(accuracy, mass), "name": evaluation(accuracy - 5, mass)},
-            "stages": [stage("align", False), stage("ground", guided)],
-        }
-        for seed, accuracy in enumerate(accuracies)
-    ]
-    return {"name": name, "title": name.upper(), "runs": runs}
-
-
-def results(baseline=(60, 62), guided=(80, 81), masses=(0.15, 0.6), **changes) -> dict:
-    return {
-        "title": "A run",
-        "variants": [
-            variant("ca-baseline", list(baseline), masses[0], False),
-            variant("agevlm", list(guided), masses[1], True),
-        ],
-        "examples": [],
-        "settings": {"learning rate": "1e-3"},
-        "versions": {"torch": "9.9"},
-        "seconds": {"Data": 3.2, "Training": 100},
-        **changes,
-    }
+def test_numbers_are_read_from_the_files(scenes, tmp_path):
+    runs = {seed: Trained(write_measured(tmp_path / str(seed), scenes, 0.4 + 0.2 * seed), [], 0) for seed in (0, 1)}
+    other = {0: Trained(write_measured(tmp_path / "other", scenes, 0.2, skipped=3), [], 0)}
+    scores = read_scores({"agevlm": runs, "ca-baseline": other}, scenes)
+    assert list(scores.numbers) == ["agevlm", "ca-baseline"]
+    for numbers in scores.numbers.values():
+        assert {answer.title for answer in TABLE_2} <= set(numbers)
+        assert numbers[ACCURACY].over_seeds.value() == pytest.approx(100 * 8 / 9)  # 12 rows, 3 skipped, 1 not read
+        assert numbers["CV-Bench, counting"].over_seeds.value() == 100
+        assert numbers[UNREAD].over_seeds.value() == pytest.approx(100 / (5 * 12 - 3))
+    ours = scores.numbers["agevlm"]
+    assert [measure.value() for measure in ours[MASS].seeds.values()] == pytest.approx([30, 45])
+    assert ours["times an even spread"].over_seeds.value() == pytest.approx(3.75)
+    assert ours["points at it"].over_seeds.value() == pytest.approx(50)
+    assert ours[layer_title(4)].over_seeds.value() == pytest.approx(25)
+    assert scores.blind[MASS][EVENLY] == pytest.approx(10)
+    assert scores.best_blind(ACCURACY)[0] in ("always yes", "always no")
+    assert scores.best_blind("POPE, says yes") is None
+    assert scores.difference("ca-baseline", "agevlm", MASS)["seeds"] == {"0": pytest.approx(15)}
+    assert [claim.verdict for claim in claims(scores, {}, {})][:2] == [FAILS, HOLDS]
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdicts"),
-    [
-        ({}, [True, True, True]),
-        ({"masses": (0.3, 0.6)}, [False, True, True]),
-        ({"guided": (60, 81)}, [True, False, True]),
-        ({"guided": (62.5, 63)}, [True, False, True]),
-        ({"baseline": (60,), "guided": (80,)}, [True, None, True]),
-        ({"guided": (80, 52)}, [True, False, False]),
-    ],
-)
-def test_claims_follow_their_rules(changes, verdicts):
-    assert [claim.holds for claim in claims(results(**changes))] == verdicts
-
-
-def test_claims_say_their_numbers():
-    looks, answers, uses = claims(results())
-    assert "60.0 %" in looks.sentence and "15.0 %" in looks.sentence and "4.0 times" in looks.sentence
-    assert "80.5 % against 61.0 % (+19.5 points)" in answers.sentence and "2.0 points" in answers.sentence
-    assert "80.0 %" in uses.sentence and "50.0 % on 400 questions" in uses.sentence
-
-
-def test_summary_names_what_does_not_hold():
-    text = summary(claims(results(masses=(0.3, 0.6), baseline=(60,), guided=(80,))))
-    assert text == (
-        "Of 3 claims, “uses the picture” holds; “looks where it should” does not hold; “answers better” is undecided."
-    )
-
-
-def test_without_the_two_variants_nothing_is_claimed():
-    some = results()
-    assert claims({**some, "variants": some["variants"][:1]}) == []
-
-
-@pytest.mark.parametrize("broken", ["no variants", "no runs", "no common split"])
-def test_results_that_cannot_be_compared_are_refused(broken):
-    some = results()
-    if broken == "no variants":
-        some["variants"] = []
-    elif broken == "no runs":
-        some["variants"][0]["runs"] = []
-    else:
-        some["variants"][0]["runs"][0]["evaluations"] = {"style": evaluation(50, 0.1)}
-    with pytest.raises(ValueError, match="results: "):
-        splits(some)
-
-
-numbers = st.lists(st.floats(0, 100), min_size=2, max_size=4).map(tuple)
-
-
-@given(numbers, numbers)
-def test_exceeding_needs_more_than_either_spread(first, second):
-    one, other = Measured(first), Measured(second)
-    assert not (exceeds(one, other) and exceeds(other, one))
-    if exceeds(one, other):
-        assert one.mean > other.mean
-        assert one.mean - other.mean > max(one.spread, other.spread)
-    assert exceeds(Measured(first[:1]), other) is None
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def table_cells(some: dict, index: int = 0) -> dict[tuple[str, str], tuple[str, bool]]:
-    table = tables(some, "composition")[index]
-    assert sum(width for _, width in table.groups) == len(table.columns)
-    return {
-        (row.title, column): (cell.text, cell.best)
-        for row in table.rows
-        for column, cell in zip(table.columns, row.cells, strict=True)
+def scores_of(first, second, title: str = "accuracy", blind: float = 0.0) -> Scores:
+    """Baseline and guided row with the given right answers per seed."""
+    rows = {"ca-baseline": first, "agevlm": second}
+    numbers = {
+        name: {title: Number({seed: share(right) for seed, right in enumerate(seeds)}, np.arange(len(seeds[0])))}
+        for name, seeds in rows.items()
     }
+    return Scores(numbers, {title: {EVENLY if title == MASS else "always yes": blind}})
 
 
-def test_tables_hold_variants_and_baselines():
-    answers, looking = table_cells(results()), table_cells(results(), 1)
-    assert answers["AGEVLM", "accuracy"] == ("80.5", True)
-    assert answers["CA-BASELINE", "accuracy"] == ("61.0", False)
-    assert answers[ALWAYS_YES, "accuracy"][0] == "50.0" and answers[ALWAYS_YES, "F1"][0] == "66.7"
-    assert answers["AGEVLM", "counting"][0] == "100.0" and answers["AGEVLM", "unread"][0] == "50.0"
-    assert answers["Chance", "position"][0] == "50.0"
-    assert looking["AGEVLM", "× even"][0] == "6.00"
-    assert looking[UNIFORM, "points at it"][0] == "10.0"
-    assert looking["AGEVLM", "layer 7"][0] == "60.0"
+def answers(share_right: float, seed: int, n: int = 400) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < share_right).astype(float)
 
 
-@pytest.mark.parametrize("changes", [{"guided": (61, 82)}, {"baseline": (60,), "guided": (80,)}])
-def test_within_the_spread_nothing_is_marked_best(changes):
-    cells = table_cells(results(**changes))
-    assert not cells["AGEVLM", "accuracy"][1] and not cells["CA-BASELINE", "accuracy"][1]
+@pytest.mark.parametrize(
+    "low, high, verdict, found",
+    [((0.5, 0.5), (0.8, 0.8), HOLDS, BETTER), ((0.5, 0.5), (0.5, 0.5), FAILS, UNCLEAR),
+     ((0.8, 0.8), (0.5, 0.5), FAILS, WORSE), ((0.5, 0.9), (0.95, 0.7), FAILS, UNCLEAR),
+     ((0.5,), (0.8,), UNDECIDED, ONE_SEED)],
+    ids=["better", "equal", "worse", "seeds disagree", "one seed"],
+)  # fmt: skip
+def test_a_comparison_follows_from_the_numbers(low, high, verdict, found):
+    ours = [answers(share_right, 10 + seed) for seed, share_right in enumerate(high)]
+    theirs = [answers(share_right, seed) for seed, share_right in enumerate(low)]
+    scores = scores_of(theirs, ours)
+    difference = scores.difference("ca-baseline", "agevlm", "accuracy")
+    assert difference["difference"] == pytest.approx(100 * (np.mean(ours) - np.mean(theirs)))
+    assert reading(difference) == found
+    claim = above(scores, "ca-baseline", "agevlm", "accuracy", "A claim")
+    assert claim.verdict == verdict
+    assert f"{difference['difference']:+.1f} [" in claim.sentence and claim.sentence.endswith(f"{found}.")
+    blind = dataclasses.replace(scores, blind={"accuracy": {"always yes": 99.0}})
+    assert above(blind, "ca-baseline", "agevlm", "accuracy", "A claim").verdict == UNDECIDED
+    assert above(scores, "twin", "agevlm", "accuracy", "A claim").verdict == NOT_RUN
 
 
-def test_how_often_yes_is_said_is_no_race():
-    assert not any(
-        best for (_, column), (_, best) in table_cells(results()).items() if column in {"says yes", "unread"}
-    )
+@pytest.mark.parametrize("masses, verdict", [((0.2, 0.61), HOLDS), ((0.3, 0.6), FAILS)])
+def test_looking_needs_three_times_the_baselines_mass(masses, verdict):
+    claim = claims(scores_of(*([np.full(50, mass)] for mass in masses), MASS, 10.0), {}, {})[0]
+    assert claim.verdict == verdict
+    assert f"{100 * masses[1]:.1f} %" in claim.sentence and "evenly it would be 10.0 %" in claim.sentence
+
+
+@pytest.mark.parametrize("high, verdict", [((0.8, 0.9), HOLDS), ((0.8, 0.52), FAILS), ((0.4, 0.4), FAILS)])
+def test_using_the_picture_needs_every_seed_above_constant_answers(high, verdict):
+    ours = [answers(share_right, seed) for seed, share_right in enumerate(high)]
+    claim = claims(scores_of(ours, ours, ACCURACY, 50.0), {}, {})[1]
+    assert claim.verdict == verdict
+    assert "(always yes) 50.0 %" in claim.sentence
+
+
+def claim_of(start: str, similarity=None, padding=None):
+    found = [c for c in claims(Scores(), similarity or {}, padding or {}) if c.title.startswith(start)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "spans, verdict, below",
+    [(((0.4, 0.6), (0.45, 0.55)), HOLDS, False), (((0.4, 0.6),), UNDECIDED, False),
+     (((0.4, 0.6), (0.6, 0.7)), FAILS, False), (((0.4, 0.6), (0.3, 0.49)), FAILS, True)],
+)  # fmt: skip
+def test_similarity_is_decided_by_every_seed(spans, verdict, below):
+    def entries(intervals):
+        return [{"headline": {"auroc": sum(span) / 2, "auroc_interval": span}} for span in intervals]
+
+    claim = claim_of("Figure 2", {"twin": entries(spans), "agevlm": entries([(0.5, 0.9)])})
+    assert claim.verdict == verdict
+    assert ("mismatched pairs are the closer" in claim.sentence) is below
+    assert "AGE-VLM's last cross block: 0.700 [0.500, 0.900]" in claim.sentence
+
+
+@pytest.mark.parametrize(
+    "guided, unguided, verdict, alone",
+    [((0.2, 0.3), (0.9, 1.1), HOLDS, FAILS), ((0.2, 1.2), (1.1, 1.3), FAILS, HOLDS),
+     ((0.2,), (0.9,), UNDECIDED, UNDECIDED)],
+)  # fmt: skip
+def test_padding_is_decided_by_every_seed(guided, unguided, verdict, alone):
+    files = {
+        name: [{"variants": {"pad": {"enrichment": value}}} for value in values]
+        for name, values in (("agevlm", guided), ("ca-baseline", unguided))
+    }
+    claim = claim_of("Appendix C: guidance", padding=files)
+    assert claim.verdict == verdict
+    assert f"{min(guided):.2f}" in claim.sentence
+    assert claim_of("Appendix C: without", padding=files).verdict == alone
+
+
+def test_table_2_is_claimed_where_the_paper_has_it():
+    made = claims(Scores(), {}, {})
+    titles = [claim.title for claim in made]
+    assert len(titles) == len(set(titles))
+    assert {claim.verdict for claim in made} == {NOT_RUN}
+    assert summary(made) == f"Of {len(made)} claims, 0 hold, 0 do not hold, 0 are undecided, {len(made)} were not run."
+    told = {
+        rival: {title[9 : title.index(":")] for title in titles if f"AGE-VLM above {rival} (paper" in title}
+        for rival in ("CA-baseline", "the concatenating twin")
+    }
+    papers = {answer.title for answer in TABLE_2 if answer.paper}
+    assert told["CA-baseline"] == papers - {"CV-Bench 2D", "Hallusion qAcc"}  # lower and equal in the paper
+    assert told["the concatenating twin"] == papers - {"CV-Bench 3D", "RealWorldQA"}
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
 def test_stages_follow_each_other_and_guidance_is_taken_out_of_the_loss():
-    run = results()["variants"][1]["runs"][0]
-    points = timeline(run, language_model_loss)
-    assert [step for step, _ in points] == [5, 10, 15, 20, 25, 30, 35, 40]
-    unguided = timeline(results()["variants"][0]["runs"][0], language_model_loss)
+    def stages(guided: bool):
+        recipes = [run.recipe for run in chain(ROWS["agevlm" if guided else "ca-baseline"], "tiny", 0)[1:3]]
+        logs = [[{"step": step, "loss": 3 / step} for step in (5, 10)] + [{"step": 10, "runtime": 1.0}] for _ in "ab"]
+        for entry in logs[1][:2] if guided else ():
+            entry.update(loss=entry["loss"] + 1, guidance_loss=1.0)
+        return list(zip(recipes, logs, strict=True))
+
+    assert list(report.stage_starts(stages(True)).values()) == [0, 10]
+    points = report.timeline(stages(True), report.language_model_loss)
+    assert [step for step, _ in points] == [5, 10, 15, 20]
+    unguided = report.timeline(stages(False), report.language_model_loss)
     assert [value for _, value in points] == pytest.approx([value for _, value in unguided])
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=400))
-def test_charts_stay_small_and_inside_their_frame(values):
-    line = Line("a", "v0", [list(enumerate(values, start=1)), list(enumerate(reversed(values), start=1))])
-    assert len(line.statistics) <= MOST_POINTS
-    svg = line_chart("losses & more", [line], {"align": 0.0})
-    assert "losses &amp; more" in svg
-    for pair in re.search(r'<polyline [^>]*points="([^"]*)"', svg)[1].split():
-        x, y = map(float, pair.split(","))
-        assert 0 <= x <= 420 and 0 <= y <= 250
+def test_charts_average_what_they_cannot_draw(values):
+    seeds = [list(enumerate(values, start=1)), list(enumerate(reversed(values), start=1))]
+    steps, mean, low, high = over_seeds(seeds)
+    assert len(steps) <= MOST_POINTS and steps.min() >= 1 and steps.max() <= len(values)
+    assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
+    if len(values) <= MOST_POINTS:
+        assert mean.mean() == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_a_chart_takes_its_colours_from_the_page():
+    points = [(1, 2.0), (10, 1.0)]
+    lines = {"none": [[]], "one": [points], "two": [points, [(1, 3.0), (10, 0.0)]]}
+    svg = line_chart("losses & <more>", lines, {"align": 0.0}, percent=True)
+    assert 'aria-label="losses &amp; &lt;more&gt;"' in svg and "align</text>" in svg and "%" in svg
+    assert "var(--v0)" not in svg and "var(--v1)" in svg and "var(--v2)" in svg
+    assert not re.search(r"(fill|stroke): #", svg)
+    assert svg == line_chart("losses & <more>", lines, {"align": 0.0}, percent=True)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
-    """Everything a page refers to, and its text."""
+    """Everything a page refers to, its tags and its text."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -220,74 +266,57 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def example(tmp_path):
-    paths = []
-    for name in ("picture", "overlay"):
-        paths.append(tmp_path / "pictures" / f"{name}.png")
-        paths[-1].parent.mkdir(exist_ok=True)
-        Image.new("RGB", (900, 300), "teal").save(paths[-1])
-    panel = {"title": "AGEVLM", "answer": "<b>Yes", "correct": True, "in_mask_mass": 0.6, "overlay": str(paths[1])}
-    unmeasured = {**panel, "title": "CA-BASELINE", "answer": "", "correct": None, "in_mask_mass": None}
-    return {"id": "1", "question": "Is there a <script>?", "answer": "yes", "image": str(paths[0]), "has_mask": True,
-            "panels": [unmeasured, panel]}  # fmt: skip
-
-
-def write(tmp_path, some: dict) -> tuple[str, dict]:
-    write_report(tmp_path / "out" / "report.html", tmp_path / "out" / "report.json", some)
-    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    return html, json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-
-
-def test_the_page_needs_nothing_else(tmp_path, example):
-    html, _ = write(tmp_path, results(examples=[example]))
-    page = Page(html)
-    assert len(page.references) == 3
-    assert all(reference.startswith("data:image/webp;base64,") for reference in page.references)
-    assert "script" not in page.tags and "link" not in page.tags
-    assert not re.search(r"url\(|@import|https?://", html)
+def test_the_page_needs_nothing_else_and_escapes_texts(tmp_path):
+    Image.new("RGB", (900, 300), "teal").save(tmp_path / "drawn.png")
+    made = [
+        {"title": "Claim <script>", "verdict": verdict, "sentence": f"because {verdict}"}
+        for verdict in (HOLDS, FAILS, UNDECIDED, NOT_RUN)
+    ]
+    section = {"title": "A table", "note": "Note.", "lines": [["", "<b>AGE"], ["line", "80.5"]]}
+    svg = line_chart("Loss", {"AGE-VLM": [[(1, 2.0), (2, 1.0)]]}, {})
+    page = {
+        "title": "<i>Run",
+        "summary": "Of 4 claims, 1.",
+        "claims": made,
+        "sections": [{**section, "picture": "drawn.png"}, {**section, "picture": None}],
+        "charts": [{"title": "Loss", "lines": ["AGE-VLM"], "svg": svg}],
+        "settings": {"learning rate": "1e-3"},
+        "versions": {"torch": "9.9"},
+        "commit": "0123456789abcdef",
+        "seconds": {"scenes": 3.2, "training": 100},
+    }
+    html = report.html(page, tmp_path)
+    shown = Page(html)
+    assert [reference[:23] for reference in shown.references] == ["data:image/webp;base64,"]
+    assert not {"script", "link", "i", "b"} & shown.tags and "svg" in shown.tags
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert set(re.findall(r"https?://[^\"]*", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
-
-
-def test_the_page_says_the_numbers_and_escapes_the_rest(tmp_path, example):
-    html, _ = write(tmp_path, results(examples=[example], title="<i>Run", commit="0123456789abcdef"))
-    page = Page(html)
-    assert "i" not in page.tags and "<i>Run" in page.text
-    numbers = ("80.5", "±0.5", "61.0", "66.7", "60 % in the mask", "1 min 43 s", "0123456789ab", "9.9")
-    words = ("holds", "Is there a <script>?", "<b>Yes", "(empty)", "learning rate", "Language-model loss")
-    for expected in (*numbers, *words):
-        assert expected in page.text, expected
-    assert html.count("<svg") == 3
-
-
-def test_the_page_without_curves_or_examples(tmp_path):
-    some = results(baseline=(60,), guided=(80,))
-    for entry in some["variants"]:
-        entry["runs"][0]["stages"] = []
-    html, _ = write(tmp_path, some)
-    page = Page(html)
-    assert "svg" not in page.tags and "undecided" in page.text and "One seed" in page.text
-
-
-def test_the_json_says_the_same(tmp_path, example):
-    some = results(examples=[example])
-    before = copy.deepcopy(some)
-    _, data = write(tmp_path, some)
-    assert some == before
-    assert [claim["verdict"] for claim in data["claims"]] == ["holds", "holds", "holds"]
-    assert data["variants"][1]["runs"][0]["evaluations"]["composition"]["benchmarks"]["pope"]["accuracy"] == 80
-    assert data["examples"][0]["image"] == "../pictures/picture.png"
-    assert set(data["tables"]) == {"composition", "name"}
-
-
-def test_a_missing_picture_is_named(tmp_path, example):
+    told = (
+        "<i>Run",
+        "<b>AGE",
+        "80.5",
+        "1 min 43 s",
+        "9.9",
+        "1e-3",
+        "0123456789ab",
+        "1 claims were not run",
+        "AGE-VLM",
+    )
+    for expected in (*told, *(f"because {claim['verdict']}" for claim in made)):
+        assert expected in shown.text, expected
     with pytest.raises(ValueError, match=r"gone\.png"):
-        write(tmp_path, results(examples=[{**example, "image": str(tmp_path / "gone.png")}]))
-    assert not (tmp_path / "out").exists()
+        report.html({**page, "sections": [{**section, "picture": "gone.png"}]}, tmp_path)
+
+
+def test_without_rows_there_is_no_report(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        report.write_report(tmp_path, "tiny", tmp_path, {}, {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7800, "2 h 10 min")]
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert report.duration(seconds) == text

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, Llam
 
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.reproduction.matrix import Start
-from agevlm.reproduction.quickstart import TINY_PARTS, save_start
+from agevlm.reproduction.prepare import TINY_PARTS, save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
 from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights

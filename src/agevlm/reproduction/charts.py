@@ -1,96 +1,74 @@
-"""Line charts as inline SVG that takes colours and fonts from the page, light or dark; no scripts."""
+"""Line charts as inline SVG that takes its colours from the page, light or dark; no scripts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from html import escape
+from io import StringIO
 
-from markupsafe import Markup, escape
-from matplotlib.ticker import MaxNLocator
+import numpy as np
 
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 16, 24, 36
 MOST_POINTS = 120
+# What Matplotlib draws with -> the page's variable: of text, of rules, of the lines in their order.
+_LINES = ("#0000f0", "#0000f1", "#0000f2", "#0000f3")
+_COLOURS = {"#0000fa": "soft", "#0000fb": "rule", **{colour: f"v{index}" for index, colour in enumerate(_LINES)}}
 
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Values of one variant over steps: one list of (step, value) per seed, and the class that colours it."""
-
-    title: str
-    css_class: str
-    seeds: Sequence[Sequence[Point]]
-    statistics: list[tuple[float, float, float, float]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", _statistics(self.seeds))
+Points = Sequence[tuple[float, float]]  # (step, value)
 
 
-def _statistics(seeds: Sequence[Sequence[Point]]) -> list[tuple[float, float, float, float]]:
-    """(step, mean, lowest, highest) over seeds, neighbouring steps averaged where there are too many to draw."""
+def over_seeds(seeds: Sequence[Points]) -> np.ndarray:
+    """`(4, n)`: step, mean, lowest and highest over seeds, neighbouring steps averaged where there are too many."""
     by_step: dict[float, list[float]] = {}
     for points in seeds:
         for step, value in points:
             by_step.setdefault(step, []).append(value)
-    steps = sorted(by_step)
-    size = -(-len(steps) // MOST_POINTS) or 1
-    result = []
-    for start in range(0, len(steps), size):
-        chunk = steps[start : start + size]
-        columns = [(sum(v) / len(v), min(v), max(v)) for v in (by_step[step] for step in chunk)]
-        means = [sum(column) / len(chunk) for column in zip(*columns, strict=True)]
-        result.append((sum(chunk) / len(chunk), *means))
-    return result
+    table = np.array([(step, np.mean(v), min(v), max(v)) for step, v in sorted(by_step.items())])
+    return np.array([part.mean(0) for part in np.array_split(table, min(MOST_POINTS, len(table)))]).T
 
 
-def line_chart(title: str, lines: Sequence[Line], stages: Mapping[str, float], percent: bool = False) -> Markup:
+def line_chart(
+    title: str, lines: Mapping[str, Sequence[Points]], stages: Mapping[str, float], percent: bool = False
+) -> str:
     """A chart of the lines' means with bands from the lowest to the highest seed.
 
     Args:
+        lines: title -> the points of each seed; at most four, one of them with points. The page has their legend.
         stages: name -> step at which the stage starts; drawn as dotted separators.
         percent: the values are shares, written as percentages.
     """
-    drawn = [line for line in lines if line.statistics]
-    values = [value for line in drawn for _, _, low, high in line.statistics for value in (low, high)]
-    x_high = max(line.statistics[-1][0] for line in drawn)
-    y_ticks = [float(tick) for tick in MaxNLocator(5).tick_values(min(0, *values), max(values))]
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-    x_ticks = [float(tick) for tick in MaxNLocator(5, integer=True).tick_values(0, x_high) if 0 <= tick <= x_high]
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / (x_high or 1)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - y_low) / (y_high - y_low)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
-        label = f"{100 * tick:.0f} %" if percent else f"{tick:g}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in x_ticks:
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
-    for name, step in stages.items():
-        if step > x_high:
+    soft, rule = list(_COLOURS)[:2]
+    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    for index, (name, seeds) in enumerate(lines.items()):
+        if not any(seeds):
             continue
-        parts.append(
-            f'<line class="stage" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP - 6}" y2="{HEIGHT - BOTTOM}"/>'
-        )
-        parts.append(f'<text x="{x(step) + 4:.1f}" y="{TOP - 10}">{escape(name)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">optimizer steps</text>')
-    for line in drawn:
-        if len(line.seeds) > 1:
-            edge = [f"{x(step):.1f},{y(high):.1f}" for step, _, _, high in line.statistics]
-            edge += [f"{x(step):.1f},{y(low):.1f}" for step, _, low, _ in reversed(line.statistics)]
-            parts.append(f'<polygon class="band {line.css_class}" points="{" ".join(edge)}"/>')
-    for index, line in enumerate(drawn):
-        thickness = max(1.5, 4.5 - 1.5 * index)  # where lines coincide, the earlier ones show as a rim
-        path = " ".join(f"{x(step):.1f},{y(mean):.1f}" for step, mean, _, _ in line.statistics)
-        last = line.statistics[-1][1]
-        shown = f"{100 * last:.1f} %" if percent else f"{last:.3g}"
-        hover = f"<title>{escape(line.title)}: {shown} at the end</title>"
-        look = f'class="line {line.css_class}" stroke-width="{thickness}"'
-        parts.append(f'<polyline {look} points="{path}">{hover}</polyline>')
-    parts.append("</svg>")
-    return Markup("".join(parts))
+        steps, mean, low, high = over_seeds(seeds)
+        if len(seeds) > 1:
+            axes.fill_between(steps, low, high, color=_LINES[index], alpha=0.16, lw=0)
+        width = max(1.2, 3.6 - 1.2 * index)  # where lines coincide, the earlier ones show as a rim
+        axes.plot(steps, mean, color=_LINES[index], lw=width, label=name)
+    for name, start in stages.items():
+        axes.axvline(start, color=soft, lw=0.7, ls=":")
+        axes.text(start, 1.02, f" {name}", transform=axes.get_xaxis_transform(), color=soft, fontsize=8)
+    axes.grid(axis="y", color=rule, lw=0.7)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=soft, length=0, labelsize=8)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("optimizer steps", color=soft, fontsize=8)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    buffer = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+    svg = buffer.getvalue()
+    for colour, variable in _COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -2,77 +2,46 @@
 
 A claim that one row is above another holds where the paired interval of the difference over questions excludes 0 in
 its favour *and* every seed agrees in sign; else it does not hold, and its sentence says whether the difference is
-reversed or none can be told. It is undecided with fewer than two seeds, and where both rows answer no better than
-blindly: what cannot answer cannot answer better. Table 2's claims are made where the paper's own table makes them.
+reversed or unclear. It is undecided with fewer than two seeds, and where both rows answer no better than blindly. A
+claim whose rows are missing was not run. Table 2's claims are made where the paper's own table makes them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from agevlm.evaluation import leaderboard
-from agevlm.reproduction.results import Claim
-from agevlm.reproduction.scores import MASS, Scores
+from agevlm.stats import interval
+
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, TWIN
+from .scores import ACCURACY, EVENLY, MASS, TABLE_2, Scores
 
 
-BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
-# Our number -> its column in the paper's Table 2 and what makes percent of it; OCRBench is its scene-centric part, a
-# count out of 200. Our twin stands for ConvLLaVA: one ConvNeXt tower, visual tokens in front of the text.
-_COLUMNS = {
-    "POPE F1": ("POPE", 1),
-    "CV-Bench 2D": ("CV-Bench 2D", 100),
-    "CV-Bench 3D": ("CV-Bench 3D", 100),
-    "RealWorldQA": ("RealWorldQA", 100),
-    "Hallusion aAcc": ("HallusionBench aAcc", 1),
-    "Hallusion fAcc": ("fAcc", 1),
-    "Hallusion qAcc": ("qAcc", 1),
-    "OCRBench": ("OCRBench scene", 0.5),
-}
-_ROWS = {BASELINE: "CA-Baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "ConvLLaVA"}
-_PLACES = leaderboard.TABLE_2
-PAPER = {
-    number: {row: factor * leaderboard.PAPER[name][_PLACES.index(column)] for row, name in _ROWS.items()}
-    for number, (column, factor) in _COLUMNS.items()
-}
+HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
+BETTER, WORSE, UNCLEAR, ONE_SEED = "better", "worse", "no clear difference", "one seed"
+MASS_RATIO = 3.0  # what the method claims: in-mask attention mass over the unguided baseline's
 _SHORT = {BASELINE: "CA-baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "the concatenating twin"}
 
 Files = Mapping[str, Sequence[Any]]  # row -> what one file of each seed says
 
 
-def decide(difference: Mapping[str, Any]) -> bool | None:
-    """Whether `second` is above `first`: see the top of this file."""
-    if len(difference["seeds"]) < 2:
-        return None
-    return difference["interval"][0] > 0 and all(value > 0 for value in difference["seeds"].values())
+@dataclass(frozen=True)
+class Claim:
+    """A statement, its verdict (`HOLDS`, `FAILS`, `UNDECIDED` or `NOT_RUN`), and the numbers behind it."""
 
-
-def compared(title: str, what: str, difference: Mapping[str, Any] | None, is_blind: bool = False) -> Claim:
-    """A claim that one row is above another in one number.
-
-    Args:
-        difference: see `Scores.difference`; None where a row is missing.
-        is_blind: neither row is above blind answers.
-    """
-    if difference is None:
-        return Claim(title, None, f"Not run: {what} needs rows that are not there.")
-    low, high = difference["interval"]
-    seeds = ", ".join(f"{value:+.1f}" for value in difference["seeds"].values())
-    sentence = (
-        f"{what}: {difference['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] over questions; seeds {seeds}."
-    )
-    if is_blind:
-        return Claim(title, None, f"{sentence} Neither is above blind answers, so this decides nothing.")
-    holds = decide(difference)
-    if holds is False:
-        sentence += " The difference is reversed." if high < 0 else " No difference can be told."
-    return Claim(title, holds, sentence)
+    title: str
+    verdict: str
+    sentence: str
 
 
 def claims(scores: Scores, similarity: Files, padding: Files) -> list[Claim]:
-    """The paper's claims, in its order."""
+    """What the method promises first, then the paper's claims in its order."""
     return [
+        _looks(scores),
+        _uses_the_picture(scores),
         _apart(similarity),
-        _above(scores, BASELINE, GUIDED, MASS, "Section 3.2.2: guidance moves the cross-attention onto the object"),
-        _above(scores, GUIDED, GUIDED_TWICE, MASS, "Section 3.2.3: guiding stage 4 too moves it further"),
+        above(scores, BASELINE, GUIDED, MASS, "Section 3.2.2: guidance moves the cross-attention onto the object"),
+        above(scores, GUIDED, GUIDED_TWICE, MASS, "Section 3.2.3: guiding stage 4 too moves it further"),
         *_table_2(scores, BASELINE),
         *_table_2(scores, TWIN),
         _looks_at_padding(padding),
@@ -80,37 +49,110 @@ def claims(scores: Scores, similarity: Files, padding: Files) -> list[Claim]:
     ]
 
 
-def _above(scores: Scores, first: str, second: str, number: str, title: str) -> Claim:
+def summary(made: Sequence[Claim]) -> str:
+    """One sentence on how many claims hold."""
+    counts = Counter(claim.verdict for claim in made)
+    said = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "are undecided", NOT_RUN: "were not run"}
+    return f"Of {len(made)} claims, {', '.join(f'{counts[name]} {words}' for name, words in said.items())}."
+
+
+def reading(difference: Mapping[str, Any]) -> str:
+    """What a difference of `Scores.difference` says: `BETTER`, `WORSE`, `UNCLEAR` or `ONE_SEED`."""
+    if len(difference["seeds"]) < 2:
+        return ONE_SEED
+    (low, high), values = difference["interval"], difference["seeds"].values()
+    if low > 0 and min(values) > 0:
+        return BETTER
+    return WORSE if high < 0 and max(values) < 0 else UNCLEAR
+
+
+def difference_text(difference: Mapping[str, Any]) -> str:
+    low, high = difference["interval"]
+    seeds = ", ".join(f"{value:+.1f}" for value in difference["seeds"].values())
+    return f"{difference['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({seeds})"
+
+
+def above(scores: Scores, first: str, second: str, number: str, title: str) -> Claim:
+    """The claim that row `second` is above row `first` in one number."""
     difference = scores.difference(first, second, number)
-    is_blind = difference is not None and not any(scores.is_above_blind(row, number) for row in (first, second))
-    return compared(title, f"{_SHORT[second]} over {_SHORT[first]}, {number}", difference, is_blind)
+    if difference is None:
+        return _not_run(title, first, second)
+    what = f"{_SHORT[second]} over {_SHORT[first]}, {number}: {difference_text(difference)} points"
+    if not any(scores.is_above_blind(row, number) for row in (first, second)):
+        return Claim(title, UNDECIDED, f"{what}. Neither is above blind answers, so this decides nothing.")
+    found = reading(difference)
+    verdict = {BETTER: HOLDS, ONE_SEED: UNDECIDED}.get(found, FAILS)
+    return Claim(title, verdict, f"{what}: {found}.")
+
+
+def _not_run(title: str, *rows: str) -> Claim:
+    return Claim(title, NOT_RUN, f"It needs {' and '.join(_SHORT[row] for row in rows)}.")
+
+
+def _verdict(holds: bool, *seeds: int) -> str:
+    """Undecided where any of the numbers of seeds is below two."""
+    if min(seeds, default=2) < 2:
+        return UNDECIDED
+    return HOLDS if holds else FAILS
+
+
+def _looks(scores: Scores) -> Claim:
+    """The ratio of the means over seeds decides."""
+    title = f"Looks where it should: at least {MASS_RATIO:g} times the baseline's attention inside the mask"
+    low, high = (scores.numbers.get(row, {}).get(MASS) for row in (BASELINE, GUIDED))
+    if low is None or high is None:
+        return _not_run(title, BASELINE, GUIDED)
+    theirs, ours = low.over_seeds.value(), high.over_seeds.value()
+    sentence = (
+        f"{_SHORT[GUIDED]} puts {ours:.1f} % of its attention inside the mask, {_SHORT[BASELINE]} {theirs:.1f} %: "
+        f"{ours / theirs:.1f} times as much. Spread evenly it would be {scores.blind[MASS][EVENLY]:.1f} %."
+    )
+    return Claim(title, _verdict(ours >= MASS_RATIO * theirs), sentence)
+
+
+def _uses_the_picture(scores: Scores) -> Claim:
+    """The interval of every seed must lie above the best constant answer."""
+    title = "Uses the picture: presence accuracy above any constant answer"
+    number = scores.numbers.get(GUIDED, {}).get(ACCURACY)
+    best = scores.best_blind(ACCURACY)
+    if number is None or best is None:
+        return _not_run(title, GUIDED)
+    weakest = min(number.seeds.values(), key=lambda measure: measure.value())
+    lows = [interval(measure, number.units)[0] for measure in number.seeds.values()]
+    low, high = interval(weakest, number.units)
+    sentence = (
+        f"The weakest seed of {_SHORT[GUIDED]} reaches {weakest.value():.1f} % [{low:.1f}, {high:.1f}]; the best "
+        f"constant answer ({best[0]}) {best[1]:.1f} %."
+    )
+    return Claim(title, _verdict(min(lows) > best[1]), sentence)
 
 
 def _table_2(scores: Scores, rival: str) -> list[Claim]:
     """AGE-VLM above a rival, in every number where the paper's Table 2 has it above, and in POPE's accuracy: F1 near
     chance tells how often a model says yes."""
     title = f"Table 2's point, in POPE accuracy: AGE-VLM above {_SHORT[rival]} (the paper gives F1)"
-    made = [_above(scores, rival, GUIDED, "POPE accuracy", title)]
-    for number, paper in PAPER.items():
-        if paper[GUIDED] > paper[rival]:
+    made = [above(scores, rival, GUIDED, ACCURACY, title)]
+    for answer in TABLE_2:
+        paper = answer.paper
+        if paper and paper[GUIDED] > paper[rival]:
             theirs = f"paper: {paper[GUIDED]:.1f} against {paper[rival]:.1f}"
-            title = f"Table 2, {number}: AGE-VLM above {_SHORT[rival]} ({theirs})"
-            made.append(_above(scores, rival, GUIDED, number, title))
+            title = f"Table 2, {answer.title}: AGE-VLM above {_SHORT[rival]} ({theirs})"
+            made.append(above(scores, rival, GUIDED, answer.title, title))
     return made
 
 
 def _apart(similarity: Files) -> Claim:
     title = "Figure 2: final hidden states of a concatenating model do not tell matched pairs from mismatched ones"
     if not similarity.get(TWIN):
-        return Claim(title, None, "Not run: it needs the concatenating twin.")
+        return _not_run(title, TWIN)
     spans = [entry["headline"]["auroc_interval"] for entry in similarity[TWIN]]
     sentence = f"AUROC of the twin's final layer, one per seed: {_aurocs(similarity[TWIN])}; 0.5 tells nothing apart."
     if similarity.get(GUIDED):
         sentence += f" AGE-VLM's last cross block: {_aurocs(similarity[GUIDED])}."
-    holds = None if len(spans) < 2 else all(low <= 0.5 <= high for low, high in spans)
     if any(high < 0.5 for _, high in spans):
         sentence += " An interval below 0.5: there the mismatched pairs are the closer ones."
-    return Claim(title, holds, sentence)
+    holds = all(low <= 0.5 <= high for low, high in spans)
+    return Claim(title, _verdict(holds, len(spans)), sentence)
 
 
 def _aurocs(entries: Sequence[Any]) -> str:
@@ -127,12 +169,12 @@ def _looks_at_padding(padding: Files) -> Claim:
     title = "Appendix C: without guidance, attention goes to padding"
     found = _enrichment(padding, BASELINE)
     if not found:
-        return Claim(title, None, "Not run: it needs the CA-baseline.")
+        return _not_run(title, BASELINE)
     sentence = (
         f"The CA-baseline's attention on unmarked padding is {min(found):.2f} to {max(found):.2f} times that of an "
         "even spread, lowest to highest seed."
     )
-    return Claim(title, None if len(found) < 2 else min(found) > 1, sentence)
+    return Claim(title, _verdict(min(found) > 1, len(found)), sentence)
 
 
 def _padding(padding: Files) -> Claim:
@@ -140,9 +182,9 @@ def _padding(padding: Files) -> Claim:
     title = "Appendix C: guidance takes attention off padding"
     low, high = (_enrichment(padding, name) for name in (GUIDED, BASELINE))
     if not low or not high:
-        return Claim(title, None, "Not run: it needs AGE-VLM and CA-baseline.")
+        return _not_run(title, GUIDED, BASELINE)
     sentence = (
         f"Attention on unmarked padding over its share of the area, lowest to highest seed: AGE-VLM {min(low):.2f} to "
         f"{max(low):.2f}, CA-baseline {min(high):.2f} to {max(high):.2f}; 1 is indifference."
     )
-    return Claim(title, None if min(len(low), len(high)) < 2 else max(low) < min(high), sentence)
+    return Claim(title, _verdict(max(low) < min(high), len(low), len(high)), sentence)

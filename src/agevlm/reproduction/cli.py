@@ -1,8 +1,10 @@
 """The verbs `quickstart` and `reproduce`: their parsers. What they do is imported once the arguments are parsed."""
 
+import argparse
+import os
 from pathlib import Path
 
-from agevlm.arguments import VerbParser
+from agevlm.arguments import VerbParser, at_least
 
 
 SIZES = ("tiny", "small")
@@ -11,44 +13,61 @@ SIZE_HELP = (
 )
 
 
+class _Once(argparse.Action):
+    """Refuses a second value: `--quickstart` and `--output` were two folders before."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} is given twice; scenes, runs and report lie in one folder")
+        setattr(namespace, self.dest, values)
+
+
 def quickstart(argv: list[str] | None = None) -> None:
-    """Build data, train every variant through all stages, evaluate on unseen scenes, write a report."""
+    """Train the paper's three variants through all stages, evaluate on unseen scenes, write a report.
+
+    The same as `agevlm reproduce --only quickstart --strict`; that verb adds other rows to the folder.
+    """
     parser = VerbParser("quickstart", quickstart.__doc__)
     _add_run(parser, Path("runs/quickstart"))
-    arguments = parser.parse_args(argv)
-
-    from .quickstart import run_verb
-
-    run_verb(arguments)
+    parser.set_defaults(only=["quickstart"], jobs=1, strict=True, dry_run=False)
+    _run(parser.parse_args(argv))
 
 
 def reproduce(argv: list[str] | None = None) -> None:
     """Train and measure every variant, baseline and ablation on scenes, and write one report.
 
     agevlm reproduce --dry-run                                       # the matrix and its runs
-    agevlm reproduce --seeds 0 1 2 --only main --quickstart runs/quickstart
+    agevlm reproduce --seeds 0 1 2 --only main --output runs/quickstart
     agevlm reproduce --only guidance normalisation                   # more rows into the same folder
+
+    Several calls may work on one folder: each waits for a run that another one is doing. A call uses the first
+    accelerator, or the one that CUDA_VISIBLE_DEVICES names.
     """
     parser = VerbParser("reproduce", reproduce.__doc__)
     _add_run(parser, Path("runs/reproduce"))
+    parser.rename("--quickstart", "--output")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows or groups of the matrix (see --dry-run)")
-    parser.add_argument("--quickstart", type=Path, help="take finished runs of `agevlm quickstart` from this folder")
-    parser.add_argument("--jobs", type=int, help="steps at a time (default: the number of accelerators, else 1)")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="steps at a time (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
     parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
-    arguments = parser.parse_args(argv)
-
-    from .reproduce import run_verb
-
-    run_verb(arguments)
+    _run(parser.parse_args(argv))
 
 
 def _add_run(parser: VerbParser, output: Path) -> None:
     """What both verbs have in common."""
     parser.add_argument("--size", choices=SIZES, default="tiny", help=SIZE_HELP)
-    parser.add_argument("--output", type=Path, default=output, help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, action=_Once, default=output, help="folder (default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
     )
     parser.add_argument("--parts", type=Path, help="pretrained tower and language model (default for tiny: ours)")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Every process of a run sees one accelerator. It must be set before torch looks for them.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+    from .reproduce import run_verb
+
+    run_verb(arguments)

@@ -1,22 +1,23 @@
 """The matrix of experiments: every model as one row, a row as the stage runs that lead to it.
 
-`matrix()` is the recipe file of `agevlm reproduce`; the quickstart trains its first three rows. A row is changed in
-one thing at a time. Every row takes equally many steps: those of a stage that is left out go to the stage before it
-(of stage 1: to the one after).
+`ROWS` is the recipe file of `agevlm reproduce`; the quickstart trains those of `QUICKSTART`. A row is changed in one
+thing at a time. Every row takes equally many steps: those of a stage that is left out go to the stage before it (of
+stage 1: to the one after).
 
-A run's name holds a digest of everything that decides its result but the seed, from the start on. Rows that begin with
-the same runs therefore share them.
+Rows that begin with the same runs share them: a run's address is all that decides its result but the seed, from the
+start on, and the first row of the matrix that needs an address names its folder.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from agevlm.store import digest
 from agevlm.training import stages
-from agevlm.training.lineage import stored_names
+from agevlm.training.parts import COLOURS, NAMES
 from agevlm.training.stages.recipe import StageRecipe
 
 
@@ -24,6 +25,41 @@ STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
 Twin = Literal["no", "equal", "small"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, what is in the
+    pictures (None: everything there is), and where the cross blocks sit (None: every fourth layer)."""
+
+    captions: int
+    instructions: int
+    turns: int
+    questions: int
+    max_objects: int
+    names: tuple[str, ...] | None = None
+    colours: tuple[str, ...] | None = None
+    cross_attention_layers: tuple[int, ...] | None = None
+
+    def steps(self, recipe: StageRecipe) -> int:
+        """Optimizer steps of a stage."""
+        rows = getattr(self, recipe.data)
+        return math.ceil(rows / recipe.global_batch_size) * int(recipe.training["num_train_epochs"])
+
+
+SIZES = {
+    "tiny": Size(
+        captions=4_000,
+        instructions=4_000,
+        turns=4,
+        questions=600,
+        max_objects=3,
+        names=NAMES,
+        colours=COLOURS,
+        cross_attention_layers=(1, 4),
+    ),
+    "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4),
+}
 
 
 @dataclass(frozen=True)
@@ -78,19 +114,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a stage: its folder, its recipe and the run it starts from (None: `start`).
-
-    Args:
-        address: digest of all that decides the result but the seed.
-        query: see `Row`.
-    """
+    """One run of a stage: its folder, its recipe and the run it starts from (None: `start`). `query`: see `Row`."""
 
     name: str
     recipe: StageRecipe
     parent: str | None
-    start: Start = Start()
-    query: Query = "text"
-    address: str = ""
+    start: Start
+    query: Query
 
     @property
     def origin(self) -> str:
@@ -98,19 +128,17 @@ class Run:
         return self.parent or self.start.name
 
 
+BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
+QUICKSTART = (BASELINE, GUIDED, GUIDED_TWICE)
 MAIN = "Main"
-PAPER_ROWS = (
-    Row("ca-baseline", "CA-baseline", MAIN, guided=()),
-    Row("agevlm", "AGE-VLM", MAIN),
-    Row("agevlm-lm", "AGE-VLM-LM", MAIN, guided=(3, 4)),
-)
-
-
-def matrix() -> list[Row]:
-    """All rows: the paper's variants, the concatenating twins, and the ablation in order of interest."""
-    return [
-        *PAPER_ROWS,
-        Row("twin", "Concatenating twin", MAIN, guided=(), start=Start(twin="equal")),
+# The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
+ROWS = {
+    row.name: row
+    for row in (
+        Row(BASELINE, "CA-baseline", MAIN, guided=()),
+        Row(GUIDED, "AGE-VLM", MAIN),
+        Row(GUIDED_TWICE, "AGE-VLM-LM", MAIN, guided=(3, 4)),
+        Row(TWIN, "Concatenating twin", MAIN, guided=(), start=Start(twin="equal")),
         Row("twin-small", "without added layers", "Twin's size", guided=(), start=Start(twin="small")),
         Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
         Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
@@ -124,32 +152,57 @@ def matrix() -> list[Row]:
         Row("masks-1", "masks on 1 % of the rows", "Masks", mask_fraction=0.01),
         Row("no-stage-3", "without stage 3, guided in 4", "Stages", stages=(1, 2, 4), guided=(4,)),
         Row("no-stage-4", "without stage 4", "Stages", stages=(1, 2, 3)),
-    ]
+    )
+}
+# Folders of runs that many rows share; any other is called after the first row that needs it.
+_SHARED = {
+    (BASELINE, 1): "stage1",
+    (BASELINE, 2): "stage2",
+    (BASELINE, 3): "stage3-unguided",
+    (GUIDED, 3): "stage3-guided",
+}
 
 
 def choose_rows(names: Iterable[str] | None) -> list[Row]:
-    """Rows by name or group, in the matrix's order; all without names.
+    """Rows by name or group (`quickstart`: those of the quickstart), in the matrix's order; all without names.
 
     Raises:
         ValueError: an unknown name.
     """
-    rows = matrix()
     if names is None:
-        return rows
+        return list(ROWS.values())
     wanted = {name.lower() for name in names}
-    known = {row.name for row in rows} | {row.group.lower() for row in rows}
+    known = {"quickstart", *ROWS, *(row.group.lower() for row in ROWS.values())}
     if unknown := sorted(wanted - known):
         raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
-    return [row for row in rows if {row.name, row.group.lower()} & wanted]
+    if "quickstart" in wanted:
+        wanted.update(QUICKSTART)
+    return [row for row in ROWS.values() if {row.name, row.group.lower()} & wanted]
 
 
-def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] | None = None) -> list[Run]:
-    """The stage runs that lead to a row, first stage first.
-
-    Args:
-        name: folder of a run from row, stage and address. Default: `stage3-0123abcd`.
-    """
+def chain(row: Row, size: str, seed: int) -> list[Run]:
+    """The stage runs that lead to a row, first stage first."""
     runs: list[Run] = []
+    for address, recipe, query in _addressed(row, size):
+        recipe = recipe.override(seed=seed, disable_tqdm=True)
+        runs.append(Run(_names(size)[address], recipe, runs[-1].name if runs else None, row.start, query))
+    return runs
+
+
+@cache
+def _names(size: str) -> dict[str, str]:
+    """Address -> folder of all runs of the matrix."""
+    names: dict[str, str] = {}
+    for row in ROWS.values():
+        for address, recipe, _ in _addressed(row, size):
+            own = f"stage{recipe.stage}-{row.name}"
+            names.setdefault(address, _SHARED.get((row.name, recipe.stage), own))
+    return names
+
+
+def _addressed(row: Row, size: str) -> list[tuple[str, StageRecipe, Query]]:
+    """Address, recipe and query of every stage run of a row."""
+    made = []
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
@@ -162,13 +215,9 @@ def chain(row: Row, size: str, seed: int, name: Callable[[Row, int, str], str] |
             recipe = recipe.override(mask_fraction=row.mask_fraction)
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
-        nameless = dataclasses.replace(recipe, variant="", goal="", training=stored_names(recipe.training))
-        identity.append([dataclasses.asdict(nameless), query])
-        address = digest(json.dumps(identity, sort_keys=True), size=4)
-        recipe = recipe.override(seed=seed, disable_tqdm=True)
-        folder = f"stage{stage}-{address}" if name is None else name(row, stage, address)
-        runs.append(Run(folder, recipe, runs[-1].name if runs else None, row.start, query, address))
-    return runs
+        identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
+        made.append((json.dumps(identity, sort_keys=True), recipe, query))
+    return made
 
 
 def unique(chains: Iterable[Sequence[Run]]) -> list[Run]:

@@ -1,134 +1,454 @@
-"""The report of a run: one HTML file that needs nothing else, and the same as JSON.
+"""What a reproduction found, as `report.html` (one file that needs nothing else), `report.json` and `report.md`.
 
-What it says follows from `results.py`; this file turns files into inline pictures and logs into curves, and renders.
+`SECTIONS` and `CURVES` say what the page shows, one line each. `report.md` and the pictures that it shows are made to
+be copied.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from agevlm.analysis.attention import Example, Panel, write_examples
+from agevlm.analysis.drawing import panels
+from agevlm.analysis.figures import save_rows
+from agevlm.analysis.files import save_image
+from agevlm.data.scenes.build import load_benchmark
+from agevlm.evaluation import pope
+from agevlm.evaluation.tables import markdown_table
 from agevlm.images import data_address, open_image
-from agevlm.store import write_json, write_text
+from agevlm.models import load
+from agevlm.store import read_json, write_json, write_text
+from agevlm.training.lineage import git_commit, library_versions, read_lineage
+from agevlm.training.stages.recipe import StageRecipe
 
-from .charts import Line, Point, line_chart
-from .results import Example, Results, Run, Variant, claims, splits, summary, tables
+from .charts import line_chart
+from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
+from .matrix import GUIDED, GUIDED_TWICE, MAIN, ROWS, SIZES, TWIN, chain
+from .prepare import SPLIT
+from .scores import (
+    ACCURACY,
+    ANSWERS,
+    EVENLY,
+    LOOKS,
+    MASS,
+    PADDING,
+    SIMILARITY,
+    TABLE_2,
+    TASKS,
+    UNREAD,
+    Found,
+    Scores,
+    layer_title,
+    read_scores,
+)
 
 
-PICTURE_SIDE, SECTION_SIDE = 448, 1000
+EXAMPLES = 6
+PICTURE_SIDE = 1600
 TEMPLATE = "report.html.jinja"
-_VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
+Lines = list[list[str]]  # the first is the head
 
 
-def write_report(path_html: str | Path, path_json: str | Path, results: Results) -> None:
-    """Writes both files.
+@dataclass(frozen=True)
+class Material:
+    """Everything that the page is made of.
 
     Args:
-        results: see `results.Results`. Pictures of the examples are read from their files; the JSON names them
-            relative to its own folder.
-
-    Raises:
-        ValueError: no variant, a variant without a run, or no split that all runs share.
-        FileNotFoundError: a picture of an example is missing.
+        similarity, padding: row -> what that file of each seed says.
+        main: the rows that tables and curves compare.
     """
-    path_html, path_json = Path(path_html), Path(path_json)
-    names = splits(results)
-    found = results.get("findings") or claims(results)
-    seeds = sorted({run["seed"] for variant in results["variants"] for run in variant["runs"]})
-    by_split = {split: tables(results, split) for split in names}
-    page = {
-        "results": results,
-        "commit": results.get("commit"),
-        "summary": summary(found),
-        "claims": [{**dataclasses.asdict(claim), "verdict": _VERDICTS[claim.holds]} for claim in found],
-        "seeds": seeds,
-        "settings": {"seeds": ", ".join(map(str, seeds)), **results["settings"]},
-        "splits": names,
-        "tables": by_split,
-        "charts": charts(results),
-        "classes": {variant["title"]: _css_class(index) for index, variant in enumerate(results["variants"])},
-        "examples": [_inline(example) for example in results["examples"]],
-        "sections": [
-            {**section, "images": [data_uri(image, SECTION_SIDE) for image in section["images"]]}
-            for section in results.get("sections", [])
-        ],
-        "total_seconds": sum(results["seconds"].values()),
-    }
-    environment = Environment(
-        loader=PackageLoader("agevlm.reproduction"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["duration"] = duration
-    write_text(path_html, environment.get_template(TEMPLATE).render(page))
-    data = {
-        **results,
-        "findings": page["claims"] if "findings" in results else [],
-        "sections": [
-            {**section, "images": [_beside(image, path_json.parent) for image in section["images"]]}
-            for section in results.get("sections", [])
-        ],
-        "examples": [_relative(example, path_json.parent) for example in results["examples"]],
-        "summary": page["summary"],
-        "claims": page["claims"],
-        "tables": {split: [dataclasses.asdict(table) for table in made] for split, made in by_split.items()},
-    }
-    write_json(path_json, data, indent=1)
+
+    found: Found
+    scores: Scores
+    similarity: Mapping[str, list[Any]]
+    padding: Mapping[str, list[Any]]
+    examples: Sequence[Example]
+    main: Sequence[str]
 
 
-def charts(results: Results) -> list[dict[str, Any]]:
-    """{title, svg} of the losses and the in-mask mass over the optimizer steps of all stages."""
-    drawn = []
-    for title, read, percent in (
-        ("Language-model loss", language_model_loss, False),
-        ("Guidance loss (Eq. 3)", lambda entry, _: entry.get("guidance_loss"), False),
-        ("Attention inside the mask", lambda entry, _: entry.get("in_mask_mass"), True),
-    ):
-        lines = [
-            Line(variant["title"], _css_class(index), [timeline(run, read) for run in variant["runs"]])
-            for index, variant in enumerate(results["variants"])
+@dataclass(frozen=True)
+class Section:
+    """A table of the page with a picture below it.
+
+    Args:
+        lines: makes the table; where it has a head alone, the section is left out.
+        picture: name of a file beside the report, and what draws it (returns whether there was anything to draw).
+    """
+
+    title: str
+    note: str
+    lines: Callable[[Material], Lines]
+    picture: tuple[str, Callable[[Material, Path], bool]] | None = None
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def number_lines(titles: Sequence[str], material: Material) -> Lines:
+    """One line per number, one column per main row, what blind answers or looks reach, and the paper's numbers."""
+    scores, main = material.scores, material.main
+    papers = {answer.title: answer.paper for answer in ANSWERS}
+    lines = [["", *(ROWS[name].title for name in main), "blind", "paper"]]
+    for title in titles:
+        if any(title in scores.numbers[name] for name in main):
+            ways, best = scores.blind.get(title, {}), scores.best_blind(title)
+            shown = ways.items() if EVENLY in ways else [best] if best is not None else []
+            blind = ", ".join(f"{value:.1f} ({name})" for name, value in shown)
+            paper = papers.get(title, {})
+            theirs = " / ".join(f"{paper[name]:.1f}" for name in main if name in paper)
+            lines.append([title, *(_text(scores, name, title) for name in main), blind, theirs])
+    if len(lines) > 1:
+        lines.append(["seeds", *(_seeds(material.found[name]) for name in main), "", ""])
+    filled = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return [list(line) for line in zip(*filled, strict=True)]
+
+
+def _text(scores: Scores, name: str, title: str) -> str:
+    number = scores.numbers[name].get(title)
+    if number is None:
+        return "–"
+    return number.text() if scores.is_above_blind(name, title) else f"{number.text()} †"
+
+
+def _seeds(runs: Mapping[int, Any]) -> str:
+    return ", ".join(map(str, runs))
+
+
+def looks_lines(material: Material) -> Lines:
+    layers = [title for title in material.scores.blind if title.startswith(layer_title(""))]
+    return number_lines([*(look.title for look in LOOKS), *layers], material)
+
+
+def ablation_lines(material: Material) -> Lines:
+    """Every row of the matrix, run or not."""
+    scores, shown = material.scores, (ACCURACY, "CV-Bench 2D", MASS)
+    lines = [["what", "row", "seeds", "steps", *shown, f"{MASS}, over AGE-VLM", "so it looks"]]
+    for name, row in ROWS.items():
+        runs = material.found.get(name)
+        if not runs:
+            lines.append([row.group, row.title, NOT_RUN, *[""] * (len(shown) + 3)])
+            continue
+        against = scores.difference(GUIDED, name, MASS) if name != GUIDED else None
+        steps = str(next(iter(runs.values())).steps)
+        numbers = [_text(scores, name, title) for title in shown]
+        compared = ["", ""] if against is None else [difference_text(against), reading(against)]
+        lines.append([row.group, row.title, _seeds(runs), steps, *numbers, *compared])
+    return lines
+
+
+def _spread(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    text = f"{sum(known) / len(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+def similarity_lines(material: Material) -> Lines:
+    lines = [["", "matched", "mismatched", "overlap", "AUROC", "AUROC, centred", "AUROC, query and key", "seeds"]]
+    for name, entries in material.similarity.items():
+        heads = [entry["headline"] for entry in entries]
+        centred = [
+            next(e["auroc"] for e in entry["measures"]["centred"] if e["layer"] == entry["headline"]["layer"])
+            for entry in entries
         ]
-        if any(line.statistics for line in lines):
-            svg = line_chart(title, lines, _stage_starts(results["variants"]), percent)
-            drawn.append({"title": title, "svg": svg})
-    return drawn
+        keys = [entry["measures"]["qk_cosine"][-1]["auroc"] for entry in entries]
+        means = [_spread([head[side]["mean"] for head in heads]) for side in ("matched", "mismatched")]
+        apart = [_spread([head[name] for head in heads]) for name in ("overlap", "auroc")]
+        lines.append([ROWS[name].title, *means, *apart, _spread(centred), _spread(keys), str(len(entries))])
+    return lines
+
+
+def padding_lines(material: Material) -> Lines:
+    variants = ("own", "pad", "stretch", "crop")
+    lines = [["", *variants, "seeds"]]
+    for name, entries in material.padding.items():
+        cells = [_spread([entry["variants"][variant]["enrichment"] for entry in entries], 2) for variant in variants]
+        lines.append([ROWS[name].title, *cells, str(len(entries))])
+    return lines
+
+
+def example_lines(material: Material) -> Lines:
+    lines = [["question", "truth", *(ROWS[name].title for name in material.main)]]
+    for example in material.examples:
+        lines.append([example["question"], example["answer"], *map(_answer, example["panels"])])
+    return lines
+
+
+def _answer(panel: Panel) -> str:
+    return f"{'✓' if panel['correct'] else '✗'} {panel['answer'] or '(empty)'}"
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_histograms(material: Material, path: Path) -> bool:
+    """Figure 2 of the twin and of ours, first seed each."""
+    firsts = [next(iter(material.found[name].values())) for name in (TWIN, GUIDED) if name in material.found]
+    files = [(run.measured / SIMILARITY).with_name("histogram.png") for run in firsts]
+    drawn = [("", open_image(file, str(file))) for file in files if file.is_file()]  # each has its title
+    if drawn:
+        save_image(panels([drawn], side=560), path)
+    return bool(drawn)
+
+
+def draw_attention(material: Material, path: Path) -> bool:
+    """One line per example: the picture, and where each model looks."""
+    rows = []
+    for example in material.examples:
+        row = [(f"{example['question']} ({example['answer']})", open_image(example["image"], str(example["image"])))]
+        for panel in example["panels"]:
+            mass = panel["in_mask_mass"]
+            inside = "" if mass is None else f": {100 * mass:.0f} %"
+            row.append((f"{panel['title']}{inside}", open_image(panel["overlay"], str(panel["overlay"]))))
+        rows.append(row)
+    if rows:
+        save_image(panels(rows, side=300), path)
+    return bool(rows)
+
+
+def draw_looks(material: Material, path: Path) -> bool:
+    scores = material.scores
+    looks = {ROWS[name].title: made[MASS].as_json() for name, made in scores.numbers.items() if MASS in made}
+    if looks:
+        save_rows(looks, f"{MASS}, %", scores.blind[MASS][EVENLY], path)
+    return bool(looks)
+
+
+SECTIONS = (
+    Section(
+        "Table 2's analogue",
+        "Percent. Mean over seeds, [bootstrap 95 % interval over questions], (lowest to highest seed). “Blind”: the "
+        "best constant answer or chance; for looking, spread evenly. †: not above blind, the interval holds it or "
+        "lies below. “Paper”: its Table 2 for the same columns, where the twin stands for ConvLLaVA.",
+        partial(number_lines, [*(answer.title for answer in TABLE_2), MASS]),
+    ),
+    Section(
+        "Single tasks",
+        "As above. An answer that the strict parsers cannot read counts as wrong.",
+        partial(number_lines, [*(answer.title for answer in TASKS), UNREAD]),
+    ),
+    Section(
+        "Where they look",
+        "On all questions that have a mask; mean over cross layers unless a layer is named. “Points at it”: the most "
+        "attended cell is inside the mask. “Blind”: attention spread evenly, and a Gaussian on the centre.",
+        looks_lines,
+    ),
+    Section(
+        "Figure 2's analogue: similarity",
+        "Mean over seeds (lowest to highest). Cosines of the headline layer: the last one of a concatenating model, "
+        "the last cross block of ours. AUROC 0.5: matched and mismatched pairs cannot be told apart. Paper: ConvLLaVA "
+        "0.96 to 0.98 for both. Histograms: the first seed.",
+        similarity_lines,
+        ("similarity.png", draw_histograms),
+    ),
+    Section(
+        "Appendix C's analogue: padding",
+        "Attention on padded cells over their share of the area (enrichment), mean over seeds (lowest to highest): "
+        "`own` is the processor as it is, which masks empty cells; under `pad` nobody tells the model; under "
+        "`stretch` and `crop` the same cells show picture.",
+        padding_lines,
+    ),
+    Section(
+        "Tables 3 to 6's analogue: answers and attention",
+        "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
+        "tokens, heads and cross layers; of the concatenating twin, the first self-attention layer, as in the paper. "
+        "Percent: attention inside the outline.",
+        example_lines,
+        ("attention.png", draw_attention),
+    ),
+    Section(
+        "Matrix and ablation",
+        "Every row differs from AGE-VLM in what its name says. The difference is paired over the questions and the "
+        "seeds that both rows have (each seed's in parentheses). Rows of one seed show what to look at next, not what "
+        "is so.",
+        ablation_lines,
+        ("looking.png", draw_looks),
+    ),
+)
+
+
+# -- training curves --------------------------------------------------------------------------------------------------
 
 
 def language_model_loss(entry: Mapping[str, Any], guidance_weight: float) -> float | None:
-    """The logged `loss` without its guidance term, so that guided and unguided variants compare."""
+    """The logged `loss` without its guidance term, so that guided and unguided rows compare."""
     if "loss" not in entry:
         return None
     return entry["loss"] - guidance_weight * entry.get("guidance_loss", 0.0)
 
 
-def timeline(run: Run, read: Callable[[Mapping[str, Any], float], float | None]) -> list[Point]:
+# Title, what reads a log entry (given the stage's guidance weight), whether it is a share.
+CURVES: tuple[tuple[str, Callable[[Mapping[str, Any], float], float | None], bool], ...] = (
+    ("Language-model loss", language_model_loss, False),
+    ("Guidance loss (Eq. 3)", lambda entry, _: entry.get("guidance_loss"), False),
+    ("Attention inside the mask", lambda entry, _: entry.get("in_mask_mass"), True),
+)
+Stage = tuple[StageRecipe, list[dict[str, Any]]]  # a recipe and the trainer's log
+
+
+def timeline(stages: Sequence[Stage], read: Callable[[Mapping[str, Any], float], float | None]) -> list[Any]:
     """(step, value) over all stages of a run, each stage's steps counted on from the last one's."""
-    points, start = [], 0
-    for stage in run["stages"]:
-        for entry in stage["log"]:
-            value = read(entry, stage["guidance_weight"])
+    points = []
+    for (recipe, log), start in zip(stages, stage_starts(stages).values(), strict=True):
+        for entry in log:
+            value = read(entry, recipe.training["guidance_weight"])
             if value is not None:
                 points.append((start + entry["step"], float(value)))
-        start += _length(stage)
     return points
 
 
-def _length(stage: Mapping[str, Any]) -> int:
-    return max((entry["step"] for entry in stage["log"]), default=0)
-
-
-def _stage_starts(variants: list[Variant]) -> dict[str, float]:
+def stage_starts(stages: Sequence[Stage]) -> dict[str, int]:
     starts, start = {}, 0
-    for stage in variants[0]["runs"][0]["stages"]:
-        starts[stage["name"]] = float(start)
-        start += _length(stage)
+    for recipe, log in stages:
+        starts[recipe.name] = start
+        start += max((entry["step"] for entry in log), default=0)
     return starts
 
 
-def _css_class(index: int) -> str:
-    return f"v{index}"
+def draw_charts(material: Material) -> list[dict[str, Any]]:
+    """{title, lines (their names), svg} of every curve that was logged."""
+    logs: dict[str, list[list[Stage]]] = {}
+    for name in material.main:
+        runs = material.found[name].values()
+        logs[ROWS[name].title] = [[(recipe, _log(folder)) for recipe, folder in run.stages] for run in runs]
+    starts = stage_starts(next(iter(logs.values()))[0])
+    drawn: list[dict[str, Any]] = []
+    for title, read, percent in CURVES:
+        lines = {name: [timeline(stages, read) for stages in runs] for name, runs in logs.items()}
+        if any(any(seeds) for seeds in lines.values()):
+            drawn.append({"title": title, "lines": list(lines), "svg": line_chart(title, lines, starts, percent)})
+    return drawn
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path) -> list[Example]:
+    """The first presence questions with something to look at, not selected, drawn for the first seed of each row.
+
+    Of a concatenating model the map is that of its first self-attention layer, as in the paper.
+    """
+    rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
+    marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:EXAMPLES]
+    checkpoints = {ROWS[name].title: next(iter(found[name].values())).stages[-1][1] for name in names}
+    return write_examples(
+        {title: load(str(folder)) for title, folder in checkpoints.items()},
+        [rows[index] for index in marked],
+        output,
+        prompt=pope.PAPER.prompt,
+        correct=lambda row, answer: pope.PAPER.is_correct(row, pope.PAPER.parse(row, answer)),
+    )
+
+
+def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, str]:
+    """What the report says about how the numbers came about."""
+    folders = {folder for runs in found.values() for run in runs.values() for _, folder in run.stages}
+    told = {
+        "size": size,
+        "date": date.today().isoformat(),
+        "split": SPLIT,
+        "report written at commit": str(git_commit())[:12],
+        "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
+    }
+    for run in chain(ROWS[GUIDED_TWICE], size, 0):
+        recipe, rows = run.recipe, getattr(SIZES[size], run.recipe.data)
+        told[recipe.name] = (
+            f"{rows:,} {recipe.data}, {SIZES[size].steps(recipe)} steps of {recipe.global_batch_size}, "
+            f"learning rate {recipe.training['learning_rate']:g}, masks on {100 * recipe.mask_fraction:g} %"
+        )
+    told["shared work"] = "stages that begin several rows alike ran once"
+    return told | {f"failed: {name}": reason for name, reason in failed.items()}
+
+
+def _commit(folder: Path) -> str:
+    lineage = read_lineage(folder)
+    return str(lineage["git_commit"])[:12] if lineage is not None else "unknown"
+
+
+def write_report(
+    output: Path, size: str, scenes: Path, found: Found, failed: Mapping[str, str], seconds: Mapping[str, float]
+) -> None:
+    """Writes the three files and the pictures.
+
+    Args:
+        found: all measured rows.
+        failed: step -> why it is missing.
+        seconds: of each part of the work.
+
+    Raises:
+        ValueError: nothing has been measured.
+    """
+    if not found:
+        raise ValueError(f"{output}: no row has been trained and measured, so there is nothing to report")
+    main = [name for name in found if ROWS[name].group == MAIN] or list(found)[:4]
+    examples = draw_examples(found, main, scenes, output / "examples")
+    read = partial(_read_all, found)
+    material = Material(found, read_scores(found, scenes), read(SIMILARITY), read(PADDING), examples, main)
+    made = [section for section in (_made(section, material, output) for section in SECTIONS) if section["lines"][1:]]
+    decided = claims(material.scores, material.similarity, material.padding)
+    page: dict[str, Any] = {
+        "title": f"AGE-VLM reproduction, size {size}",
+        "summary": summary(decided),
+        "claims": [dataclasses.asdict(claim) for claim in decided],
+        "sections": made,
+        "settings": settings(size, found, failed),
+        "versions": library_versions(),
+        "commit": git_commit(),
+        "seconds": dict(seconds),
+    }
+    numbers = {name: {title: n.as_json() for title, n in by.items()} for name, by in material.scores.numbers.items()}
+    write_text(output / "report.html", html({**page, "charts": draw_charts(material)}, output))
+    write_json(output / "report.json", {**page, "numbers": numbers}, indent=1)
+    write_text(output / "report.md", markdown(page["title"], page["settings"], decided, made))
+
+
+def _read_all(found: Found, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Row -> a file of each seed that has it; rows without it are left out."""
+    files = {row: [run.measured / name for run in runs.values()] for row, runs in found.items()}
+    read = {row: [read_json(path) for path in paths if path.is_file()] for row, paths in files.items()}
+    return {row: entries for row, entries in read.items() if entries}
+
+
+def _made(section: Section, material: Material, output: Path) -> dict[str, Any]:
+    """Title, note, lines and the picture's file name (None without one)."""
+    name, draw = section.picture or ("", lambda *_: False)
+    picture = name if draw(material, output / name) else None
+    return {"title": section.title, "note": section.note, "lines": section.lines(material), "picture": picture}
+
+
+def html(page: Mapping[str, Any], output: Path) -> str:
+    """The page with its pictures, which lie in `output`, inside."""
+    environment = Environment(
+        loader=PackageLoader("agevlm.reproduction"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "picture": lambda name: _address(output / name),
+        "tone": {HOLDS: "holds", FAILS: "fails"}.get,
+    }
+    return environment.get_template(TEMPLATE).render({**page, "not_run": NOT_RUN})
+
+
+def _address(path: Path) -> str:
+    """A picture as a WebP data URL."""
+    return data_address(open_image(path, str(path)), "webp", 82, PICTURE_SIDE)
 
 
 def duration(seconds: float) -> str:
@@ -141,23 +461,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _inline(example: Example) -> dict[str, Any]:
-    return {
-        **example,
-        "image": data_uri(example["image"]),
-        "panels": [{**panel, "overlay": data_uri(panel["overlay"])} for panel in example["panels"]],
-    }
-
-
-def data_uri(path: str | Path, side: int = PICTURE_SIDE) -> str:
-    """The picture as a WebP data URL of at most `side` pixels a side."""
-    return data_address(open_image(path, str(path)), "webp", 82, side)
-
-
-def _relative(example: Example, folder: Path) -> dict[str, Any]:
-    panels = [{**panel, "overlay": _beside(panel["overlay"], folder)} for panel in example["panels"]]
-    return {**example, "image": _beside(example["image"], folder), "panels": panels}
-
-
-def _beside(path: str, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+def markdown(title: str, told: Mapping[str, str], made: Sequence[Claim], sections: Sequence[Mapping[str, Any]]) -> str:
+    """The report as one page of Markdown."""
+    parts = [f"# {title}\n", "Generated by `agevlm reproduce`.\n"]
+    parts.append("".join(f"- {name}: {value}\n" for name, value in told.items()))
+    parts.append("## The paper's claims at this scale\n")
+    bold = {HOLDS: f"**{HOLDS}**", FAILS: f"**{FAILS}**"}
+    lines = [[claim.title, bold.get(claim.verdict, claim.verdict), claim.sentence] for claim in made]
+    parts.append(markdown_table([["claim", "verdict", "numbers"], *lines]))
+    for section in sections:
+        parts += [f"## {section['title']}\n", f"{section['note']}\n", markdown_table(section["lines"])]
+        if section["picture"]:
+            parts.append(f"![{section['title']}]({section['picture']})\n")
+    return "\n".join(parts)

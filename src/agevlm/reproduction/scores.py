@@ -1,44 +1,114 @@
-"""The numbers of a reproduction: Table 2's analogue and the attention inside the mask, per row, seed and question.
+"""The numbers of a reproduction: answers and attention, of every measured row, seed and question.
 
 Two kinds of uncertainty stand beside each number and are never mixed: in brackets the bootstrap 95 % interval over the
 questions (of the mean over seeds, each question in all seeds at once), in parentheses the lowest and highest seed.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agevlm.evaluation.benchmark import Benchmark, units_of
-from agevlm.evaluation.generate import without_pictures as plain
+from agevlm.evaluation import leaderboard
+from agevlm.evaluation.benchmark import units_of
+from agevlm.evaluation.generate import without_pictures
 from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import load_scenes
+from agevlm.evaluation.run import RESULT, load_scenes
 from agevlm.evaluation.tables import lookup
-from agevlm.reproduction.quickstart import SPLIT
-from agevlm.stats import Measure, interval, mean, paired_difference, share
+from agevlm.stats import Measure, ResultKey, interval, mean, paired_difference, share
+from agevlm.store import read_json, read_lines
+from agevlm.training.stages.recipe import StageRecipe
+
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, TWIN
+from .prepare import SPLIT
 
 
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # row -> seed -> see `reproduce.collect`
+@dataclass(frozen=True)
+class Trained:
+    """A row's model of one seed: the folder of its measurements, and of every stage recipe and folder."""
+
+    measured: Path
+    stages: list[tuple[StageRecipe, Path]]
+    steps: int
+
+
+SIMILARITY, PADDING = "similarity/similarity.json", "padding.json"  # in the folder of measurements
+Found = Mapping[str, Mapping[int, Trained]]  # row -> seed -> what lies there
+# Our row -> the paper's. Our twin stands for ConvLLaVA: one ConvNeXt tower, visual tokens in front of the text.
+_PAPERS = {BASELINE: "CA-Baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "ConvLLaVA"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A number of the answers to one benchmark.
+
+    Args:
+        path: of the benchmark's metrics.
+        column: of the paper's Table 2; `factor` makes percent of it.
+        is_race: more is better, so that answering blindly can be beaten.
+    """
+
+    title: str
+    benchmark: str
+    path: ResultKey
+    column: str = ""
+    factor: float = 1
+    is_race: bool = True
+
+    @property
+    def paper(self) -> dict[str, float]:
+        """Row -> the paper's number in percent; empty where its Table 2 has none."""
+        if not self.column:
+            return {}
+        place = leaderboard.TABLE_2.index(self.column)
+        return {row: self.factor * leaderboard.PAPER[name][place] for row, name in _PAPERS.items()}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A number of the attention on rows with a mask, mean over cross layers; `benchmark`: of its questions alone.
+    `is_ratio`: over what attention gives that is spread evenly."""
+
+    title: str
+    metric: str
+    benchmark: str | None = None
+    is_ratio: bool = False
+
+
+MASS, ACCURACY, UNREAD = "attention inside the mask", "POPE accuracy", "answers not read"
+EVENLY, BLIND_LOOKS = "evenly", {"evenly": "uniform", "on the centre": "centre"}
 TABLE_2 = (
-    ("pope", ("f1",), "POPE F1"),
-    ("pope", ("accuracy",), "POPE accuracy"),
-    ("cvbench", ("2D",), "CV-Bench 2D"),
-    ("cvbench", ("3D",), "CV-Bench 3D"),
-    ("realworldqa", ("accuracy",), "RealWorldQA"),
-    ("hallusionbench", ("aAcc",), "Hallusion aAcc"),
-    ("hallusionbench", ("fAcc",), "Hallusion fAcc"),
-    ("hallusionbench", ("qAcc",), "Hallusion qAcc"),
-    ("ocrbench", ("accuracy",), "OCRBench"),
+    Answer("POPE F1", "pope", ("f1",), "POPE"),
+    Answer(ACCURACY, "pope", ("accuracy",)),
+    Answer("CV-Bench 2D", "cvbench", ("2D",), "CV-Bench 2D", 100),
+    Answer("CV-Bench 3D", "cvbench", ("3D",), "CV-Bench 3D", 100),
+    Answer("RealWorldQA", "realworldqa", ("accuracy",), "RealWorldQA", 100),
+    Answer("Hallusion aAcc", "hallusionbench", ("aAcc",), "HallusionBench aAcc"),
+    Answer("Hallusion fAcc", "hallusionbench", ("fAcc",), "fAcc"),
+    Answer("Hallusion qAcc", "hallusionbench", ("qAcc",), "qAcc"),
+    Answer("OCRBench", "ocrbench", ("accuracy",), "OCRBench scene", 0.5),  # a count out of 200
 )
-MASS = "attention inside the mask"
+TASKS = (
+    Answer("POPE, says yes", "pope", ("yes_ratio",), is_race=False),
+    Answer("CV-Bench, counting", "cvbench", ("tasks", "Count")),
+    Answer("CV-Bench, position", "cvbench", ("tasks", "Relation")),
+    Answer("CV-Bench, in front", "cvbench", ("tasks", "Depth")),
+)
+ANSWERS = (*TABLE_2, *TASKS)
+LOOKS = (
+    Look(MASS, "in_mask_mass"),
+    Look("times an even spread", "in_mask_mass", is_ratio=True),
+    Look("points at it", "pointing_accuracy"),
+    Look("POPE: attention inside the mask", "in_mask_mass", "pope"),
+    Look("POPE: points at it", "pointing_accuracy", "pope"),
+)
 
 
 @dataclass(frozen=True)
 class Number:
-    """One number of a row: of each seed, their mean's interval over questions, and the measures it comes from."""
+    """One number of a row: of each seed the measure it comes from, over the same units of questions."""
 
     seeds: dict[int, Measure]
     units: np.ndarray
@@ -65,79 +135,25 @@ class Number:
         }
 
 
+@dataclass
 class Scores:
-    """All numbers of all measured rows, read from the files of `found`.
+    """Row -> title -> number, and title -> what answers or looks without the picture reach, by their names."""
 
-    Rows of a benchmark that any model skipped are left out for all, so that numbers compare and pair.
-    """
+    numbers: dict[str, dict[str, Number]] = field(default_factory=dict)
+    blind: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def __init__(self, found: Found, scenes: Path):
-        self.found = {name: runs for name, runs in found.items() if runs}
-        self.benchmarks = [known["paper"] for known in BENCHMARKS.values()]
-        data = load_scenes(scenes, SPLIT, self.benchmarks)
-        self.rows: dict[str, list[Any]] = {}
-        self.numbers: dict[str, dict[str, Number]] = {name: {} for name in self.found}
-        self.constants: dict[str, float] = {}
-        for benchmark in self.benchmarks:
-            self._read_answers(benchmark, list(plain(data[benchmark.name])))
-        self._read_looking()
-
-    def _files(self, name: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
-        return {
-            (row, seed): read_lines(run["measured"] / "evaluation" / name)
-            for row, runs in self.found.items()
-            for seed, run in runs.items()
-        }
-
-    def _read_answers(self, benchmark: Benchmark, rows: list[Any]) -> None:
-        predictions = self._files(f"{benchmark.name}/predictions.jsonl")
-        kept = [
-            index
-            for index in range(len(rows))
-            if all(lines[index]["verdict"] != "skipped" for lines in predictions.values())
-        ]
-        usable = self.rows[benchmark.name] = [rows[index] for index in kept]
-        units = units_of([benchmark.unit(row) for row in usable])
-        wanted = [(path, title) for name, path, title in TABLE_2 if name == benchmark.name]
-        for path, title in wanted:
-            scores = [
-                value for made in benchmark.constants(usable).values() if (value := lookup(made, path)) is not None
-            ]
-            self.constants[title] = max(scores)
-        for row, runs in self.found.items():
-            measures = {}
-            for seed in runs:
-                lines = predictions[row, seed]
-                parsed = [benchmark.parse(rows[index], lines[index]["output"]) for index in kept]
-                measures[seed] = benchmark.all_measures(usable, parsed)
-            for path, title in wanted:
-                self.numbers[row][title] = Number({seed: made[path] for seed, made in measures.items()}, units)
-
-    def _read_looking(self) -> None:
-        """Attention inside the mask, mean over cross layers, on all questions that have one."""
-        records: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for benchmark in self.benchmarks:
-            for key, lines in self._files(f"{benchmark.name}/grounding.jsonl").items():
-                records.setdefault(key, []).extend(lines)
-        records = {key: lines for key, lines in records.items() if lines}
-        if not records:
-            return
-        common = set.intersection(*({line["id"] for line in lines} for lines in records.values()))
-        unit = {row["id"]: (b.name, b.unit(row)) for b in self.benchmarks for row in self.rows[b.name]}
-        for row, runs in self.found.items():
-            measures, units = {}, np.zeros(0, dtype=np.int64)
-            for seed in runs:
-                lines = [line for line in records.get((row, seed), []) if line["id"] in common]
-                if lines:
-                    measures[seed] = share([np.mean(line["in_mask_mass"]) for line in lines])
-                    units = units_of([unit.get(line["id"], line["id"]) for line in lines])
-                    self.constants[MASS] = 100 * float(np.mean([line["uniform"]["in_mask_mass"] for line in lines]))
-            if measures:
-                self.numbers[row][MASS] = Number(measures, units)
+    def best_blind(self, title: str) -> tuple[str, float] | None:
+        """The best way to answer blindly; of attention always an even spread. None where more is not better."""
+        ways = self.blind.get(title)
+        if not ways:
+            return None
+        name = EVENLY if EVENLY in ways else max(ways, key=lambda way: ways[way])
+        return name, ways[name]
 
     def is_above_blind(self, row: str, title: str) -> bool:
         """Whether a number's whole interval is above what blind answers (or an even look) reach."""
-        return self.numbers[row][title].interval[0] > self.constants[title]
+        best = self.best_blind(title)
+        return best is None or self.numbers[row][title].interval[0] > best[1]
 
     def difference(self, first: str, second: str, title: str) -> dict[str, Any] | None:
         """`second` - `first` over the seeds that both have: paired over questions, and for each seed."""
@@ -152,11 +168,90 @@ class Scores:
         return {**paired_difference(pair[0], pair[1], one.units), "seeds": by_seed}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+Model = tuple[str, int]  # a row and a seed
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_scores(found: Found, scenes: Path) -> Scores:
+    """All numbers of all measured rows.
+
+    Rows of a benchmark that any model skipped are left out for all, so that numbers compare and pair.
+    """
+    scores = Scores({row: {} for row in found})
+    folders = {(row, seed): run.measured / "evaluation" for row, runs in found.items() for seed, run in runs.items()}
+    benchmarks = [known["paper"] for known in BENCHMARKS.values()]
+    data = load_scenes(scenes, SPLIT, benchmarks)
+    units: dict[str, tuple[str, Any]] = {}  # id -> its benchmark, and what is drawn together with it
+    asked: list[tuple[str, Any]] = []
+    unread: dict[Model, list[np.ndarray]] = {model: [] for model in folders}
+    for benchmark in benchmarks:
+        rows = list(without_pictures(data[benchmark.name]))
+        units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
+        lines = {model: read_lines(at / benchmark.name / "predictions.jsonl") for model, at in folders.items()}
+        kept = [i for i in range(len(rows)) if all(line[i]["verdict"] != "skipped" for line in lines.values())]
+        usable = [rows[index] for index in kept]
+        asked += [units[row["id"]] for row in usable]
+        made = {}
+        for model, line in lines.items():
+            parsed = [benchmark.parse(rows[index], line[index]["output"]) for index in kept]
+            made[model] = benchmark.all_measures(usable, parsed)
+            unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
+        guesses = benchmark.constants(usable)
+        for answer in (answer for answer in ANSWERS if answer.benchmark == benchmark.name):
+            blind = {name: lookup(guess, answer.path) for name, guess in guesses.items()} if answer.is_race else {}
+            scores.blind[answer.title] = {name: value for name, value in blind.items() if value is not None}
+            measures = {model: measure[answer.path] for model, measure in made.items() if answer.path in measure}
+            _add(scores, answer.title, measures, [units[row["id"]] for row in usable])
+    _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
+    _read_looks(scores, folders, units)
+    return scores
+
+
+def _add(scores: Scores, title: str, measures: Mapping[Model, Measure], units: Sequence[Any]) -> None:
+    """One number of all models that have it; `units`: what each question is drawn together with."""
+    numbers = units_of(units)
+    for row in dict.fromkeys(row for row, _ in measures):
+        seeds = {seed: measure for (name, seed), measure in measures.items() if name == row}
+        scores.numbers[row][title] = Number(seeds, numbers)
+
+
+def _read_looks(scores: Scores, folders: Mapping[Model, Path], units: Mapping[str, tuple[str, Any]]) -> None:
+    """Attention on the questions that have a mask, where every model that has maps was measured."""
+    records: dict[Model, dict[str, Any]] = {}
+    for model, folder in folders.items():
+        files = [folder / name / "grounding.jsonl" for name in BENCHMARKS]
+        if lines := [line for file in files if file.is_file() for line in read_lines(file)]:
+            records[model] = {line["id"]: line for line in lines}
+    common = [key for key in units if records and all(key in lines for lines in records.values())]
+    for look in LOOKS:
+        chosen = [key for key in common if look.benchmark in (None, units[key][0])]
+        if not chosen:
+            continue
+        first = next(iter(records.values()))
+        blind = {
+            name: np.array([first[key][prior][look.metric] for key in chosen]) for name, prior in BLIND_LOOKS.items()
+        }
+        even = blind[EVENLY] if look.is_ratio else np.ones(len(chosen))
+        scale = 1 if look.is_ratio else 100
+
+        def measure(values: Any, even: np.ndarray = even, scale: int = scale) -> Measure:
+            return Measure(((1.0, np.asarray(values, dtype=float), even),), scale)
+
+        scores.blind[look.title] = {name: measure(values).value() for name, values in blind.items()}
+        measures = {
+            model: measure([np.mean(lines[key][look.metric]) for key in chosen]) for model, lines in records.items()
+        }
+        _add(scores, look.title, measures, [units[key] for key in chosen])
+    layers = {model: read_json(folders[model] / RESULT)["grounding"]["layers"] for model in records}
+    for layer in sorted(set().union(*layers.values())):
+        measures = {
+            model: share([lines[key]["in_mask_mass"][layers[model].index(layer)] for key in common])
+            for model, lines in records.items()
+            if layer in layers[model]
+        }
+        title = layer_title(layer)
+        scores.blind[title] = scores.blind[MASS]
+        _add(scores, title, measures, [units[key] for key in common])
+
+
+def layer_title(layer: int | str) -> str:
+    return f"{MASS}, layer {layer}"

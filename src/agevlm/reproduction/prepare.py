@@ -1,0 +1,107 @@
+"""What a reproduction trains on and starts from: scenes, guided words, pretrained parts, and the model of stage 1."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
+from agevlm.conversion.twin import concatenating_twin
+from agevlm.data.masks import join_masks
+from agevlm.data.scenes.build import build_scenes, load_rows
+from agevlm.data.scenes.words import plural
+from agevlm.store import new_folder
+from agevlm.training.parts import load_parts, make_small
+
+from .matrix import Run, Size, Start, cross_layers
+
+
+SPLIT = "composition"
+TINY_PARTS = Path(__file__).resolve().parents[3] / "checkpoints" / "tiny-parts"
+
+
+def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
+    """The data set of a size; at once where it is there."""
+    return build_scenes(
+        folder,
+        captions=size.captions,
+        instructions=size.instructions,
+        turns=size.turns,
+        test=size.questions,
+        max_objects=size.max_objects,
+        names=size.names,
+        colours=size.colours,
+        cutouts=cutouts,
+        num_proc=min(2, os.cpu_count() or 1),
+    )
+
+
+def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | None) -> Path:
+    """The folder of the pretrained parts: given, committed (tiny), or made now (small).
+
+    Raises:
+        ValueError: parts of the size small have to be made and there are no cut-outs.
+    """
+    if parts is not None:
+        return parts
+    if size == "tiny":
+        return TINY_PARTS
+    folder = output / "parts"
+    if not folder.exists():
+        if cutouts is None:
+            raise ValueError("The parts of the size `small` are made of cut-outs: give --cutouts or --parts")
+        make_small(folder, output / "parts-work", cutouts, scenes=40_000, seed=1000)
+    return folder
+
+
+def save_start(
+    parts: Path, folder: Path, seed: int, cross_attention_layers: Sequence[int] | None, start: Start
+) -> None:
+    """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
+    if (folder / "config.json").exists():
+        return
+    model: Any
+    processor: Any
+    language_model, vision_tower, processor = load_parts(parts)
+    depth = language_model.config.num_hidden_layers
+    default = cross_attention_layers or spread_cross_attention_layers(depth)
+    set_seed(seed)
+    layers = cross_layers(start.layers, default, depth)
+    model = assemble(language_model, vision_tower, processor.image_token_id, layers)
+    if start.twin != "no":
+        model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def rows_of(scenes: Path, run: Run) -> Dataset:
+    """The training rows of a run, with the query its recipe asks for."""
+    part, fraction = run.recipe.data, run.recipe.mask_fraction
+    if run.query == "text":
+        return load_rows(scenes, part, mask_fraction=fraction)
+    rows = Dataset.from_parquet(str(scenes / part / "train.parquet"))
+    masks = Dataset.from_parquet(str(scenes / "masks" / f"{part}.parquet"))
+    features = masks.features
+    words = vocabulary(scenes)
+    queries = [things_named(query, words) for query in masks["query"]]
+    masks = masks.remove_columns("query").add_column("query", queries).select_columns(list(features)).cast(features)
+    return join_masks(rows, masks, fraction)
+
+
+def vocabulary(scenes: Path) -> list[str]:
+    """The things, in both numbers, and colours that a folder of scenes shows."""
+    shown = json.loads((scenes / "scenes.json").read_text(encoding="utf-8"))
+    return [*shown["names"], *map(plural, shown["names"]), *shown["colours"]]
+
+
+def things_named(text: str, words: Sequence[str]) -> str:
+    """The part of `text` from the first to the last of `words` in it; all of it where there is none."""
+    listed = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+    found = list(re.finditer(rf"\b(?:{listed})\b", text, flags=re.IGNORECASE))
+    return text[found[0].start() : found[-1].end()] if found else text
