@@ -1,12 +1,18 @@
 """The house rules that imports and packaging must keep (docs/design.md, section 1)."""
 
 import ast
+import functools
 import os
 import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from agevlm import cli
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,20 +45,32 @@ SHIPPED = (
 SHIPPED_BASELINES = ("src/agevlm/conversion/modeling_mobilevlm.py",)  # into converted ones
 
 
-def python_files(*folders: str) -> list[Path]:
-    """Python files below folders of the repository, links followed; by default those of the package."""
+EVERYWHERE = ("src/agevlm", "bench", "examples")
+
+
+@functools.cache
+def python_files(*folders: str) -> dict[Path, ast.Module]:
+    """Python files below folders of the repository, links followed, and what they say; by default the package's."""
     starts = [ROOT / folder for folder in folders] or [PACKAGE]
     found = set()
     for start in starts:
         for place, _, names in os.walk(start, followlinks=True):
             found |= {Path(place) / name for name in names if name.endswith(".py")}
-    return sorted(found)
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(found)}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Absolute names of everything `path` imports, also inside functions."""
+def calls() -> Iterator[tuple[Path, str, ast.Call]]:
+    """All calls, as file, `file:line` and node."""
+    for path, tree in python_files(*EVERYWHERE).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield path, f"{path.relative_to(ROOT)}:{node.lineno}", node
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """Absolute names of everything that is imported, also inside functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -73,9 +91,9 @@ def test_every_room_has_a_floor():
 
 
 def test_import_direction():
-    for path in python_files():
+    for path, tree in python_files().items():
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for name in imported_modules(path):
+        for name in imported_modules(tree):
             target = [*name.split("."), ""][1]
             if not name.startswith("agevlm.") or target == room or (room, target) in EXCEPTIONS:
                 continue
@@ -83,22 +101,35 @@ def test_import_direction():
                 assert floor_of(target) < floor_of(room), f"{path.relative_to(PACKAGE)} imports {name}"
 
 
-def test_one_place_loads_vision_language_models():
-    """`from_pretrained` of a model passes over missing weights; `agevlm.models` does not."""
-    loaders = re.compile(r"\b(AutoModel\w*|\w+For\w+|LlamaModel|ConvNextModel|model_class)\.from_pretrained\(")
-    others = {"models.py", "training/parts.py"}  # the second reads GGUF
-    for path in python_files():
-        if str(path.relative_to(PACKAGE)) not in others:
-            found = loaders.search(path.read_text(encoding="utf-8"))
-            assert found is None, f"{path.relative_to(PACKAGE)}: {found and found[0]}...): use agevlm.models"
-
-
-def test_one_place_opens_pictures():
-    """Formats, limits, rotation, transparency, depth and masks are decided once."""
-    openers = {"images.py", "processing/image_processing_agevlm.py"}  # the second travels with checkpoints
-    for path in python_files("src/agevlm", "bench", "examples"):
-        if not path.is_relative_to(PACKAGE) or str(path.relative_to(PACKAGE)) not in openers:
-            assert "Image.open(" not in path.read_text(encoding="utf-8"), f"{path}: use agevlm.images.open_image"
+@pytest.mark.parametrize(
+    ("pattern", "places", "instead"),
+    [
+        # `from_pretrained` of a model passes over missing weights; the parts' other source is GGUF
+        (
+            r"\b(AutoModel\w*|\w+For\w+|LlamaModel|ConvNextModel|model_class)\.from_pretrained\(",
+            ("src/agevlm/models.py", "src/agevlm/training/parts.py", "bench", "examples"),
+            "agevlm.models",
+        ),
+        # Formats, limits, rotation, transparency, depth and masks; the second file travels with checkpoints
+        (
+            r"Image\.open\(",
+            ("src/agevlm/images.py", "src/agevlm/processing/image_processing_agevlm.py"),
+            "agevlm.images.open_image",
+        ),
+        # Old spellings and errors
+        (
+            r"(?<!Hf)\bArgumentParser\(",
+            ("src/agevlm/arguments.py", "bench", "examples"),
+            "agevlm.arguments.VerbParser",
+        ),
+    ],
+    ids=["loads models", "opens pictures", "reads flags"],
+)
+def test_one_place_only(pattern, places, instead):
+    for path in python_files(*EVERYWHERE):
+        if not any(path.is_relative_to(ROOT / place) for place in places):
+            found = re.search(pattern, path.read_text(encoding="utf-8"))
+            assert found is None, f"{path.relative_to(ROOT)}: {found and found[0]}...): use {instead}"
 
 
 def is_store_work(call: ast.Call) -> bool:
@@ -128,19 +159,34 @@ def test_no_second_atomic_write():
         "src/agevlm/analysis/resume.py",  # SHA-256 decides whether earlier runs can be resumed
         "src/agevlm/modeling_agevlm/guidance_agevlm.py",  # travels with checkpoints and imports nothing of ours
     }
-    for path in python_files("src/agevlm", "bench", "examples"):
-        if str(path.relative_to(ROOT)) in others:
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                place = f"{path.relative_to(ROOT)}:{node.lineno}"
-                assert not is_store_work(node), f"{place} calls {ast.unparse(node.func)}: use agevlm.store"
+    for path, place, call in calls():
+        if str(path.relative_to(ROOT)) not in others:
+            assert not is_store_work(call), f"{place} calls {ast.unparse(call.func)}: use agevlm.store"
+
+
+HELPS = """
+import contextlib, io, sys
+from agevlm import cli
+
+for words in [[], *(verb.split() for verb in sys.argv[1:])]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        cli.dispatch([*words, "--help"])
+    assert " ".join(["agevlm", *words]) in printed.getvalue(), words
+    heavy = [name for name in ("torch", "transformers", "datasets", "matplotlib") if name in sys.modules]
+    assert not heavy, f"agevlm {' '.join(words)} --help imports {heavy}"
+"""
+
+
+def test_no_help_imports_what_it_does_not_need():
+    verbs = {*cli.VERBS} | {verb.split()[0] for verb in cli.VERBS if " " in verb}
+    done = subprocess.run([sys.executable, "-c", HELPS, *sorted(verbs)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_imports_tests():
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
-    for path in python_files("src/agevlm", "bench", "examples"):
-        roots = {name.split(".")[0] for name in imported_modules(path) if not name.startswith(".")}
+    for path, tree in python_files(*EVERYWHERE).items():
+        roots = {name.split(".")[0] for name in imported_modules(tree) if not name.startswith(".")}
         assert not roots & {"tests", *helpers}, path
 
 
@@ -164,7 +210,7 @@ def test_shipped_files_import_only_siblings(name):
     for module in re.findall(r"^\s*from\s+(\.\S*)\s+import", text, flags=re.MULTILINE):
         assert module.removeprefix(".") in siblings, f"{name}: from {module} import ... would not travel"
     assert not re.findall(r"^\s*import\s+\.", text, flags=re.MULTILINE)
-    assert not any(module.startswith("agevlm") for module in imported_modules(ROOT / name)), name
+    assert not any(module.startswith("agevlm") for module in imported_modules(ast.parse(text))), name
 
 
 def test_shipped_file_names_are_unique():
@@ -173,27 +219,20 @@ def test_shipped_file_names_are_unique():
 
 
 def test_every_file_says_what_it_implements():
-    for path in python_files("src/agevlm", "bench", "examples", "tests"):
-        text = path.read_text(encoding="utf-8")
-        if text.strip():
-            assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no module docstring"
+    for path, tree in python_files(*EVERYWHERE, "tests").items():
+        assert not tree.body or ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no module docstring"
 
 
 def test_no_pickle_eval_or_shell():
     banned = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"}
-    for path in python_files("src/agevlm", "bench", "examples"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                name = ast.unparse(node.func)
-                assert name not in banned, f"{path.relative_to(ROOT)}:{node.lineno} calls {name}"
-                shell = [k for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) == "True"]
-                assert not shell, f"{path.relative_to(ROOT)}:{node.lineno} runs a shell string"
-                # The one reader of pickles: published baselines, where the user asks for it
-                if name == "torch.load" and path == PACKAGE / "conversion" / "weights.py":
-                    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                    assert options["weights_only"] == "True", f"{path.relative_to(ROOT)}:{node.lineno}"
-                elif name == "torch.load":
-                    pytest.fail(f"{path.relative_to(ROOT)}:{node.lineno}: safetensors only")
+    for path, place, call in calls():
+        name, options = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert name not in banned, f"{place} calls {name}"
+        assert options.get("shell") != "True", f"{place} runs a shell string"
+        if name == "torch.load":
+            # The one reader of pickles: published baselines, where the user asks for it
+            assert path == PACKAGE / "conversion" / "weights.py", f"{place}: safetensors only"
+            assert options["weights_only"] == "True", place
 
 
 @pytest.mark.parametrize("name", SHIPPED)

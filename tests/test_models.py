@@ -50,7 +50,7 @@ from damages import (
     refuses,
     rewrite,
     set_field,
-    without_tower,
+    without,
 )
 from vlms import llava, smolvlm
 
@@ -136,13 +136,12 @@ def start_stage(**flags) -> Callable:
     return way
 
 
-def start_twin(folder: Path, scenes: Path, out: Path) -> None:
-    flags = ["--init_from", str(folder), "--data", str(scenes), "--size", "tiny", "--output_dir", str(out)]
-    train(["stage1_align", "--variant", "twin", *flags])
+def start_train(*more: str) -> Callable:
+    def way(folder: Path, scenes: Path, out: Path) -> None:
+        places = ["--init_from", str(folder), "--data", str(scenes), "--output_dir", str(out)]
+        train(["stage1_align", "--size", "tiny", *places, *more])
 
-
-def dry_run(folder: Path, scenes: Path, out: Path) -> None:
-    train(["stage1_align", "--size", "tiny", "--init_from", str(folder), "--output_dir", str(out), "--dry_run"])
+    return way
 
 
 WAYS = {
@@ -154,21 +153,10 @@ WAYS = {
     "export": lambda folder, scenes, out: export.main([str(folder), str(out)]),
     "train": start_stage(),
     "train with adapters": start_stage(use_peft=True),
-    "twin": start_twin,
+    "twin": start_train("--variant", "twin"),
 }
-SOME = {
-    name: ALL[name]
-    for name in (
-        "weights cut off",
-        "missing tensors",
-        "unexpected tensor",
-        "NaN",
-        "six layers of four",
-        "100,000 layers",
-        "std of zeros",
-        "template that does not parse",
-    )
-}
+# One of each kind, which only `agevlm.models` refuses in a sentence: of the weights, the configuration, the processor
+SOME = {name: ALL[name] for name in ("weights cut off", "100,000 layers", "std of zeros")}
 
 
 @pytest.fixture(scope="module")
@@ -208,17 +196,17 @@ def test_the_server_refuses_it(folder, damage, monkeypatch):
 
 def test_a_dry_run_refuses_a_configuration_without_building_it(folder, scenes, tmp_path):
     change, message = OF_CONFIG["100,000 layers"]
+    dry_run = start_train("--dry_run")
     change(folder)
     refuses(lambda: dry_run(folder, scenes, tmp_path / "out"), folder, message)
     (folder / CONFIG).write_text("{")
     refuses(lambda: dry_run(folder, scenes, tmp_path / "out"), folder, "JSONDecodeError")
 
 
-@pytest.mark.parametrize("damage", OF_PROCESSOR)
-def test_a_processor_alone_is_looked_at(folder, damage):
+def test_a_processor_alone_is_looked_at(folder):
     (folder / CONFIG).unlink()
     load_processor(folder, ours=True)
-    change, message = OF_PROCESSOR[damage]
+    change, message = OF_PROCESSOR["std of zeros"]
     change(folder)
     refuses(lambda: ground._grid(str(folder)), folder, message)
 
@@ -280,10 +268,7 @@ def again(pattern: str, other: str) -> Callable[[dict[str, torch.Tensor]], dict[
 
 OF_OTHERS = {
     "weights cut off": OF_WEIGHTS["weights cut off"],
-    "missing tensors": (
-        change_weights(lambda w: {name: tensor for name, tensor in w.items() if "vision_model" not in name}),
-        r"\d+ missing \(model\.vision_model",
-    ),
+    "missing tensors": (without("vision_model"), r"\d+ missing \(model\.vision_model"),
     "misshapen tensor": (
         change_weights(lambda w: w | {first_of(w, "connector"): torch.ones(3)}),
         r"1 of another shape \(model\.connector.* with \(3,\) in the file and \(32, 64\) in the model",
@@ -307,7 +292,6 @@ OF_OTHERS = {
 @pytest.mark.parametrize("damage", OF_OTHERS)
 def test_other_models_are_looked_at_likewise(foreign, tmp_path, damage):
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
-    load(folder)
     change, message = OF_OTHERS[damage]
     change(folder)
     refuses(lambda: load(folder), folder, message)
@@ -336,9 +320,7 @@ def test_a_judge_is_looked_at(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "judge")
     Judge(str(tmp_path / "judge"), tmp_path / "cache")
-    change_weights(lambda w: {name: tensor for name, tensor in w.items() if "layers.1" not in name})(
-        tmp_path / "judge"
-    )
+    without("layers.1")(tmp_path / "judge")
     refuses(
         lambda: Judge(str(tmp_path / "judge"), tmp_path / "cache"), tmp_path / "judge", r"9 missing \(model\.layers\.1"
     )
@@ -347,9 +329,7 @@ def test_a_judge_is_looked_at(tmp_path):
 def test_grounding_backends_are_looked_at(tmp_path):
     save_sam(tmp_path / "sam")
     Sam(str(tmp_path / "sam"))
-    change_weights(lambda w: {name: tensor for name, tensor in w.items() if "mask_decoder" not in name})(
-        tmp_path / "sam"
-    )
+    without("mask_decoder")(tmp_path / "sam")
     refuses(lambda: Sam(str(tmp_path / "sam")), tmp_path / "sam", r"missing \(mask_decoder")
 
 
@@ -417,7 +397,7 @@ def test_a_resumed_run_looks_at_its_checkpoint(folder, tmp_path):
     # As if it had been killed behind its first checkpoint
     shutil.copytree(out / "checkpoint-1", tmp_path / "killed" / "checkpoint-1")
     shutil.copy(out / "checkpoint-1" / "agevlm_stage.json", tmp_path / "killed")
-    change_weights(without_tower)(tmp_path / "killed" / "checkpoint-1")
+    without("vision_tower")(tmp_path / "killed" / "checkpoint-1")
     refuses(
         lambda: run_stage(recipe, tmp_path / "killed", data=rows, init_from=folder),
         tmp_path / "killed" / "checkpoint-1",

@@ -45,8 +45,9 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
 
 
-def without_tower(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in weights.items() if "vision_tower" not in name}
+def without(part: str) -> Callable[[Path], None]:
+    """Takes all tensors out whose names hold `part`."""
+    return change_weights(lambda weights: {name: weights[name] for name in weights if part not in name})
 
 
 def filled(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -59,7 +60,7 @@ OF_WEIGHTS = {
     "weights cut off": (cut(WEIGHTS, 1000), r"model\.safetensors cannot be used \(SafetensorError"),
     "weights cut off late": (cut(WEIGHTS, -1000), r"model\.safetensors cannot be used \(SafetensorError"),
     "weights empty": (cut(WEIGHTS, 0), r"model\.safetensors cannot be used \(SafetensorError"),
-    "missing tensors": (change_weights(without_tower), r"\d+ missing \(model\.vision_tower\.embeddings"),
+    "missing tensors": (without("vision_tower"), r"\d+ missing \(model\.vision_tower\.embeddings"),
     "unexpected tensor": (
         change_weights(lambda w: w | {"model.extra": torch.ones(2)}),
         r"1 unexpected \(model\.extra\)",

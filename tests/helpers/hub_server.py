@@ -84,15 +84,6 @@ class Repo:
         raise Answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests that match `pattern` ("METHOD /path")."""
-
-    pattern: str
-    how: int | str
-    times: int
-
-
 class HubServer:
     """The server. `requests` lists what was asked ("METHOD /path"), `uploaded` the bytes received by LFS.
 
@@ -106,7 +97,7 @@ class HubServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.users = dict(users or {TOKEN: True, READ_TOKEN: False})
         self.repos: dict[tuple[str, str], Repo] = {}
-        self.faults: list[Fault] = []
+        self.faults: list[tuple[str, int | str]] = []
         self.requests: list[str] = []
         self.uploaded = 0
         self.on_request: Callable[[str, str], None] = lambda when, what: None
@@ -133,7 +124,7 @@ class HubServer:
         `cut` (closed without an answer), `cut in the middle` (of receiving the body), `lost` (done, but the answer is
         cut off) or `hang` (no answer until the server stops).
         """
-        self.faults.append(Fault(pattern, how, times))
+        self.faults += [(pattern, how)] * times
 
     def add_repo(self, name: str, files: Mapping[str, bytes] | Path, kind: str = "model", **settings: Any) -> Repo:
         """A repository with one commit of `files` (or of the files in a folder)."""
@@ -191,11 +182,12 @@ class HubServer:
         return commits[0]
 
     def next_fault(self, what: str) -> int | str | None:
+        """What goes wrong with this request, which uses the fault up."""
         with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and re.match(fault.pattern, what):
-                    fault.times -= 1
-                    return fault.how
+            for index, (pattern, how) in enumerate(self.faults):
+                if re.match(pattern, what):
+                    del self.faults[index]
+                    return how
         return None
 
 
@@ -245,10 +237,9 @@ class HubHandler(BaseHTTPRequestHandler):
             for method, pattern, handle in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
+                    parts = {name: unquote(value) for name, value in match.groupdict().items() if value}
                     with self.hub.lock:
-                        handle(
-                            self, body, **{name: unquote(value) for name, value in match.groupdict().items() if value}
-                        )
+                        handle(self, body, **parts)
             raise Answer(404, {"error": f"the tests' Hub does not know {what}"}, X_Error_Code="EntryNotFound")
         except Answer as answer:
             if fault == "lost":
@@ -329,10 +320,9 @@ class HubHandler(BaseHTTPRequestHandler):
     def validate(self, body: bytes) -> None:
         text = json.loads(body)["content"]
         match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-        try:
+        valid = False
+        with suppress(yaml.YAMLError):
             valid = match is not None and isinstance(yaml.safe_load(match[1]), dict)
-        except yaml.YAMLError:
-            valid = False
         errors = [] if valid else [{"message": "metadata is no YAML mapping"}]
         raise Answer(200 if valid else 400, {"errors": errors, "warnings": []})
 
@@ -340,16 +330,10 @@ class HubHandler(BaseHTTPRequestHandler):
         self.may_write()
         files = self.repo(kind, name).find(revision).files
         answer = []
-        for file in json.loads(body)["files"]:
-            known = files.get(file["path"])
-            answer.append(
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": None if known is None else known.sha256 or known.oid,
-                }
-            )
+        for path in (file["path"] for file in json.loads(body)["files"]):
+            known, mode = files.get(path), "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            oid = None if known is None else known.sha256 or known.oid
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         raise Answer(200, {"files": answer})
 
     def lfs_batch(self, body: bytes, name: str) -> None:
@@ -404,30 +388,19 @@ class HubHandler(BaseHTTPRequestHandler):
         }
         raise Answer(200, {**listed, "converts": []})
 
-    def tag(self, body: bytes, kind: str, name: str, revision: str) -> None:
+    def ref(self, body: bytes, kind: str, name: str, what: str, ref: str) -> None:
+        """Makes or deletes a tag or a branch. A tag is posted to the revision that it names."""
         self.may_write()
         repo = self.repo(kind, name)
+        known: dict[str, Any] = repo.tags if what == "tag" else repo.branches
         if self.command == "DELETE":
-            if repo.tags.pop(revision, None) is None:
-                raise Answer(404, {}, X_Error_Code="RevisionNotFound")
-            raise Answer(200)
-        tag = json.loads(body)["tag"]
-        if tag in repo.tags:
-            raise Answer(409, {"error": "Tag reference exists already"})
-        repo.tags[tag] = repo.find(revision)
-        raise Answer(200)
-
-    def branch(self, body: bytes, kind: str, name: str, branch: str) -> None:
-        self.may_write()
-        repo = self.repo(kind, name)
-        if self.command == "DELETE":
-            if repo.branches.pop(branch, None) is None:
-                raise Answer(404, {}, X_Error_Code="RevisionNotFound")
-            raise Answer(200)
-        if branch in repo.branches:
+            raise Answer(200) if known.pop(ref, None) is not None else Answer(404, {}, X_Error_Code="RevisionNotFound")
+        asked = json.loads(body)
+        new, start = (asked["tag"], ref) if what == "tag" else (ref, asked.get("startingPoint", "main"))
+        if new in known:
             raise Answer(409, {"error": "Reference already exists"})
-        start = repo.find(json.loads(body).get("startingPoint", "main"))
-        repo.branches[branch] = [start] if start.files else []
+        commit = repo.find(start)
+        known[new] = commit if what == "tag" else [commit] if commit.files else []
         raise Answer(200)
 
     def info(self, body: bytes, kind: str, name: str, revision: str = "main") -> None:
@@ -482,8 +455,7 @@ ROUTES = [
     ("POST", r"/lfs/verify/(?P<oid>[0-9a-f]{64})", HubHandler.lfs_verify),
     ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", HubHandler.make_commit),
     ("GET", rf"{_API}/refs", HubHandler.refs),
-    ("POST DELETE", rf"{_API}/tag/(?P<revision>[^/]+)", HubHandler.tag),
-    ("POST DELETE", rf"{_API}/branch/(?P<branch>[^/]+)", HubHandler.branch),
+    ("POST DELETE", rf"{_API}/(?P<what>tag|branch)/(?P<ref>[^/]+)", HubHandler.ref),
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", HubHandler.tree),
     ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", HubHandler.info),
     ("GET", _API, HubHandler.info),
