@@ -40,11 +40,13 @@ SHIPPED_BASELINES = ("src/agevlm/conversion/modeling_mobilevlm.py",)  # into con
 
 
 def python_files(*folders: str) -> list[Path]:
-    """Python files below folders of the repository, links followed; by default those of the package."""
+    """Python files below folders of the repository, links followed; by default those of the package. The code inside
+    the small checkpoints is a copy."""
     starts = [ROOT / folder for folder in folders] or [PACKAGE]
     found = set()
     for start in starts:
-        for place, _, names in os.walk(start, followlinks=True):
+        for place, folders, names in os.walk(start, followlinks=True):
+            folders[:] = set(folders) - {"checkpoints"}
             found |= {Path(place) / name for name in names if name.endswith(".py")}
     return sorted(found)
 
@@ -147,9 +149,9 @@ def test_nothing_imports_tests():
 def test_everything_is_packaged():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = config["package-data"]["*"]
-    for place, _, names in os.walk(PACKAGE, followlinks=True):
-        if Path(place).name == "__pycache__":
-            continue
+    assert config["package-data"]["agevlm"] == ["checkpoints/**"]
+    for place, folders, names in os.walk(PACKAGE, followlinks=True):
+        folders[:] = set(folders) - {"__pycache__", "checkpoints"}
         data = [name for name in names if not name.endswith((".py", ".pyc"))]
         assert all(any(Path(name).match(pattern) for pattern in patterns) for name in data), (place, data)
         home = Path(place) if any(name.endswith(".py") for name in names) else Path(place).parent

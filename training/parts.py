@@ -288,8 +288,7 @@ def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmPro
     """
     if not (folder / "language_model" / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no pretrained parts. Run from a clone of the repository, which has them in "
-            "checkpoints/tiny-parts, or make them: agevlm parts tiny --output OUT, then --parts OUT."
+            f"{folder} holds no pretrained parts. Make them: agevlm parts tiny --output OUT, then --parts OUT."
         )
     return (
         load_weights(LlamaForCausalLM, folder / "language_model", exact=True, dtype=torch.float32),

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from agevlm import TINY_PARTS
 from agevlm.analysis.attention import write_examples
 from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
@@ -47,7 +48,6 @@ TITLES = {row.name: row.title for row in PAPER_ROWS}
 SPLIT = "composition"
 BENCHMARKS = (pope.PAPER.name, cvbench.PAPER.name)
 MAX_NEW_TOKENS = 32
-TINY_PARTS = Path(__file__).resolve().parents[3] / "checkpoints" / "tiny-parts"
 
 
 @dataclass(frozen=True)
