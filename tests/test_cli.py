@@ -57,7 +57,7 @@ BEFORE = {
 # fmt: on
 # What the helps show instead. `output` stands for what was the last positional argument.
 RENAMED = {
-    "data scenes": {"num-proc": "workers"},
+    "data scenes": {"num-proc": "workers", "colours": "colors"},
     "data check": {"checkpoint": "model", "out": "output"},
     "ground": {"num-workers": "workers", "processor": "model"},
     "ground view": {"processor": "model"},

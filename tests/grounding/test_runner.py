@@ -119,7 +119,7 @@ def test_exact_masks_stay_exact_through_storage_join_geometry_and_grid(tmp_path_
 
 
 def _cell_of(pixel, size, geometry, side, cell):
-    """Where the centre of a pixel lies on the grid, from the geometries' definitions alone; None if cut away."""
+    """Where the center of a pixel lies on the grid, from the geometries' definitions alone; None if cut away."""
     (row_, column), (width, height) = pixel, size
     scales = {"stretch": (side / width, side / height)}
     one = (min if geometry == "pad" else max)(side / width, side / height)

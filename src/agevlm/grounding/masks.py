@@ -78,7 +78,7 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def erode(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The pixels whose whole neighbourhood is in the mask; the border of the picture takes nothing away."""
+    """The pixels whose whole neighborhood is in the mask; the border of the picture takes nothing away."""
     return ~dilate(~mask, radius)
 
 

@@ -37,7 +37,7 @@ from agevlm.reproduction.results import Example, Stage, Variant
 from agevlm.reproduction.results import Run as SeedRun
 from agevlm.store import new_folder
 from agevlm.training.lineage import git_commit, library_versions
-from agevlm.training.parts import COLOURS, NAMES, load_parts, make_small
+from agevlm.training.parts import COLORS, NAMES, load_parts, make_small
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages.recipe import StageRecipe
 
@@ -61,7 +61,7 @@ class Size:
     questions: int
     max_objects: int
     names: tuple[str, ...] | None = None
-    colours: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None
     cross_attention_layers: tuple[int, ...] | None = None
 
 
@@ -73,7 +73,7 @@ SIZES = {
         questions=600,
         max_objects=3,
         names=NAMES,
-        colours=COLOURS,
+        colors=COLORS,
         cross_attention_layers=(1, 4),
     ),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4),
@@ -116,7 +116,7 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         test=size.questions,
         max_objects=size.max_objects,
         names=size.names,
-        colours=size.colours,
+        colors=size.colors,
         cutouts=cutouts,
         num_proc=min(2, os.cpu_count() or 1),
     )
