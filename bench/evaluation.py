@@ -16,7 +16,7 @@ from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.generate import generate_predictions
 from agevlm.evaluation.run import choose, load_scenes
 from agevlm.models import load
-from agevlm.training.parts import COLOURS, NAMES
+from agevlm.training.parts import COLORS, NAMES
 
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "agevlm-tiny"
@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scenes = build_scenes(
             Path(folder) / "scenes", captions=1, instructions=1, test=options.rows, max_objects=3, names=NAMES,
-            colours=COLOURS, progress=False,
+            colors=COLORS, progress=False,
         )  # fmt: skip
         data = load_scenes(scenes, "composition", benchmarks)
 

@@ -4,7 +4,6 @@ The metadata names every parquet file as a configuration, so that `load_dataset(
 uploaded. Counts come from the files, not from what was asked for.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from agevlm.store import write_text
+from agevlm.store import read_json, write_text
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
@@ -55,12 +54,7 @@ def render_dataset_card(folder: Path) -> DatasetCard:
         ValueError: `scenes.json` is damaged.
     """
     parts = describe(folder)
-    manifest: dict[str, Any] = {}
-    if (folder / MANIFEST).is_file():
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / MANIFEST} is no valid JSON ({error}). Build the scenes again.") from error
+    manifest: dict[str, Any] = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     kind = "scenes" if manifest else "masks" if all("sources" in part for part in parts) else "rows"
     card_data = DatasetCardData(
         language="en",

@@ -6,15 +6,16 @@ Read are the files that a run leaves behind: `agevlm_stage.json` (recipe, parent
 `attention.png`.
 """
 
-import json
 import math
 import os
-import struct
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from agevlm.store import digest
+from safetensors import SafetensorError, safe_open
+
+from agevlm.store import digest, read_json
 
 
 LINEAGE_FILE, PUSH_FILE, STATE_FILE = "agevlm_stage.json", "agevlm_push.json", "trainer_state.json"
@@ -53,14 +54,7 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no valid JSON ({error}). Restore it, or delete it and lose what it says."
-        ) from error
+    return read_json(path) if path.is_file() else {}
 
 
 def evaluation_fits(folder: Path, evaluation: Mapping[str, Any] | None = None) -> bool | None:
@@ -75,58 +69,50 @@ def evaluation_fits(folder: Path, evaluation: Mapping[str, Any] | None = None) -
 def weights_fingerprint(folder: str | os.PathLike) -> str | None:
     """A hash of the names, types, shapes and bytes of all tensors in a folder's weights (or adapter); None without.
 
-    It is that of the stored tensors, however they are spread over files and whatever they are loaded as.
+    It is that of the stored tensors, however they are spread over files and whatever they are loaded as. One tensor at
+    a time is read.
 
     Raises:
-        ValueError: a file that is no safetensors.
+        ValueError: a file that is no safetensors, or is cut off.
     """
-    tensors: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")) or sorted(
-        Path(folder).glob("adapter_model.safetensors")
-    ):
-        start, header = _header(path)
-        tensors |= {name: (path, start, tensor) for name, tensor in header.items()}
+    import torch
 
-    def pieces() -> Iterator[str | bytes]:
-        for name, (path, start, tensor) in sorted(tensors.items()):
-            yield f"{name} {tensor['dtype']} {tensor['shape']}"
-            first, last = tensor["data_offsets"]
-            with path.open("rb") as file:
-                file.seek(start + first)
-                while first < last:
-                    read = file.read(min(last - first, 2**24))
-                    if not read:
-                        raise ValueError(f"{path} is cut off: the tensor {name} is not complete.")
-                    yield read
-                    first += len(read)
+    folder = Path(folder)
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("adapter_model.safetensors"))
+    with ExitStack() as stack:
+        tensors = {
+            name: file for path in paths for file in [stack.enter_context(_open(path))] for name in file.offset_keys()
+        }
 
-    return digest(pieces()) if tensors else None
+        def pieces() -> Iterator[str | Any]:
+            for name, file in sorted(tensors.items(), key=lambda item: item[0]):
+                stored = file.get_slice(name)
+                yield f"{name} {stored.get_dtype()} {stored.get_shape()}"
+                yield file.get_tensor(name).flatten().view(torch.uint8).numpy()
+
+        return digest(pieces()) if tensors else None
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
     """Parameters per part, read from the headers of the weights; empty without whole weights (an adapter, a draft).
 
     Raises:
-        ValueError: a file that is no safetensors.
+        ValueError: a file that is no safetensors, or is cut off.
     """
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        for name, tensor in _header(path)[1].items():
-            part = next((part for part, starts in PARTS.items() if name.startswith(starts)), "other")
-            counts[part] = counts.get(part, 0) + math.prod(tensor["shape"])
+        with _open(path) as file:
+            for name in file.offset_keys():
+                part = next((part for part, starts in PARTS.items() if name.startswith(starts)), "other")
+                counts[part] = counts.get(part, 0) + math.prod(file.get_slice(name).get_shape())
     return {part: counts[part] for part in (*PARTS, "other") if part in counts}
 
 
-def _header(path: Path) -> tuple[int, Mapping[str, Any]]:
-    """Where the tensors of a safetensors file begin, and its header."""
-    with path.open("rb") as file:
-        size = file.read(8)
-        length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
-        if not 0 < length <= 100_000_000:  # the format's own limit
-            raise ValueError(f"{path} is no safetensors file.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file.") from error
-    header.pop("__metadata__", None)
-    return 8 + length, header
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}). Restore it.") from error
+    with file:
+        yield file

@@ -27,13 +27,13 @@ from .figures import draw_losses
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 STAGES = (
-    (1, "stage1-align", "projector, cross-attention blocks", "language modelling"),
-    (2, "stage2-adapt-vision", "+ last ConvNeXt stage", "language modelling"),
-    (3, "stage3-ground", "as 2", "language modelling + guidance"),
-    (4, "stage4-instruct", "everything", "language modelling (`agevlm-lm`: + guidance)"),
+    (1, "stage1-align", "projector, cross-attention blocks", "language modeling"),
+    (2, "stage2-adapt-vision", "+ last ConvNeXt stage", "language modeling"),
+    (3, "stage3-ground", "as 2", "language modeling + guidance"),
+    (4, "stage4-instruct", "everything", "language modeling (`agevlm-lm`: + guidance)"),
 )
 TAGS = ("agevlm", "custom_code", "vision-language", "visual-grounding")
-# What a model made from these must be published under, by their licences.
+# What a model made from these must be published under, by their licenses.
 LICENSES = {"meta-llama/Llama-3.2-": "llama3.2"}
 SETTINGS = (
     "global_batch_size",

@@ -50,11 +50,13 @@ EVERYWHERE = ("src/agevlm", "bench", "examples")
 
 @functools.cache
 def python_files(*folders: str) -> dict[Path, ast.Module]:
-    """Python files below folders of the repository, links followed, and what they say; by default the package's."""
+    """Python files below folders of the repository, links followed, and what they say; by default the package's.
+    The code inside the small checkpoints is a copy."""
     starts = [ROOT / folder for folder in folders] or [PACKAGE]
     found = set()
     for start in starts:
-        for place, _, names in os.walk(start, followlinks=True):
+        for place, folders, names in os.walk(start, followlinks=True):
+            folders[:] = set(folders) - {"checkpoints"}
             found |= {Path(place) / name for name in names if name.endswith(".py")}
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(found)}
 
@@ -193,9 +195,9 @@ def test_nothing_imports_tests():
 def test_everything_is_packaged():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     patterns = config["package-data"]["*"]
-    for place, _, names in os.walk(PACKAGE, followlinks=True):
-        if Path(place).name == "__pycache__":
-            continue
+    assert config["package-data"]["agevlm"] == ["checkpoints/**"]
+    for place, folders, names in os.walk(PACKAGE, followlinks=True):
+        folders[:] = set(folders) - {"__pycache__", "checkpoints"}
         data = [name for name in names if not name.endswith((".py", ".pyc"))]
         assert all(any(Path(name).match(pattern) for pattern in patterns) for name in data), (place, data)
         home = Path(place) if any(name.endswith(".py") for name in names) else Path(place).parent

@@ -57,7 +57,7 @@ BEFORE = {
 # What the helps show instead. `output` stands for what was the last positional argument.
 RENAMED = {
     "reproduce": {"quickstart": "output"},
-    "data scenes": {"num-proc": "workers"},
+    "data scenes": {"num-proc": "workers", "colours": "colors"},
     "data check": {"checkpoint": "model", "out": "output"},
     "ground": {"num-workers": "workers", "processor": "model"},
     "ground view": {"processor": "model"},

@@ -50,7 +50,7 @@ SMALL_VISION = {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384], "lay
 VOCAB_SIZE = 768
 # Few enough kinds of things to be learned in minutes.
 NAMES = ("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -120,7 +120,7 @@ def train_language_model(config: AgeVlmConfig, processor, num_conversations: int
     model = LlamaForCausalLM(config.text_config)
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
-    corpus = text_corpus(num_conversations, seed, names=NAMES, colours=COLOURS)
+    corpus = text_corpus(num_conversations, seed, names=NAMES, colors=COLORS)
     conversations = Dataset.from_list([{"messages": messages} for messages in corpus])
     trainer = SFTTrainer(
         model,
@@ -247,12 +247,12 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def make_tiny(folder: Path, work_dir: Path, conversations: int, scenes: int, seed: int) -> None:
     """Train the tiny parts into `folder`."""
-    corpus = text_corpus(5_000, seed, names=NAMES, colours=COLOURS)
+    corpus = text_corpus(5_000, seed, names=NAMES, colors=COLORS)
     processor = build_processor(
         train_tokenizer(message["content"] for messages in corpus for message in messages), image_size=IMAGE_SIZE
     )
     config = tiny_config(processor)
-    pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colours=COLOURS)
+    pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colors=COLORS)
     tower = train_vision_tower(config, processor, pictures, scenes, seed, work_dir)
     _save(folder, processor, train_language_model(config, processor, conversations, seed, work_dir), tower)
 
@@ -288,8 +288,7 @@ def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmPro
     """
     if not (folder / "language_model" / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no pretrained parts. Run from a clone of the repository, which has them in "
-            "checkpoints/tiny-parts, or make them: agevlm parts tiny --output OUT, then --parts OUT."
+            f"{folder} holds no pretrained parts. Make them: agevlm parts tiny --output OUT, then --parts OUT."
         )
     return (
         load_weights(LlamaForCausalLM, folder / "language_model", exact=True, dtype=torch.float32),

@@ -6,7 +6,7 @@ import pytest
 
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.data.scenes.layout import Scene
-from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.objects import COLORS
 from agevlm.data.scenes.words import NUMBERS, plural
 
 
@@ -22,12 +22,12 @@ def solve():
 
 def _split_noun(noun: str) -> tuple[str | None, str]:
     first, _, rest = noun.partition(" ")
-    return (first, rest) if rest and first in COLOURS else (None, noun)
+    return (first, rest) if rest and first in COLORS else (None, noun)
 
 
 def _matching(scene: Scene, noun: str) -> list[int]:
-    colour, name = _split_noun(noun)
-    return [i for i, o in enumerate(scene.objects) if o.name == name and colour in (None, o.colour)]
+    color, name = _split_noun(noun)
+    return [i for i, o in enumerate(scene.objects) if o.name == name and color in (None, o.color)]
 
 
 def _one(scene: Scene, noun: str) -> int:
@@ -61,12 +61,12 @@ def _right_answer(scene: Scene, prompt: str) -> tuple[str, set[int] | None]:
         r"Which object is closer .*, the (.+) or the (.+)\? .*": lambda a, b: _depth(scene, a, b),
         r"what is written in the image\?|What is the word on the sign\?": lambda: (scene.word, None),
         r"Is the (.+) to the (left|right) of the (.+)\?": lambda a, side, b: _beside(scene, a, side, b),
-        r"Is the (.+) (\w+)\?": lambda name, colour: (
-            scene.objects[_one(scene, name)].colour == colour,
+        r"Is the (.+) (\w+)\?": lambda name, color: (
+            scene.objects[_one(scene, name)].color == color,
             _matching(scene, name),
         ),
-        r"What color is the (.+)\?": lambda name: (scene.objects[_one(scene, name)].colour, _matching(scene, name)),
-        r"What object is (\w+)\?": lambda colour: _coloured(scene, colour),
+        r"What color is the (.+)\?": lambda name: (scene.objects[_one(scene, name)].color, _matching(scene, name)),
+        r"What object is (\w+)\?": lambda color: _colored(scene, color),
     }
     for pattern, answer in patterns.items():
         found = re.match(pattern, stem)
@@ -101,6 +101,6 @@ def _beside(scene, a, side, b):
     return (scene.objects[a].x < scene.objects[b].x) == (side == "left"), (a, b)
 
 
-def _coloured(scene, colour):
-    (index,) = [i for i, o in enumerate(scene.objects) if o.colour == colour]
+def _colored(scene, color):
+    (index,) = [i for i, o in enumerate(scene.objects) if o.color == color]
     return scene.objects[index].name, (index,)

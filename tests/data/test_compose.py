@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agevlm.data.scenes.compose import MAX_HIDDEN, compose, encode_mask
 from agevlm.data.scenes.layout import Scene, sample_scene
-from agevlm.data.scenes.objects import COLOURS, IconSource
+from agevlm.data.scenes.objects import COLORS, IconSource
 from agevlm.images import open_image
 
 
@@ -38,7 +38,7 @@ def test_visible_masks_are_disjoint_and_of_the_pictures_size(icons, seed, split)
 
 @examples
 @given(st.integers(), SPLITS)
-def test_masks_show_the_named_colour(icons, seed, split):
+def test_masks_show_the_named_color(icons, seed, split):
     """The inner pixels of a visible mask are the object's tone or its lighter (white: darker) hole tone."""
     picture = draw(icons, seed, split)
     pixels = np.asarray(picture.image).astype(int)
@@ -48,8 +48,8 @@ def test_masks_show_the_named_colour(icons, seed, split):
         for axis in (0, 1):
             for step in (-1, 1):
                 core &= np.roll(inside, step, axis)
-        tone = np.array(COLOURS[thing.colour])
-        hole = tone * 0.4 + (70 if thing.colour == "white" else 255) * 0.6
+        tone = np.array(COLORS[thing.color])
+        hole = tone * 0.4 + (70 if thing.color == "white" else 255) * 0.6
         # every paint of the object lies on the line between its two tones (anti-aliased ink), give or take the shade
         along = np.clip(((pixels[core] - tone) @ (hole - tone)) / ((hole - tone) @ (hole - tone)), 0, 1)
         distance = np.abs(pixels[core] - (tone + along[:, None] * (hole - tone))).max(axis=1, initial=0)
@@ -106,8 +106,8 @@ def test_sprites_scale_with_their_extent():
         assert longest == pytest.approx(extent, rel=0.12)
 
 
-def test_unknown_names_and_colours_are_named_with_close_matches():
+def test_unknown_names_and_colors_are_named_with_close_matches():
     with pytest.raises(ValueError, match=r"unknown object name 'bycicle'; did you mean 'bicycle'"):
         IconSource(names=["bycicle"])
-    with pytest.raises(ValueError, match=r"unknown colour 'purpel'; did you mean 'purple'"):
-        IconSource(colours=["red", "purpel"])
+    with pytest.raises(ValueError, match=r"unknown color 'purpel'; did you mean 'purple'"):
+        IconSource(colors=["red", "purpel"])

@@ -16,9 +16,9 @@ from agevlm.data.scenes.fetch_cutouts import fetch_cutouts, usable
 from agevlm.data.scenes.objects import CutoutSource
 
 
-def disc(colour=(200, 60, 40), size=90) -> Image.Image:
+def disc(color=(200, 60, 40), size=90) -> Image.Image:
     picture = Image.new("RGBA", (size, size))
-    ImageDraw.Draw(picture).ellipse((5, 5, size - 5, size - 20), fill=(*colour, 255))
+    ImageDraw.Draw(picture).ellipse((5, 5, size - 5, size - 20), fill=(*color, 255))
     return picture
 
 
@@ -161,7 +161,7 @@ def test_scenes_of_cutouts(folder, tmp_path):
     arguments = {"captions": 20, "instructions": 20, "test": 12, "size": 96, "progress": False}
     out = build_scenes(tmp_path / "out", cutouts=folder, **arguments)
     rows = load_rows(out, "instructions")
-    assert not any(colour in str(rows["messages"]) for colour in ("purple", "What color"))
+    assert not any(color in str(rows["messages"]) for color in ("purple", "What color"))
     assert len(load_benchmark(out, "style", "hallusionbench")) == 12
     held_out = json.loads((out / "scenes.json").read_text())["held_out"]
     assert held_out["styles"] == {name: "photo" for name in sorted(NAMES[1::2])}

@@ -15,7 +15,7 @@ from agevlm.data.scenes.conversations import (
     text_conversations,
 )
 from agevlm.data.scenes.layout import sample_scene
-from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.objects import COLORS
 from agevlm.data.scenes.questions import LETTERS, absent, count, presence, sample_questions
 from agevlm.data.scenes.words import NUMBERS, article, cell, join_phrases, plural, position
 
@@ -57,11 +57,11 @@ def test_absent_things_are_absent_and_no_synonym_is_present(icons, seed, split, 
     question = absent(rng, scene, pool, strategy)
     if question is None:
         return
-    ((colour, name),) = question.about
+    ((color, name),) = question.about
     assert question.answer == "No" and not question.look_at
-    assert not [o for o in scene.objects if o.name == name and colour in (None, o.colour)]
+    assert not [o for o in scene.objects if o.name == name and color in (None, o.color)]
     if any(o.name == name for o in scene.objects):
-        assert colour is not None and strategy == "adversarial"
+        assert color is not None and strategy == "adversarial"
     else:
         assert pool.kinds[name].group not in {o.group for o in scene.objects}
     if strategy == "popular":
@@ -126,7 +126,7 @@ def test_captions_mention_exactly_the_masked_objects(icons, seed, split):
     for noun in set(told):
         many = told.count(noun) > 1 and not placed
         assert (f"{NUMBERS[told.count(noun)]} {plural(noun)}" if many else f"{article(noun)} {noun}") in words
-    mentions = sum(re.findall(r"\w+", words).count(colour) for colour in COLOURS)
+    mentions = sum(re.findall(r"\w+", words).count(color) for color in COLORS)
     assert mentions == (len(told) if placed else len(set(told)))
 
 

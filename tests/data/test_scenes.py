@@ -15,7 +15,7 @@ from agevlm.data.cli import scenes as main
 from agevlm.data.rows import validate_row
 from agevlm.data.scenes.benchmarks import BENCHMARKS
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
-from agevlm.data.scenes.objects import COLOURS
+from agevlm.data.scenes.objects import COLORS
 from agevlm.data.scenes.splits import SPLITS, is_held_out_pair
 from agevlm.images import open_image
 
@@ -79,7 +79,7 @@ def test_manifest_describes_the_folder(folder):
     for name, count in manifest["counts"].items():
         path = folder / (f"{name}.parquet" if name.startswith("benchmarks") else f"{name}/train.parquet")
         assert pq.read_metadata(path).num_rows == count
-    assert manifest["arguments"]["size"] == 96 and manifest["colours"] == list(COLOURS)
+    assert manifest["arguments"]["size"] == 96 and manifest["colours"] == list(COLORS)
     assert all(is_held_out_pair(*pair) for pair in manifest["held_out"]["pairs"])
     assert Image.open(folder / "contact_sheet.png").width > 1000
 
@@ -106,7 +106,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"names": ["hous"] * 6}, "did you mean 'house'"),
-        ({"colours": ["gren"]}, "did you mean 'green'"),
+        ({"colors": ["gren"]}, "did you mean 'green'"),
         ({"size": 8}, "size is 8"),
         ({"max_objects": 9}, "max_objects is 9"),
         ({"word_rate": 2}, "word_rate is 2"),
@@ -130,7 +130,7 @@ def test_few_names_and_one_object(tmp_path):
     """What a tower is trained on: no benchmarks, one object in every picture, a handful of names."""
     names = ["apple", "car", "star", "key", "bus", "bell", "tree", "cup"]
     out = build_scenes(
-        tmp_path / "out", captions=20, instructions=0, test=0, max_objects=1, names=names, colours=["red", "blue"],
+        tmp_path / "out", captions=20, instructions=0, test=0, max_objects=1, names=names, colors=["red", "blue"],
         word_rate=0, size=64, progress=False,
     )  # fmt: skip
     rows = load_rows(out, "captions")
@@ -237,8 +237,8 @@ def test_hallusionbench_pairs_follow_from_their_descriptions(folder):
                 first, second = (re.search(rf"\b{name} (at|on|in) the", text).start() for name in (found[1], found[3]))
                 yes = (first < second) == (found[2] == "left")
             else:
-                name, colour = re.fullmatch(r"is the (.+) (\w+)\?", row["question"].lower()).groups()
-                yes = f"{colour} {name}" in text
+                name, color = re.fullmatch(r"is the (.+) (\w+)\?", row["question"].lower()).groups()
+                yes = f"{color} {name}" in text
             assert row["gt_answer"] == str(int(yes)), row
 
 

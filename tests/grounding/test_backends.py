@@ -16,7 +16,7 @@ from agevlm.grounding.choices import GROUNDERS, Published, names
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.models import PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
 from agevlm.grounding.output import read_masks
-from agevlm.grounding.regions import Region
+from agevlm.grounding.regions import Grounding
 from agevlm.grounding.runner import ground
 from agevlm.processing import AgeVlmImageProcessorPil
 
@@ -55,15 +55,15 @@ def test_a_batch_is_its_rows_one_by_one(name, folders):
     assert any(result.mask is not None for result in together)
     for image, text, row_id, result in zip(images, TEXTS, ids, together, strict=True):
         (alone,) = backend([image], [text], [row_id])
-        assert result.region.outcome == alone.region.outcome
-        np.testing.assert_allclose(result.region.boxes, alone.region.boxes, atol=1e-3)
+        assert result.outcome == alone.outcome
+        np.testing.assert_allclose(result.boxes, alone.boxes, atol=1e-3)
         if result.mask is None:
             assert alone.mask is None
             continue
         assert result.mask.shape == (image.height, image.width) and result.mask.dtype == bool
         assert (result.mask != alone.mask).mean() < 0.001  # a logit at the threshold may fall to either side
         assert result.score == pytest.approx(alone.score, abs=1e-5)
-        for left, top, right, bottom in result.region.boxes:
+        for left, top, right, bottom in result.boxes:
             assert 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
 
 
@@ -151,7 +151,7 @@ def test_answers_of_every_kind(kind, folders):
     answer, boxes, polygons = ANSWERS[kind]
     florence = Florence2(folders("florence2"))
     assert florence.task == SEGMENTATION_TASK
-    region = florence._region(answer, (200, 100))
+    region = florence.parse(answer, (200, 100))
     assert (len(region.boxes), len(region.polygons)) == (boxes, polygons)
     assert region.outcome == ("grounded" if boxes else "no_region")
     for left, top, right, bottom in region.boxes:
@@ -164,7 +164,7 @@ def test_phrases_give_a_box_each(folders):
     florence = Florence2(folders("florence2"), phrases=True)
     assert florence.task == PHRASES_TASK
     answer = "a red apple<loc_0><loc_0><loc_499><loc_499>a car<loc_600><loc_600><loc_999><loc_999><loc_9><loc_9>"
-    region = florence._region(answer, (100, 100))
+    region = florence.parse(answer, (100, 100))
     assert np.allclose(region.boxes, [[0, 0, 50, 50], [60, 60, 100, 100]], atol=1)
 
 
@@ -203,7 +203,7 @@ class TheMiddle(Florence2):
     """A grounder that this repository does not have: the middle of every picture, whatever the text."""
 
     def __call__(self, images, texts):
-        return [Region([[w / 4, h / 4, w * 3 / 4, h * 3 / 4]]) for w, h in (image.size for image in images)]
+        return [Grounding([[w / 4, h / 4, w * 3 / 4, h * 3 / 4]]) for w, h in (image.size for image in images)]
 
 
 def test_a_new_backend_is_a_class_and_a_line(folders, monkeypatch):

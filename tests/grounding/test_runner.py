@@ -20,9 +20,9 @@ from agevlm.data.rows import ROW_FEATURES
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.journal import BatchJournal, Journals, read
-from agevlm.grounding.masks import draw_boxes, iou, mask_box, to_png
+from agevlm.grounding.masks import iou, mask_box, to_png
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
-from agevlm.grounding.regions import Region
+from agevlm.grounding.regions import Grounding
 from agevlm.grounding.runner import ground
 from agevlm.images import open_image
 from agevlm.processing import AgeVlmImageProcessorPil
@@ -71,7 +71,14 @@ class Oracle:
         self.boxes = iter(boxes)
 
     def __call__(self, images, texts):
-        return [Region([next(self.boxes)]) for _ in images]
+        return [Grounding([next(self.boxes)]) for _ in images]
+
+
+def draw_boxes(boxes, size):
+    drawn = np.zeros(size[::-1], dtype=bool)
+    for left, top, right, bottom in boxes:
+        drawn[round(top) : round(bottom), round(left) : round(right)] = True
+    return drawn
 
 
 def cut_out(images, boxes):
@@ -112,7 +119,7 @@ def test_exact_masks_stay_exact_through_storage_join_geometry_and_grid(tmp_path_
 
 
 def _cell_of(pixel, size, geometry, side, cell):
-    """Where the centre of a pixel lies on the grid, from the geometries' definitions alone; None if cut away."""
+    """Where the center of a pixel lies on the grid, from the geometries' definitions alone; None if cut away."""
     (row_, column), (width, height) = pixel, size
     scales = {"stretch": (side / width, side / height)}
     one = (min if geometry == "pad" else max)(side / width, side / height)
@@ -211,7 +218,7 @@ def test_a_row_that_fails_in_a_model_costs_itself_alone(tmp_path):
 
     class Grounder:
         def __call__(self, images, texts):
-            return [Region([[0.0, 0.0, 10.0, 10.0]]) for _ in images]
+            return [Grounding([[0.0, 0.0, 10.0, 10.0]]) for _ in images]
 
     summary = run(rows, tmp_path / "out", lambda: TwoSteps(Grounder(), segmenter, {}), batch_size=6)
     assert summary["status"] == {"error": 1, "kept": 5}

@@ -15,8 +15,7 @@ from agevlm.grounding.coco import read_coco
 from agevlm.grounding.masks import boundary_f, iou
 from agevlm.grounding.output import read_masks
 from agevlm.grounding.quality import compare, load_masks, measure_quality
-from agevlm.grounding.queries import make_query
-from agevlm.grounding.rows import load_table
+from agevlm.grounding.rows import find_query, load_table
 from agevlm.processing import AgeVlmImageProcessorPil
 
 
@@ -151,11 +150,10 @@ def test_the_query_of_a_row(source, expected):
         {"role": "assistant", "content": "An apple."},
         {"role": "user", "content": "And the second?"},
     ]
-    query = make_query(messages, source)
-    assert query == expected
-    assert query.query in messages[query.message_index]["content"]
-    assert make_query([{"role": "user", "content": "<|image|>"}], source) is None
-    assert make_query([], source) is None
+    text, query, index = find_query(messages, source)
+    assert (text, query, index) == expected and query in messages[index]["content"]
+    assert find_query([{"role": "user", "content": "<|image|>"}], source) is None
+    assert find_query([], source) is None
 
 
 def test_what_is_no_data_set_is_said(tmp_path):

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
 from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from agevlm import TINY_PARTS
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.reproduction.matrix import Start
-from agevlm.reproduction.prepare import TINY_PARTS, save_start
+from agevlm.reproduction.prepare import save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
 from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights

@@ -4,7 +4,7 @@ The same network is published under three sets of names:
 - open_clip, in a whole CLIP checkpoint: `visual.trunk.stages.2.blocks.5.conv_dw.weight`;
 - timm: `stages.2.blocks.5.conv_dw.weight`;
 - transformers (`ConvNextModel`): `encoder.stages.2.layers.5.dwconv.weight`.
-The layout is recognised from the names and the sizes are read off the shapes, so no configuration is needed.
+The layout is recognized from the names and the sizes are read off the shapes, so no configuration is needed.
 Converting is renaming: every tensor stays bit for bit, and every one must find its place. Left out on purpose is what
 comes after the stage-4 map: the pooled vector's norm, the heads, CLIP's text tower.
 
@@ -74,7 +74,7 @@ class Conversion(NamedTuple):
     """How a checkpoint becomes a `ConvNextModel`.
 
     Attributes:
-        layout: name of the recognised layout.
+        layout: name of the recognized layout.
         config: the tower's sizes.
         sources: name in `ConvNextModel` -> name in the checkpoint.
         left_out: what was left out on purpose -> number of tensors.

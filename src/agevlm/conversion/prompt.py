@@ -69,7 +69,7 @@ def build_processor(
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
 ) -> LlavaProcessor:
-    """Pictures padded to a square in their mean colour, then resized (bicubic); one token per `cell_size` pixels."""
+    """Pictures padded to a square in their mean color, then resized (bicubic); one token per `cell_size` pixels."""
     side = {"height": image_size, "width": image_size}
     image_processor = LlavaImageProcessor(
         do_pad=True, size={"shortest_edge": image_size}, crop_size=side, resample=BICUBIC,

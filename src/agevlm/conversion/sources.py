@@ -1,7 +1,7 @@
 """Published weights, from a folder or from the Hub, as safetensors. Never shipped.
 
 A part is found first, with its configuration but without its weights: that is enough to see whether it fits, whether
-its licence has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses is
+its license has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses is
 told in one sentence that says what to do.
 
 Pickles are refused. The one way around it is `bins=True`, which `agevlm convert --read-bin` asks for: the published
@@ -91,7 +91,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is neither a folder, nor a safetensors file, nor the id of a repository.") from error
     except GatedRepoError as error:
         raise ValueError(
-            f"{name} is gated and you have no access: accept its licence at {page} and log in with `hf auth login`, "
+            f"{name} is gated and you have no access: accept its license at {page} and log in with `hf auth login`, "
             "or pass a folder that has it."
         ) from error
     except RepositoryNotFoundError as error:

@@ -37,9 +37,10 @@ def scenes(argv: list[str] | None = None) -> None:
     parser.add_argument("--cutouts", type=Path, help="folder made by `agevlm data cutouts`, else icons")
     parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
     parser.add_argument("--names", nargs="+", help="use these object names alone")
-    parser.add_argument("--colours", nargs="+", help="use these colours alone")
+    parser.add_argument("--colors", nargs="+", help="use these colors alone")
     _add_workers(parser)
     parser.rename("--num-proc", "--workers")
+    parser.rename("--colours", "--colors")
     options = vars(parser.parse_args(argv))
 
     from .scenes.build import build_scenes

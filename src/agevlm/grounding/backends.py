@@ -7,15 +7,12 @@ repository pairs with Florence-2; the paper's text cites SAM, which is `florence
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from agevlm.images import open_image
-
 from .choices import GROUNDERS, ONE_STEP, SEGMENTERS, Published, names
-from .masks import mask_box
-from .regions import NO_REGION, Backend, Grounding, Region
+from .masks import mask_box, read_mask
+from .regions import NO_REGION, Backend, Grounding
 from .rows import Undecoded
 
 
@@ -28,13 +25,12 @@ class TwoSteps:
         self.grounder, self.segmenter, self.revisions = grounder, segmenter, dict(revisions)
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
-        regions = self.grounder(images, texts)
-        found = [index for index, region in enumerate(regions) if region.boxes]
-        groundings = [Grounding(None, region) for region in regions]
+        groundings: list[Grounding] = self.grounder(images, texts)
+        found = [index for index, grounding in enumerate(groundings) if grounding.boxes]
         if found:
-            results = self.segmenter([images[i] for i in found], [regions[i].boxes for i in found])
+            results = self.segmenter([images[i] for i in found], [groundings[i].boxes for i in found])
             for index, (mask, score) in zip(found, results, strict=True):
-                groundings[index] = Grounding(mask, regions[index], score)
+                groundings[index].mask, groundings[index].score = mask, score
         return groundings
 
 
@@ -88,8 +84,8 @@ class Exact:
         row = self.rows[self.place[row_id]] if row_id in self.place else {}
         stored = (row.get("guidance") or row).get("mask")
         if stored is None:
-            return Grounding(None, Region(outcome=NO_REGION, detail="the row has no mask"))
-        mask = np.array(open_image(stored, f"mask of row {row_id!r}", mode="1"))
+            return Grounding(outcome=NO_REGION, detail="the row has no mask")
+        mask = read_mask(stored, row_id)
         if mask.shape != (image.height, image.width):
             raise ValueError(
                 f"the mask of row {row_id!r} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.width} x "
@@ -97,8 +93,8 @@ class Exact:
             )
         box = mask_box(mask)
         if box is None:
-            return Grounding(None, Region(outcome=NO_REGION, detail="the row's mask is empty"))
-        return Grounding(mask, Region([box]), 1.0)
+            return Grounding(outcome=NO_REGION, detail="the row's mask is empty")
+        return Grounding([box], mask=mask, score=1.0)
 
 
 def load_backend(

@@ -15,10 +15,9 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from agevlm.data.rows import MASK_FEATURES
-from agevlm.images import open_image
 from agevlm.store import replacing, write_json
 
-from .masks import from_segmentation, mask_box, to_png, to_rle
+from .masks import from_segmentation, mask_box, read_mask, to_png, to_rle
 from .rows import Undecoded
 
 
@@ -29,7 +28,7 @@ def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
     for row in tqdm(Undecoded(masks), desc="export", unit="mask", disable=not progress):
         if row["mask"] is None:
             continue
-        mask = np.array(open_image(row["mask"], f"mask of row {row['id']!r}", mode="1"))
+        mask = read_mask(row["mask"], row["id"])
         number = len(images) + 1
         images.append({"id": number, "file_name": row["id"], "height": mask.shape[0], "width": mask.shape[1]})
         left, top, right, bottom = mask_box(mask) or (0.0, 0.0, 0.0, 0.0)

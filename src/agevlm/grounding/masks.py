@@ -1,4 +1,4 @@
-"""Masks as arrays: drawing polygons and boxes, growing and shrinking, comparing, storing (PNG, COCO RLE).
+"""Masks as arrays: drawing polygons, growing and shrinking, comparing, storing (PNG, COCO RLE).
 
 Arrays are bool `(height, width)`. Boxes are [left, top, right, bottom] in pixels of the picture, right and bottom
 excluded. Polygons are flat lists [x0, y0, x1, y1, ...]; an instance is a list of polygons (its pieces).
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from agevlm.images import open_image
 
 
 Box = list[float]
@@ -60,15 +62,6 @@ def draw_polygons(pieces: Sequence[Sequence[float]], size: tuple[int, int]) -> n
     return np.array(canvas)
 
 
-def draw_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> np.ndarray:
-    """The union of boxes on a picture of (width, height): pixels whose centre is inside."""
-    width, height = size
-    mask = np.zeros((height, width), dtype=bool)
-    for left, top, right, bottom in boxes:
-        mask[round(top) : round(bottom), round(left) : round(right)] = True
-    return mask
-
-
 # -- shape -----------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +78,7 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def erode(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The pixels whose whole neighbourhood is in the mask; the border of the picture takes nothing away."""
+    """The pixels whose whole neighborhood is in the mask; the border of the picture takes nothing away."""
     return ~dilate(~mask, radius)
 
 
@@ -116,6 +109,11 @@ def boundary_f(first: np.ndarray, second: np.ndarray, tolerance: float = 0.008) 
 
 
 # -- storage ---------------------------------------------------------------------------------------------------------
+
+
+def read_mask(stored: Any, row_id: str) -> np.ndarray:
+    """A row's mask, in any form that `open_image` takes, as an array."""
+    return np.array(open_image(stored, f"mask of row {row_id!r}", mode="1"))
 
 
 def to_png(mask: np.ndarray) -> bytes:

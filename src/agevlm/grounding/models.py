@@ -28,7 +28,7 @@ from transformers.utils import is_torchvision_available
 from agevlm.models import PROCESSOR, load_weights, reading
 
 from .masks import Box, clip_box, mask_box, polygon_box, usable_pieces
-from .regions import NO_REGION, TEXT_TOO_LONG, Grounding, Region
+from .regions import NO_REGION, TEXT_TOO_LONG, Grounding
 
 
 MAX_BOXES = 32  # of one picture: what a segmenter computes grows with the largest number in the batch
@@ -81,7 +81,39 @@ class Part:
         }
 
 
-class Florence2(Part):
+class Grounder(Part):
+    """Texts to groundings. Texts over the limit are refused, the others go to `find` as prompts."""
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Grounding]:
+        prompts, limit = [self.prompt(text) for text in texts], self.limit
+        lengths = [self.length(prompt) for prompt in prompts]
+        results = [
+            Grounding(outcome=TEXT_TOO_LONG, detail=f"{length} tokens, {limit} is the limit") for length in lengths
+        ]
+        fitting = [index for index, length in enumerate(lengths) if length <= limit]
+        if fitting:
+            found = self.find([images[index] for index in fitting], [prompts[index] for index in fitting])
+            for index, grounding in zip(fitting, found, strict=True):
+                results[index] = grounding
+        return results
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the model reads."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def prompt(self, text: str) -> str:
+        return text
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.processor.tokenizer(prompt)["input_ids"])
+
+    def find(self, images: list[Image.Image], prompts: list[str]) -> list[Grounding]:
+        raise NotImplementedError
+
+
+class Florence2(Grounder):
     """Text to boxes by Florence-2: the referred expression's polygon (appendix A), or with `phrases` a box for every
     phrase of the text."""
 
@@ -92,73 +124,52 @@ class Florence2(Part):
         self.task = PHRASES_TASK if phrases else SEGMENTATION_TASK
         self.max_new_tokens = max_new_tokens
 
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Region]:
-        limit = self.model.config.text_config.max_position_embeddings
+    def prompt(self, text: str) -> str:
         # A query that names a task would be taken for one; none does in earnest.
-        prompts = [self.task + text.replace("<", " ").replace(">", " ") for text in texts]
-        lengths = [self._length(prompt) for prompt in prompts]
-        fitting = [index for index, length in enumerate(lengths) if length <= limit]
-        regions = [
-            Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens with the picture's, {limit} is the limit")
-            for length in lengths
-        ]
-        if not fitting:
-            return regions
-        inputs = self.processor(
-            images=[images[index] for index in fitting],
-            text=[prompts[index] for index in fitting],
-            padding=True,
-            return_tensors="pt",
-        )
+        return self.task + text.replace("<", " ").replace(">", " ")
+
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt with its picture's, begin and end."""
+        (text,) = self.processor._construct_prompts(prompt)
+        tokens = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return len(tokens) + self.processor.num_image_tokens + 2
+
+    def find(self, images: list[Image.Image], prompts: list[str]) -> list[Grounding]:
+        inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
         generated = self.model.generate(
             **self.tensors(inputs), max_new_tokens=self.max_new_tokens, num_beams=3, do_sample=False
         )
-        for index, answer in zip(
-            fitting, self.processor.batch_decode(generated, skip_special_tokens=False), strict=True
-        ):
-            regions[index] = self._region(answer, images[index].size)
-        return regions
+        answers = self.processor.batch_decode(generated, skip_special_tokens=False)
+        return [self.parse(answer, image.size) for answer, image in zip(answers, images, strict=True)]
 
-    def _length(self, prompt: str) -> int:
-        """Tokens of a prompt with its picture's, begin and end."""
-        (text,) = self.processor._construct_prompts(prompt)
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + (
-            self.processor.num_image_tokens + 2
-        )
-
-    def _region(self, answer: str, size: tuple[int, int]) -> Region:
+    def parse(self, answer: str, size: tuple[int, int]) -> Grounding:
+        """An answer about a picture of (width, height)."""
         found = self.processor.post_process_generation(answer, task=self.task, image_size=size)[self.task]
         if self.task == PHRASES_TASK:
             boxes = [clip_box(box, size) for box in found["bboxes"]]
-            return _region(boxes, [], f"{len(found['bboxes'])} boxes in the answer")
+            return _grounding(boxes, [], f"{len(found['bboxes'])} boxes in the answer")
         instances = found["polygons"]
         polygons = [piece for instance in instances for piece in usable_pieces(instance)]
         boxes = [polygon_box(instance, size) for instance in instances]
-        return _region(boxes, polygons, f"{len(instances)} polygons in the answer")
+        return _grounding(boxes, polygons, f"{len(instances)} polygons in the answer")
 
 
-class GroundingDino(Part):
+class GroundingDino(Grounder):
     """Text to boxes by Grounding DINO. It was trained on noun phrases; of a sentence it finds what words name."""
 
     model_class, processor_class = GroundingDinoForObjectDetection, GroundingDinoProcessor
     threshold = text_threshold = 0.25
 
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Region]:
-        limit = self.model.config.text_config.max_position_embeddings
-        limit = min(limit, getattr(self.model.config, "max_text_len", limit))
+    @property
+    def limit(self) -> int:
+        return min(super().limit, getattr(self.model.config, "max_text_len", super().limit))
+
+    def prompt(self, text: str) -> str:
         # One lower-cased label that ends in a dot; a dot inside would be two labels.
-        labels = [f"{text.lower().replace('.', ' ').strip()}." for text in texts]
-        lengths = [len(self.processor.tokenizer(label)["input_ids"]) for label in labels]
-        fitting = [index for index, length in enumerate(lengths) if length <= limit]
-        regions = [
-            Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens, {limit} is the limit") for length in lengths
-        ]
-        if not fitting:
-            return regions
-        chosen = [images[index] for index in fitting]
-        inputs = self.processor(
-            images=chosen, text=[labels[index] for index in fitting], padding=True, return_tensors="pt"
-        )
+        return f"{text.lower().replace('.', ' ').strip()}."
+
+    def find(self, images: list[Image.Image], prompts: list[str]) -> list[Grounding]:
+        inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
         with torch.no_grad():
             outputs = self.model(**self.tensors(inputs))
         outputs.logits, outputs.pred_boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
@@ -167,13 +178,14 @@ class GroundingDino(Part):
             inputs["input_ids"],
             threshold=self.threshold,
             text_threshold=self.text_threshold,
-            target_sizes=[(image.height, image.width) for image in chosen],
+            target_sizes=[(image.height, image.width) for image in images],
         )
-        for index, image, result in zip(fitting, chosen, found, strict=True):
+        groundings = []
+        for image, result in zip(images, found, strict=True):
             best = result["scores"].argsort(descending=True)
             boxes = [clip_box(box, image.size) for box in result["boxes"][best].tolist()]
-            regions[index] = _region(boxes, [], f"{len(boxes)} boxes over {self.threshold}")
-        return regions
+            groundings.append(_grounding(boxes, [], f"{len(boxes)} boxes over {self.threshold}"))
+        return groundings
 
 
 class Sam(Part):
@@ -215,42 +227,33 @@ class Sam2(Sam):
         return self.processor.post_process_masks(logits, inputs["original_sizes"])
 
 
-class Sam3(Part):
+class Sam3(Grounder):
     """Text to mask by SAM 3: its semantic segmentation is the union over all instances of a concept. Short noun
     phrases only: it reads 32 tokens."""
 
     model_class, processor_class = Sam3Model, Sam3Processor
     needs_torchvision = True
-    limit = 32
+    limit = 32  # type: ignore[assignment]
 
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Grounding]:
-        lengths = [len(self.processor.tokenizer(text)["input_ids"]) for text in texts]
-        fitting = [index for index, length in enumerate(lengths) if length <= self.limit]
-        results = [
-            Grounding(None, Region(outcome=TEXT_TOO_LONG, detail=f"{length} tokens, {self.limit} is the limit"))
-            for length in lengths
-        ]
-        if not fitting:
-            return results
-        chosen = [images[index] for index in fitting]
-        inputs = self.processor(images=chosen, text=[texts[index] for index in fitting], return_tensors="pt")
+    def find(self, images: list[Image.Image], prompts: list[str]) -> list[Grounding]:
+        inputs = self.processor(images=images, text=prompts, return_tensors="pt")
         tensors = self.tensors(inputs)
         tensors.pop("original_sizes", None)
         with torch.no_grad():
             outputs = self.model(**tensors)
         outputs.semantic_seg = outputs.semantic_seg.float().cpu()
         masks = self.processor.image_processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[(image.height, image.width) for image in chosen]
+            outputs, target_sizes=[(image.height, image.width) for image in images]
         )
-        presence = outputs.presence_logits.float().sigmoid().flatten().tolist()
-        for index, mask, score in zip(fitting, masks, presence, strict=True):
+        groundings = []
+        for mask, score in zip(masks, outputs.presence_logits.float().sigmoid().flatten().tolist(), strict=True):
             array = mask.bool().numpy()
-            box = mask_box(array)
-            region = _region([box], [], "no pixel over 0.5")
-            results[index] = Grounding(array if box else None, region, score)
-        return results
+            grounding = _grounding([mask_box(array)], [], "no pixel over 0.5")
+            grounding.mask, grounding.score = array if grounding.boxes else None, score
+            groundings.append(grounding)
+        return groundings
 
 
-def _region(boxes: Sequence[Box | None], polygons: list[Any], detail: str) -> Region:
+def _grounding(boxes: Sequence[Box | None], polygons: list[Any], detail: str) -> Grounding:
     inside = [box for box in boxes if box is not None][:MAX_BOXES]
-    return Region(inside, polygons) if inside else Region(polygons=polygons, outcome=NO_REGION, detail=detail)
+    return Grounding(inside, polygons) if inside else Grounding([], polygons, NO_REGION, detail)

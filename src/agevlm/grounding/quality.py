@@ -8,12 +8,10 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
-from agevlm.images import open_image
-
-from .masks import boundary_f, iou
+from .masks import boundary_f, iou, read_mask
 from .output import SUMMARY, read_masks
+from .regions import Grid
 from .rows import Undecoded, load_table
-from .runner import Grid
 
 
 METRICS = ("iou", "boundary_f", "grid_iou")
@@ -49,7 +47,9 @@ def measure_quality(masks: Dataset, exact: Dataset, grid: Grid, progress: bool =
         raise ValueError("the two have no row with a mask in common; ids must be those of the same data set")
     values = []
     for row_id in tqdm(common, desc="quality", unit="mask", disable=not progress):
-        mask, reference = (_array(side[row_id], row_id) for side in (found, wanted))
+        mask, reference = (
+            read_mask(column[index]["mask"], row_id) for column, index in (found[row_id], wanted[row_id])
+        )
         try:
             values.append(compare(mask, reference, grid))
         except ValueError as error:
@@ -66,11 +66,6 @@ def _by_id(data: Dataset) -> dict[str, Any]:
         )
     column = Undecoded(data, ["mask"])
     return {row_id: (column, index) for index, row_id in enumerate(data["id"]) if column[index]["mask"] is not None}
-
-
-def _array(place: tuple[Undecoded, int], row_id: str) -> np.ndarray:
-    column, index = place
-    return np.array(open_image(column[index]["mask"], f"mask of row {row_id!r}", mode="1"))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,33 +17,22 @@ GROUNDED = "grounded"  # there is a mask; filters have the last word on it
 
 
 @dataclass
-class Region:
-    """Where a text is in a picture, before a segmenter has cut it out.
+class Grounding:
+    """Where a text is in a picture: boxes from a grounder, to which a segmenter adds the mask.
 
     Attributes:
         boxes: one for each instance, inside the picture; empty where there is none.
         polygons: pieces of all instances, as drawn by Florence-2; to look at.
-        outcome: GROUNDED, NO_REGION or TEXT_TOO_LONG.
-        detail: what a person would want to know about it.
+        outcome: GROUNDED, or a failure with its `detail`.
+        mask: bool `(height, width)` of the picture, the union over all instances; None where there is none.
+        score: the segmenter's own estimate in [0, 1] of how good the mask is, None where it has none.
     """
 
     boxes: list[Box] = field(default_factory=list)
     polygons: list[Polygon] = field(default_factory=list)
     outcome: str = GROUNDED
     detail: str = ""
-
-
-@dataclass
-class Grounding:
-    """The mask of a text in a picture.
-
-    Attributes:
-        mask: bool `(height, width)` of the picture, the union over all instances; None where there is none.
-        score: the segmenter's own estimate in [0, 1] of how good it is, None where it has none.
-    """
-
-    mask: np.ndarray | None
-    region: Region
+    mask: np.ndarray | None = None
     score: float | None = None
 
 
@@ -54,3 +43,13 @@ class Backend(Protocol):
     decodes: bool  # whether it looks at pixels; if not, pictures are opened for their size alone
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]: ...
+
+
+class Grid(Protocol):
+    """The cells of a model's grid that a mask takes: part of an image processor."""
+
+    def mask_to_grid(self, mask: np.ndarray) -> np.ndarray: ...
+
+    def grid_to_pixels(self, values: np.ndarray, original_size: tuple[int, int]) -> np.ndarray: ...
+
+    def to_dict(self) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""The rows a run grounds: finding the data set, the share to attempt, decoding ahead of the models.
+"""The rows a run grounds: finding the data set, the share to attempt, their texts, decoding ahead of the models.
 
 A data set is a Parquet file, a folder of them, a folder of `save_to_disk`, or a repository of the Hub. Its rows are
 the project's (`data/rows.py`: id, images, messages); the first picture of a row is grounded.
@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from agevlm.data.masks import subset_hash
+from agevlm.data.rows import IMAGE_PLACEHOLDER
 from agevlm.images import open_header, open_image
 
-from .queries import Query, make_query
 from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY
 
 
@@ -81,14 +81,44 @@ def choose_rows(ids: Sequence[str], attempt: int | None, seed: int) -> np.ndarra
 
 @dataclass
 class Item:
-    """One row on its way to a backend. `outcome` is a failure where there is no picture or no query."""
+    """One row on its way to a backend.
+
+    Attributes:
+        text: what is sent to the grounding model.
+        query: a part of message `message_index`: what guidance reads.
+        outcome: a failure where there is no picture or no query, with its `detail`.
+    """
 
     index: int
     id: str
     image: Image.Image | None = None
-    query: Query | None = None
+    text: str | None = None
+    query: str | None = None
+    message_index: int | None = None
     outcome: str = ""
     detail: str = ""
+
+
+def find_query(messages: Sequence[Mapping[str, str]], source: str) -> tuple[str, str, int] | None:
+    """`text`, `query` and `message_index` of a row (see `Item`); None where it has no such text.
+
+    Args:
+        source: `caption` (stages 1 to 3): the first answer. `question` (stage 4, appendix A): the first question.
+            `question+answer` (section 3.2.3): both are sent to the grounding model, and the question is the query,
+            because guidance is on tokens of one message.
+    """
+    role = "assistant" if source == "caption" else "user"
+    for index, message in enumerate(messages):
+        if message["role"] != role:
+            continue
+        # The longest part between placeholders: it is in the message as it stands, which rows are checked for.
+        query = max((part.strip() for part in message["content"].split(IMAGE_PLACEHOLDER)), key=len)
+        if query and source == "question+answer":
+            following = messages[index + 1]["content"] if index + 1 < len(messages) else ""
+            return f"{query} {following.strip()}".strip(), query, index
+        if query:
+            return query, query, index
+    return None
 
 
 class Items(TorchDataset):
@@ -97,8 +127,11 @@ class Items(TorchDataset):
     Args:
         data: rows with id, images and messages.
         places: the rows to go through.
-        query_source: see `queries.py`.
+        query_source: see `find_query`.
         decode: False opens pictures for their size alone.
+
+    Raises:
+        ValueError: a column is missing.
     """
 
     def __init__(self, data: Dataset, places: np.ndarray, query_source: str, decode: bool = True):
@@ -122,13 +155,14 @@ class Items(TorchDataset):
             item.outcome = NO_PICTURE
             return item
         try:
-            item.query = make_query(row["messages"] or [], self.query_source)
+            found = find_query(row["messages"] or [], self.query_source)
         except (KeyError, TypeError, AttributeError) as error:
             item.outcome, item.detail = BAD_ROW, f"messages cannot be read: {error!r}"
             return item
-        if item.query is None:
+        if found is None:
             item.outcome = NO_QUERY
             return item
+        item.text, item.query, item.message_index = found
         try:
             item.image = (open_image if self.decode else open_header)(row["images"][0], f"row {item.id!r}")
         except ValueError as error:

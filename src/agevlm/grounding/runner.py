@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -18,26 +18,18 @@ from tqdm import tqdm
 
 from agevlm.store import check_same, digest, read_json, write_json
 
+from .choices import QUERY_SOURCES
 from .filters import Filters
 from .journal import BatchJournal, Journals
 from .masks import to_png
 from .output import JOURNAL_FEATURES, SUMMARY, write_output
-from .queries import QUERY_SOURCES
-from .regions import BAD_PICTURE, BAD_ROW, ERROR, GROUNDED, NO_QUERY, TEXT_TOO_LONG, Backend, Grounding, Region
+from .regions import BAD_PICTURE, BAD_ROW, ERROR, GROUNDED, NO_QUERY, TEXT_TOO_LONG, Backend, Grid, Grounding
 from .rows import Item, Items, choose_rows
 
 
 MANIFEST = "run.json"
 JOURNALS = "journal"
 STRICT = (BAD_PICTURE, BAD_ROW, NO_QUERY, TEXT_TOO_LONG, ERROR)
-
-
-class Grid(Protocol):
-    """What is used of an image processor: the cells of the model's grid that a mask takes."""
-
-    def mask_to_grid(self, mask: np.ndarray) -> np.ndarray: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 def ground(
@@ -169,12 +161,12 @@ def _work(
 
 def ground_batch(items: list[Item], backend: Backend, strict: bool = False) -> list[Grounding]:
     """Items to groundings. If a batch fails, its rows are tried one by one, so that only the culprit is lost."""
-    results = [Grounding(None, Region(outcome=item.outcome, detail=item.detail)) for item in items]
+    results = [Grounding(outcome=item.outcome, detail=item.detail) for item in items]
     usable = [index for index, item in enumerate(items) if not item.outcome]
 
     def attempt(chosen: list[int]) -> None:
-        images, queries = [items[i].image for i in chosen], [items[i].query for i in chosen]
-        found = backend(images, [query.text for query in queries], [items[i].id for i in chosen])  # type: ignore
+        rows = [items[index] for index in chosen]
+        found = backend([row.image for row in rows], [row.text for row in rows], [row.id for row in rows])  # type: ignore
         for index, result in zip(chosen, found, strict=True):
             results[index] = result
 
@@ -189,29 +181,20 @@ def ground_batch(items: list[Item], backend: Backend, strict: bool = False) -> l
             except Exception as error:
                 if strict:
                     raise
-                told = f"{type(error).__name__}: {error}"[:500]
-                results[index] = Grounding(None, Region(outcome=ERROR, detail=told))
+                results[index] = Grounding(outcome=ERROR, detail=f"{type(error).__name__}: {error}"[:500])
     return results
 
 
 def record(item: Item, grounding: Grounding, grid: Grid) -> dict[str, Any]:
     """One row of the journal."""
-    region, mask = grounding.region, grounding.mask
+    mask, score = grounding.mask, grounding.score
     area = float(mask.mean()) if mask is not None else None
-    score = grounding.score
     return {
-        "index": item.index,
-        "id": item.id,
-        "query": item.query and item.query.query,
-        "text": item.query and item.query.text,
-        "message_index": item.query and item.query.message_index,
+        **{name: getattr(item, name) for name in ("index", "id", "query", "text", "message_index")},
+        **{name: getattr(grounding, name) for name in ("boxes", "polygons", "outcome", "detail")},
         "mask": None if mask is None else {"bytes": to_png(mask), "path": None},
-        "boxes": region.boxes,
-        "polygons": region.polygons,
         # A score that is no number says nothing good of its mask.
         "score": score if score is None or math.isfinite(score) else 0.0,
         "area": area,
         "grid_cells": None if mask is None else (int(grid.mask_to_grid(mask).sum()) if area else 0),
-        "outcome": region.outcome,
-        "detail": region.detail,
     }

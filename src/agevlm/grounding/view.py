@@ -7,7 +7,7 @@ a fixed random share of the kept and of the rejected ones, sorted and filtered i
 import heapq
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -20,18 +20,11 @@ from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 
 from .output import SPLITS, SUMMARY, read_masks
+from .regions import Grid
 from .rows import Undecoded
 
 
 SIDE = 240
-
-
-class Grid(Protocol):
-    """What is used of an image processor."""
-
-    def mask_to_grid(self, mask: np.ndarray) -> np.ndarray: ...
-
-    def grid_to_pixels(self, values: np.ndarray, original_size: tuple[int, int]) -> np.ndarray: ...
 
 
 def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: int = 100) -> int:

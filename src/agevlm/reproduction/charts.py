@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that takes its colours from the page, light or dark; no scripts."""
+"""Line charts as inline SVG that takes its colors from the page, light or dark; no scripts."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,7 +10,7 @@ import numpy as np
 MOST_POINTS = 120
 # What Matplotlib draws with -> the page's variable: of text, of rules, of the lines in their order.
 _LINES = ("#0000f0", "#0000f1", "#0000f2", "#0000f3")
-_COLOURS = {"#0000fa": "soft", "#0000fb": "rule", **{colour: f"v{index}" for index, colour in enumerate(_LINES)}}
+_COLORS = {"#0000fa": "soft", "#0000fb": "rule", **{color: f"v{index}" for index, color in enumerate(_LINES)}}
 
 Points = Sequence[tuple[float, float]]  # (step, value)
 
@@ -40,7 +40,7 @@ def line_chart(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    soft, rule = list(_COLOURS)[:2]
+    soft, rule = list(_COLORS)[:2]
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.subplots()
     figure.patch.set_visible(False)
@@ -69,6 +69,6 @@ def line_chart(
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue()
-    for colour, variable in _COLOURS.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+    for color, variable in _COLORS.items():
+        svg = svg.replace(color, f"var(--{variable})")
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

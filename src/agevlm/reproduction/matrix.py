@@ -17,7 +17,7 @@ from functools import cache
 from typing import Literal
 
 from agevlm.training import stages
-from agevlm.training.parts import COLOURS, NAMES
+from agevlm.training.parts import COLORS, NAMES
 from agevlm.training.stages.recipe import StageRecipe
 
 
@@ -38,7 +38,7 @@ class Size:
     questions: int
     max_objects: int
     names: tuple[str, ...] | None = None
-    colours: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None
     cross_attention_layers: tuple[int, ...] | None = None
 
     def steps(self, recipe: StageRecipe) -> int:
@@ -55,7 +55,7 @@ SIZES = {
         questions=600,
         max_objects=3,
         names=NAMES,
-        colours=COLOURS,
+        colors=COLORS,
         cross_attention_layers=(1, 4),
     ),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4),

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import set_seed
 
+from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.masks import join_masks
@@ -22,7 +23,6 @@ from .matrix import Run, Size, Start, cross_layers
 
 
 SPLIT = "composition"
-TINY_PARTS = Path(__file__).resolve().parents[3] / "checkpoints" / "tiny-parts"
 
 
 def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
@@ -35,7 +35,7 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         test=size.questions,
         max_objects=size.max_objects,
         names=size.names,
-        colours=size.colours,
+        colors=size.colors,
         cutouts=cutouts,
         num_proc=min(2, os.cpu_count() or 1),
     )
@@ -95,7 +95,7 @@ def rows_of(scenes: Path, run: Run) -> Dataset:
 
 
 def vocabulary(scenes: Path) -> list[str]:
-    """The things, in both numbers, and colours that a folder of scenes shows."""
+    """The things, in both numbers, and colors that a folder of scenes shows."""
     shown = json.loads((scenes / "scenes.json").read_text(encoding="utf-8"))
     return [*shown["names"], *map(plural, shown["names"]), *shown["colours"]]
 

@@ -172,7 +172,7 @@ FADING.paste((0, 255, 0, 0), (30, 0, 60, 40))
 DEEP = np.full((40, 60), 50_000, dtype=np.uint16)
 DEEP[:, :30] = 10_000
 KINDS = {
-    # name: (file, size as shown, colours on the left and the right, or above and below)
+    # name: (file, size as shown, colors on the left and the right, or above and below)
     "alpha.png": (_bytes(FADING, "PNG"), (60, 40), ((255, 0, 0), (255, 255, 255))),
     "deep.png": (_bytes(Image.fromarray(DEEP), "PNG"), (60, 40), ((39,) * 3, (195,) * 3)),
     "turned.jpg": (_bytes(HALVES, "JPEG", exif=_turned(), quality=95), (40, 60), ((255, 0, 0), (0, 0, 255))),
@@ -185,15 +185,15 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_picture_is_shown_as_a_viewer_shows_it(server, name):
     """Transparency on white, 16 bits scaled, cameras' rotation applied, the first frame; the overlay has its shape."""
-    content, size, colours = KINDS[name]
+    content, size, colors = KINDS[name]
     ours, other = call(server.address, upload(server.address, name, content), QUESTION)
     (shown,) = re.findall(r'class="picture"[^>]* src="data:image/jpeg;base64,([^"]+)"', ours)
     assert [*re.findall(r'class="picture"[^>]* src="data:image/jpeg;base64,([^"]+)"', other)] == [shown]
     picture = Image.open(io.BytesIO(base64.b64decode(shown)))
     assert picture.size == size
     places = ((10, 20), (50, 20)) if size[0] > size[1] else ((20, 10), (20, 50))
-    for place, colour in zip(places, colours, strict=True):
-        np.testing.assert_allclose(picture.getpixel(place), colour, atol=8)
+    for place, color in zip(places, colors, strict=True):
+        np.testing.assert_allclose(picture.getpixel(place), color, atol=8)
     heat = Image.open(io.BytesIO(base64.b64decode(heats(ours)[0].partition(",")[2])))
     assert heat.size == size and heat.mode == "RGBA"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from agevlm.data.duplicates import equal_groups, hash64, save_hashes
@@ -261,14 +261,14 @@ def _write(out: Path, report: dict[str, Any], work: Path) -> None:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as a table."""
-    table = Table(
-        "", "finding", "rows", "meaning", "for example", title=escape(f"{report['source']}: {_headline(report)}")
-    )
+    title = Text(f"{report['source']}: {_headline(report)}")
+    table = Table("", "finding", "rows", "meaning", "for example", title=title)
     for severity, style in (("dropped", "red"), ("problem", "yellow"), ("repaired", "cyan"), ("remark", "dim")):
         for kind, found in _by_number(report, severity):
             example = found["examples"][0] if found["examples"] else {"row": "", "detail": ""}
             shown = f"row {example['row']}: {example['detail']}"[:60]
-            table.add_row(f"[{style}]{severity}[/]", kind, f"{found['rows']:,}", found["meaning"], escape(shown))
+            cells = (kind, f"{found['rows']:,}", found["meaning"], shown)
+            table.add_row(Text(severity, style), *map(Text, cells))
     console.print(table)
     tokens = report["tokens"]
     if tokens is None:

@@ -1,7 +1,7 @@
 """Does a training picture occur in an evaluation set: as the same file, or in another size or format?
 
 The second is told by difference hashes: is each of 8 x 8 places of the picture, scaled down, brighter than its right
-neighbour, and than the one below (128 bits). Scaling and recompression flip a few bits; pictures without structure
+neighbor, and than the one below (128 bits). Scaling and recompression flip a few bits; pictures without structure
 have no such hash.
 """
 
@@ -25,11 +25,11 @@ SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 
 
 def difference_hash(picture: Image.Image) -> tuple[int, int] | None:
-    """Two 64-bit numbers, for the neighbours on the right and below; None for a picture without structure."""
-    grey = np.asarray(picture.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.float32)
-    if grey.std() < _FLAT:
+    """Two 64-bit numbers, for the neighbors on the right and below; None for a picture without structure."""
+    gray = np.asarray(picture.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.float32)
+    if gray.std() < _FLAT:
         return None
-    right, below = grey[:8, 1:] > grey[:8, :-1], grey[1:, :8] > grey[:-1, :8]
+    right, below = gray[:8, 1:] > gray[:8, :-1], gray[1:, :8] > gray[:-1, :8]
     first, second = (int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in (right, below))
     return first, second
 

@@ -77,7 +77,7 @@ REMARKED = {
     "text_only": "no picture",
     "multi_image": "several pictures",
     "image_animated": "several frames, of which the first is used",
-    "image_unusual_mode": "neither 8-bit RGB nor grey: converted",
+    "image_unusual_mode": "neither 8-bit RGB nor gray: converted",
     "image_tiny": "a side of less than 8 pixels",
     "image_elongated": "one side more than 20 times the other",
     "image_wrong_suffix": "the file's name promises another format",

@@ -17,7 +17,7 @@ class SceneArguments:
     cutouts: str | None = None
     backgrounds: str | None = None
     names: tuple[str, ...] | None = None
-    colours: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None
     word_rate: float = 0.25
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """The grounded scenes as benchmarks: the public columns of POPE, CV-Bench, OCRBench, HallusionBench and RealWorldQA.
 
 Three columns are added to each: `id`, `mask` (1-bit picture of what the question should look at, null where the thing
-asked for is absent) and `held_out_pair` (whether it is about a (colour, name) pair that no training row has).
+asked for is absent) and `held_out_pair` (whether it is about a (color, name) pair that no training row has).
 Deviations: HallusionBench has its visual-dependent half alone, each set being an original and an edited picture with
 the same two questions; CV-Bench depth is told by occlusion, not by boxes.
 """
@@ -22,7 +22,7 @@ from .questions import (
     Question,
     absent,
     absent_names,
-    colours_of,
+    colors_of,
     count,
     depth,
     how_many_objects,
@@ -30,8 +30,8 @@ from .questions import (
     present,
     read_sign,
     relation,
-    what_colour,
-    what_is_coloured,
+    what_color,
+    what_is_colored,
 )
 from .splits import Pool, is_held_out_pair
 from .words import join_phrases, sentence
@@ -78,7 +78,7 @@ def benchmark_rows(builder: SceneBuilder, split: str, benchmark: str, index: int
 
 def _shared(picture: Picture, encoded: dict, question: Question) -> dict:
     mask = picture.mask(question.look_at, question.sign)
-    things = [(picture.scene.objects[i].colour, picture.scene.objects[i].name) for i in question.look_at]
+    things = [(picture.scene.objects[i].color, picture.scene.objects[i].name) for i in question.look_at]
     return {
         "image": encoded,
         "mask": stored(encode_mask(mask)) if mask is not None else None,
@@ -94,8 +94,8 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
     """One question with yes and one with no about the same picture."""
     category = ("random", "popular", "adversarial")[index % 3]
     picture = builder.picture(rng, pool, word_rate=0.0)
-    with_colour = True if any(pool.rare_colours.values()) else None  # the words must name the held-out pair
-    yes = present(rng, picture.scene, pool, with_colour)
+    with_color = True if any(pool.rare_colors.values()) else None  # the words must name the held-out pair
+    yes = present(rng, picture.scene, pool, with_color)
     no = absent(rng, picture.scene, pool, category)
     if no is None:
         return None
@@ -147,7 +147,7 @@ def _ocrbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int)
 
 
 def _realworldqa(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
-    kinds = (what_colour, what_is_coloured, how_many_objects) if builder.source.colours else (how_many_objects,)
+    kinds = (what_color, what_is_colored, how_many_objects) if builder.source.colors else (how_many_objects,)
     generator = kinds[index % len(kinds)]
     picture = builder.picture(rng, pool, word_rate=0.1)
     question = generator(rng, picture.scene, pool)
@@ -173,10 +173,8 @@ def _is_there(name: str) -> Statement:
     return Statement(presence_query(name), lambda s: (bool(s.find(name)), s.find(name)), ((None, name),))
 
 
-def _has_colour(name: str, colour: str) -> Statement:
-    return Statement(
-        f"Is the {name} {colour}?", lambda s: (bool(s.find(name, colour)), s.find(name)), ((colour, name),)
-    )
+def _has_color(name: str, color: str) -> Statement:
+    return Statement(f"Is the {name} {color}?", lambda s: (bool(s.find(name, color)), s.find(name)), ((color, name),))
 
 
 def _is_beside(first: str, second: str, side: str) -> Statement:
@@ -205,12 +203,12 @@ def _changed(scene: Scene, index: int, **changes) -> Scene:
 def _recolor(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
     index = rng.choice(_single(scene))
     thing = scene.objects[index]
-    others = [c for c in colours_of(pool, thing.name) if c != thing.colour]
-    if not others or thing.colour is None:
+    others = [c for c in colors_of(pool, thing.name) if c != thing.color]
+    if not others or thing.color is None:
         return None
-    colour = rng.choice(others)
-    asked = _has_colour(thing.name, thing.colour), _has_colour(thing.name, colour)
-    return _changed(scene, index, colour=colour), asked
+    color = rng.choice(others)
+    asked = _has_color(thing.name, thing.color), _has_color(thing.name, color)
+    return _changed(scene, index, color=color), asked
 
 
 def _remove(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
@@ -252,7 +250,7 @@ _EDITS = {"recolor": _recolor, "remove": _remove, "replace": _replace, "swap": _
 
 
 def _hallusionbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
-    kinds = [kind for kind in _EDITS if kind != "recolor" or builder.source.colours]
+    kinds = [kind for kind in _EDITS if kind != "recolor" or builder.source.colors]
     kind = kinds[index % len(kinds)]
     scene = sample_scene(rng, pool, 1, builder.arguments.max_objects, word_rate=0.0)
     if not _single(scene):
@@ -270,7 +268,7 @@ def _hallusionbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index
 
 
 def _orders_differ(pictures: list[Picture], statement: Statement) -> bool:
-    """Drawing moves centres a little; both pictures must still have a clear and opposite order."""
+    """Drawing moves centers a little; both pictures must still have a clear and opposite order."""
     orders = []
     for picture in pictures:
         a, b = statement.check(picture.scene)[1]

@@ -50,7 +50,7 @@ def build_scenes(
     cutouts: str | Path | None = None,
     backgrounds: str | Path | None = None,
     names: Collection[str] | None = None,
-    colours: Collection[str] | None = None,
+    colors: Collection[str] | None = None,
     word_rate: float = 0.25,
     num_proc: int = 1,
     progress: bool = True,
@@ -65,7 +65,7 @@ def build_scenes(
         turns: questions per instruction row.
         cutouts: folder made by `agevlm.data.scenes.fetch_cutouts`; None draws icons.
         backgrounds: folder of photographs to paste on; None generates backgrounds.
-        names, colours: restrict the objects; unknown ones raise ValueError with close matches.
+        names, colors: restrict the objects; unknown ones raise ValueError with close matches.
         word_rate: share of instruction pictures with a sign on them (captions: half of it).
         num_proc: worker processes; started afresh ("spawn"), so a script must guard its main part.
 
@@ -75,7 +75,7 @@ def build_scenes(
         captions, instructions, test, size, max_objects, turns, seed,
         str(cutouts) if cutouts is not None else None, str(backgrounds) if backgrounds is not None else None,
         tuple(sorted(names)) if names is not None else None,
-        tuple(sorted(colours)) if colours is not None else None, word_rate,
+        tuple(sorted(colors)) if colors is not None else None, word_rate,
     )  # fmt: skip
     out = Path(out)
     builder = SceneBuilder(arguments)
@@ -113,16 +113,16 @@ def text_corpus(
     n: int,
     seed: int = 0,
     names: Collection[str] | None = None,
-    colours: Collection[str] | None = None,
+    colors: Collection[str] | None = None,
     cutouts: str | Path | None = None,
 ) -> Iterator[list[Message]]:
     """`n` conversations without pictures in the wording of the picture rows, for training a language model alone.
 
-    `names`, `colours` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
-    about it), held-out (colour, name) pairs do not.
+    `names`, `colors` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
+    about it), held-out (color, name) pairs do not.
     """
-    source = make_source(cutouts, names, colours)
-    pool = make_pools(source.kinds, source.colours)["text"]
+    source = make_source(cutouts, names, colors)
+    pool = make_pools(source.kinds, source.colors)["text"]
     return text_conversations(random.Random(f"{seed}/text"), pool, n)
 
 
@@ -140,23 +140,25 @@ def _read(path: Path) -> Dataset:
 
 def _manifest(builder: SceneBuilder) -> dict:
     source, arguments, kinds = builder.source, builder.arguments, builder.source.kinds
+    old = {"colors": "colours"}  # as folders have it that were built before
+    left_out = ("cutouts", "backgrounds")  # folders count by content, not by path
     manifest = {
         "format": FORMAT,
-        "arguments": {k: v for k, v in dataclasses.asdict(arguments).items() if k not in ("cutouts", "backgrounds")},
+        "arguments": {old.get(k, k): v for k, v in dataclasses.asdict(arguments).items() if k not in left_out},
         "source": {"kind": source.name, "table": source.digest, "backgrounds": builder.backgrounds_digest},
         "counts": {
             **{part: getattr(arguments, part) for part in PARTS},
             **{f"benchmarks/{s}/{b}": _groups(b, arguments.test) * GROUP[b] for s in SPLITS for b in BENCHMARKS},
         },
         "names": sorted(kinds),
-        "colours": list(source.colours),
+        "colours": list(source.colors),
         "held_out": {
             "names": list(held_out_names(kinds)),
-            "pairs": sorted([c, n] for n in kinds for c in source.colours if is_held_out_pair(c, n)),
+            "pairs": sorted([c, n] for n in kinds for c in source.colors if is_held_out_pair(c, n)),
             "styles": {n: style for n, kind in sorted(kinds.items()) if (style := held_out_style(kind))},
         },
     }
-    return as_json(manifest)  # tuples as the file will have them; folders count by content, not by path
+    return as_json(manifest)  # tuples as the file will have them
 
 
 def _is_finished(out: Path, manifest: dict) -> bool:

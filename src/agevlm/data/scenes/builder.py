@@ -23,13 +23,13 @@ from .splits import Pool, make_pools
 
 
 def make_source(
-    cutouts: str | Path | None, names: Collection[str] | None, colours: Collection[str] | None
+    cutouts: str | Path | None, names: Collection[str] | None, colors: Collection[str] | None
 ) -> IconSource | CutoutSource:
-    """The objects to draw: cut-outs from a folder, or icons; ValueError for unknown names and colours."""
+    """The objects to draw: cut-outs from a folder, or icons; ValueError for unknown names and colors."""
     if cutouts is None:
-        return IconSource(names, colours)
-    if colours is not None:
-        raise ValueError("cut-outs keep their own colours; leave out colours")
+        return IconSource(names, colors)
+    if colors is not None:
+        raise ValueError("cut-outs keep their own colors; leave out colors")
     return CutoutSource(cutouts, names)
 
 
@@ -38,8 +38,8 @@ class SceneBuilder:
 
     def __init__(self, arguments: SceneArguments):
         self.arguments = arguments
-        self.source = make_source(arguments.cutouts, arguments.names, arguments.colours)
-        self.pools = make_pools(self.source.kinds, self.source.colours)
+        self.source = make_source(arguments.cutouts, arguments.names, arguments.colors)
+        self.pools = make_pools(self.source.kinds, self.source.colors)
         photos, self.backgrounds_digest = (
             _load_backgrounds(arguments.backgrounds) if arguments.backgrounds else ([], "")
         )

@@ -20,7 +20,7 @@ from .objects import CutoutSource, IconSource, Sprite, rgb
 MAX_HIDDEN = 0.6
 _IN_FRONT = 0.06  # least share of an object another must cover to lie clearly in front of it
 _BACKGROUND, _SIGN = -1, 100
-_SIGN_COLOURS = (((250, 250, 245), (20, 20, 20)), ((30, 30, 34), (245, 245, 245)))
+_SIGN_COLORS = (((250, 250, 245), (20, 20, 20)), ((30, 30, 34), (245, 245, 245)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _noise(size: int) -> np.ndarray:
 
 
 def _muted(rng: random.Random) -> tuple[int, int, int]:
-    """A greyish colour of middle brightness: the named object colours all stand out from it."""
+    """A grayish color of middle brightness: the named object colors all stand out from it."""
     level = rng.randint(95, 190)
     return rgb(level + rng.randint(-14, 14) for _ in range(3))
 
@@ -89,7 +89,7 @@ def _sign_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def draw_sign(rng: random.Random, word: str, size: int) -> Image.Image:
     """A small board with `word` on it (RGB)."""
-    paper, ink = rng.choice(_SIGN_COLOURS)
+    paper, ink = rng.choice(_SIGN_COLORS)
     font = _sign_font(max(8, round(size * rng.uniform(0.09, 0.13))))
     left, top, right, bottom = map(int, font.getbbox(word))
     pad = max(3, size // 40)
@@ -144,13 +144,13 @@ def compose(
     sprites, objects = [], []
     for thing in scene.objects:
         sprite = source.draw(
-            thing.name, thing.style, thing.colour, round(thing.extent * size), thing.angle, thing.shade
+            thing.name, thing.style, thing.color, round(thing.extent * size), thing.angle, thing.shade
         )
         x, y = (min(size - sprite.side, max(0, round(c * size - sprite.side / 2))) for c in (thing.x, thing.y))
         sprites.append((sprite, x, y))
         rows, cols = np.flatnonzero(sprite.alpha.any(1)), np.flatnonzero(sprite.alpha.any(0))
-        centre_x, centre_y = x + (cols[0] + cols[-1] + 1) / 2, y + (rows[0] + rows[-1] + 1) / 2
-        objects.append(replace(thing, x=centre_x / size, y=centre_y / size))
+        center_x, center_y = x + (cols[0] + cols[-1] + 1) / 2, y + (rows[0] + rows[-1] + 1) / 2
+        objects.append(replace(thing, x=center_x / size, y=center_y / size))
     board = draw_sign(rng, scene.word, size) if scene.word else None
     sign_box = _place_sign(rng, board, sprites, size) if board else None
     owner = np.empty((size, size), np.int8)
@@ -169,9 +169,9 @@ def compose(
     scene = replace(scene, in_front=_true_in_front(now))
     canvas = Image.fromarray(background.copy())
     for sprite, x, y in now:
-        for colour, layer in sprite.layers:
+        for color, layer in sprite.layers:
             box = (x, y, x + sprite.side, y + sprite.side)
-            canvas.paste(colour, box if isinstance(colour, tuple) else (x, y), layer)
+            canvas.paste(color, box if isinstance(color, tuple) else (x, y), layer)
     if board is not None and sign_box is not None:
         canvas.paste(board, sign_box[:2])
     return Picture(canvas, owner, scene)

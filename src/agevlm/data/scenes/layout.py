@@ -9,17 +9,17 @@ from .splits import Pool
 from .words import cell
 
 
-SEPARATION = 0.15  # least distance of two centres, as a share of the picture, for left/right and above/below
+SEPARATION = 0.15  # least distance of two centers, as a share of the picture, for left/right and above/below
 _OVERLAP_RATE = 0.3
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. x, y: centre of its whole outline, extent: its longer side; all as shares of the picture (0 to 1).
+    """One object. x, y: center of its whole outline, extent: its longer side; all as shares of the picture (0 to 1).
     Later objects of a scene lie in front of earlier ones."""
 
     name: str
-    colour: str | None
+    color: str | None
     category: str
     group: str
     style: str
@@ -31,8 +31,8 @@ class SceneObject:
 
     @property
     def described(self) -> str:
-        """As "red apple", or "apple" for an object that keeps its own colours."""
-        return self.name if self.colour is None else f"{self.colour} {self.name}"
+        """As "red apple", or "apple" for an object that keeps its own colors."""
+        return self.name if self.color is None else f"{self.color} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,16 @@ class Scene:
     word: str | None = None
     in_front: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
-    def find(self, name: str, colour: str | None = None) -> tuple[int, ...]:
-        """Indices of the objects called `name`, where given of that colour."""
-        return tuple(
-            i for i, o in enumerate(self.objects) if o.name == name and (colour is None or o.colour == colour)
-        )
+    def find(self, name: str, color: str | None = None) -> tuple[int, ...]:
+        """Indices of the objects called `name`, where given of that color."""
+        return tuple(i for i, o in enumerate(self.objects) if o.name == name and (color is None or o.color == color))
 
     def reference(self, index: int) -> str | None:
         """The shortest description that only object `index` fits, or None where there is none."""
         thing = self.objects[index]
         if len(self.find(thing.name)) == 1:
             return thing.name
-        return thing.described if thing.colour and len(self.find(thing.name, thing.colour)) == 1 else None
+        return thing.described if thing.color and len(self.find(thing.name, thing.color)) == 1 else None
 
 
 def order(a: SceneObject, b: SceneObject, axis: str) -> int:
@@ -84,12 +82,12 @@ def sample_names(rng: random.Random, pool: Pool, count: int, repeat_rate: float 
 
 
 def sample_object(rng: random.Random, pool: Pool, name: str, x: float, y: float, extent: float) -> SceneObject:
-    rare = pool.rare_colours[name]
-    colour = rng.choice(rare if rare and rng.random() < 0.7 else pool.colours[name])
+    rare = pool.rare_colors[name]
+    color = rng.choice(rare if rare and rng.random() < 0.7 else pool.colors[name])
     kind = pool.kinds[name]
     angle, shade = rng.randint(-15, 15), rng.uniform(-1, 1)
     return SceneObject(
-        name, colour, kind.category, kind.group, rng.choice(pool.styles[name]), x, y, extent, angle, shade
+        name, color, kind.category, kind.group, rng.choice(pool.styles[name]), x, y, extent, angle, shade
     )
 
 

@@ -1,9 +1,9 @@
 """Object sources of the grounded scenes: what can be pasted, in which styles, and its pixels.
 
-A source has `kinds` (name -> `Kind`), `colours` (empty when the objects keep their own) and
+A source has `kinds` (name -> `Kind`), `colors` (empty when the objects keep their own) and
 `draw(...)`, which returns one object as a `Sprite`. `IconSource` draws the glyphs listed in icons.json from the icon
 fonts that the `qtawesome` package ships; only the font files are read, Qt is never imported. A glyph is drawn in two
-tones: its ink in the named colour and its enclosed holes in a lighter (for white: darker) one, so that an object is
+tones: its ink in the named color and its enclosed holes in a lighter (for white: darker) one, so that an object is
 opaque and its mask is its silhouette. `CutoutSource` reads RGBA pictures from a folder made by fetch_cutouts.py.
 """
 
@@ -24,7 +24,7 @@ from agevlm.images import open_image
 from agevlm.store import digest
 
 
-COLOURS = {
+COLORS = {
     "red": (214, 34, 40),
     "orange": (245, 134, 20),
     "yellow": (250, 220, 40),
@@ -55,7 +55,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Sprite:
-    """A drawn object: layers are painted in order, each a colour or an RGB picture through an 8-bit mask."""
+    """A drawn object: layers are painted in order, each a color or an RGB picture through an 8-bit mask."""
 
     layers: tuple[tuple["tuple[int, int, int] | Image.Image", Image.Image], ...]
     alpha: np.ndarray  # (side, side) bool, the silhouette
@@ -105,8 +105,8 @@ def _place(picture: Image.Image, extent: float, angle: float) -> Image.Image:
     side = math.ceil(extent * (abs(cos) + abs(sin)))
     scale = picture.width / extent
     a, b, d, e = cos * scale, sin * scale, -sin * scale, cos * scale
-    centre, middle = side / 2, picture.width / 2
-    matrix = (a, b, middle - a * centre - b * centre, d, e, middle - d * centre - e * centre)
+    center, middle = side / 2, picture.width / 2
+    matrix = (a, b, middle - a * center - b * center, d, e, middle - d * center - e * center)
     return picture.transform((side, side), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
 
 
@@ -134,18 +134,18 @@ def _outside(ink: np.ndarray) -> np.ndarray:
 
 
 class IconSource:
-    """Glyphs of icon fonts in named colours."""
+    """Glyphs of icon fonts in named colors."""
 
     name = "icons"
 
-    def __init__(self, names: Collection[str] | None = None, colours: Collection[str] | None = None):
+    def __init__(self, names: Collection[str] | None = None, colors: Collection[str] | None = None):
         text = Path(__file__).with_name("icons.json").read_text(encoding="utf-8")
         self.digest, table = table_digest(text), json.loads(text)
         kinds = {n: Kind(n, row["category"], row["group"], tuple(row["glyphs"])) for n, row in table.items()}
         self.kinds = _restrict(kinds, names)
-        if colours is not None:
-            check_known("colour", colours, COLOURS)
-        self.colours = tuple(COLOURS) if colours is None else tuple(c for c in COLOURS if c in set(colours))
+        if colors is not None:
+            check_known("color", colors, COLORS)
+        self.colors = tuple(COLORS) if colors is None else tuple(c for c in COLORS if c in set(colors))
         self._glyphs = {(n, style): glyph for n, row in table.items() for style, glyph in row["glyphs"].items()}
         self._layers = lru_cache(maxsize=4096)(self._draw_glyph)
         self._font = lru_cache(maxsize=64)(self._load_font)
@@ -184,12 +184,12 @@ class IconSource:
         silhouette = np.where(_outside(ink >= 128), ink, 255).astype(np.uint8)
         return Image.fromarray(ink), Image.fromarray(silhouette)
 
-    def draw(self, name: str, style: str, colour: str | None, extent: int, angle: float, shade: float) -> Sprite:
+    def draw(self, name: str, style: str, color: str | None, extent: int, angle: float, shade: float) -> Sprite:
         """`extent`: longer side in pixels before turning; `shade`: -1 (darker) to 1 (lighter)."""
-        assert colour is not None, "icons have no colours of their own"
+        assert color is not None, "icons have no colors of their own"
         ink, silhouette = (_place(layer, extent, angle) for layer in self._layers(name, style, _mip(extent)))
-        tone = rgb(min(255, max(0, round(value + 10 * shade))) for value in COLOURS[colour])
-        hole = rgb(round(value * 0.4 + (70 if colour == "white" else 255) * 0.6) for value in tone)
+        tone = rgb(min(255, max(0, round(value + 10 * shade))) for value in COLORS[color])
+        hole = rgb(round(value * 0.4 + (70 if color == "white" else 255) * 0.6) for value in tone)
         return Sprite(((hole, silhouette), (tone, ink)), np.asarray(silhouette) >= 128)
 
 
@@ -197,7 +197,7 @@ class CutoutSource:
     """RGBA pictures with names: a folder with cutouts.json = [{file, name, category, style, group?}, ...]."""
 
     name = "cutouts"
-    colours: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
 
     def __init__(self, folder: str | Path, names: Collection[str] | None = None):
         self.folder = Path(folder)
@@ -227,7 +227,7 @@ class CutoutSource:
         self._picture = lru_cache(maxsize=2048)(self._load)
 
     def _load(self, name: str, style: str, mip: int) -> Image.Image:
-        """The cut-out cropped to its visible part, centred in a square of `mip` pixels, premultiplied alpha."""
+        """The cut-out cropped to its visible part, centerd in a square of `mip` pixels, premultiplied alpha."""
         path = self._files[name, style]
         picture = open_image(path, where=f"cut-out {path.name}", mode="RGBA")
         box = picture.getchannel("A").point(lambda value: 255 * (value >= 128)).getbbox()
@@ -237,8 +237,8 @@ class CutoutSource:
             return self._picture(name, style, mip // 2)  # the same entry of the cache serves every larger size
         return _fit(picture.crop(box).convert("RGBa"), mip)
 
-    def draw(self, name: str, style: str, colour: str | None, extent: int, angle: float, shade: float) -> Sprite:
-        """As `IconSource.draw`; a cut-out keeps its own colours, `shade` is not used."""
+    def draw(self, name: str, style: str, color: str | None, extent: int, angle: float, shade: float) -> Sprite:
+        """As `IconSource.draw`; a cut-out keeps its own colors, `shade` is not used."""
         picture = _place(self._picture(name, style, _mip(extent)), extent, angle).convert("RGBA")
         alpha = picture.getchannel("A")
         return Sprite(((picture.convert("RGB"), alpha),), np.asarray(alpha) >= 128)

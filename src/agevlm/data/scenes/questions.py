@@ -24,7 +24,7 @@ OPTION_SUFFIX = "\nPlease answer directly with only the letter of the correct op
 class Question:
     """`query`: the words that should steer the look, always part of `prompt`; `suffixes`: instructions that benchmarks
     append. `look_at`: indices of objects, empty where the thing asked for is absent; `sign`: look at the sign.
-    `about`: (colour or None, name) pairs that question and options name."""
+    `about`: (color or None, name) pairs that question and options name."""
 
     kind: str
     query: str
@@ -61,13 +61,13 @@ def presence_query(noun: str) -> str:
     return f"Is there {with_article(noun)} in the image?"
 
 
-def present(rng: random.Random, scene: Scene, pool: Pool, with_colour: bool | None = None) -> Question:
+def present(rng: random.Random, scene: Scene, pool: Pool, with_color: bool | None = None) -> Question:
     """About something in the picture; looks at every object that fits the words."""
     thing = rng.choice(scene.objects)
-    coloured = thing.colour is not None and (rng.random() < 0.5 if with_colour is None else with_colour)
-    colour = thing.colour if coloured else None
-    query = presence_query(thing.described if coloured else thing.name)
-    return _yes_no("presence", query, True, scene.find(thing.name, colour), [(colour, thing.name)])
+    colored = thing.color is not None and (rng.random() < 0.5 if with_color is None else with_color)
+    color = thing.color if colored else None
+    query = presence_query(thing.described if colored else thing.name)
+    return _yes_no("presence", query, True, scene.find(thing.name, color), [(color, thing.name)])
 
 
 def absent_names(scene: Scene, pool: Pool, names: Sequence[str]) -> list[str]:
@@ -78,27 +78,27 @@ def absent_names(scene: Scene, pool: Pool, names: Sequence[str]) -> list[str]:
 
 def absent(rng: random.Random, scene: Scene, pool: Pool, strategy: str | None = None) -> Question | None:
     """About something not in the picture, chosen at random, among the most frequent names, or to mislead
-    ("adversarial": the category of something present, its name in another colour, or another name in its colour)."""
+    ("adversarial": the category of something present, its name in another color, or another name in its color)."""
     strategy = strategy or rng.choice(("random", "popular", "adversarial"))
-    colour: str | None = None
+    color: str | None = None
     if strategy == "adversarial":
         thing = rng.choice(scene.objects)
-        way = rng.choice(("colour", "name", "category")) if thing.colour else "category"
-        if way == "colour":
-            taken = {o.colour for o in scene.objects if o.name == thing.name}
-            others = [c for c in colours_of(pool, thing.name) if c not in taken]
+        way = rng.choice(("color", "name", "category")) if thing.color else "category"
+        if way == "color":
+            taken = {o.color for o in scene.objects if o.name == thing.name}
+            others = [c for c in colors_of(pool, thing.name) if c not in taken]
             return _absent(rng.choice(others), thing.name) if others else None
         names = _some(rng, pool.names)
         if way == "category":
             names = _some(rng, pool.by_category[thing.category]) + names
-        colour = thing.colour if way == "name" else None
+        color = thing.color if way == "name" else None
     else:
         names = _some(rng, pool.popular if strategy == "popular" else pool.names)
     for name in names:
-        if absent_names(scene, pool, [name]) and (colour is None or pool.allowed(colour, name)):
+        if absent_names(scene, pool, [name]) and (color is None or pool.allowed(color, name)):
             if strategy != "adversarial" and rng.random() < 0.5:
-                colour = rng.choice(pool.colours[name])
-            return _absent(colour, name)
+                color = rng.choice(pool.colors[name])
+            return _absent(color, name)
     return None
 
 
@@ -106,13 +106,13 @@ def _some(rng: random.Random, names: Sequence[str]) -> list[str]:
     return rng.sample(names, min(8, len(names)))
 
 
-def colours_of(pool: Pool, name: str) -> tuple[str, ...]:
-    return (*(c for c in pool.colours[name] if c), *pool.rare_colours[name])
+def colors_of(pool: Pool, name: str) -> tuple[str, ...]:
+    return (*(c for c in pool.colors[name] if c), *pool.rare_colors[name])
 
 
-def _absent(colour: str | None, name: str) -> Question:
-    noun = name if colour is None else f"{colour} {name}"
-    return _yes_no("presence", presence_query(noun), False, (), [(colour, name)])
+def _absent(color: str | None, name: str) -> Question:
+    noun = name if color is None else f"{color} {name}"
+    return _yes_no("presence", presence_query(noun), False, (), [(color, name)])
 
 
 # -- counting, relation, depth (CV-Bench) ----------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def _pair(rng: random.Random, scene: Scene, axis: str) -> tuple[int, int] | None
 
 
 def _about(scene: Scene, *indices: int) -> list[tuple[str | None, str]]:
-    """The (colour, name) pairs that `Scene.reference` speaks of."""
+    """The (color, name) pairs that `Scene.reference` speaks of."""
     things = [(scene.objects[i], scene.reference(i)) for i in indices]
-    return [(thing.colour if words != thing.name else None, thing.name) for thing, words in things]
+    return [(thing.color if words != thing.name else None, thing.name) for thing, words in things]
 
 
 _WORDS = {"x": ("left", "right"), "y": ("above", "below")}
@@ -195,18 +195,18 @@ def read_sign(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
 # -- statements to check (HallusionBench) ----------------------------------------------------------------------------
 
 
-def is_colour(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [i for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
+def is_color(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    single = [i for i, o in enumerate(scene.objects) if o.color and len(scene.find(o.name)) == 1]
     if not single:
         return None
     index = rng.choice(single)
     thing = scene.objects[index]
-    colour = thing.colour
+    color = thing.color
     if rng.random() < 0.5:
-        others = [c for c in colours_of(pool, thing.name) if c != colour]
-        colour = rng.choice(others) if others else colour
-    query = f"Is the {thing.name} {colour}?"
-    return _yes_no("check", query, colour == thing.colour, (index,), [(colour, thing.name)])
+        others = [c for c in colors_of(pool, thing.name) if c != color]
+        color = rng.choice(others) if others else color
+    query = f"Is the {thing.name} {color}?"
+    return _yes_no("check", query, color == thing.color, (index,), [(color, thing.name)])
 
 
 def is_beside(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
@@ -235,26 +235,26 @@ def _free(rng: random.Random, query: str, answer: str, look_at, about, distracto
     return Question("free", query, prompt, letter, tuple(look_at), about=tuple(about), choices=tuple(choices))
 
 
-def what_colour(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [(i, o.name, o.colour) for i, o in enumerate(scene.objects) if o.colour and len(scene.find(o.name)) == 1]
+def what_color(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    single = [(i, o.name, o.color) for i, o in enumerate(scene.objects) if o.color and len(scene.find(o.name)) == 1]
     if not single:
         return None
-    index, name, colour = rng.choice(single)
-    others = [c for c in colours_of(pool, name) if c != colour]
+    index, name, color = rng.choice(single)
+    others = [c for c in colors_of(pool, name) if c != color]
     rng.shuffle(others)
-    return _free(rng, f"What color is the {name}?", colour, (index,), [(None, name)], others)
+    return _free(rng, f"What color is the {name}?", color, (index,), [(None, name)], others)
 
 
-def what_is_coloured(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    colours = [o.colour for o in scene.objects]
-    single = [(i, colour) for i, colour in enumerate(colours) if colour and colours.count(colour) == 1]
+def what_is_colored(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
+    colors = [o.color for o in scene.objects]
+    single = [(i, color) for i, color in enumerate(colors) if color and colors.count(color) == 1]
     if not single:
         return None
-    index, colour = rng.choice(single)
+    index, color = rng.choice(single)
     name = scene.objects[index].name
     others = [n for n in absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
-              if pool.allowed(colour, n)]  # fmt: skip
-    return _free(rng, f"What object is {colour}?", name, (index,), [(colour, name)], others)
+              if pool.allowed(color, n)]  # fmt: skip
+    return _free(rng, f"What object is {color}?", name, (index,), [(color, name)], others)
 
 
 def how_many_objects(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
@@ -267,7 +267,7 @@ def how_many_objects(rng: random.Random, scene: Scene, pool: Pool) -> Question |
 
 OTHERS: tuple[Generator, ...] = (
     count, count, relation, relation, depth, depth, read_sign, read_sign,
-    is_colour, is_beside, what_colour, what_is_coloured, how_many_objects,
+    is_color, is_beside, what_color, what_is_colored, how_many_objects,
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""What may appear where: held-out names, (colour, name) pairs and styles of the grounded scenes.
+"""What may appear where: held-out names, (color, name) pairs and styles of the grounded scenes.
 
 Three tests of generalisation, each excluded from every training picture, question and caption:
- - `composition`: about a tenth of all (colour, name) pairs;
+ - `composition`: about a tenth of all (color, name) pairs;
  - `name`: about a tenth of the names;
  - `style`: one style (icon font, or drawing versus photograph) of every name that has at least two.
 Membership is decided by a hash of the item alone, so it does not change with the seed or the number of pictures.
@@ -29,8 +29,8 @@ def unit_hash(*parts: object) -> float:
     return int(digest("/".join(map(str, parts)), size=8), 16) / 2**64
 
 
-def is_held_out_pair(colour: str | None, name: str) -> bool:
-    return colour is not None and unit_hash("pair", colour, name) < HELD_OUT
+def is_held_out_pair(color: str | None, name: str) -> bool:
+    return color is not None and unit_hash("pair", color, name) < HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Pool:
     kinds: Mapping[str, Kind]
     names: tuple[str, ...]
     styles: Mapping[str, tuple[str, ...]]
-    colours: Mapping[str, tuple[str | None, ...]]
-    rare_colours: Mapping[str, tuple[str, ...]]  # held-out colours of a name, used for most test objects that have one
+    colors: Mapping[str, tuple[str | None, ...]]
+    rare_colors: Mapping[str, tuple[str, ...]]  # held-out colors of a name, used for most test objects that have one
     words: tuple[str, ...]
 
     @cached_property
@@ -60,9 +60,9 @@ class Pool:
             found.setdefault(self.kinds[name].category, []).append(name)
         return {category: tuple(names) for category, names in found.items()}
 
-    def allowed(self, colour: str, name: str) -> bool:
-        """Whether a question of this split may speak of a `colour` `name`."""
-        return colour in self.colours[name] or colour in self.rare_colours[name]
+    def allowed(self, color: str, name: str) -> bool:
+        """Whether a question of this split may speak of a `color` `name`."""
+        return color in self.colors[name] or color in self.rare_colors[name]
 
 
 def _ranked(kinds: Mapping[str, Kind]) -> list[str]:
@@ -82,7 +82,7 @@ def held_out_style(kind: Kind) -> str | None:
     return min(kind.styles, key=lambda style: unit_hash("style", style, kind.name))
 
 
-def make_pools(kinds: Mapping[str, Kind], colours: Sequence[str]) -> dict[str, Pool]:
+def make_pools(kinds: Mapping[str, Kind], colors: Sequence[str]) -> dict[str, Pool]:
     """Pools "train", "composition", "name", "style" and "text" (training plus the held-out names, for words alone)."""
     if len(kinds) < 6:
         raise ValueError(f"scenes need at least 6 object names to hold some out, got {len(kinds)}: {sorted(kinds)}")
@@ -90,11 +90,11 @@ def make_pools(kinds: Mapping[str, Kind], colours: Sequence[str]) -> dict[str, P
     order = _ranked(kinds)
     tests = {name: held_out_style(kind) for name, kind in kinds.items()}
     common: dict[str, tuple[str | None, ...]] = {n: (None,) for n in order}
-    if colours:
-        common = {n: tuple(c for c in colours if not is_held_out_pair(c, n)) for n in order}
-        order = [n for n in order if common[n]]  # with few colours a name may be left without any
+    if colors:
+        common = {n: tuple(c for c in colors if not is_held_out_pair(c, n)) for n in order}
+        order = [n for n in order if common[n]]  # with few colors a name may be left without any
     seen = [name for name in order if name not in unseen]
-    rare = {n: tuple(c for c in colours if is_held_out_pair(c, n)) for n in order}
+    rare = {n: tuple(c for c in colors if is_held_out_pair(c, n)) for n in order}
     none: dict[str, tuple[str, ...]] = {n: () for n in order}
     train_styles = {n: tuple(s for s in kinds[n].styles if s != tests[n]) for n in order}
     test_words = tuple(word for word in SIGN_WORDS if unit_hash("word", word) < HELD_OUT)
@@ -102,8 +102,8 @@ def make_pools(kinds: Mapping[str, Kind], colours: Sequence[str]) -> dict[str, P
     new_style = {n: (s,) for n, s in tests.items() if s is not None}
     all_styles = {n: kinds[n].styles for n in order}
 
-    def pool(names, styles, rare_colours, sign_words):
-        return Pool(kinds, tuple(names), styles, common, rare_colours, sign_words)
+    def pool(names, styles, rare_colors, sign_words):
+        return Pool(kinds, tuple(names), styles, common, rare_colors, sign_words)
 
     return {
         "train": pool(seen, train_styles, none, words),
