@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "agevlm"
 # A floor may import from the floors above it in this list, and a room from itself.
 FLOORS = (
-    {"arguments", "store", "images", "stats"},
+    {"arguments", "store"},
+    {"images", "drawing", "stats"},
     {"modeling_agevlm", "processing"},
     {"models"},
     {"data"},

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from agevlm.store import replacing
 
@@ -30,8 +29,3 @@ def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
     """Compressed `.npz` of numbers; read it with `allow_pickle=False`."""
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        image.save(temporary)

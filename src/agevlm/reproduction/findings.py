@@ -8,11 +8,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from agevlm.analysis.drawing import panels
 from agevlm.analysis.figures import save_rows
-from agevlm.analysis.files import save_image
+from agevlm.drawing import panels
 from agevlm.evaluation.tables import markdown_table
-from agevlm.images import open_image
+from agevlm.images import open_image, save_image
 from agevlm.reproduction.claims import GUIDED, PAPER, TWIN, claims
 from agevlm.reproduction.matrix import MAIN, Row, matrix
 from agevlm.reproduction.quickstart import SPLIT, draw_examples, trained_stage
