@@ -10,11 +10,11 @@ from huggingface_hub import hf_hub_download
 from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import run
 from agevlm.evaluation.cli import evaluate as main
-from agevlm.evaluation.digests import stored_fingerprint, weights_digest
 from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import evaluate_scenes
+from agevlm.evaluation.run import evaluate_scenes, stored_fingerprint
 from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
+from agevlm.models import weights_digest
 from builders import tiny_model, tiny_processor
 
 

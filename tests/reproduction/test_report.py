@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.evaluation.cvbench import PAPER as CVBENCH
-from agevlm.evaluation.grounding import summarise
+from agevlm.evaluation.looking import summarize
 from agevlm.evaluation.pope import PAPER as POPE
 from agevlm.reproduction.charts import MOST_POINTS, Line, line_chart
 from agevlm.reproduction.report import duration, language_model_loss, timeline, write_report
@@ -34,7 +34,7 @@ def evaluation(accuracy: float, mass: float) -> dict:
     baseline = {"in_mask_mass": 0.1, "pointing_accuracy": 0.1, "token_auroc": 0.5}
     measured = {"in_mask_mass": [mass] * 2, "pointing_accuracy": [1.0, 0.0], "token_auroc": [0.9, 0.7]}
     record = {**measured, "uniform": baseline, "centre": baseline}
-    grounding = {**summarise([record]), "skipped": 0, "layers": [2, 7]}
+    grounding = summarize([record], 1, [2, 7])
     return {
         "benchmarks": {
             "pope": {**POPE.score(presence, said), "constants": POPE.constants(presence), "grounding": grounding},

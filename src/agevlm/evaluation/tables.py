@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table as ConsoleTable
 
 from .benchmark import Metrics
-from .grounding import METRICS as GROUNDING_METRICS
+from .looking import METRICS as GROUNDING_METRICS
 
 
 Results = Mapping[str, Metrics]  # metrics by model

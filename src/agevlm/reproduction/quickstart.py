@@ -27,8 +27,7 @@ from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.scenes.build import build_scenes, load_benchmark
 from agevlm.evaluation import cvbench, pope
-from agevlm.evaluation.digests import stored_fingerprint
-from agevlm.evaluation.run import evaluate_scenes
+from agevlm.evaluation.run import evaluate_scenes, stored_fingerprint
 from agevlm.models import load
 from agevlm.reproduction.matrix import PAPER_ROWS, Row, Run, Start, chain, cross_layers, unique
 from agevlm.reproduction.report import write_report

@@ -37,8 +37,7 @@ from agevlm.analysis.subjects import Subject
 from agevlm.data.masks import join_masks
 from agevlm.data.scenes.build import load_benchmark, load_rows
 from agevlm.evaluation import pope
-from agevlm.evaluation.digests import stored_fingerprint
-from agevlm.evaluation.run import RESULT, evaluate_scenes
+from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.reproduction.findings import write_findings

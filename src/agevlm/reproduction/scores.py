@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from agevlm.evaluation.benchmark import Benchmark, units_of
-from agevlm.evaluation.generate import without_pictures as plain
+from agevlm.evaluation.inputs import without_pictures as plain
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import load_scenes
 from agevlm.evaluation.tables import lookup
@@ -108,7 +108,7 @@ class Scores:
             measures = {}
             for seed in runs:
                 lines = predictions[row, seed]
-                parsed = [benchmark.parse(rows[index], lines[index]["output"]) for index in kept]
+                parsed = [lines[index]["parsed"] for index in kept]
                 measures[seed] = benchmark.all_measures(usable, parsed)
             for path, title in wanted:
                 self.numbers[row][title] = Number({seed: made[path] for seed, made in measures.items()}, units)
