@@ -126,7 +126,6 @@ def test_no_second_atomic_write():
     """`agevlm.store` alone renames files and folders into place, syncs and hashes."""
     others = {
         "src/agevlm/store.py",
-        "src/agevlm/analysis/resume.py",  # SHA-256 decides whether earlier runs can be resumed
         "src/agevlm/modeling_agevlm/guidance_agevlm.py",  # travels with checkpoints and imports nothing of ours
     }
     for path in python_files("src/agevlm", "bench", "examples"):

@@ -394,6 +394,18 @@ def load(
     return model, processor
 
 
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, as the name of a model.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder")
+    return names
+
+
 def weights_digest(model: torch.nn.Module) -> str:
     """A digest of up to 64 evenly spaced values of every parameter: tells checkpoints apart in milliseconds."""
 

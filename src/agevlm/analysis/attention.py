@@ -27,13 +27,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from agevlm.drawing import outline, overlay, panels, peak_of
 from agevlm.images import open_image, save_image
-from agevlm.models import load
+from agevlm.models import load, unique_names
 from agevlm.store import write_json
 
 from .cells import Cells, cells_of
-from .files import file_name, make_folder, save_arrays
 from .recording import Recorder, recording
-from .subjects import Encoded, Subject, unique_names
+from .resume import file_name, make_folder, save_arrays
+from .subjects import Encoded, Subject
 
 
 LAYERS_DRAWN = 8  # at most, evenly spaced; the arrays hold all

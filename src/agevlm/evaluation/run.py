@@ -26,7 +26,7 @@ from rich.console import Console
 
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.hub_cards import weights_fingerprint
-from agevlm.models import load, weights_digest
+from agevlm.models import load, unique_names, weights_digest
 from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, read_json, read_lines, write_json, write_lines, write_text
 
@@ -354,9 +354,7 @@ def parse_places(values: Sequence[str]) -> dict[str, str]:
 
 def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm eval`, with the arguments of `cli.py`."""
-    names = [Path(model).resolve().name for model in arguments.models]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder or call eval twice")
+    names = unique_names(arguments.models)
     if arguments.adapter and len(names) > 1:
         raise ValueError("an adapter belongs to one model; call eval once per model")
     if arguments.scenes and arguments.data:
