@@ -39,7 +39,7 @@ def main() -> None:
 
         def answer(benchmark, batch_size: int, name: str) -> tuple[list[str], float, float]:
             wall, processor_time = time.perf_counter(), time.process_time()
-            lines = generate_predictions(
+            lines, _ = generate_predictions(
                 model, processor, benchmark, data[benchmark.name], Path(folder) / name / benchmark.name,
                 identity={}, batch_size=batch_size, progress=False,
             )  # fmt: skip

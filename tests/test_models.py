@@ -20,11 +20,10 @@ from agevlm.analysis import cli as analyze
 from agevlm.data.published import check
 from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.cli import evaluate
-from agevlm.evaluation.digests import weights_digest
 from agevlm.evaluation.judge import Judge
 from agevlm.grounding import cli as ground
 from agevlm.grounding.models import Sam
-from agevlm.models import CheckpointError, load, load_model, load_processor
+from agevlm.models import CheckpointError, load, load_model, load_processor, weights_digest
 from agevlm.serving import export, serve
 from agevlm.serving.demo import cli as demo
 from agevlm.training import parts

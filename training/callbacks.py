@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image, ImageChops, ImageFilter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -37,7 +36,9 @@ from transformers.trainer_utils import unwrap_peft_model
 from trl import SFTTrainer
 
 from agevlm.data.rows import open_row
-from agevlm.store import read_lines, replacing, write_json, write_lines
+from agevlm.drawing import outline, overlay, panels, peak_of
+from agevlm.images import save_image
+from agevlm.store import read_lines, write_json, write_lines
 from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS
 from agevlm.training.freezing import part_of
 
@@ -305,8 +306,8 @@ def peak_memory(device: torch.device) -> float:
 class Probes(TrainerCallback):
     """Draws where the model looks on a few fixed rows, into `probes/step-NNNNNNNN.png` of the run's folder.
 
-    One line per row: the picture with its mask's border, and the attention of the query on it, mean over the cross
-    layers. TensorBoard and trackio get the same picture, if the run reports to them.
+    One line per row: the picture with its mask's outline, and the attention of the query on it, mean over the cross
+    layers, on one color scale. TensorBoard and trackio get the same picture, if the run reports to them.
 
     Args:
         trainer: its collator makes the batch.
@@ -336,18 +337,19 @@ class Probes(TrainerCallback):
             return
         processor = self.trainer.data_collator.processor.image_processor
         cells_BL = maps_KBL.float().mean(0).cpu().numpy()[:, : math.prod(processor.grid)]  # of the first picture
-        lines = []
-        for row, cells in zip(self.rows, cells_BL, strict=True):
-            image = row["images"][0]
-            heat = processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
-            lines.append(overlays(image, heat, row["guidance"]["mask"]))
-        sheet = Image.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
-        top = 0
-        for line in lines:
-            sheet.paste(line, (0, top))
-            top += line.height
-        with replacing(path) as temporary:
-            sheet.save(temporary, format="PNG")
+        images = [row["images"][0] for row in self.rows]
+        heats = [
+            processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
+            for image, cells in zip(images, cells_BL, strict=True)
+        ]
+        heats = [heat / max(heat.mean(), 1e-12) for heat in heats]  # in times an even spread
+        peak = peak_of(heats)
+        lines = [
+            [("", outline(image, row["guidance"]["mask"])), ("", overlay(image, heat, peak, row["guidance"]["mask"]))]
+            for row, image, heat in zip(self.rows, images, heats, strict=True)
+        ]
+        sheet = panels(lines, side=256, peak=peak)
+        save_image(sheet, path)
         step = self.trainer.state.global_step
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -356,16 +358,3 @@ class Probes(TrainerCallback):
                 import trackio
 
                 trackio.log({"probes": trackio.Image(str(path)), "train/global_step": step})
-
-
-def overlays(image: Image.Image, heat: np.ndarray, mask: Image.Image, side: int = 256) -> Image.Image:
-    """A picture with its mask's border, and beside it `heat (height, width)` of its pixels in red, hottest opaque."""
-    factor = side / max(image.size)
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    shown, inside = image.resize(size), mask.convert("L").resize(size)
-    border = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MinFilter(5)))
-    levels = Image.fromarray((heat / max(heat.max(), 1e-12) * 255).clip(0, 255).astype(np.uint8)).resize(size)
-    line = Image.new("RGB", (2 * side, side), "white")
-    line.paste(Image.composite(Image.new("RGB", size, "white"), shown, border), (0, 0))
-    line.paste(Image.composite(Image.new("RGB", size, (255, 0, 0)), shown, levels), (side, 0))
-    return line

@@ -1,4 +1,4 @@
-"""Pictures and masks: the one place that opens and converts them, outside of the processor that travels."""
+"""Pictures and masks: the one place that opens, converts and saves them, outside of the processor that travels."""
 
 import base64
 import io
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from agevlm.store import replacing
 
 
 MAX_PIXELS = 64_000_000
@@ -267,3 +269,9 @@ def data_address(image: Image.Image, kind: str, quality: int, side: int | None =
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=quality)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes the picture, whole or not at all, in the format of the file's suffix."""
+    with replacing(path) as temporary:
+        image.save(temporary)

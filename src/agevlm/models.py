@@ -42,6 +42,7 @@ from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.configuration_agevlm import AUTO_MAP
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.processing import AgeVlmProcessor
+from agevlm.store import digest
 
 
 Name = str | PathLike[str]
@@ -391,6 +392,30 @@ def load(
                 f"{known} in the tokenizer, which has {len(processor.tokenizer)} tokens for {rows} embeddings. {FIX}"
             )
     return model, processor
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, as the name of a model.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder")
+    return names
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of up to 64 evenly spaced values of every parameter: tells checkpoints apart in milliseconds."""
+
+    def pieces() -> Iterator[str | bytes]:
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().reshape(-1)
+            yield f"{name} {tuple(parameter.shape)}"
+            yield values[:: max(1, values.numel() // 64)].float().cpu().numpy().tobytes()
+
+    return digest(pieces())
 
 
 # ---- Questions ----

@@ -171,8 +171,13 @@ def cohens_d(first: np.ndarray, second: np.ndarray) -> float | None:
 
 
 def wins(matched: np.ndarray, mismatched: np.ndarray) -> np.ndarray:
-    """float32 `(n, n)`: 1 where matched pair i scores higher than mismatched pair j, 0.5 where they tie."""
+    """float32 `(n, m)`: 1 where matched pair i scores higher than mismatched pair j, 0.5 where they tie."""
     return ((matched[:, None] > mismatched) + 0.5 * (matched[:, None] == mismatched)).astype(np.float32)
+
+
+def auroc(matched: np.ndarray, mismatched: np.ndarray) -> float:
+    """The probability that one of `matched (n,)` is higher than one of `mismatched (m,)`, ties counting one half."""
+    return float(wins(matched, mismatched).mean(dtype=np.float64))
 
 
 def separation(matched: np.ndarray, mismatched: Sequence[np.ndarray], bounded: bool = True) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def separation(matched: np.ndarray, mismatched: Sequence[np.ndarray], bounded: b
         "overlap": overlap(matched, pooled, low, high),
         "cohens_d": cohens_d(matched, pooled),
         "auroc": float(table.mean(dtype=np.float64)),
-        "auroc_seeds": [float(wins(matched, values).mean(dtype=np.float64)) for values in seeds],
+        "auroc_seeds": [auroc(matched, values) for values in seeds],
         "auroc_interval": _middle(resampled),
     }
 

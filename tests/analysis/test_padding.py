@@ -9,9 +9,9 @@ from PIL import Image as PilImage
 
 from agevlm.analysis import padding
 from agevlm.analysis.cli import padding as main
-from agevlm.analysis.padding import mean_colour, measure_padding, measure_picture, squared
+from agevlm.analysis.padding import mean_color, measure_padding, measure_picture, squared
 from agevlm.analysis.pairs import Pair
-from agevlm.analysis.resume import Parts, job_of
+from agevlm.analysis.resume import Parts
 from builders import mask, picture, tiny_model, tiny_processor
 from vlms import EVERY, force, llava, ours
 
@@ -63,7 +63,7 @@ def test_padding_beforehand_is_what_a_padding_processor_does():
     subject = llava(do_pad=True)
     record = measure_picture(subject, WIDE)
     np.testing.assert_allclose(record["own"]["share"], record["pad"]["share"], atol=1e-5)
-    assert mean_colour(subject) == (122, 116, 104)
+    assert mean_color(subject) == (122, 116, 104)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_past_a_picture_that_is_gone(tmp_path, monkey
         measure_padding(subject, pairs, strict=True, progress=False)
 
     def parts():
-        return Parts(tmp_path, job_of("padding", subject.model, pairs))
+        return Parts(tmp_path, "padding", subject.model, pairs)
 
     calls, once = [], padding.measure_picture
 

@@ -7,9 +7,11 @@ import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
+from agevlm.evaluation import inputs
 from agevlm.evaluation.generate import generate_predictions
+from agevlm.evaluation.looking import measure_looking
 from agevlm.evaluation.pope import PAPER
-from builders import picture
+from builders import mask, picture
 
 
 NOUNS = ["apple", "red car", "very small yellow house on the left", "tree", "cup", "blue cup"]
@@ -20,6 +22,14 @@ def png(seed: int) -> bytes:
     buffer = io.BytesIO()
     picture(seed=seed).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def with_masks(data: Dataset, *marked: int) -> Dataset:
+    """`data` with a mask on the chosen rows."""
+    buffer = io.BytesIO()
+    mask(box=(8, 8, 60, 70)).save(buffer, "PNG")
+    masks = [{"bytes": buffer.getvalue(), "path": None} if i in marked else None for i in range(len(data))]
+    return data.add_column("mask", masks).cast_column("mask", ImageFeature(decode=False))
 
 
 def rows(broken: tuple[int, ...] = (), nouns=NOUNS) -> Dataset:
@@ -36,7 +46,7 @@ def rows(broken: tuple[int, ...] = (), nouns=NOUNS) -> Dataset:
 
 def generate(model, processor, data, folder, **settings):
     settings = {"identity": IDENTITY, "batch_size": 2, "max_new_tokens": 4, "progress": False, **settings}
-    return generate_predictions(model, processor, PAPER, data, folder, **settings)
+    return generate_predictions(model, processor, PAPER, data, folder, **settings)[0]
 
 
 class Stopping:
@@ -65,22 +75,53 @@ def test_batches_equal_single_rows(model, processor, tmp_path):
     assert single[0]["prompt"] == "Is there a apple in the image? Please answer yes or no."
 
 
-def test_the_tower_sees_each_picture_once(model, processor, tmp_path, monkeypatch):
-    """Six questions about two pictures: the same answers as from six copies, two pictures seen."""
-    same = rows()
-    images = [same[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
-    same = same.remove_columns("image").add_column("image", images)
-    same = same.cast_column("image", ImageFeature(decode=False))
-    seen = []
-    watch = model.model.vision_tower.embeddings.register_forward_hook(lambda *call: seen.append(len(call[1][0])))
-    shared = generate(model, processor, same, tmp_path / "shared", batch_size=6)
-    assert seen == [2]
+def test_a_picture_is_decoded_and_encoded_once_also_when_looking_is_measured(model, processor, tmp_path, monkeypatch):
+    """Six questions about two pictures: the answers of six copies, two pictures opened and two in the tower."""
+    data = rows()
+    images = [data[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
+    data = data.remove_columns("image").add_column("image", images)
+    data = with_masks(data.cast_column("image", ImageFeature(decode=False)), 1, 2, 5)
+    opened, encoded = [], []
+    once = inputs.open_image
+
+    def counted(image, where, mode):
+        opened.append(mode)
+        return once(image, where, mode)
+
+    monkeypatch.setattr(inputs, "open_image", counted)
+    watch = model.model.vision_tower.embeddings.register_forward_hook(lambda *call: encoded.append(len(call[1][0])))
+    shared = generate(model, processor, data, tmp_path / "shared", batch_size=6, looks=True)
+    assert encoded == [2] and opened.count("RGB") == 2 and opened.count("1") == 3
     monkeypatch.setattr("agevlm.evaluation.generate.picture_key", lambda row: row["id"])
-    assert generate(model, processor, same, tmp_path / "apart", batch_size=6) == shared
-    assert seen == [2, 6]
+    assert generate(model, processor, data, tmp_path / "apart", batch_size=6) == shared
+    assert encoded == [2, 6]
     watch.remove()
     assert len({line["output"] for line in shared}) > 1
-    assert not model.model.vision_tower._forward_hooks and not model.model.vision_tower._forward_pre_hooks
+    for module in (model.model, model.model.vision_tower):
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_looks_are_those_of_a_pass_without_answers_and_change_no_answer(model, processor, tmp_path):
+    data = with_masks(rows(), 0, 2, 3)
+    settings = {"identity": IDENTITY, "batch_size": 3, "max_new_tokens": 4, "progress": False}
+    predictions, looks = generate_predictions(model, processor, PAPER, data, tmp_path, looks=True, **settings)
+    assert predictions == generate(model, processor, rows(), tmp_path / "unlooked", batch_size=3)
+    _, expected = measure_looking(model, processor, PAPER, data, progress=False)
+    assert [look["id"] for look in looks] == ["row-0", "row-2", "row-3"]
+    for look, other in zip(looks, expected, strict=True):
+        assert look["uniform"] == other["uniform"] and look["centre"] == other["centre"]
+        assert look["in_mask_mass"] == pytest.approx(other["in_mask_mass"], rel=1e-4)
+    lines = (tmp_path / "grounding.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == looks
+    # A look that is missing is measured again with its row; a mask that cannot be used costs its look alone.
+    (tmp_path / "grounding.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30], encoding="utf-8")
+    again = Stopping(model, batches=1)
+    assert generate_predictions(again, processor, PAPER, data, tmp_path, looks=True, **settings)[0] == predictions
+    assert again.rows == 1
+    bad = data.remove_columns("mask").add_column("mask", [{"bytes": b"no picture", "path": None}] * len(data))
+    bad = bad.cast_column("mask", ImageFeature(decode=False))
+    answered, looks = generate_predictions(model, processor, PAPER, bad, tmp_path / "bad", looks=True, **settings)
+    assert answered == predictions and looks == []
 
 
 def test_predictions_are_on_disk_as_returned(model, processor, tmp_path):

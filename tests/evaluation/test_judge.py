@@ -71,18 +71,13 @@ def test_nonsense_is_unjudged_and_wrong_and_counted():
     assert judged["intervals"]["accuracy"][0] <= 50 <= judged["intervals"]["accuracy"][1]
 
 
-def test_a_judge_that_disagrees_lowers_the_agreement():
-    rows = pope_rows("yes", "no")
-    judged = score_judged(POPE, rows, ["yes", "no"], ["yes", "yes"])
-    assert judged["agreement"] == 50 and judged["accuracy"] == 50
-
-
-def test_a_perfect_reader_gives_the_rule_s_metrics():
+def test_a_perfect_reader_gives_the_rules_metrics_and_one_that_disagrees_a_lower_agreement():
     rows = pope_rows("yes", "no", "no", "yes")
     parsed = ["yes", "yes", "no", "no"]
     judged = score_judged(POPE, rows, parsed, parsed)
     expected = POPE.score(rows, parsed)
-    assert {key: judged[key] for key in expected} == expected
+    assert {key: judged[key] for key in expected} == expected and judged["agreement"] == 100
+    assert score_judged(POPE, rows, parsed, ["yes"] * 4)["agreement"] == 50
 
 
 def test_free_answers_are_right_if_the_judge_says_so():

@@ -56,10 +56,6 @@ LAPTOP = (
     "of the person typing on the keyboard. The laptop is positioned to the left side of the image, and it appears to "
     "be a standard model with a white exterior and black keys."
 )
-APPLE = (
-    "Yes, there is an apple in the image. It is located on the top shelf, to the left of the teddy bear. The apple is "
-    "red with a yellow stem and is placed among other items."
-)
 CUP = (
     "Yes, there is a cup in the image. It is located on the right side of the plate, partially obscured by the bread. "
     "The cup appears to be a clear glass, and it is filled with a transparent liquid, which could be water or another "
@@ -74,26 +70,9 @@ NO_CHAIR = (
     "No, there is no chair in the image. The image is focused on the pizza and the person’s hands, with no chairs or "
     "furniture visible in the frame."
 )
-NO_PERSON = (
-    "No, there is no person in the image. The image solely features food items on a plate, which are the main "
-    "subjects. There are no people present in the frame."
-)
 NO_BICYCLE = (
     "No, there is no bicycle in the image. The image is a natural scene with animals and vegetation, and it does not "
     "contain any man-made objects such as a bicycle."
-)
-NO_HUMAN = (
-    "No, there is no person in the image. The image solely features wildlife, specifically giraffes and zebras, in a "
-    "natural setting. There are no human figures or indications of human presence in the scene."
-)
-BACKPACK = "Yes, there is a backpack in the image. It is hanging on the wall to the right of the cat."
-NO_CHAIR_2 = (
-    "No, there is no chair in the image. The image shows a table with a pizza and a drink, and there is no chair "
-    "visible in the frame."
-)
-NO_BOWL = (
-    "No, there is no bowl in the image. The food is presented on a plate, which is a shallow dish typically used for "
-    "serving food rather than a bowl."
 )
 
 
@@ -117,28 +96,14 @@ def test_figure_1(row, output, expected):
         ("yes", "0", "unparsed"),
         ("yes", "no", "wrong"),
         ("yes", "No, there is no laptop in the image. The image features a person typing on a keyboard.", "wrong"),
-        ("yes", "No, there is no apple in the image. The image features a shelf with various items, including books, "
-                "a teddy bear, and a Christmas ornament.", "wrong"),
-        ("yes", "No, there is no cup in the image. The image only shows a plate of food, including a salad and a bowl "
-                "of soup.", "wrong"),
         ("yes", LAPTOP, "correct"),
-        ("yes", APPLE, "correct"),
         ("yes", CUP, "correct"),
         # Table 5
         ("no", "Yes, there is a cup in the image.", "wrong"),
-        ("no", "Yes, there is a chair in the image.", "wrong"),
         ("no", NO_CUP, "correct"),
         ("no", NO_CHAIR, "correct"),
-        ("no", NO_PERSON, "correct"),
-        ("no", "Yes, there is a bicycle in the image.", "wrong"),
         ("no", NO_BICYCLE, "correct"),
-        ("no", NO_HUMAN, "correct"),
         ("no", "There is no person visible in the image.", "correct"),
-        ("yes", "No, there is no backpack in the image. The image features a black cat standing next to a bottle of "
-                "wine.", "wrong"),
-        ("yes", BACKPACK, "correct"),
-        ("no", NO_CHAIR_2, "correct"),
-        ("no", NO_BOWL, "correct"),
     ],
 )  # fmt: skip
 def test_tables_3_and_5(gold, output, expected):

@@ -1,4 +1,6 @@
-"""The runner on a real folder of scenes with a random model: what it writes, resumes, refuses."""
+"""The runner, offline, on the committed tiny checkpoint and a random one: five formats, judge, looking, tables,
+differences, the results page; what it resumes and refuses.
+"""
 
 import json
 from pathlib import Path
@@ -6,84 +8,187 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, connect
 from huggingface_hub import hf_hub_download
+from rich.console import Console
 
-from agevlm.data.scenes.build import build_scenes
+from agevlm.data.scenes.build import build_scenes, load_benchmark
 from agevlm.evaluation import run
 from agevlm.evaluation.cli import evaluate as main
-from agevlm.evaluation.digests import stored_fingerprint, weights_digest
+from agevlm.evaluation.cli import results as make_page
+from agevlm.evaluation.leaderboard import PAPER, read_metrics, results_page
 from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import evaluate_scenes
+from agevlm.evaluation.run import choose, compare_folders, evaluate_scenes, load_scenes, stored_fingerprint
 from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
+from agevlm.models import weights_digest
+from agevlm.store import read_lines, write_json
 from builders import tiny_model, tiny_processor
 
 
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "checkpoints" / "agevlm-tiny"
+RECORDED = sorted((ROOT / "docs" / "results").glob("*/metrics.json"))
+ROWS = 12
+
+
+class EveryYes:
+    """A judge that finds a yes, or a right answer, or the first option, in everything."""
+
+    name, digest = "always-yes", "0"
+
+    def __init__(self, *arguments):
+        pass
+
+    def ask(self, prompts, progress=True):
+        return [prompt.rsplit(": ", 1)[1].split(", ")[0] for prompt in prompts]
+
+
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    return build_scenes(folder, captions=2, instructions=2, test=8, size=96, progress=False)
+def folder(tmp_path_factory):
+    """`out`, what `agevlm eval` made of the tiny checkpoint and a random one, and what it was given."""
+    folder = tmp_path_factory.mktemp("run")
+    build_scenes(folder / "scenes", captions=1, instructions=1, test=ROWS, size=96, max_objects=3, progress=False)
+    tiny_model().save_pretrained(folder / "random")
+    tiny_processor().save_pretrained(folder / "random")
+    rows = load_benchmark(folder / "scenes", "composition", "pope").filter(lambda row: row["mask"] is not None)
+    rows.select_columns(["image", "question", "mask"]).to_parquet(folder / "masks.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agevlm.evaluation.run.Judge", EveryYes)
+        main(command(folder, "--judge", "--masks", str(folder / "masks.parquet")))
+    return folder
 
 
-def evaluate(scenes, output, model=None, **settings):
-    settings = {"max_new_tokens": 3, "batch_size": 4, "progress": False, **settings}
+def command(folder, *more):
+    models = [str(TINY), str(folder / "random")]
+    rest = ["--scenes", str(folder / "scenes"), "--output", str(folder / "out"), "--max-new-tokens", "8"]
+    return [*models, *rest, *more]
+
+
+def metrics_of(folder, model="agevlm-tiny"):
+    return read_metrics(folder / "out" / model / "metrics.json")
+
+
+def evaluate(folder, output, model=None, **settings):
+    settings = {"max_new_tokens": 3, "batch_size": 4, "progress": False, "limit": 4, **settings}
+    scenes = folder / "scenes"
     return evaluate_scenes(model or tiny_model(), tiny_processor(), scenes, "composition", output, **settings)
 
 
-@pytest.fixture(scope="module")
-def evaluated(scenes, tmp_path_factory):
-    output = tmp_path_factory.mktemp("evaluated")
-    return evaluate(scenes, output), output
-
-
-def test_every_benchmark_has_scores_baselines_and_grounding(evaluated):
-    metrics, output = evaluated
-    assert set(metrics["benchmarks"]) == set(BENCHMARKS)
+def test_both_columns_for_every_benchmark(folder):
+    metrics = metrics_of(folder)
+    assert list(metrics["benchmarks"]) == list(BENCHMARKS) and metrics["judge"] == "always-yes"
     for name, result in metrics["benchmarks"].items():
-        assert result["n"] == 8 and result["skipped"] == 0
-        assert 0 <= result["unparsed"] <= 100
-        assert result["headline"] in result and result["protocol"] and result["constants"]
-        lines = [json.loads(line) for line in (output / name / "predictions.jsonl").open(encoding="utf-8")]
-        assert len(lines) == 8 and all(line["output"] is not None for line in lines)
-        records = [json.loads(line) for line in (output / name / "grounding.jsonl").open(encoding="utf-8")]
-        assert len(records) == result["grounding"]["n"]
-    assert metrics["benchmarks"]["pope"]["grounding"]["n"] == 4, "half of the objects asked for are absent"
+        headline = result["headline"]
+        low, high = result["intervals"][headline]
+        assert low - 1e-9 <= result[headline] <= high + 1e-9
+        assert result["n"] == ROWS and result["skipped"] == 0 and result["protocol"] and result["constants"]
+        judged = result["judged"]
+        assert judged["unjudged"] == 0 and judged["n"] == ROWS
+        assert (judged["agreement"] is None) == (judged["agreement_n"] == 0)
+        files = {file: read_lines(folder / "out" / "agevlm-tiny" / name / f"{file}.jsonl")
+                 for file in ("predictions", "judged", "grounding")}  # fmt: skip
+        assert len(files["predictions"]) == len(files["judged"]) == ROWS
+        assert all(line["output"] is not None for line in files["predictions"])
+        assert len(files["grounding"]) == result["grounding"]["n"]
+    assert metrics["benchmarks"]["pope"]["judged"]["f1"] == pytest.approx(200 / 3), "the judge finds yes everywhere"
+    assert metrics["benchmarks"]["ocrbench"]["judged"]["final"] == ROWS
+    assert set(metrics["benchmarks"]["pope"]["categories"]) == {"adversarial", "popular", "random"}
+    assert set(metrics["benchmarks"]["cvbench"]["tasks"]) == {"Count", "Depth", "Relation"}
+
+
+def test_looking_is_measured_on_the_rows_with_masks_and_on_rows_of_their_own(folder):
+    metrics = metrics_of(folder)
+    found = {name: result["grounding"] for name, result in metrics["benchmarks"].items()}
     pooled = metrics["grounding"]
-    assert pooled["n"] == sum(result["grounding"]["n"] for result in metrics["benchmarks"].values())
+    assert pooled["n"] == sum(result["n"] for result in found.values())
+    assert found["pope"]["n"] == ROWS // 2, "half of the objects asked for are absent"
+    assert metrics["masked"]["n"] == ROWS // 2 and metrics["masked"]["uniform"] == found["pope"]["uniform"]
+    assert metrics["masked"]["in_mask_mass"]["mean"] == pytest.approx(found["pope"]["in_mask_mass"]["mean"], rel=1e-4)
     assert 0 < pooled["in_mask_mass"]["mean"] < 1
-    assert len(pooled["in_mask_mass"]["per_layer"]) == len(pooled["layers"]) == 2
+    assert len(pooled["token_auroc"]["per_layer"]) == len(pooled["layers"]) == 2
+    assert pooled["token_auroc"]["mean"] > 0.6, "the tiny checkpoint looks at the right things"
+    assert pooled["uniform"]["token_auroc"] == 0.5
 
 
-def test_metrics_are_on_disk_and_returned_without_asking_again(evaluated, scenes, monkeypatch):
-    metrics, output = evaluated
-    assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
-    monkeypatch.setattr(run, "generate_predictions", None)
-    assert evaluate(scenes, output) == metrics
+def test_two_models_are_compared_in_pairs(folder):
+    lines = json.loads((folder / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert [line["benchmark"] for line in lines] == list(BENCHMARKS)
+    for line in lines:
+        first, second = (
+            metrics_of(folder, line[side])["benchmarks"][line["benchmark"]] for side in ("first", "second")
+        )
+        assert line["difference"] == pytest.approx(second[line["metric"]] - first[line["metric"]])
+    benchmarks = choose(["pope"])
+    data = load_scenes(folder / "scenes", "composition", benchmarks)
+    (same,) = compare_folders(folder / "out", ["random"] * 2, benchmarks, data)[:1]
+    assert same["difference"] == 0 and same["p"] == same["mcnemar"]["p"] == 1
 
 
-def test_a_run_without_its_metrics_goes_on_to_the_same_metrics(evaluated, scenes):
-    metrics, output = evaluated
-    (output / "metrics.json").unlink()
-    again = evaluate(scenes, output)
+def test_the_pages_say_every_metric(folder):
+    page = (folder / "out" / "results.md").read_text(encoding="utf-8")
+    html = (folder / "out" / "results.html").read_text(encoding="utf-8")
+    for words in ("categories adversarial f1", "tasks Depth", "judged: f1", "judged: agreement", "token auroc, layer",
+                  "fAcc", "p (McNemar)", "rows of their own"):  # fmt: skip
+        assert words in page and words in html
+    assert "66.7 (always yes)" in page and "<script" not in html and "http" not in html
+    for model in ("agevlm-tiny", "random"):
+        assert f"{metrics_of(folder, model)['benchmarks']['pope']['accuracy']:.1f} [" in page
+
+
+def test_the_terminal_shows_models_by_any_name_and_what_not_looking_gives(folder):
+    metrics = metrics_of(folder)
+    console = Console(width=200, record=True, quiet=True)
+    with console.capture() as shown:
+        console.quiet = False
+        console.print(summary_table({"[red]first[/red]": metrics, "second": metrics}))
+    for words in ("[red]first[/red]", "second", "without looking", "66.7 (always yes)", "in mask mass"):
+        assert words in shown.get()
+
+
+def test_the_results_page_keeps_paper_and_scenes_apart(folder, tmp_path):
+    scenes = metrics_of(folder)
+    public, ours = results_page([scenes]).split("## Grounded scenes")
+    for name in PAPER:
+        assert f"| {name} | paper |" in public
+    assert "agevlm-tiny" not in public and "No model trained with this code" in public
+    assert "agevlm-tiny" in ours and "| paper |" not in ours
+    page = results_page([{**scenes, "data": "Hub", "model": "mine"}])
+    assert "| mine | ours, paper |" in page and "| mine | ours, paper, judge always-yes |" in page
+    assert "No model trained" not in page and "## Grounded scenes" not in page
+    with pytest.raises(ValueError, match="two results for agevlm-tiny"):
+        results_page([scenes, scenes])
+    write_json(tmp_path / "metrics.json", {"format": 2})
+    with pytest.raises(ValueError, match=r"metrics\.json is no metrics\.json of `agevlm eval`: it lacks model"):
+        make_page([str(tmp_path / "metrics.json"), "--output", str(tmp_path / "page.md")])
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_committed_results_page_is_the_one_its_files_make(tmp_path):
+    assert RECORDED
+    make_page([*map(str, RECORDED), "--output", str(tmp_path / "results.md")])
+    assert (tmp_path / "results.md").read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
+
+
+def test_a_folder_is_resumed_returned_or_refused(folder, tmp_path, monkeypatch, capsys):
+    metrics = evaluate(folder, tmp_path)
+    path = tmp_path / "metrics.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == metrics
+    path.unlink()
+    again = evaluate(folder, tmp_path)
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    for change in ({"model": tiny_model(seed=1)}, {"max_new_tokens": 4}, {"limit": 3}):
+        with pytest.raises(ValueError, match=r"holds another run"):
+            evaluate(folder, tmp_path, **change)
+    monkeypatch.setattr(run, "generate_predictions", None)
+    assert evaluate(folder, tmp_path) == again and not capsys.readouterr().err
+    write_json(path, {**again, "format": 2})
+    assert evaluate(folder, tmp_path)["format"] == 2
+    assert "has format 2, this version writes 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"model": 1}, {"max_new_tokens": 4}, {"limit": 4}])
-def test_a_folder_of_another_run_is_refused(evaluated, scenes, change):
-    if "model" in change:
-        change = {"model": tiny_model(seed=1)}
-    with pytest.raises(ValueError, match=r"holds another run"):
-        evaluate(scenes, evaluated[1], **change)
-
-
-def test_limit_and_choice_of_benchmarks(scenes, tmp_path):
-    metrics = evaluate(scenes, tmp_path, benchmarks=["pope"], limit=2)
-    assert list(metrics["benchmarks"]) == ["pope"]
-    assert metrics["benchmarks"]["pope"]["n"] == 2
-
-
-def test_training_mode_is_left_as_found(scenes, tmp_path):
+def test_limit_choice_and_training_mode(folder, tmp_path):
     model = tiny_model().train()
-    evaluate(scenes, tmp_path, model=model, benchmarks=["pope"], limit=2)
+    metrics = evaluate(folder, tmp_path, model=model, benchmarks=["pope"], limit=2)
+    assert list(metrics["benchmarks"]) == ["pope"] and metrics["benchmarks"]["pope"]["n"] == 2
     assert model.training
 
 
@@ -92,9 +197,9 @@ def test_training_mode_is_left_as_found(scenes, tmp_path):
     [({"benchmarks": ["mmlu"]}, "unknown benchmark mmlu; use pope"), ({"benchmarks": []}, "none given"),
      ({"limit": 0}, "has no rows")],
 )  # fmt: skip
-def test_bad_arguments(scenes, tmp_path, settings, message):
+def test_bad_arguments(folder, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(scenes, tmp_path, **settings)
+        evaluate(folder, tmp_path, **settings)
 
 
 def test_weights_digest_tells_models_apart():
@@ -102,33 +207,22 @@ def test_weights_digest_tells_models_apart():
     assert weights_digest(tiny_model()) != weights_digest(tiny_model(seed=1))
 
 
-def test_summary_shows_models_and_what_not_looking_gives(evaluated):
-    table = summary_table({"first": evaluated[0], "second": evaluated[0]})
-    assert [column.header for column in table.columns] == ["", "first", "second", "without looking"]
-    cells = [str(cell) for column in table.columns for cell in column.cells]
-    assert "66.7 (always yes)" in cells and "in mask mass" in cells
-
-
-def test_command_line(scenes, tmp_path, capsys):
-    for seed, name in enumerate(("one", "two")):
-        tiny_model(seed=seed).save_pretrained(tmp_path / name)
-        tiny_processor().save_pretrained(tmp_path / name)
-    models = [str(tmp_path / "one"), str(tmp_path / "two")]
-    rest = ["--scenes", str(scenes), "--output", str(tmp_path / "out"), "--limit", "2", "--max-new-tokens", "2"]
-    main([*models, *rest, "--benchmarks", "pope", "cvbench"])
-    paths = [tmp_path / "out" / name / "metrics.json" for name in ("one", "two")]
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for metrics, model in zip(results, models, strict=True):
-        assert set(metrics["benchmarks"]) == {"pope", "cvbench"}
-        assert metrics["weights"] == weights_fingerprint(model)
-    assert results[0]["weights"] != results[1]["weights"]
-    assert "without looking" in capsys.readouterr().out
+def test_results_are_those_of_their_weights(folder, tmp_path):
+    models = {"agevlm-tiny": TINY, "random": folder / "random"}
+    found = {name: metrics_of(folder, name)["weights"] for name in models}
+    assert found == {name: weights_fingerprint(path) for name, path in models.items()}
+    assert found["agevlm-tiny"] != found["random"]
     # Results from before fingerprints were recorded get theirs by the same call, which measures nothing again
-    paths[0].write_text(json.dumps({name: value for name, value in results[0].items() if name != "weights"}))
+    rest = ["--scenes", str(folder / "scenes"), "--output", str(tmp_path), "--limit", "2", "--max-new-tokens", "2"]
+    call = [str(folder / "random"), *rest, "--benchmarks", "pope"]
+    main(call)
+    path = tmp_path / "random" / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {name: value for name, value in metrics.items() if name != "weights"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "generate_predictions", None)
-        main([*models, *rest, "--benchmarks", "pope", "cvbench"])
-    assert json.loads(paths[0].read_text(encoding="utf-8")) == results[0]
+        main(call)
+    assert json.loads(path.read_text(encoding="utf-8")) == metrics
 
 
 def test_the_fingerprint_of_a_model_of_the_hub_is_that_of_its_files(tmp_path, monkeypatch):
@@ -143,14 +237,15 @@ def test_the_fingerprint_of_a_model_of_the_hub_is_that_of_its_files(tmp_path, mo
     assert stored_fingerprint("org/model", adapter=str(tmp_path)) is None  # an adapter's own weights count
 
 
-def test_command_line_refuses_what_is_no_checkpoint(scenes, tmp_path):
-    rest = ["--scenes", str(scenes), "--output", str(tmp_path / "out")]
+def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
+    rest = ["--scenes", str(folder / "scenes"), "--output", str(tmp_path / "out")]
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="is no image-text-to-text model: its model type is 'llama'"):
-        main([str(tmp_path / "llama"), *rest])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        main([str(tmp_path / "empty"), *rest])
-    with pytest.raises(ValueError, match="called the same"):
-        main([str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x"), *rest])
+    for models, message in (
+        (["llama"], "is no image-text-to-text model: its model type is 'llama'"),
+        (["empty"], r"has no config\.json"),
+        (["a/x", "b/x"], "called the same"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*(str(tmp_path / model) for model in models), *rest])

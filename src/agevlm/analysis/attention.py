@@ -9,7 +9,7 @@ self-attention the visual tokens get a part of the attention only; maps are resc
 `image_mass` tells how much it was.
 
 Maps are densities: 1 is an even spread over the picture, so models of different grids compare. All maps of one
-question are drawn on one colour scale: a model that looks everywhere stays pale, where a scale of its own would make
+question are drawn on one color scale: a model that looks everywhere stays pale, where a scale of its own would make
 noise glow.
 """
 
@@ -25,18 +25,17 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from agevlm.images import open_image
-from agevlm.models import load
+from agevlm.drawing import outline, overlay, panels, peak_of
+from agevlm.images import open_image, save_image
+from agevlm.models import load, unique_names
 from agevlm.store import write_json
 
 from .cells import Cells, cells_of
-from .drawing import outline, overlay, panels
-from .files import file_name, make_folder, save_arrays, save_image
 from .recording import Recorder, recording
-from .subjects import Encoded, Subject, unique_names
+from .resume import file_name, make_folder, save_arrays
+from .subjects import Encoded, Subject
 
 
-LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
 LAYERS_DRAWN = 8  # at most, evenly spaced; the arrays hold all
 COLUMNS = 6  # of the sheet of generated tokens
 PANEL_SIDE, TOKEN_SIDE = 320, 200  # pixels of a drawn picture on the sheets
@@ -206,11 +205,6 @@ def in_mask_mass(attended: Attended, mask: Image.Image) -> float:
     return float(attended.weights[:, attended.cells.inside(np.asarray(mask))].sum(1).mean())
 
 
-def _shared_peak(attended: Iterable[Attended], maps: Callable[[Attended], np.ndarray]) -> float:
-    """The hottest value of maps that are compared, and never less than `LEAST_PEAK`."""
-    return max(LEAST_PEAK, *(float(maps(result).max()) for result in attended))
-
-
 def _reduced(attended: Attended, image: Image.Image, mask: Image.Image | None, side: int) -> tuple[
     Cells, Image.Image, Image.Image | None
 ]:  # fmt: skip
@@ -223,7 +217,7 @@ def _reduced(attended: Attended, image: Image.Image, mask: Image.Image | None, s
 def draw_panels(
     attended: Mapping[str, Attended], image: Image.Image, question: str, mask: Image.Image | None = None
 ) -> Image.Image:
-    """One row per model: the picture, each layer, their mean; one colour scale for all."""
+    """One row per model: the picture, each layer, their mean; one color scale for all."""
     rows: list[list[tuple[str, Any]]] = []
     for name, result in attended.items():
         cells, small, outlined = _reduced(result, image, mask, 2 * PANEL_SIDE)
@@ -233,7 +227,7 @@ def draw_panels(
         if count > 1:
             row.append(("mean", cells.to_pixels(result.weights.mean(0))))
         rows.append([(f"{name}: {result.answer}", None), *row])
-    peak = max(LEAST_PEAK, *(float(heat.max()) for row in rows for _, heat in row if heat is not None))
+    peak = peak_of(heat for row in rows for _, heat in row if heat is not None)
     shown = small if outlined is None else outline(small, outlined)
     titled = [
         [(title, shown if heat is None else overlay(small, heat, peak, outlined)) for title, heat in row]
@@ -249,10 +243,10 @@ def _layer_title(attended: Attended, index: int) -> str:
 
 
 def draw_tokens(attended: Attended, image: Image.Image, question: str, mask: Image.Image | None = None) -> Image.Image:
-    """A sheet of one overlay per generated token (mean over layers), one colour scale for all."""
+    """A sheet of one overlay per generated token (mean over layers), one color scale for all."""
     cells, small, outlined = _reduced(attended, image, mask, 2 * TOKEN_SIDE)
     maps = [cells.to_pixels(weights) for weights in attended.token_weights.mean(0)]
-    peak = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
+    peak = peak_of(maps)
     titled = [
         (repr(token)[1:-1], overlay(small, heat, peak, outlined))
         for token, heat in zip(attended.tokens, maps, strict=True)
@@ -278,7 +272,7 @@ def write_attention(
     `NAME/token_maps (N, height, width)` in float16 (mean over layers; of a picture scaled down to `TOKEN_MAP_SIDE`
     pixels where it is larger), and on the visual tokens `NAME/weights (K, V)` and `NAME/token_weights (K, N, V)`; see
     [`Attended`]. `overlay-NAME.png` is of the picture's proportions, without a frame; `overlay_peak` says what its
-    hottest colour stands for, in times an even spread.
+    hottest color stands for, in times an even spread.
 
     Args:
         models: name -> (model, processor).
@@ -294,7 +288,7 @@ def write_attention(
         for name, pair in models.items()
     }
     output = make_folder(output)
-    peak = _shared_peak(attended.values(), lambda result: result.mean)
+    peak = peak_of(result.mean for result in attended.values())
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "overlay_peak": peak,
                                "models": {}}  # fmt: skip
     arrays: dict[str, Any] = {}
@@ -349,7 +343,7 @@ def write_examples(
         question = row["question"].split("\n", 1)[0]  # options and instructions stand on lines of their own
         asked = row["question"] if prompt is None else prompt(row)
         attended = {name: attend(*pair, image, question, prompt=asked) for name, pair in models.items()}
-        peak = _shared_peak(attended.values(), lambda result: result.mean)
+        peak = peak_of(result.mean for result in attended.values())
         stem = file_name(row["id"])
         picture = output / f"{stem}.png"
         save_image(image if mask is None else outline(image, mask), picture)

@@ -1,6 +1,6 @@
 """Which pixels of a picture a visual token stands for, whatever the processor did to the picture.
 
-Ours says so itself (`agevlm.processing`). Of other processors it is measured: pictures whose colours are coordinates
+Ours says so itself (`agevlm.processing`). Of other processors it is measured: pictures whose colors are coordinates
 go through the processor, and what comes out shows where each pixel of the canvas came from and which ones show no
 picture. That holds for any mix of resizing, padding, cropping and tiling, and is checked to be a straight grid.
 

@@ -14,7 +14,7 @@ from agevlm.store import replacing
 
 MOST_TICKS = 12
 MATCHED, MISMATCHED = "#1f77b4", "#d95f02"
-COLOURS = {
+COLORS = {
     "centroid": "#1f77b4",
     "pairwise": "#6baed6",
     "max": "#31a354",
@@ -73,8 +73,8 @@ def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, 
     for measure, entries in measures.items():
         layers = [entry["layer"] for entry in entries]
         low, high = zip(*(entry["auroc_interval"] for entry in entries), strict=True)
-        left.plot(layers, [entry["auroc"] for entry in entries], "o-", ms=3, color=COLOURS[measure], label=measure)
-        left.fill_between(layers, low, high, color=COLOURS[measure], alpha=0.12, lw=0)
+        left.plot(layers, [entry["auroc"] for entry in entries], "o-", ms=3, color=COLORS[measure], label=measure)
+        left.fill_between(layers, low, high, color=COLORS[measure], alpha=0.12, lw=0)
     left.axhline(0.5, color="grey", lw=0.8, ls="--")
     left.set_ylabel("AUROC, matching over non-matching")
     for measure in ("centroid", "centred"):
@@ -82,7 +82,7 @@ def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, 
         layers = [entry["layer"] for entry in entries]
         for side, word, style in (("matched", "matching", "-"), ("mismatched", "non-matching", "--")):
             means = [entry[side]["mean"] for entry in entries]
-            right.plot(layers, means, style, color=COLOURS[measure], label=f"{measure}, {word}")
+            right.plot(layers, means, style, color=COLORS[measure], label=f"{measure}, {word}")
     right.set_ylabel("mean cosine")
     for axes in (left, right):
         _beside(axes)
@@ -96,7 +96,7 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
     figure = Figure(figsize=(6.6, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots()
     labels = {"own": "own processing", "pad": "padded, not told", "stretch": "stretched", "crop": "cropped"}
-    colours = {"own": "#636363", "pad": MISMATCHED, "stretch": MATCHED, "crop": "#31a354"}
+    colors = {"own": "#636363", "pad": MISMATCHED, "stretch": MATCHED, "crop": "#31a354"}
     for variant, entry in variants.items():
         entries = [layer for layer in entry["layers"] if layer["enrichment"] is not None]
         if not entries:
@@ -104,8 +104,8 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
         layers = [layer["layer"] for layer in entries]
         values = [layer["enrichment"] for layer in entries]
         low, high = zip(*(layer["interval"] for layer in entries), strict=True)
-        axes.plot(layers, values, "o-", ms=3, color=colours[variant], label=labels[variant])
-        axes.fill_between(layers, low, high, color=colours[variant], alpha=0.15, lw=0)
+        axes.plot(layers, values, "o-", ms=3, color=colors[variant], label=labels[variant])
+        axes.fill_between(layers, low, high, color=colors[variant], alpha=0.15, lw=0)
     axes.axhline(1, color="grey", lw=0.8, ls="--")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("attention over area")

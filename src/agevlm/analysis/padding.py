@@ -3,7 +3,7 @@
     agevlm analyze padding MODEL DATA --output DIR
 
 Every picture that is not square is shown four ways: as the model's own processor does it (`own`), and made square
-beforehand, so that no processor can know: `pad` (centred on the processor's mean colour), `stretch`, `crop`. For each,
+beforehand, so that no processor can know: `pad` (centred on the processor's mean color), `stretch`, `crop`. For each,
 and per layer, the look of the question's tokens gives
 
 - `share`: attention on the cells that show less than half picture under `own`, or under `pad` for the three others;
@@ -24,17 +24,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from agevlm.models import load
-from agevlm.stats import Measure, interval
+from agevlm.stats import Measure, interval, nested
 from agevlm.store import write_json
 
 from .attention import question_look
 from .figures import save_padding
-from .files import make_folder
 from .pairs import LeftOut, Pair, load_pairs
-from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
+from .resume import ERROR, Keep, Parts, Row, failures, make_folder, measure_parts, measured, without_keeping
 from .subjects import Subject
 
 
@@ -43,12 +41,12 @@ PADDING = 0.5  # a cell that shows less picture than this is padding
 CHUNK = 16  # pictures in a part that a resumed run does not repeat
 
 
-def squared(image: Image.Image, variant: str, colour: int | tuple[int, ...] = 0) -> Image.Image:
+def squared(image: Image.Image, variant: str, color: int | tuple[int, ...] = 0) -> Image.Image:
     """The picture as a square of its longer side, by `pad`, `stretch` or `crop`. Masks (mode 1) stay masks."""
     side, short = max(image.size), min(image.size)
     resample = Image.Resampling.NEAREST if image.mode == "1" else Image.Resampling.BICUBIC
     if variant == "pad":
-        canvas = Image.new(image.mode, (side, side), colour)
+        canvas = Image.new(image.mode, (side, side), color)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
     if variant == "stretch":
@@ -59,8 +57,8 @@ def squared(image: Image.Image, variant: str, colour: int | tuple[int, ...] = 0)
     raise ValueError(f"variant is {variant!r}; use pad, stretch or crop")
 
 
-def mean_colour(subject: Subject) -> tuple[int, ...]:
-    """The colour that becomes about 0 in the model's input: what "zero-padding" means."""
+def mean_color(subject: Subject) -> tuple[int, ...]:
+    """The color that becomes about 0 in the model's input: what "zero-padding" means."""
     mean = getattr(subject.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
     return tuple(int(255 * value) for value in mean)
 
@@ -76,7 +74,7 @@ def measure_picture(subject: Subject, pair: Pair, layers: Sequence[int] | None =
         if variant == "own":
             image, mask = own, own_mask
         else:
-            image = squared(own, variant, mean_colour(subject))
+            image = squared(own, variant, mean_color(subject))
             mask = None if own_mask is None else squared(own_mask, variant)
         cells, weights, mass = question_look(subject, image, pair.text, layers)
         if variant == "own":
@@ -102,7 +100,7 @@ def _ratio(shares: np.ndarray, areas: np.ndarray) -> dict[str, Any]:
     return {**result, "enrichment": float(shares.mean() / areas.mean()), "interval": spread}
 
 
-def summarise(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int]) -> dict[str, Any]:
+def summarize(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int]) -> dict[str, Any]:
     """Variant -> `share`, `area`, `enrichment`, `interval` (mean over layers), the same per layer, `image_mass`, and
     `in_mask` {n, share, area, enrichment, interval} where there are masks."""
     summary: dict[str, Any] = {}
@@ -119,21 +117,6 @@ def summarise(records: Sequence[dict[str, dict[str, Any]]], layers: Sequence[int
             entry["in_mask"] = {"n": len(masked), **_ratio(inside, np.array([row["mask_area"] for row in masked]))}
         summary[variant] = entry
     return summary
-
-
-def _measure_rows(subject: Subject, pairs: Sequence[Pair], layers: Sequence[int], strict: bool) -> list[Row]:
-    """[`measure_picture`] of each with keys `VARIANT/NAME`; nothing of pictures that leave no cell empty; or why it
-    failed."""
-
-    def measure(pair: Pair) -> Row:
-        if pair.image.width == pair.image.height:
-            return {}
-        record = measure_picture(subject, pair, layers)
-        if not record["pad"]["area"]:
-            return {}
-        return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
-
-    return [measured(partial(measure, pair), pair.id, strict) for pair in pairs]
 
 
 def measure_padding(
@@ -156,21 +139,22 @@ def measure_padding(
         ValueError: all pictures are square, or so nearly that no cell is padding.
     """
     chosen = list(subject.attention) if layers is None else sorted(set(layers))
-    rows: list[Row] = []
-    with tqdm(total=len(pairs), desc="padding", unit="picture", disable=not progress) as bar:
-        for start in range(0, len(pairs), CHUNK):
-            part = pairs[start : start + CHUNK]
-            rows += keep(f"padding-{start}", partial(_measure_rows, subject, part, chosen, strict))
-            bar.update(len(part))
+
+    def measure(pair: Pair) -> Row:
+        """[`measure_picture`] with keys `VARIANT/NAME`; nothing of a picture that leaves no cell empty."""
+        record = {} if pair.image.width == pair.image.height else measure_picture(subject, pair, chosen)
+        if not record or not record["pad"]["area"]:
+            return {}
+        return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
+
+    def measure_all(part: Sequence[Pair]) -> list[Row]:
+        return [measured(partial(measure, pair), pair.id, strict) for pair in part]
+
+    rows = measure_parts("padding", pairs, measure_all, size=CHUNK, unit="picture", keep=keep, progress=progress)
     left_out = failures(pairs, rows)
-    records: list[dict[str, dict[str, Any]]] = []
-    for row in rows:
-        if row and ERROR not in row:
-            record: dict[str, dict[str, Any]] = {variant: {} for variant in VARIANTS}
-            for key, value in row.items():
-                variant, name = key.split("/")
-                record[variant][name] = value
-            records.append(record)
+    records = [
+        nested({tuple(key.split("/")): v for key, v in row.items()}) for row in rows if row and ERROR not in row
+    ]
     if not records:
         first = f"; {len(left_out)} failed, the first: {left_out[0]['reason']}" if left_out else ""
         raise ValueError(
@@ -181,7 +165,7 @@ def measure_padding(
         "without_padding": len(pairs) - len(records) - len(left_out),
         "left_out": left_out,
         "layers": chosen,
-        "variants": summarise(records, chosen),
+        "variants": summarize(records, chosen),
     }
 
 
@@ -193,7 +177,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
     )
     subject = Subject(*load(arguments.model, trust_remote_code=arguments.trust_remote_code))
     name = Path(arguments.model).resolve().name
-    parts = Parts(output, job_of("padding", subject.model, pairs))
+    parts = Parts(output, "padding", subject.model, pairs)
     summary = {"model": name, **measure_padding(subject, pairs, keep=parts.keep, strict=arguments.strict)}
     summary["left_out"] = left_out.bad + summary["left_out"]
     save_padding(summary["variants"], name, output)

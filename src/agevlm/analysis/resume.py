@@ -1,29 +1,52 @@
-"""Measurements of many pictures that survive an interruption, and a bad picture among them.
+"""Measurements of many pictures that survive an interruption, and a bad picture among them; files of an analysis.
 
 What has been measured lies in `parts/` below the output, some pictures a file, and is read from there when the same
 run is started again; it is deleted when the results are written. A picture that cannot be measured is a row of its own
 with the reason, unless strict.
 """
 
-import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from agevlm.store import claim
+from agevlm.models import weights_digest
+from agevlm.store import claim, digest, replacing
 
-from .files import make_folder, save_arrays
 from .pairs import Pair
 
 
 Row = dict[str, np.ndarray]
 Keep = Callable[[str, Callable[[], list[Row]]], list[Row]]
 ERROR = "error"  # the only key of a row that could not be measured: why
-SAMPLED = 256  # values of a parameter that go into a model's digest
+FORMAT = 2  # of `job.json`: parts of a run of another format are refused
+
+
+def file_name(name: str) -> str:
+    """`name` as a part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing. Raises ValueError where a file is in its place."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path} cannot be a folder, a file is in its place; give another one") from error
+    return path
+
+
+def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
+    """Compressed `.npz` of numbers; read it with `allow_pickle=False`."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
 
 
 def without_keeping(_: str, compute: Callable[[], list[Row]]) -> list[Row]:
@@ -35,14 +58,16 @@ class Parts:
     """The parts of one run below its output folder.
 
     Args:
-        job: what decides the results; a folder with parts of another job is refused.
+        kind: name of the measurement. Model and pairs decide its results too; a folder with parts of another run is
+            refused.
 
     Raises:
         ValueError: such a folder.
     """
 
-    def __init__(self, output: str | Path, job: Mapping[str, Any]):
+    def __init__(self, output: str | Path, kind: str, model: torch.nn.Module, pairs: Sequence[Pair]):
         self.folder = make_folder(Path(output) / "parts")
+        job = {"format": FORMAT, "kind": kind, "model": weights_digest(model), "pairs": _pairs_digest(pairs)}
         claim(self.folder / "job.json", job)
 
     def keep(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
@@ -68,6 +93,26 @@ class Parts:
         self.folder.rmdir()
 
 
+def measure_parts(
+    title: str,
+    items: Sequence[Any],
+    measure: Callable[[Sequence[Any]], list[Row]],
+    *,
+    size: int,
+    unit: str,
+    keep: Keep = without_keeping,
+    progress: bool = True,
+) -> list[Row]:
+    """The rows of all items, `size` items at a time; see `Parts.keep`."""
+    rows: list[Row] = []
+    with tqdm(total=len(items), desc=title, unit=unit, disable=not progress) as bar:
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            rows += keep(f"{title}-{start}", partial(measure, part))
+            bar.update(len(part))
+    return rows
+
+
 def measured(compute: Callable[[], Row], name: str, strict: bool) -> Row:
     """What `compute` returns, or a row with `ERROR`. If strict, raises ValueError naming the row instead."""
     try:
@@ -83,25 +128,10 @@ def failures(pairs: Sequence[Pair], rows: Iterable[Row]) -> list[dict[str, str]]
     return [{"id": pair.id, "reason": str(row[ERROR])} for pair, row in zip(pairs, rows, strict=True) if ERROR in row]
 
 
-def job_of(kind: str, model: torch.nn.Module, pairs: Sequence[Pair], **more: Any) -> dict[str, Any]:
-    """What decides the results of a measurement, small enough for a file."""
-    return {"kind": kind, "model": _model_digest(model), "pairs": _pairs_digest(pairs), **more}
-
-
-def _model_digest(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
-        values = parameter.detach().flatten()
-        sampled = values[:: max(1, values.numel() // SAMPLED)].contiguous().cpu().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sampled.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _pairs_digest(pairs: Sequence[Pair]) -> str:
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for source in (pair.id, pair.text, pair.picture, pair.outline):
-            if isinstance(source, Image.Image):
-                source = repr((source.mode, source.size)).encode() + source.tobytes()
-            digest.update(hashlib.sha256(source if isinstance(source, bytes) else str(source).encode()).digest())
-    return digest.hexdigest()
+    def piece(source: Any) -> bytes | str:
+        if isinstance(source, Image.Image):
+            return digest((repr((source.mode, source.size)), source.tobytes()))
+        return digest(source if isinstance(source, bytes) else str(source))
+
+    return digest(piece(source) for pair in pairs for source in (pair.id, pair.text, pair.picture, pair.outline))

@@ -24,7 +24,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,25 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
-from tqdm import tqdm
 
 from agevlm.models import load
 from agevlm.stats import derangement, separation
 from agevlm.store import write_json
 
 from .figures import save_histogram, save_layers
-from .files import make_folder, save_arrays
 from .pairs import LeftOut, Pair, load_pairs
-from .resume import ERROR, Keep, Parts, Row, failures, job_of, measured, without_keeping
+from .resume import (
+    ERROR,
+    Keep,
+    Parts,
+    Row,
+    failures,
+    make_folder,
+    measure_parts,
+    measured,
+    save_arrays,
+    without_keeping,
+)
 from .subjects import Encoded, Subject
 
 
@@ -188,25 +196,6 @@ def score_batch(subject: Subject, encoded: Encoded) -> list[dict[str, Any]]:
     return rows
 
 
-def _score_rows(
-    subject: Subject, pairs: Sequence[Pair], texts: Sequence[str], batch_size: int, strict: bool
-) -> list[Row]:
-    """[`score_batch`] of pair after pair; where a batch fails, its rows one by one."""
-    rows: list[Row] = []
-    for start in range(0, len(pairs), batch_size):
-        part = list(zip(pairs[start : start + batch_size], texts[start : start + batch_size], strict=True))
-        try:
-            rows += score_batch(subject, subject.encode([pair.image for pair, _ in part], [text for _, text in part]))
-        except ValueError:
-            for pair, text in part:
-
-                def alone(pair=pair, text=text):
-                    return score_batch(subject, subject.encode([pair.image], [text]))[0]
-
-                rows.append(measured(alone, pair.id, strict))
-    return rows
-
-
 def score_pairs(
     subject: Subject,
     pairs: Sequence[Pair],
@@ -218,15 +207,32 @@ def score_pairs(
     strict: bool = False,
     progress: bool = True,
 ) -> list[Row]:
-    """One joint forward pass per picture of `pairs` and its text of `texts`: what [`score_batch`] returns of each, or
-    why it failed."""
-    rows: list[Row] = []
-    with tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
-        for start in range(0, len(pairs), CHUNK):
-            part, words = pairs[start : start + CHUNK], texts[start : start + CHUNK]
-            rows += keep(f"{title}-{start}", partial(_score_rows, subject, part, words, batch_size, strict))
-            bar.update(len(part))
-    return rows
+    """[`score_batch`] of every pair's picture with the text beside it; where a batch fails, of its pairs one by one. A
+    pair that cannot be scored has its reason under `ERROR`.
+
+    Args:
+        title: name of the parts; see `Parts.keep`.
+        strict: stop at a pair that cannot be scored.
+
+    Raises:
+        ValueError: such a pair, if strict.
+    """
+
+    def score(batch: Sequence[tuple[Pair, str]]) -> list[Row]:
+        return score_batch(subject, subject.encode([pair.image for pair, _ in batch], [text for _, text in batch]))
+
+    def measure(part: Sequence[tuple[Pair, str]]) -> list[Row]:
+        rows: list[Row] = []
+        for start in range(0, len(part), batch_size):
+            batch = part[start : start + batch_size]
+            try:
+                rows += score(batch)
+            except ValueError:
+                rows += [measured(lambda one=one: score([one])[0], one[0].id, strict) for one in batch]
+        return rows
+
+    chosen = list(zip(pairs, texts, strict=True))
+    return measure_parts(title, chosen, measure, size=CHUNK, unit="pair", keep=keep, progress=progress)
 
 
 def stacked(rows: Sequence[Row]) -> Scores:
@@ -338,7 +344,7 @@ def write_similarity(
         settings: of [`measure_similarity`].
     """
     output, left_out = make_folder(output), left_out or LeftOut()
-    parts = Parts(output, job_of("similarity", subject.model, pairs))
+    parts = Parts(output, "similarity", subject.model, pairs)
     summary, arrays = measure_similarity(subject, pairs, keep=parts.keep, **settings)
     summary = {"model": name, **summary, "left_out": left_out.bad + summary["left_out"]}
     summary["repeated_texts"] = left_out.repeated

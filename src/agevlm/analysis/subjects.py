@@ -8,7 +8,6 @@ transformers' Mllama is refused: its pictures are tiled at several aspect ratios
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,15 +154,3 @@ def image_token_id(config: Any) -> int | None:
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return None
-
-
-def unique_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, as the name of a model.
-
-    Raises:
-        ValueError: two are the same.
-    """
-    names = [Path(path).resolve().name for path in paths]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder")
-    return names

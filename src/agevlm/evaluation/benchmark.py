@@ -8,7 +8,7 @@ Shares are percentages, as the papers print them.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,6 @@ class Benchmark:
     """
 
     name: str
-    protocol: str
     rule: str
     source: Source
     columns: tuple[Column, ...]
@@ -105,6 +104,7 @@ class Benchmark:
     credit: Callable[[Row, str], float] = lambda row, label: float(label == RIGHT)
     shown: tuple[str, ...] = ()
     judged_only: bool = False
+    protocol: str = "paper"
     max_new_tokens: int = 128
 
     def credits(self, rows: Sequence[Row], parsed: Answers) -> np.ndarray:
@@ -131,6 +131,18 @@ class Benchmark:
     def constants(self, rows: Sequence[Row]) -> dict[str, Metrics]:
         """Metrics of answers given without looking: constant answers, chance."""
         return {name: self.score(rows, *guess) for name, guess in self.guesses(rows).items()}
+
+
+def protocols(paper: Benchmark, **changes: Mapping[str, Any]) -> dict[str, Benchmark]:
+    """A benchmark's protocols by name: `paper` and what differs from it (`lmms_eval` is `lmms-eval`)."""
+    named = {name.replace("_", "-"): change for name, change in changes.items()}
+    return {"paper": paper, **{name: replace(paper, protocol=name, **change) for name, change in named.items()}}
+
+
+def among(chosen: Any, values: Any) -> Measure:
+    """100 times the mean of `values` over the chosen rows."""
+    chosen = np.asarray(chosen, dtype=float)
+    return share(np.asarray(values, dtype=float) * chosen, chosen)
 
 
 def always(answers: Mapping[str, str], rows: Sequence[Row]) -> Guesses:

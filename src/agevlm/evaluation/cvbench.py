@@ -7,13 +7,12 @@ the plain mean over rows, which lmms-eval reports.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from agevlm.stats import Measure, ResultKey, mean, share
 
-from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always, among, protocols
 from .harnesses import cambrian_letter, lmms_letter
 from .parsing import LETTERS, parse_choice
 
@@ -30,11 +29,10 @@ def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[
     """`accuracy` over all rows, of each of `tasks` and `sources`, `2D` and `3D` where present, `overall`."""
 
     def accuracy(**wanted: str) -> Measure:
-        chosen = np.array([all(row[field] == value for field, value in wanted.items()) for row in rows], dtype=float)
-        return share(credits * chosen, chosen)
+        return among([all(row[field] == value for field, value in wanted.items()) for row in rows], credits)
 
-    def values(field: str, **among: str) -> list[str]:
-        return sorted({row[field] for row in rows if all(row[name] == value for name, value in among.items())})
+    def values(field: str, **wanted: str) -> list[str]:
+        return sorted({row[field] for row in rows if all(row[name] == value for name, value in wanted.items())})
 
     sides = {
         side: mean([accuracy(type=side, source=source) for source in values("source", type=side)])
@@ -64,7 +62,6 @@ def _lmms_prompt(row: Row) -> str:
 
 PAPER = Benchmark(
     name="cvbench",
-    protocol="paper",
     rule="prompt column verbatim; option letter, else option text, unread answers are wrong (judged column: judge)",
     source=Source("nyu-visionx/CV-Bench", None, ("test",), number=lambda row: (row["idx"],)),
     columns=(Column("CV-Bench 2D", ("2D",), 0.01), Column("CV-Bench 3D", ("3D",), 0.01)),
@@ -80,24 +77,20 @@ PAPER = Benchmark(
     unit=lambda row: row["id"],
     labels=lambda row: tuple(letters(row)),
 )
-_CAMBRIAN = replace(
-    PAPER,
-    protocol="cambrian",
-    rule="prompt + answer with the letter directly; first character (of what follows 'answer is')",
-    prompt=lambda row: row["prompt"] + "\nAnswer with the option's letter from the given choices directly.",
-    parse=lambda row, output: cambrian_letter(output, letters(row)),
-)
-PROTOCOLS = {
-    "paper": PAPER,
-    "official": replace(_CAMBRIAN, protocol="official"),
-    "lmms-eval": replace(
-        PAPER,
-        protocol="lmms-eval",
-        rule="note + prompt; first letter of the output; headline is the plain mean",
-        prompt=_lmms_prompt,
-        parse=lambda row, output: lmms_letter(output, letters(row)),
-        headline="accuracy",
-        max_new_tokens=16,
-    ),
-    "cambrian": _CAMBRIAN,
+_CAMBRIAN = {
+    "rule": "prompt + answer with the letter directly; first character (of what follows 'answer is')",
+    "prompt": lambda row: row["prompt"] + "\nAnswer with the option's letter from the given choices directly.",
+    "parse": lambda row, output: cambrian_letter(output, letters(row)),
 }
+PROTOCOLS = protocols(
+    PAPER,
+    official=_CAMBRIAN,
+    lmms_eval={
+        "rule": "note + prompt; first letter of the output; headline is the plain mean",
+        "prompt": _lmms_prompt,
+        "parse": lambda row, output: lmms_letter(output, letters(row)),
+        "headline": "accuracy",
+        "max_new_tokens": 16,
+    },
+    cambrian=_CAMBRIAN,
+)

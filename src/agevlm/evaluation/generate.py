@@ -1,13 +1,14 @@
-"""Batched greedy answers to benchmark rows, kept row by row in `predictions.jsonl` and resumed from there.
+"""Batched greedy answers to benchmark rows and where the model looks meanwhile, kept row by row and resumed.
 
-A line is {id, prompt, output, parsed, verdict, error}; verdict is correct, wrong, unparsed or skipped. Lines are
-appended batch by batch and synced; with several processes each appends to a file of its own, and at the end one file
-holds all lines in the order of the rows. A run that was cut off goes on behind its whole lines, with any number of
-processes; skipped rows are tried again. The file must hold answers to the same questions, and `run.json` beside it
-says of which model and settings.
+A line of `predictions.jsonl` is {id, prompt, output, parsed, verdict, error}; verdict is correct, wrong, unparsed or
+skipped. A line of `grounding.jsonl` is a row's look (`looking.py`), of rows with a mask. Lines are appended batch by
+batch and synced; with several processes each appends to files of its own, and at the end one file holds all lines in
+the order of the rows. A run that was cut off goes on behind its whole lines, with any number of processes; skipped
+rows, and rows with a mask that have no look, are tried again. The file must hold answers to the same questions, and
+`run.json` beside it says of which model and settings.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from tqdm import tqdm
 from agevlm.models import encode, render
 from agevlm.store import Journal, claim, read_lines, write_lines
 
-from .benchmark import Benchmark, Row, verdict
-from .inputs import RowError, each_picture_once, picture_key, row_image
+from .benchmark import Benchmark, verdict
+from .inputs import each_picture_once, encode_questions, open_rows, picture_key, without_pictures
+from .looking import Look, look_records, looking, marked_rows
 from .processes import is_main, my_share
 
 
-PREDICTIONS = "predictions.jsonl"
-RUN = "run.json"
+PREDICTIONS, LOOKS, RUN = "predictions.jsonl", "grounding.jsonl", "run.json"
 Prediction = dict[str, Any]
 
 
@@ -40,16 +41,18 @@ def generate_predictions(
     identity: Mapping[str, Any],
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    looks: bool = False,
     strict: bool = False,
     progress: bool = True,
-) -> list[Prediction]:
-    """Answers `rows` and returns one prediction per row, in their order, on every process.
+) -> tuple[list[Prediction], list[Look]]:
+    """Answers `rows` and returns one prediction per row and the looks, in their order, on every process.
 
     Args:
         rows: pictures undecoded (`datasets.Image(decode=False)`) or decoded; null where a row is text alone.
-        folder: receives `predictions.jsonl` and `run.json`.
+        folder: receives `predictions.jsonl`, `grounding.jsonl` and `run.json`.
         identity: what the answers depend on (model, settings); compared when the folder is used again.
         max_new_tokens: None: the protocol's.
+        looks: measure where the model looks on rows with a mask; it must have cross-attention maps.
         strict: a bad row raises ValueError. Otherwise it is recorded with its error and skipped.
 
     Raises:
@@ -63,64 +66,60 @@ def generate_predictions(
     _claim(folder, {**identity, **settings})
     PartialState().wait_for_everyone()
     done = {line["id"]: line for line in read_predictions(folder, prompts)}
+    looked = {line["id"]: line for path in _files(folder, LOOKS) for line in read_lines(path)} if looks else {}
     PartialState().wait_for_everyone()
     if is_main() and folder.joinpath(PREDICTIONS).exists():
-        _consolidate(folder, list(done.values()))
+        _consolidate(folder, list(done.values()), list(looked.values()))
     PartialState().wait_for_everyone()
-    pending = my_share([index for index, row_id in enumerate(rows["id"]) if row_id not in done])
-    own = folder / (PREDICTIONS if is_main() else f"predictions.{PartialState().process_index}.jsonl")
-    new: list[Prediction] = []
+    marked = set(marked_rows(rows)) if looks else set()
+    pending = my_share(
+        [
+            index
+            for index, row_id in enumerate(rows["id"])
+            if row_id not in done or (index in marked and row_id not in looked)
+        ]
+    )
     bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or not is_main())
-    with bar, Journal(own) as journal:
+    new: list[tuple[list[Prediction], list[Look]]] = []
+    with bar, Journal(_own(folder, PREDICTIONS)) as answers, Journal(_own(folder, LOOKS)) as attention:
         for start in range(0, len(pending), batch_size):
             chosen = rows.select(pending[start : start + batch_size])
-            lines = _answer(model, processor, benchmark, chosen, limit, strict)
-            journal.append(lines)
-            new += lines
+            lines, records = _answer(model, processor, benchmark, chosen, limit, looks, strict)
+            attention.append(records)
+            answers.append(lines)
+            new.append((lines, records))
             bar.update(len(lines))
-    done.update((line["id"], line) for line in gather_object(new))
+    for lines, records in gather_object(new):
+        done.update((line["id"], line) for line in lines)
+        looked.update((record["id"], record) for record in records)
     predictions = [done[row_id] for row_id in prompts]
+    in_order = [looked[row_id] for row_id in prompts if row_id in looked]
     PartialState().wait_for_everyone()
     if is_main():
-        _consolidate(folder, predictions)
-    return predictions
-
-
-def _consolidate(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """All lines into one file; the other processes' files go."""
-    write_lines(folder / PREDICTIONS, predictions)
-    for path in _parts(folder):
-        path.unlink()
-
-
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("predictions.*.jsonl"))
-
-
-def without_pictures(rows: Dataset) -> Iterator[Row]:
-    """The rows without their `image` and `mask` columns: scoring needs neither."""
-    return iter(rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names]))
+        _consolidate(folder, predictions, in_order)
+    return predictions, in_order
 
 
 def _answer(
-    model: Any, processor: Any, benchmark: Benchmark, rows: Dataset, max_new_tokens: int, strict: bool
-) -> list[Prediction]:
-    usable, images, lines = [], [], []
-    for row in rows:
-        try:
-            images.append(row_image(row))
-            usable.append(row)
-        except RowError as error:
-            if strict:
-                raise
-            lines.append(_line(row["id"], benchmark.prompt(row), error=str(error)))
-    if usable:
-        with each_picture_once(model, [picture_key(row) for row in usable]):
-            outputs = answer_batch(model, processor, images, [benchmark.prompt(row) for row in usable], max_new_tokens)
-        for row, output in zip(usable, outputs, strict=True):
-            parsed = benchmark.parse(row, output)
-            lines.append(_line(row["id"], benchmark.prompt(row), output, parsed, verdict(benchmark, row, parsed)))
-    return lines
+    model: Any, processor: Any, benchmark: Benchmark, rows: Dataset, limit: int, looks: bool, strict: bool
+) -> tuple[list[Prediction], list[Look]]:
+    questions, bad = open_rows(rows, with_masks=looks, strict=strict)
+    asked = {row["id"]: benchmark.prompt(row) for row in without_pictures(rows)}
+    lines = [_line(row_id, asked[row_id], error=error) for row_id, error in bad.items()]
+    if not questions:
+        return lines, []
+    batch, query, cells = encode_questions(model, processor, benchmark, questions)
+    keys = [picture_key(question.row) for question in questions]
+    with each_picture_once(model, keys), looking(model, query) as maps:
+        outputs = _generate(model, processor, batch, limit)
+    for question, output in zip(questions, outputs, strict=True):
+        row = question.row
+        parsed = benchmark.parse(row, output)
+        lines.append(_line(row["id"], asked[row["id"]], output, parsed, verdict(benchmark, row, parsed)))
+    if cells is None:
+        return lines, []
+    seen, grid = batch["visual_token_mask"], processor.image_processor.grid
+    return lines, look_records(questions, maps[0], cells, seen, grid, strict)
 
 
 def _line(
@@ -134,16 +133,40 @@ def _line(
     return {"id": row_id, "prompt": prompt, "output": output, "parsed": parsed, "verdict": verdict, "error": error}
 
 
-@torch.inference_mode()
 def answer_batch(
     model: Any, processor: Any, images: Sequence, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers, special tokens removed. `images`: None where a row has none."""
     texts = [render(processor, prompt, image is not None) for prompt, image in zip(prompts, images, strict=True)]
-    batch = encode(model, processor, images, texts)
+    return _generate(model, processor, encode(model, processor, images, texts), max_new_tokens)
+
+
+@torch.inference_mode()
+def _generate(model: Any, processor: Any, batch: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+# ---- Files ----
+
+
+def _own(folder: Path, name: str) -> Path:
+    """This process's file of lines."""
+    return folder / (name if is_main() else f"{Path(name).stem}.{PartialState().process_index}.jsonl")
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """The files of all processes that are there, the first one's in front."""
+    return [path for path in (folder / name, *sorted(folder.glob(f"{Path(name).stem}.*.jsonl"))) if path.is_file()]
+
+
+def _consolidate(folder: Path, predictions: Sequence[Prediction], looks: Sequence[Look]) -> None:
+    """All lines into one file each; the other processes' files go."""
+    for name, lines in ((PREDICTIONS, predictions), (LOOKS, looks)):
+        write_lines(folder / name, lines)
+        for path in _files(folder, name)[1:]:
+            path.unlink()
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -160,9 +183,7 @@ def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Predictio
         ValueError: a line that is no prediction, or one for a question that is not among `prompts`.
     """
     kept: dict[str, Prediction] = {}
-    for path in (folder / PREDICTIONS, *_parts(folder)):
-        if not path.exists():
-            continue
+    for path in _files(folder, PREDICTIONS):
         for number, prediction in enumerate(read_lines(path), start=1):
             try:
                 row_id, prompt, outcome = prediction["id"], prediction["prompt"], prediction["verdict"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from agevlm.stats import Measure, ResultKey, all_right, share
 
-from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Column, Row, Source, always
+from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Column, Row, Source, always, among, protocols
 from .parsing import parse_yes_no
 
 
@@ -37,21 +37,14 @@ def _key(row: Row, field: str) -> tuple:
 
 
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
+    kinds = [f"{row['category']} {row['subcategory']}" for row in rows]
     return {
         ("aAcc",): share(credits),
         ("fAcc",): all_right([None if without_figure(row) else _key(row, "figure_id") for row in rows], credits),
         ("qAcc",): all_right([_key(row, "question_id") for row in rows], credits),
         ("yes_ratio",): share([answer == "yes" for answer in parsed]),
-        **{
-            ("subcategories", name): share(credits * chosen, chosen)
-            for name, chosen in _subcategories(rows).items()
-        },
-    }  # fmt: skip
-
-
-def _subcategories(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    names = [f"{row['category']} {row['subcategory']}" for row in rows]
-    return {name: np.array([name == other for other in names], dtype=float) for name in sorted(set(names))}
+        **{("subcategories", kind): among([kind == other for other in kinds], credits) for kind in sorted(set(kinds))},
+    }
 
 
 SOURCE = Source(
@@ -63,7 +56,6 @@ SOURCE = Source(
 )
 PAPER = Benchmark(
     name="hallusionbench",
-    protocol="paper",
     rule="bare question, rows with a picture; strict yes/no (VLMEvalKit), unread answers are wrong",
     source=SOURCE,
     columns=(Column("HallusionBench aAcc", ("aAcc",)), Column("fAcc", ("fAcc",)), Column("qAcc", ("qAcc",))),
@@ -80,26 +72,21 @@ PAPER = Benchmark(
     labels=lambda row: YES_NO,
     uses=lambda row: not without_figure(row),
 )
-_JUDGED = replace(
-    PAPER,
-    fields=(*PAPER.fields, "gt_answer_details"),
-    gold=lambda row: row["gt_answer_details"],
-    labels=lambda row: (),
-    credit=lambda row, label: float(label == RIGHT or (label == "unclear" and without_figure(row))),
-    judged_only=True,
-)
-PROTOCOLS = {
-    "paper": PAPER,
-    "official": replace(
-        _JUDGED,
-        protocol="official",
-        rule="bare question, all rows; a judge compares with gt_answer_details",
-        source=replace(SOURCE, splits=("image", "non_image")),
-        uses=lambda row: True,
-    ),
-    "lmms-eval": replace(
-        _JUDGED,
-        protocol="lmms-eval",
-        rule="bare question, rows with a picture; a judge compares with gt_answer_details",
-    ),
+_JUDGED = {
+    "rule": "bare question, rows with a picture; a judge compares with gt_answer_details",
+    "fields": (*PAPER.fields, "gt_answer_details"),
+    "gold": lambda row: row["gt_answer_details"],
+    "labels": lambda row: (),
+    "credit": lambda row, label: float(label == RIGHT or (label == "unclear" and without_figure(row))),
+    "judged_only": True,
 }
+PROTOCOLS = protocols(
+    PAPER,
+    official={
+        **_JUDGED,
+        "rule": "bare question, all rows; a judge compares with gt_answer_details",
+        "source": replace(SOURCE, splits=("image", "non_image")),
+        "uses": lambda row: True,
+    },
+    lmms_eval=_JUDGED,
+)

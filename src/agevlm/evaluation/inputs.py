@@ -1,21 +1,139 @@
-"""Pictures and masks of benchmark rows, shared by generation and grounding; they are decoded here."""
+"""Rows of a benchmark as a model's inputs, shared by answering and looking: decoded once, encoded once.
 
-from collections.abc import Iterator, Mapping, Sequence
+A picture that several rows of a batch show is decoded once and passes the vision tower of a model of ours once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from agevlm.images import open_image
+from agevlm.models import encode, messages, render
 
 from .benchmark import Row
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked about rows, of which a `Benchmark` knows more: see there."""
+
+    name: str
+    prompt: Callable[[Row], str]
+    query: Callable[[Row], str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row with its picture and the mask of what to look at, each None where there is none."""
+
+    row: Row
+    image: Image.Image | None
+    mask: Image.Image | None = None
+
+
+def without_pictures(rows: Dataset) -> Iterator[Row]:
+    """The rows without their `image` and `mask` columns: scoring needs neither."""
+    return iter(rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names]))
 
 
 def picture_key(row: Row) -> Any:
     """The same for rows that show the same stored picture."""
     image = row["image"]
     return (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else id(image)
+
+
+def open_rows(rows: Iterable[Row], with_masks: bool, strict: bool) -> tuple[list[Question], dict[str, str]]:
+    """Rows with their decoded pictures, and with masks where they have a usable one.
+
+    Returns:
+        The rows whose picture can be used, and id -> reason of the others.
+
+    Raises:
+        RowError: if strict, for a bad picture or mask.
+    """
+    pictures: dict[Any, Image.Image | None] = {}
+    questions, bad = [], {}
+    for row in rows:
+        key = picture_key(row)
+        try:
+            if key not in pictures:
+                pictures[key] = row_image(row)
+        except RowError as error:
+            if strict:
+                raise
+            bad[row["id"]] = str(error)
+            continue
+        mask = None
+        try:
+            mask = row_mask(row, pictures[key]) if with_masks else None
+        except RowError:
+            if strict:
+                raise
+        questions.append(Question(row, pictures[key], mask))
+    return questions, bad
+
+
+def row_image(row: Row) -> Image.Image | None:
+    """The row's picture, decoded completely; None where the row is asked as text alone. RowError if it is broken."""
+    return None if row["image"] is None else _opened(row, "image", "RGB")
+
+
+def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
+    """The row's mask of what to look at, or None. RowError if it is broken, empty or of another size."""
+    if row.get("mask") is None:
+        return None
+    where = f"row {row['id']}, field mask"
+    if image is None:
+        raise RowError(f"{where}: marks a part of a picture that is not there; use null")
+    mask = _opened(row, "mask", "1")
+    if mask.size != image.size:
+        raise RowError(
+            f"{where}: {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; store the mask "
+            "at the picture's size"
+        )
+    if mask.getbbox() is None:
+        raise RowError(f"{where}: marks no pixel; use null where there is nothing to look at")
+    return mask
+
+
+def _opened(row: Row, field: str, mode: str) -> Image.Image:
+    try:
+        return open_image(row[field], f"row {row['id']}, field {field}", mode)
+    except ValueError as error:
+        raise RowError(str(error)) from error
+
+
+def encode_questions(
+    model: Any, processor: Any, asked: Any, questions: Sequence[Question]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """Inputs of a batch, the bool tokens `(B, T)` of the queries of rows with a mask, and the masks' bool cells
+    `(B, V)`; None for both where no row has a mask.
+
+    Args:
+        asked: a `Benchmark` or `Asked`.
+    """
+    prompts = [asked.prompt(question.row) for question in questions]
+    images = [question.image for question in questions]
+    texts = [render(processor, prompt, image is not None) for prompt, image in zip(prompts, images, strict=True)]
+    guidance: dict[str, Any] = {}
+    if any(question.mask is not None for question in questions):
+        guidance["guidance_masks"] = [question.mask for question in questions]
+        guidance["guidance_spans"] = [
+            None if q.mask is None else processor.message_span(messages(prompt), 0, asked.query(q.row))
+            for q, prompt in zip(questions, prompts, strict=True)
+        ]
+    batch = encode(model, processor, images, texts, **guidance)
+    query, cells = batch.pop("guidance_query_mask", None), batch.pop("guidance_mask", None)
+    return batch, query, None if cells is None else cells.flatten(1).bool()
 
 
 @contextmanager
@@ -47,36 +165,3 @@ def each_picture_once(model: Any, keys: Sequence[Any]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class RowError(ValueError):
-    """A row that cannot be used; the message names it."""
-
-
-def row_image(row: Row) -> Image.Image | None:
-    """The row's picture, decoded completely; None where the row is asked as text alone. RowError if it is broken."""
-    if row["image"] is None:
-        return None
-    try:
-        return open_image(row["image"], f"row {row['id']}, field image")
-    except ValueError as error:
-        raise RowError(str(error)) from error
-
-
-def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
-    """The row's mask of what to look at, or None. RowError if it is broken, empty or of another size."""
-    if row.get("mask") is None:
-        return None
-    where = f"row {row['id']}, field mask"
-    if image is None:
-        raise RowError(f"{where}: marks a part of a picture that is not there; use null")
-    try:
-        mask = open_image(row["mask"], where, mode="1")
-    except ValueError as error:
-        raise RowError(str(error)) from error
-    if mask.size != image.size:
-        raise RowError(f"{where}: {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; "
-                       "store the mask at the picture's size")  # fmt: skip
-    if mask.getbbox() is None:
-        raise RowError(f"{where}: marks no pixel; use null where there is nothing to look at")
-    return mask

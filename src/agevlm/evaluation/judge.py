@@ -21,12 +21,11 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agevlm.models import TOKENIZER, load_weights, reading
+from agevlm.models import TOKENIZER, load_weights, reading, weights_digest
 from agevlm.stats import share
 from agevlm.store import Journal, digest, read_lines
 
 from .benchmark import RIGHT, WRONG, Answers, Benchmark, Metrics, Row
-from .digests import weights_digest
 from .processes import current_device, is_main, my_share
 
 

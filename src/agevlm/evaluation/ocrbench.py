@@ -2,18 +2,17 @@
 
 Comparison ignores case and takes line breaks for spaces; handwritten formulas (HME100k) are compared with all spaces
 removed and case kept. Headline: `final`, the count of right answers; of 1000 in the public set, 200 in each of the
-paper's two categories. No accent or number normalisation, as in the official script, which all harnesses follow.
+paper's two categories. No accent or number normalization, as in the official script, which all harnesses follow.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from agevlm.stats import Measure, ResultKey, count, share
 
-from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, protocols
 from .harnesses import fold_width
 
 
@@ -24,20 +23,20 @@ def golds(row: Row) -> list[str]:
     return [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
 
 
-def _normalise(row: Row, text: str) -> str:
+def _normalize(row: Row, text: str) -> str:
     if row["dataset"] == "HME100k":
         return text.strip().replace("\n", " ").replace(" ", "")
     return text.lower().strip().replace("\n", " ")
 
 
 def parse(row: Row, output: str) -> str | None:
-    """The normalised output; None if it is empty."""
-    return _normalise(row, output) or None
+    """The normalized output; None if it is empty."""
+    return _normalize(row, output) or None
 
 
 def _contains(fold: Callable[[str], str]) -> Callable[[Row, str | None], bool]:
     def is_correct(row: Row, parsed: str | None) -> bool:
-        return parsed is not None and any(_normalise(row, fold(answer)) in parsed for answer in golds(row))
+        return parsed is not None and any(_normalize(row, fold(answer)) in parsed for answer in golds(row))
 
     return is_correct
 
@@ -66,7 +65,6 @@ def guesses(rows: Sequence[Row]) -> Guesses:
 
 PAPER = Benchmark(
     name="ocrbench",
-    protocol="paper",
     rule="question verbatim; a gold answer is contained in the output (official rule)",
     source=Source(
         "echo840/OCRBench",
@@ -96,20 +94,16 @@ PAPER = Benchmark(
     unit=lambda row: row["id"],
     labels=lambda row: (),
 )
-PROTOCOLS = {
-    "paper": PAPER,
-    "official": replace(PAPER, protocol="official", max_new_tokens=100),
-    "lmms-eval": replace(
-        PAPER,
-        protocol="lmms-eval",
-        rule="question verbatim; containment, full-width ASCII folded",
-        parse=lambda row, output: parse(row, fold_width(output)),
-        is_correct=_contains(fold_width),
-    ),
-    "cambrian": replace(
-        PAPER,
-        protocol="cambrian",
-        rule="question + give the short answer directly; containment",
-        prompt=lambda row: row["question"] + "\nGive the short answer directly.",
-    ),
-}
+PROTOCOLS = protocols(
+    PAPER,
+    official={"max_new_tokens": 100},
+    lmms_eval={
+        "rule": "question verbatim; containment, full-width ASCII folded",
+        "parse": lambda row, output: parse(row, fold_width(output)),
+        "is_correct": _contains(fold_width),
+    },
+    cambrian={
+        "rule": "question + give the short answer directly; containment",
+        "prompt": lambda row: row["question"] + "\nGive the short answer directly.",
+    },
+)

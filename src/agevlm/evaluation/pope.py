@@ -6,13 +6,13 @@ Deviation: under `lmms-eval` the yes-ratio is that of the answers; lmms-eval com
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from agevlm.stats import Measure, ResultKey, count, mean, share
 
-from .benchmark import YES_NO, Answers, Benchmark, Column, Row, Source, always
+from .benchmark import YES_NO, Answers, Benchmark, Column, Row, Source, always, among, protocols
 from .harnesses import first_word, pope_official, whole_answer
 from .parsing import parse_yes_no
 
@@ -24,31 +24,23 @@ def gold(row: Row) -> str:
     return row["answer"].lower()
 
 
-def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
-    return _measures(rows, parsed, credits, np.ones(len(rows)))
-
-
-def _lmms_measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
-    """Unread answers to questions with a yes drop out of the recall, as in lmms-eval."""
-    return _measures(rows, parsed, credits, np.array([answer is not None for answer in parsed], dtype=float))
-
-
-def _measures(
-    rows: Sequence[Row], parsed: Answers, credits: np.ndarray, counted: np.ndarray
+def measures(
+    rows: Sequence[Row], parsed: Answers, credits: np.ndarray, unread_in_recall: bool = True
 ) -> dict[ResultKey, Measure]:
     said_yes = np.array([answer == "yes" for answer in parsed], dtype=float)
-    gold_yes = np.array([gold(row) == "yes" for row in rows], dtype=float) * counted
     unparsed = np.array([answer is None for answer in parsed], dtype=float)
+    gold_yes = np.array([gold(row) == "yes" for row in rows], dtype=float)
+    gold_yes = gold_yes if unread_in_recall else gold_yes * (1 - unparsed)
 
-    def among(chosen: np.ndarray) -> dict[ResultKey, Measure]:
+    def of(chosen: np.ndarray) -> dict[ResultKey, Measure]:
         true_yes = said_yes * gold_yes * chosen
         return {
-            ("accuracy",): share(credits * chosen, chosen),
+            ("accuracy",): among(chosen, credits),
             ("precision",): share(true_yes, said_yes * chosen),
             ("recall",): share(true_yes, gold_yes * chosen),
             ("f1",): share(2 * true_yes, (said_yes + gold_yes) * chosen),
-            ("yes_ratio",): share(said_yes * chosen, chosen),
-            ("unparsed",): share(unparsed * chosen, chosen),
+            ("yes_ratio",): among(chosen, said_yes),
+            ("unparsed",): among(chosen, unparsed),
         }
 
     # The public files have one category per row, or several joined by commas where duplicates were merged.
@@ -56,9 +48,9 @@ def _measures(
     categories = {}
     for name in sorted({name for listed in names for name in listed}):
         chosen = np.array([name in listed for listed in names], dtype=float)
-        categories[name] = {("n",): count(chosen), **among(chosen)}
+        categories[name] = {("n",): count(chosen), **of(chosen)}
     return {
-        **among(np.ones(len(rows))),
+        **of(np.ones(len(rows))),
         ("mean_category_f1",): mean([category["f1",] for category in categories.values()]),
         **{("categories", name, *path): m for name, category in categories.items() for path, m in category.items()},
     }
@@ -66,7 +58,6 @@ def _measures(
 
 PAPER = Benchmark(
     name="pope",
-    protocol="paper",
     rule="question + ' Please answer yes or no.'; strict yes/no (VLMEvalKit), unread answers are wrong",
     source=Source(
         "lmms-lab/POPE",
@@ -91,29 +82,23 @@ PAPER = Benchmark(
     unit=lambda row: row.get("image_source") or row["id"],
     labels=lambda row: YES_NO,
 )
-PROTOCOLS = {
-    "paper": PAPER,
-    "official": replace(
-        PAPER,
-        protocol="official",
-        rule="bare question; no if the first sentence has No, no or not, else yes (POPE's evaluate.py)",
-        prompt=lambda row: row["question"],
-        parse=lambda row, output: pope_official(output),
-    ),
-    "lmms-eval": replace(
-        PAPER,
-        protocol="lmms-eval",
-        rule="question + single word or phrase; the whole output must be yes or no; unread yes leave the recall",
-        prompt=lambda row: row["question"].strip() + SHORT,
-        parse=lambda row, output: whole_answer(output, YES_NO),
-        measures=_lmms_measures,
-    ),
-    "cambrian": replace(
-        PAPER,
-        protocol="cambrian",
-        rule="question + single word or phrase; first word; headline accuracy",
-        prompt=lambda row: row["question"] + SHORT,
-        parse=lambda row, output: first_word(output, YES_NO),
-        headline="accuracy",
-    ),
-}
+PROTOCOLS = protocols(
+    PAPER,
+    official={
+        "rule": "bare question; no if the first sentence has No, no or not, else yes (POPE's evaluate.py)",
+        "prompt": lambda row: row["question"],
+        "parse": lambda row, output: pope_official(output),
+    },
+    lmms_eval={
+        "rule": "question + single word or phrase; the whole output must be yes or no; unread yes leave the recall",
+        "prompt": lambda row: row["question"].strip() + SHORT,
+        "parse": lambda row, output: whole_answer(output, YES_NO),
+        "measures": partial(measures, unread_in_recall=False),
+    },
+    cambrian={
+        "rule": "question + single word or phrase; first word; headline accuracy",
+        "prompt": lambda row: row["question"] + SHORT,
+        "parse": lambda row, output: first_word(output, YES_NO),
+        "headline": "accuracy",
+    },
+)

@@ -7,13 +7,12 @@ gold answer after normalisation (case, punctuation, article, number words); it i
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from agevlm.stats import Measure, ResultKey, share
 
-from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, among, protocols
 from .harnesses import cambrian_word, lmms_choice
 from .parsing import LETTERS, number_value, parse_choice, simplify
 
@@ -28,28 +27,25 @@ def options(row: Row) -> list[str]:
     return [text.strip() for _, text in found] if len(found) > 1 and in_order else []
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     text = re.sub(r"^(?:the answer is |a |an |the )+", "", simplify(text))
     return number_value(text) or text
 
 
 def parse(row: Row, output: str) -> str | None:
     choices = options(row)
-    return parse_choice(output, choices) if choices else _normalise(output) or None
+    return parse_choice(output, choices) if choices else _normalize(output) or None
 
 
 def right_answer(row: Row) -> str:
-    return row["answer"].strip() if options(row) else _normalise(row["answer"])
+    return row["answer"].strip() if options(row) else _normalize(row["answer"])
 
 
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`accuracy`, also apart for `choice` and `open` questions where present."""
     kinds = ["choice" if options(row) else "open" for row in rows]
-    chosen = {kind: np.array([kind == other for other in kinds], dtype=float) for kind in sorted(set(kinds))}
-    return {
-        ("accuracy",): share(credits),
-        **{(kind,): share(credits * among, among) for kind, among in chosen.items()},
-    }
+    apart = {(kind,): among([kind == other for other in kinds], credits) for kind in sorted(set(kinds))}
+    return {("accuracy",): share(credits), **apart}
 
 
 def guesses(rows: Sequence[Row]) -> Guesses:
@@ -74,7 +70,6 @@ def _same(row: Row, parsed: str | None) -> bool:
 
 PAPER = Benchmark(
     name="realworldqa",
-    protocol="paper",
     rule="question verbatim; option letter or text, open answers by normalised equality (judged column: judge)",
     source=Source("xai-org/RealworldQA", None, ("test",)),
     columns=(Column("RealWorldQA", ("accuracy",), 0.01),),
@@ -90,22 +85,18 @@ PAPER = Benchmark(
     unit=lambda row: row["id"],
     labels=lambda row: tuple(LETTERS[: len(options(row))]),
 )
-PROTOCOLS = {
-    "paper": PAPER,
-    "lmms-eval": replace(
-        PAPER,
-        protocol="lmms-eval",
-        rule="question verbatim; upper-case letter in its formats, open answers whole; 16 new tokens",
-        parse=_lmms_parse,
-        is_correct=_same,
-        max_new_tokens=16,
-    ),
-    "cambrian": replace(
-        PAPER,
-        protocol="cambrian",
-        rule="question verbatim; first word (of what follows 'answer is') equals the gold answer",
-        parse=lambda row, output: cambrian_word(output),
-        is_correct=_same,
-        max_new_tokens=512,
-    ),
-}
+PROTOCOLS = protocols(
+    PAPER,
+    lmms_eval={
+        "rule": "question verbatim; upper-case letter in its formats, open answers whole; 16 new tokens",
+        "parse": _lmms_parse,
+        "is_correct": _same,
+        "max_new_tokens": 16,
+    },
+    cambrian={
+        "rule": "question verbatim; first word (of what follows 'answer is') equals the gold answer",
+        "parse": lambda row, output: cambrian_word(output),
+        "is_correct": _same,
+        "max_new_tokens": 512,
+    },
+)

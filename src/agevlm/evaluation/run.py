@@ -12,6 +12,7 @@ Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchm
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -20,19 +21,20 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from rich.console import Console
 
 from agevlm.data.scenes.build import load_benchmark
-from agevlm.models import load
+from agevlm.hub_cards import weights_fingerprint
+from agevlm.models import load, unique_names, weights_digest
 from agevlm.stats import mcnemar, paired_difference
-from agevlm.store import check_same, digest, read_json, write_json, write_lines, write_text
+from agevlm.store import check_same, digest, read_json, read_lines, write_json, write_lines, write_text
 
-from .benchmark import PROTOCOLS, Benchmark, Metrics, units_of
-from .digests import stored_fingerprint, weights_digest
-from .generate import generate_predictions
-from .generate import without_pictures as plain
-from .grounding import MASKED, load_masked, measure_grounding, summarise
+from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
+from .generate import PREDICTIONS, Prediction, generate_predictions
+from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
+from .looking import MASKED, load_masked, marked_rows, measure_looking, summarize
 from .processes import current_device, is_main
 from .registry import BENCHMARKS
 from .sources import load_hub, load_local, prepare
@@ -40,7 +42,9 @@ from .tables import html_page, markdown_page, summary_table
 
 
 RESULT = "metrics.json"
-FORMAT = 2  # raise when fields of metrics.json change their meaning
+# Raise when fields of metrics.json change. Since 3 looking is measured in the pass that answers, in other batches: its
+# values may differ from those of 2 in the last digits.
+FORMAT = 3
 
 
 def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
@@ -125,10 +129,10 @@ def evaluate(
         data: rows by benchmark.
         source: where the rows come from, for the record: `data` and `split`.
         name: of the model, for the record.
-        weights: fingerprint of the files it was loaded from (`digests.stored_fingerprint`), by which a card knows that
-            the result is its own.
+        weights: fingerprint of the files it was loaded from (`stored_fingerprint`), by which a card knows that the
+            result is its own.
         judge: reads every output a second time.
-        masked: more rows to measure looking on (`grounding.load_masked`).
+        masked: more rows to measure looking on (`looking.load_masked`).
         limit: first rows of each benchmark only.
         max_new_tokens: longest answer; None: the protocol's.
         strict: stop at a bad row instead of counting it as skipped.
@@ -173,21 +177,20 @@ def evaluate(
     start, was_training = time.monotonic(), model.training
     model.eval()
     looks = hasattr(model.config, "cross_attention_layers") and hasattr(processor, "message_span")
+    layers = list(model.config.cross_attention_layers) if looks else []
     settings: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "progress": progress}
-    results, pooled = {}, []
+    answers: dict[str, Any] = {"identity": identity, "max_new_tokens": max_new_tokens, "looks": looks}
+    results, pooled, marked = {}, [], 0
     for benchmark in benchmarks:
         rows, folder = data[benchmark.name], output / benchmark.name
-        predictions = generate_predictions(
-            model, processor, benchmark, rows, folder, identity=identity, max_new_tokens=max_new_tokens, **settings
-        )
-        grounding, records = measure_grounding(model, processor, benchmark, rows, **settings) if looks else ({}, [])
+        predictions, records = generate_predictions(model, processor, benchmark, rows, folder, **answers, **settings)
         result, judged = score_predictions(benchmark, rows, predictions, judge, progress)
-        if is_main():
-            write_lines(folder / "grounding.jsonl", records)
-            if judge is not None:
-                write_lines(folder / "judged.jsonl", judged)
-        results[benchmark.name] = {**result, "grounding": grounding or {"n": 0, "skipped": 0}}
-        pooled += records
+        if judge is not None and is_main():
+            write_lines(folder / "judged.jsonl", judged)
+        with_mask = len(marked_rows(rows)) if looks else 0
+        grounding = summarize(records, with_mask, layers) if looks else {"n": 0, "skipped": 0}
+        results[benchmark.name] = {**result, "grounding": grounding}
+        pooled, marked = pooled + records, marked + with_mask
     metrics: Metrics = {
         "format": FORMAT,
         "model": name,
@@ -197,16 +200,12 @@ def evaluate(
         "judge": judge.name if judge is not None else None,
         "identity": whole,
         "benchmarks": results,
-        "grounding": {
-            **summarise(pooled),
-            "skipped": sum(result["grounding"]["skipped"] for result in results.values()),
-            "layers": list(getattr(model.config, "cross_attention_layers", [])) if looks else [],
-        },
+        "grounding": summarize(pooled, marked, layers),
     }
     if masked is not None:
         if not looks:
             raise ValueError(f"{name or 'the model'} has no cross-attention maps: looking cannot be measured")
-        metrics["masked"] = measure_grounding(model, processor, MASKED, masked, **settings)[0]
+        metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
     model.train(was_training)
     metrics["seconds"] = round(time.monotonic() - start, 1)
     metrics["versions"] = {package: version(package) for package in ("agevlm", "torch", "transformers")}
@@ -214,6 +213,15 @@ def evaluate(
         write_json(output / RESULT, metrics)
     PartialState().wait_for_everyone()
     return metrics
+
+
+def stored_fingerprint(name: str, revision: str = "main", adapter: str | None = None) -> str | None:
+    """`weights_fingerprint` of the files that a model was loaded from (with an adapter: of its files); None where they
+    are no safetensors."""
+    place, revision = (name, revision) if adapter is None else (adapter, "main")
+    if not Path(place).is_dir():
+        place = snapshot_download(place, revision=revision, allow_patterns="*.safetensors", local_files_only=True)
+    return weights_fingerprint(place)
 
 
 def _limited(rows: Dataset, limit: int | None, name: str) -> Dataset:
@@ -226,7 +234,7 @@ def _limited(rows: Dataset, limit: int | None, name: str) -> Dataset:
 def score_predictions(
     benchmark: Benchmark,
     rows: Dataset,
-    predictions: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
     judge: Judge | None = None,
     progress: bool = False,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
@@ -237,10 +245,10 @@ def score_predictions(
     Raises:
         ValueError: every row was skipped.
     """
-    usable, outputs = answered(rows, predictions)
+    usable, lines = answered(rows, predictions)
     if not usable:
         raise ValueError(f"{benchmark.name}: none of {len(rows)} rows could be used; its predictions name the errors")
-    parsed = [benchmark.parse(row, output) for row, output in zip(usable, outputs, strict=True)]
+    parsed = [line["parsed"] for line in lines]
     result = {
         **benchmark.score(usable, parsed),
         "intervals": benchmark.intervals(usable, parsed),
@@ -252,37 +260,33 @@ def score_predictions(
     }
     if judge is None:
         return result, []
-    judged = judge_rows(judge, benchmark, usable, outputs, progress)
+    judged = judge_rows(judge, benchmark, usable, [line["output"] for line in lines], progress)
     result["judged"] = score_judged(benchmark, usable, parsed, [line["label"] for line in judged])
     return result, judged
 
 
-def answered(rows: Dataset, predictions: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[str]]:
-    """The rows that were not skipped, and their outputs."""
-    pairs = [
-        (row, prediction["output"])
-        for row, prediction in zip(plain(rows), predictions, strict=True)
-        if prediction["verdict"] != "skipped"
-    ]
-    return [row for row, _ in pairs], [output for _, output in pairs]
+def answered(rows: Dataset, predictions: Sequence[Prediction]) -> tuple[list[Row], list[Prediction]]:
+    """The rows that were not skipped, and their predictions."""
+    pairs = [(row, line) for row, line in zip(plain(rows), predictions, strict=True) if line["verdict"] != "skipped"]
+    return [row for row, _ in pairs], [line for _, line in pairs]
 
 
 def compare(
     benchmark: Benchmark,
     rows: Dataset,
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
 ) -> Metrics:
     """Two models' predictions for the same rows: the paired bootstrap of every metric's difference (second - first)
     and McNemar's exact test on right answers. Rows that either skipped are left out."""
     both = [
-        (row, one["output"], other["output"])
-        for row, one, other in zip(plain(rows), first, second, strict=True)
-        if "skipped" not in (one["verdict"], other["verdict"])
+        (row, lines)
+        for row, *lines in zip(plain(rows), first, second, strict=True)
+        if all(line["verdict"] != "skipped" for line in lines)
     ]
-    usable = [row for row, _, _ in both]
+    usable = [row for row, _ in both]
     units = units_of([benchmark.unit(row) for row in usable])
-    parsed = [[benchmark.parse(row, outputs[side]) for row, *outputs in both] for side in (0, 1)]
+    parsed = [[lines[side]["parsed"] for _, lines in both] for side in (0, 1)]
     one, other = (benchmark.all_measures(usable, answers) for answers in parsed)
     return {
         "n": len(usable),
@@ -302,6 +306,12 @@ def _read_finished(path: Path, identity: dict) -> Metrics | None:
         return None
     found = read_json(path)
     check_same(path.parent, found.get("identity", {}), identity)
+    if found.get("format") != FORMAT and is_main():
+        print(
+            f"{path} has format {found.get('format')}, this version writes {FORMAT}: attention measured again may "
+            "differ in the last digits; delete the folder to measure it again.",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -313,13 +323,7 @@ def compare_folders(
     for benchmark in benchmarks:
         if benchmark.judged_only:
             continue
-        predictions = {
-            name: [
-                json.loads(line)
-                for line in (output / name / benchmark.name / "predictions.jsonl").open(encoding="utf-8")
-            ]
-            for name in names
-        }
+        predictions = {name: read_lines(output / name / benchmark.name / PREDICTIONS) for name in names}
         rows = data[benchmark.name].select(range(len(predictions[names[0]])))
         for index, first in enumerate(names):
             for second in names[index + 1 :]:
@@ -350,9 +354,7 @@ def parse_places(values: Sequence[str]) -> dict[str, str]:
 
 def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm eval`, with the arguments of `cli.py`."""
-    names = [Path(model).resolve().name for model in arguments.models]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two models are called the same ({', '.join(names)}); rename a folder or call eval twice")
+    names = unique_names(arguments.models)
     if arguments.adapter and len(names) > 1:
         raise ValueError("an adapter belongs to one model; call eval once per model")
     if arguments.scenes and arguments.data:

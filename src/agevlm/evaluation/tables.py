@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rich.markup import escape as plain
 from rich.table import Table as ConsoleTable
 
 from .benchmark import Metrics
-from .grounding import METRICS as GROUNDING_METRICS
+from .looking import METRICS as GROUNDING_METRICS
 
 
 Results = Mapping[str, Metrics]  # metrics by model
@@ -195,17 +196,17 @@ def html_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -
 def summary_table(results: Results) -> ConsoleTable:
     """One line per headline, one column per model, and what the same number is without looking."""
     first = next(iter(results.values()))
-    table = ConsoleTable(title=_title(results))
+    table = ConsoleTable(title=plain(_title(results)))
     table.add_column("")
     for model in results:
-        table.add_column(model, justify="right")
+        table.add_column(plain(model), justify="right")
     table.add_column("without looking")
     for name, result in first["benchmarks"].items():
         shown = result.get("shown") or [result["headline"]]
         found = [metrics["benchmarks"][name] for metrics in results.values()]
         for metric in shown:
             cells = [_with_interval(r, (metric,)) for r in found]
-            table.add_row(f"{name} {metric}", *cells, without_looking(result, (metric,)))
+            table.add_row(f"{name} {metric}", *map(plain, cells), plain(without_looking(result, (metric,))))
         if any("judged" in r for r in found):
             headline = result["headline"]
             table.add_row(f"{name} {headline}, judged", *(_number(lookup(r, ("judged", headline))) for r in found), "")

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.scenes.contact_sheet import outline
+from agevlm.drawing import outline
 from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 

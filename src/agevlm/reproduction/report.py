@@ -17,13 +17,12 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agevlm.analysis.attention import Example, Panel, write_examples
-from agevlm.analysis.drawing import panels
 from agevlm.analysis.figures import save_rows
-from agevlm.analysis.files import save_image
 from agevlm.data.scenes.build import load_benchmark
+from agevlm.drawing import panels
 from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
-from agevlm.images import data_address, open_image
+from agevlm.images import data_address, open_image, save_image
 from agevlm.models import load
 from agevlm.store import read_json, write_json, write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage

@@ -33,8 +33,7 @@ from agevlm.analysis.similarity import write_similarity
 from agevlm.analysis.subjects import Subject
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.evaluation import pope
-from agevlm.evaluation.digests import stored_fingerprint
-from agevlm.evaluation.run import RESULT, evaluate_scenes
+from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.store import locked, write_json

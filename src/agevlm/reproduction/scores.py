@@ -13,7 +13,7 @@ import numpy as np
 
 from agevlm.evaluation import leaderboard
 from agevlm.evaluation.benchmark import units_of
-from agevlm.evaluation.generate import without_pictures
+from agevlm.evaluation.inputs import without_pictures
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import RESULT, load_scenes
 from agevlm.evaluation.tables import lookup
@@ -192,7 +192,7 @@ def read_scores(found: Found, scenes: Path) -> Scores:
         asked += [units[row["id"]] for row in usable]
         made = {}
         for model, line in lines.items():
-            parsed = [benchmark.parse(rows[index], line[index]["output"]) for index in kept]
+            parsed = [line[index]["parsed"] for index in kept]
             made[model] = benchmark.all_measures(usable, parsed)
             unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
         guesses = benchmark.constants(usable)

@@ -1,29 +1,18 @@
 """One picture to look at: scenes with what is asked, the answer, and the outline of the mask to look at."""
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
-from agevlm.images import open_image
+from agevlm.drawing import outline, panels
+from agevlm.images import open_image, save_image
 
 
-_OUTLINE = (255, 0, 200)
-_SIDE, _TEXT_LINES, _COLUMNS, _PER_PART = 224, 9, 6, 6
-_LINE, _WIDTH = 12, 38  # pixels per line, characters per line
+_SIDE, _TEXT_LINES, _COLUMNS, _PER_PART = 280, 12, 6, 6
 
 Entry = tuple[Image.Image, Image.Image | None, str]
-
-
-def outline(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """`image` with the border of the 1-bit `mask` drawn on it."""
-    full = mask.convert("L")
-    border = ImageChops.difference(full.filter(ImageFilter.MaxFilter(3)), full.filter(ImageFilter.MinFilter(3)))
-    image = image.copy()
-    image.paste(_OUTLINE, (0, 0), border)
-    return image
 
 
 def _head(path: Path, count: int) -> list[dict]:
@@ -75,14 +64,6 @@ def draw_contact_sheet(folder: str | Path, out: str | Path) -> None:
     entries = list(_entries(Path(folder)))
     if not entries:
         return
-    height = _SIDE + _TEXT_LINES * _LINE + 8
-    rows = -(-len(entries) // _COLUMNS)
-    sheet = Image.new("RGB", (_COLUMNS * (_SIDE + 8), rows * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for number, (image, mask, text) in enumerate(entries):
-        x, y = (number % _COLUMNS) * (_SIDE + 8), (number // _COLUMNS) * height
-        shown = outline(image, mask) if mask is not None else image
-        sheet.paste(shown.resize((_SIDE, _SIDE)), (x, y))
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, _WIDTH) or [""]]
-        pen.text((x, y + _SIDE + 2), "\n".join(lines[:_TEXT_LINES]), fill="black", font=font, spacing=1)
-    sheet.save(out)
+    drawn = [(text, image if mask is None else outline(image, mask)) for image, mask, text in entries]
+    rows = [drawn[start : start + _COLUMNS] for start in range(0, len(drawn), _COLUMNS)]
+    save_image(panels(rows, side=_SIDE, most_lines=_TEXT_LINES), Path(out))

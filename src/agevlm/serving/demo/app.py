@@ -17,10 +17,10 @@ from typing import Any
 from PIL import Image
 
 from agevlm.analysis.attention import Attended
-from agevlm.analysis.subjects import Subject, unique_names
+from agevlm.analysis.subjects import Subject
 from agevlm.data.rows import resolve_inside
 from agevlm.images import MAX_PIXELS, open_image
-from agevlm.models import load
+from agevlm.models import load, unique_names
 
 from .answering import MAX_QUESTION, Answerer, ask
 from .figure import MEAN, SCRIPT, STYLE, finished, growing

@@ -2,19 +2,17 @@
 
 Every map is in the page from the start, a small translucent picture each, so following the pointer and changing the
 layer ask the server nothing; `figure.js` only chooses which one is seen. A layer's maps, the question's and every
-token's, share one colour scale, which is written below: maps of another layer or model have their own.
+token's, share one color scale, which is written below: maps of another layer or model have their own.
 """
 
 from html import escape
 from importlib.resources import files
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from PIL import Image
 
-from agevlm.analysis.attention import LEAST_PEAK, Attended
-from agevlm.analysis.drawing import heat_layer
+from agevlm.analysis.attention import Attended
+from agevlm.drawing import heat_layer, peak_of
 from agevlm.images import data_address
 
 
@@ -23,8 +21,8 @@ HEAT_SIDE = 160  # pixels at most; browsers enlarge it smoothly
 QUESTION = "question"
 MEAN = "mean"
 SCRIPT = files(__package__).joinpath("figure.js").read_text(encoding="utf-8")
-COLOURS = ", ".join(to_hex(colormaps["jet"](share)) for share in np.linspace(0, 1, 9))
-STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8").replace("COLOURS", COLOURS)
+_BAR = data_address(heat_layer(np.linspace(0, 1, 64)[None], 1, (64, 1)), "webp", 90)
+STYLE = files(__package__).joinpath("figure.css").read_text(encoding="utf-8").replace("SCALE", _BAR)
 
 
 def growing(name: str, text: str) -> str:
@@ -62,7 +60,7 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
         layers[MEAN] = weights.mean(0)
     for layer, rows in layers.items():
         maps = [cells.to_pixels(row) for row in rows]
-        peaks[layer] = max(LEAST_PEAK, *(float(heat.max()) for heat in maps))
+        peaks[layer] = peak_of(maps)
         for token, heat in zip(tokens, maps, strict=True):
             source = data_address(heat_layer(heat, peaks[layer], (heat.shape[1], heat.shape[0])), "webp", 60)
             heats.append(f'<img class="heat" data-token="{token}" data-layer="{layer}" alt="" src="{source}">')
@@ -84,6 +82,6 @@ def finished(name: str, image: Image.Image, question: str, attended: Attended, f
         f'<div class="stage" style="--ratio: {image.width / image.height:.4f}">'
         f'<img class="picture" alt="the picture" src="{picture}">'
         f'{"".join(heats)}</div><p class="layers"><label>layer <select>{options}</select></label> '
-        '<span class="scale">0 <span class="colours"></span> <span class="peak"></span> × an even spread</span>'
+        '<span class="scale">0 <span class="colors"></span> <span class="peak"></span> × an even spread</span>'
         "</p></figure>"
     )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.evaluation.grounding import centre_prior, mass_and_pointing, measure_grounding
+from agevlm.evaluation.looking import center_prior, mass_and_pointing, measure_looking
 from agevlm.evaluation.pope import PAPER as pope
 from builders import tiny_processor
 
@@ -75,7 +75,7 @@ def at(row: int, column: int) -> np.ndarray:
 
 def measure(model, data, geometry="pad", **settings):
     processor = tiny_processor(geometry=geometry)
-    return measure_grounding(model, processor, pope, data, progress=False, **settings)
+    return measure_looking(model, processor, pope, data, progress=False, **settings)
 
 
 @pytest.mark.parametrize("geometry", CELLS)
@@ -150,7 +150,7 @@ def test_only_the_questions_tokens_are_asked_for():
 def test_the_models_own_maps_are_read(model, processor):
     """The metric equals one computed by hand from eager attention weights."""
     mask = box_mask((0, 0, 96, 96))
-    metrics, _ = measure_grounding(model, processor, pope, rows(mask), progress=False)
+    metrics, _ = measure_looking(model, processor, pope, rows(mask), progress=False)
     model.set_attn_implementation("eager")
     batch = Looking(at(0, 0))
     measure(batch, rows(mask))
@@ -163,10 +163,10 @@ def test_the_models_own_maps_are_read(model, processor):
     assert metrics["in_mask_mass"]["per_layer"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_centre_prior_is_a_symmetric_distribution_on_the_visible_cells():
+def test_center_prior_is_a_symmetric_distribution_on_the_visible_cells():
     visible = np.zeros((6, 6), dtype=bool)
     visible[1:5] = True
-    prior = centre_prior(visible)
+    prior = center_prior(visible)
     assert prior.sum() == pytest.approx(1)
     assert not prior[~visible].any()
     np.testing.assert_allclose(prior, prior[::-1, ::-1])

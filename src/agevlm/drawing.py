@@ -1,6 +1,10 @@
-"""Pictures of attention: heat over a photograph, the outline of a mask, and labelled panels side by side."""
+"""Pictures of attention and masks: heat over a photograph, the outline of a mask, titled pictures on a sheet.
 
-from collections.abc import Sequence
+Reports, analyses, the demo, contact sheets and probes of training draw with these functions. Heat covers a picture as
+far as it is looked at: where nothing is looked at, the picture keeps its own colors.
+"""
+
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +14,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 
 SIDE = 448  # least length of a drawn picture's longer side: outlines and heat stay smooth on small pictures
-OPACITY = (0.35, 0.65)  # of the heat's colours, coldest and hottest: cold parts stay recognisable
-OUTLINE = (255, 255, 255)
-_SHADE = (0, 0, 0)
-_PAPER, _INK = (255, 255, 255), (28, 28, 32)
+COLORS = "plasma"  # perceptually uniform: equal steps of attention look equal
+OPACITY = 0.8  # of the hottest color
+LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
 MOST_LINES = 4  # of a title; the whole text is in the JSON beside the picture
 GAP = 14  # pixels between panels
+_LINES = ((9, (0, 0, 0)), (5, (255, 255, 255)))  # of an outline: a light line between two dark ones
+_PAPER, _INK = (255, 255, 255), (28, 28, 32)
 
 
 def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
@@ -24,13 +29,19 @@ def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
     image = image.convert("RGB")
     if factor <= 1:
         return image
-    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def peak_of(maps: Iterable[np.ndarray]) -> float:
+    """The hottest value of densities that are drawn on one scale, at least `LEAST_PEAK`."""
+    return max([LEAST_PEAK, *(float(heat.max()) for heat in maps)])
 
 
 def overlay(
     image: Image.Image, heat: np.ndarray, peak: float | None = None, mask: Image.Image | None = None
 ) -> Image.Image:
-    """`heat (height, width)` of the picture, 0 to `peak`, in colour over the picture (enlarged).
+    """`heat (height, width)` of the picture, 0 to `peak`, in color over the picture (enlarged).
 
     Args:
         peak: the value drawn as hottest; give maps that are compared the same one. Default: the map's maximum.
@@ -44,49 +55,59 @@ def overlay(
             f"heat of shape {heat.shape} on a picture of {image.height} x {image.width}; both must have the same size "
             "and the heat must be finite"
         )
-    below = enlarge(image)
-    layer = heat_layer(heat, float(heat.max()) if peak is None else peak, below.size)
-    drawn = Image.composite(layer.convert("RGB"), below, layer.getchannel("A"))
+    drawn = enlarge(image)
+    layer = heat_layer(heat, float(heat.max()) if peak is None else peak, drawn.size)
+    drawn = Image.alpha_composite(drawn.convert("RGBA"), layer).convert("RGB")
     return drawn if mask is None else outline(drawn, mask)
 
 
 def heat_layer(heat: np.ndarray, peak: float, size: tuple[int, int]) -> Image.Image:
-    """`heat (height, width)`, 0 to `peak`, in colours that let what lies below them through: RGBA of `size` (width,
-    height)."""
+    """`heat (height, width)`, 0 to `peak`, as a layer to lay over a picture: RGBA of `size` (width, height).
+
+    Color and opacity both follow the heat: 0 is transparent, `peak` is the hottest color at `OPACITY`.
+    """
     share = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
     levels = Image.fromarray((share * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    layer = Image.fromarray((colormaps["jet"](np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
-    low, high = OPACITY
-    layer.putalpha(levels.point(lambda level: round(255 * low + (high - low) * level)))
+    layer = Image.fromarray((colormaps[COLORS](np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
+    layer.putalpha(levels.point(lambda level: round(OPACITY * level)))
     return layer
 
 
 def outline(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture (enlarged) with the border of a mask of its proportions."""
-    image = enlarge(image)
-    inside = mask.convert("L").point(lambda value: 255 if value else 0).resize(image.size, Image.Resampling.NEAREST)
+    """The picture (enlarged) with the border of a mask of its proportions, visible on light and on dark."""
+    drawn = enlarge(image).copy()
+    inside = mask.convert("L").point(lambda value: 255 if value else 0).resize(drawn.size, Image.Resampling.NEAREST)
     inside = inside.filter(ImageFilter.ModeFilter(9))  # rounds the steps that enlarging leaves
-    image = image.copy()
-    for width, colour in ((9, _SHADE), (5, OUTLINE)):
+    for width, color in _LINES:
         border = ImageChops.subtract(
             inside.filter(ImageFilter.MaxFilter(width)), inside.filter(ImageFilter.MinFilter(width))
         )
-        image.paste(colour, mask=border)
-    return image
+        drawn.paste(color, mask=border)
+    return drawn
 
 
 def panels(
-    rows: Sequence[Sequence[tuple[str, Image.Image]]], heading: str = "", side: int = 320, peak: float | None = None
+    rows: Sequence[Sequence[tuple[str, Image.Image]]],
+    heading: str = "",
+    side: int = 320,
+    peak: float | None = None,
+    most_lines: int = MOST_LINES,
 ) -> Image.Image:
-    """Rows of titled pictures on white, each fitted into a square of `side` pixels, under a heading. With `peak`, the
-    scale of heat that is drawn up to this many times an even spread stands below."""
+    """Rows of titled pictures on white, each fitted into a square of `side` pixels, under a heading.
+
+    Args:
+        peak: draws the scale of heat below, up to this many times an even spread.
+        most_lines: of a title; longer ones are cut.
+    """
     font, large = _font(15), _font(19)
     columns = max(len(row) for row in rows)
     width = GAP + columns * (side + GAP)
     head = _lines(heading, large, width - 2 * GAP)
-    titles = [[_lines(title, font, side) for title, _ in row] for row in rows]
-    fitted = [[ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for _, image in row]
-              for row in rows]  # fmt: skip
+    titles = [[_lines(title, font, side, most_lines) for title, _ in row] for row in rows]
+    fitted = [
+        [ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS) for _, image in row]
+        for row in rows
+    ]
     labels = [20 * max(map(len, row)) + 8 for row in titles]
     heights = [max(image.height for image in row) for row in fitted]
     top = 26 * len(head) + GAP + (6 if head else 0)
@@ -114,8 +135,8 @@ def _draw_scale(sheet: Image.Image, y: int, peak: float, font: ImageFont.FreeTyp
     draw.text((x, y), words[0], fill=_INK, font=font)
     x += round(font.getlength(words[0])) + 8
     length = max(40, min(180, sheet.width - x - round(font.getlength(words[1])) - GAP - 8))
-    colours = (colormaps["jet"](np.linspace(0, 1, length))[None, :, :3] * 255).round().astype(np.uint8)
-    sheet.paste(Image.fromarray(colours).resize((length, 12), Image.Resampling.NEAREST), (x, y + 4))
+    bar = heat_layer(np.linspace(0, 1, length)[None], 1, (length, 12))
+    sheet.paste(bar, (x, y + 4), bar)
     draw.text((x + length + 8, y), words[1], fill=_INK, font=font)
 
 
@@ -125,22 +146,23 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _lines(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """The text in lines of at most `width` pixels, cut with an ellipsis where they would be more than `MOST_LINES`."""
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = MOST_LINES) -> list[str]:
+    """The text in lines of at most `width` pixels, cut with an ellipsis where they would be more than `most`."""
     lines: list[str] = []
-    rest = " ".join(text.split())
-    while rest:
-        fits = len(rest)
-        while fits > 1 and font.getlength(rest[:fits]) > width:
-            fits -= 1
-        if fits < len(rest):
-            space = rest.rfind(" ", 1, fits + 1)
-            fits = space if space > 0 else fits  # a word that is too long is broken
-        lines.append(rest[:fits].rstrip())
-        rest = rest[fits:].lstrip()
-    if len(lines) <= MOST_LINES:
+    for paragraph in text.splitlines():
+        rest = " ".join(paragraph.split())
+        while rest:
+            fits = len(rest)
+            while fits > 1 and font.getlength(rest[:fits]) > width:
+                fits -= 1
+            if fits < len(rest):
+                space = rest.rfind(" ", 1, fits + 1)
+                fits = space if space > 0 else fits  # a word that is too long is broken
+            lines.append(rest[:fits].rstrip())
+            rest = rest[fits:].lstrip()
+    if len(lines) <= most:
         return lines
-    last = lines[MOST_LINES - 1]
+    last = lines[most - 1]
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
-    return [*lines[: MOST_LINES - 1], last + "…"]
+    return [*lines[: most - 1], last + "…"]
