@@ -1,21 +1,20 @@
 """Rows to batches: chat text, pictures, labels on the answers, and guidance where a row has it (section 3.2.2)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from agevlm.data.rows import open_row
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
+from agevlm.processing.processing_agevlm import take_marks
 
 
 ROW_IDS, SKIPPED_ROWS = "row_ids", "skipped_rows"
-# In place of a row that cannot be used
-NOTHING: dict[str, Any] = {
-    "id": "", "images": [], "messages": [{"role": "user", "content": ""}], "guidance": None, "span": None,
-}  # fmt: skip
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
 
 
@@ -80,7 +79,7 @@ class AgeVlmDataCollator:
                 if self.strict:
                     raise
                 skipped[place] = str(error)
-                opened.append(NOTHING)
+                opened.append(None)
         batch = self._batch(opened)
         cut = self._cut_pictures(batch, opened)
         if cut:
@@ -88,7 +87,7 @@ class AgeVlmDataCollator:
                 raise ValueError(next(iter(cut.values())))
             skipped |= cut
             # Again without them, because the others are padded to the longest row that is left.
-            batch = self._batch([NOTHING if place in cut else row for place, row in enumerate(opened)])
+            batch = self._batch([None if place in cut else row for place, row in enumerate(opened)])
         if self.max_length is not None:
             batch = {
                 name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()
@@ -98,31 +97,50 @@ class AgeVlmDataCollator:
         return {**batch, ROW_IDS: [str(row.get("id")) for row in rows]} if self.row_ids else batch
 
     def _open(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its pictures opened and the `span` of its query."""
-        row, guidance = open_row(row), row.get("guidance")
-        span = guidance and self.processor.message_span(row["messages"], guidance["message_index"], guidance["query"])
-        return {**row, "span": span}
+        """The row with its pictures and mask decoded, and rendered."""
+        return {**open_row(row), **self._rendered(row["messages"], row.get("guidance"))}
 
-    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Whole tensors of opened rows."""
-        batch = self.processor.apply_chat_template(
-            [row["messages"] for row in rows],
-            tokenize=True,
-            return_dict=True,
+    def _rendered(self, messages: list[dict], guidance: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the query's
+        `span`, None without guidance."""
+        if guidance is not None:
+            messages = self.processor.mark_query(messages, guidance["message_index"], guidance["query"])
+        (text,), (answers,) = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.processor.chat_template,
             return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            processor_kwargs={
-                "images": [row["images"] for row in rows],
-                "guidance_spans": [row["span"] for row in rows],
-                "guidance_masks": [row["guidance"] and row["guidance"]["mask"] for row in rows],
-                "padding": True,
-                "padding_side": "right",
-                "pad_to_multiple_of": self.pad_to_multiple_of,
-                **self._pixels,
-            },
+            **self.processor.tokenizer.special_tokens_map,
         )
-        answers = torch.as_tensor(batch.pop("assistant_masks")).bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
+        if guidance is None:
+            return {"text": text, "answers": answers, "span": None}
+        text, span = take_marks(text)
+        # What lies behind a mark has moved by one character for each.
+        marks = (span[0], span[1] + 1)
+        moved = [[place - sum(place > mark for mark in marks) for place in answer] for answer in answers]
+        return {"text": text, "answers": moved, "span": span}
+
+    def _batch(self, rows: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """Whole tensors of opened rows; None is a row that cannot be used."""
+        nothing = {"images": [], "guidance": None}
+        opened = [row or {**nothing, **self._rendered([{"role": "user", "content": ""}])} for row in rows]
+        batch = self.processor(
+            text=[row["text"] for row in opened],
+            images=[row["images"] for row in opened],
+            guidance_spans=[row["span"] for row in opened],
+            guidance_masks=[row["guidance"] and row["guidance"]["mask"] for row in opened],
+            padding=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+            **self._pixels,
+        )
+        offsets_BT2 = torch.tensor(batch.pop("offset_mapping"))
+        answers_BT = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        for tokens, learned, row in zip(offsets_BT2, answers_BT, opened, strict=True):
+            for start, end in row["answers"]:
+                learned |= (tokens[:, 0] < end) & (tokens[:, 1] > start)
+        batch["labels"] = batch["input_ids"].masked_fill(~answers_BT, -100)
         if self.always_pictures and "pixel_values" not in batch:
             blank = self.processor.image_processor(Image.new("RGB", (1, 1)), return_tensors="pt", **self._pixels)
             blank = blank["pixel_values"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agevlm.data.published.prepare import prepare
+from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
@@ -190,13 +191,15 @@ def run_stage(
 
 def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
     if data is None or isinstance(data, Dataset):
-        return data
+        return data if data is None else undecoded(data)
     if isinstance(data, IterableDataset):
         raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length)
-    return load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction) if shards is None else shards
+    if shards is not None:
+        return shards
+    return undecoded(load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction))
 
 
 def _lineage(

@@ -17,12 +17,15 @@ from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformer
 
 # isort: split
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, get_image_size, is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .image_processing_agevlm import orientation
 
+
+MARK = "\ufdd0"  # a character that Unicode keeps out of texts
 # Keyword arguments that hold others (transformers' convention)
 GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
@@ -176,22 +179,40 @@ class AgeVlmProcessor(ProcessorMixin):
         Raises:
             ValueError: the message does not contain the query.
         """
-        before, message = list(messages[:message_index]), messages[message_index]
-        text = self.apply_chat_template([*before, message])
-        # The same with a mark as content shows where the content lies: a query like "user" or "image" must be
-        # found neither in the header nor in a placeholder.
-        frame = self.apply_chat_template([*before, {**message, "content": "\0"}])
-        content_start = frame.rindex("\0")
-        content_end = len(text) - (len(frame) - content_start - 1)
+        marked = self.mark_query(messages[: message_index + 1], message_index, query)
+        return take_marks(self.apply_chat_template(marked))[1]
+
+    def mark_query(self, messages: Sequence[dict], message_index: int, query: str) -> list[dict]:
+        """The messages with `MARK` before and after what `message_span` finds. `take_marks` takes it out of their
+        text, so that one rendering gives both the text and the place.
+
+        Marked is the content: a query like "user" or "image" is found neither in a header nor in a placeholder.
+
+        Raises:
+            ValueError: the message does not contain the query.
+        """
+        content = messages[message_index]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [part["text"] if part["type"] == "text" else self.image_token for part in parts]
+        searched = "".join(texts)
         if self.image_token not in query:
-            text = text.replace(self.image_token, "\0" * len(self.image_token))
-        start = text.find(query, content_start, content_end)
+            searched = searched.replace(self.image_token, "\0" * len(self.image_token))
+        start = searched.find(query)
         if start < 0 or not query:
             raise ValueError(
-                f"The query {query!r} does not occur in message {message_index}: "
-                f"{messages[message_index]['content']!r}. The query must be a part of the message it guides."
+                f"The query {query!r} does not occur in message {message_index}: {content!r}. The query must be a "
+                "part of the message it guides."
             )
-        return start, start + len(query)
+        for place, back in ((start + len(query), 1), (start, 0)):  # the end first: it moves nothing before it
+            number = 0
+            while place - back >= len(texts[number]):
+                place -= len(texts[number])
+                number += 1
+            texts[number] = texts[number][:place] + MARK + texts[number][place:]
+        pairs = zip(parts, texts, strict=True)
+        marked = [{"type": "text", "text": text} if MARK in text else part for part, text in pairs]
+        message = {**messages[message_index], "content": texts[0] if isinstance(content, str) else marked}
+        return [*messages[:message_index], message, *messages[message_index + 1 :]]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """One placeholder stays one token."""
@@ -206,6 +227,19 @@ class AgeVlmProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         # `from_pretrained` drops the map that `save_pretrained` has set; it belongs to the class.
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_agevlm.AgeVlmProcessor"}}
+
+
+def take_marks(text: str) -> tuple[str, tuple[int, int]]:
+    """A text without its two `MARK`s, and the characters (start, end) between them.
+
+    Raises:
+        ValueError: not two of them.
+    """
+    pieces = text.split(MARK)
+    if len(pieces) != 3:
+        raise ValueError(f"The text holds {MARK!r} {len(pieces) - 3} times, which no text may. Remove it.")
+    before, query, after = pieces
+    return before + query + after, (len(before), len(before) + len(query))
 
 
 def _taken(kwargs: dict[str, Any], name: str) -> Any:
@@ -293,7 +327,7 @@ def _upright_size(image) -> tuple[int, int]:
     """(height, width) of a mask or a picture, after its rotation tag."""
     if not isinstance(image, Image.Image):
         return tuple(image.shape) if image.ndim == 2 else get_image_size(image)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    turned = orientation(image) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

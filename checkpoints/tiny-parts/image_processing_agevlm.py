@@ -45,6 +45,8 @@ Image.init()
 FORMATS = [
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 ]
+# Where Pillow looks for the orientation, besides the tags of a TIFF
+METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 # What makes a picture upright, by the orientation of its EXIF block.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -114,14 +116,21 @@ def covered(cells: int, cell_size: int, source: tuple[int, int], target: tuple[i
     return (overlap.clip(0) / (cell_size * scale)).astype(np.float32)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """A copy of a picture, turned as its EXIF block says. A block that cannot be read says nothing."""
+def orientation(image: Image.Image) -> int:
+    """The orientation in a picture's metadata, 1 (upright) to 8; 1 where there are none that can be read."""
     image.load()
+    if image.format != "TIFF" and not any(name in image.info for name in METADATA):
+        return 1
     try:
-        turn = TURNS.get(image.getexif().get(0x0112, 1))
+        return image.getexif().get(0x0112, 1)
     except Exception:  # Pillow raises nearly anything here
-        turn = None
-    return image.copy() if turn is None else image.transpose(turn)
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its metadata say; itself where they ask for nothing."""
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -141,7 +150,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # `upright` has copied it
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def checked_fit(picture: tuple[int, int], canvas: tuple[int, int], geometry: str, do_resize: bool) -> Fit:

@@ -8,15 +8,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.data.masks import (
-    fraction_for,
     in_subset,
     join_masks,
-    join_masks_streaming,
     share_of_masks,
     subset_hash,
 )
 from agevlm.data.rows import MASK_FEATURES
-from agevlm.images import open_image
 
 
 def rows_of(ids) -> Dataset:
@@ -89,22 +86,6 @@ def test_refusals():
         join_masks(join_masks(rows, masks), masks)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.sets(st.text(min_size=1, max_size=6), max_size=60), st.data(), st.integers(0, 5))
-def test_an_exact_number_of_masks(ids, data, seed):
-    """As many as asked for, the same ones in any order of the ids, and all of them again in a larger number."""
-    small, large = sorted(data.draw(st.tuples(*[st.integers(0, len(ids))] * 2)))
-    few, many = ({i for i in ids if in_subset(i, fraction_for(n, order, seed), seed)}
-                 for n, order in ((small, sorted(ids)), (large, sorted(ids, reverse=True))))  # fmt: skip
-    assert (len(few), len(many)) == (small, large)
-    assert few <= many
-
-
-def test_more_masks_than_there_are():
-    with pytest.raises(ValueError, match="77000 masks are asked for, and there are 3"):
-        fraction_for(77_000, ["a", "b", "c"])
-
-
 def test_masks_that_were_chosen_once_are_not_chosen_from_again():
     """The paper's numbers, 1,000 times smaller: 7 of 10 rows can be grounded, `--keep` takes 77 of them by the hash
     that training takes its share by."""
@@ -118,46 +99,3 @@ def test_masks_that_were_chosen_once_are_not_chosen_from_again():
     assert share_of_masks(0.0, 2500, 77) == 0
     with pytest.raises(ValueError, match="not between 0 and 1"):
         share_of_masks(1.5, 10, 10)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-def test_streaming_joins_what_the_other_join_joins(fraction):
-    ids = [f"r{n}" for n in range(60)]
-    rows, masks = rows_of(ids), masks_of(ids[::3][::-1])
-    expected = join_masks(rows, masks, fraction, seed=3).cast_column("text", rows.features["text"])
-    streamed = list(join_masks_streaming(rows.to_iterable_dataset(num_shards=4), masks, fraction, seed=3))
-    assert [row["id"] for row in streamed] == ids
-    for row, other in zip(streamed, expected, strict=True):
-        if other["guidance"] is None:
-            assert row["guidance"] is None
-        else:
-            assert row["guidance"]["query"] == other["guidance"]["query"]
-            assert open_image(row["guidance"]["mask"], "mask", mode="1").size == other["guidance"]["mask"].size
-
-
-def test_streaming_goes_on_from_a_state_and_in_workers():
-    from torch.utils.data import DataLoader
-
-    ids = [f"r{n}" for n in range(50)]
-    stream = join_masks_streaming(rows_of(ids).to_iterable_dataset(num_shards=4), masks_of(ids[:20]))
-    iterator = iter(stream)
-    before = [next(iterator)["id"] for _ in range(17)]
-    stream.load_state_dict(stream.state_dict())
-    after = [row["id"] for row in stream]
-    assert before + after == ids
-    stream = join_masks_streaming(rows_of(ids).to_iterable_dataset(num_shards=4), masks_of(ids[:20]))
-    loaded = [row for batch in DataLoader(stream, batch_size=4, num_workers=2, collate_fn=list) for row in batch]
-    assert sorted(row["id"] for row in loaded) == sorted(ids)
-    assert {row["id"] for row in loaded if row["guidance"] is not None} == set(ids[:20])
-
-
-def test_streaming_refusals():
-    rows, masks = rows_of(["a", "b"]).to_iterable_dataset(), masks_of(["a"])
-    with pytest.raises(ValueError, match="masks have the id 'a' more than once"):
-        join_masks_streaming(rows, masks_of(["a", "b", "a"]))
-    with pytest.raises(ValueError, match="masks lack the column score"):
-        join_masks_streaming(rows, masks.remove_columns("score"))
-    with pytest.raises(ValueError, match=r"1\.5 is not between"):
-        join_masks_streaming(rows, masks, 1.5)
-    with pytest.raises(ValueError, match="rows need a column id and none called guidance"):
-        join_masks_streaming(join_masks_streaming(rows, masks), masks)

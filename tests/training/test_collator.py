@@ -3,10 +3,13 @@
 import io
 import pickle
 import re
+from collections import Counter
 
+import jinja2
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import chat_template_utils
 
 from agevlm.training.collator import AgeVlmDataCollator
 from builders import mask, picture, row, tiny_model, tiny_processor
@@ -310,3 +313,33 @@ def test_every_picture_and_mask_is_decoded_once(processor, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(1) or stock(*args, **kwargs))
     AgeVlmDataCollator(processor)([item])
     assert len(opened) == 1
+
+
+def test_a_guided_row_is_rendered_once_and_its_metadata_are_read_once(processor, monkeypatch):
+    """Stored sideways, picture and mask; every way to a turned picture begins with `getexif`."""
+    calls = Counter()
+    render, read = chat_template_utils._render_with_assistant_indices, Image.Image.getexif
+    plain = jinja2.Template.render
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    guided = row("a", guided=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for place, name in ((guided["images"], 0), (guided["guidance"], "mask")):
+        buffer = io.BytesIO()
+        place[name].transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+        place[name] = {"bytes": buffer.getvalue(), "path": None}
+    monkeypatch.setattr(chat_template_utils, "_render_with_assistant_indices", counted("render", render))
+    monkeypatch.setattr(jinja2.Template, "render", counted("render", plain))
+    monkeypatch.setattr(Image.Image, "getexif", counted("turn", read))
+    batch = AgeVlmDataCollator(processor)([guided])
+    assert calls == {"render": 1, "turn": 2}
+    monkeypatch.undo()
+    upright = AgeVlmDataCollator(processor)([row("a", guided=True)])
+    assert all(torch.equal(batch[name], upright[name]) for name in upright) and "guidance_mask" in batch

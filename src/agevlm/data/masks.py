@@ -1,16 +1,11 @@
 """Joins a data set of guidance masks to a data set of rows by id, for all rows or for a stable share of them.
 
-A share is told by a hash of the row's id: it needs no list, holds for any order of the rows, and larger shares
-contain smaller ones. `fraction_for` turns a number of masks (the paper's 77K and 150K) into the share that has exactly
-as many.
+A share is decided by a hash of the row's id: it needs no list, holds for any order of the rows, and larger shares
+contain smaller ones.
 """
 
-from collections.abc import Iterable
-
-import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, concatenate_datasets
-from datasets import Image as ImageFeature
+from datasets import Dataset, Features, concatenate_datasets
 
 from agevlm.store import digest
 
@@ -26,24 +21,6 @@ def subset_hash(row_id: str, seed: int = 0) -> float:
 def in_subset(row_id: str, fraction: float, seed: int = 0) -> bool:
     """Whether a row belongs to the `fraction` (0 to 1) that `seed` selects: `subset_hash` < fraction."""
     return subset_hash(row_id, seed) < fraction
-
-
-def fraction_for(count: int, ids: Iterable[str], seed: int = 0) -> float:
-    """The fraction for which `in_subset` takes exactly `count` of these ids.
-
-    Args:
-        count: how many masks to use.
-        ids: unique ids of the mask data set.
-
-    Raises:
-        ValueError: there are not as many masks.
-    """
-    hashes = np.fromiter((subset_hash(row_id, seed) for row_id in ids), dtype=np.float64)
-    if not 0 <= count <= len(hashes):
-        raise ValueError(f"{count} masks are asked for, and there are {len(hashes)}; use at most as many")
-    if count == len(hashes):
-        return 1.0
-    return float(np.partition(hashes, count)[count])  # the smallest hash that is left out
 
 
 def share_of_masks(fraction: float, rows: int, masks: int) -> float:
@@ -89,61 +66,6 @@ def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int =
     fingerprint = digest(f"{rows._fingerprint}{masks._fingerprint}{fraction}{seed}", size=8)
     joined = Dataset(pa.table([guidance], schema=features.arrow_schema), fingerprint=fingerprint)
     return concatenate_datasets([rows, joined], axis=1)
-
-
-def join_masks_streaming(
-    rows: IterableDataset, masks: Dataset, fraction: float = 1.0, seed: int = 0
-) -> IterableDataset:
-    """`join_masks` for rows that are read in passing: memory for 16 bytes per mask, whatever the number of rows.
-
-    Pictures come undecoded, as {"bytes", "path"}, which the collator takes: whoever needs them decodes them. Masks
-    that fit no row are not noticed, because nobody knows all rows.
-
-    Raises ValueError as `join_masks` does, for repeated ids of the masks alone.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"mask fraction {fraction} is not between 0 and 1")
-    _check_columns("masks", masks, ["id", *GUIDANCE])
-    if rows.features is None:
-        raise ValueError("rows without known features cannot be joined; call `resolve_features()` on them first")
-    if "id" not in rows.features or "guidance" in rows.features:
-        raise ValueError(f"rows need a column id and none called guidance; they have {', '.join(rows.features)}")
-    masks = masks.cast_column("mask", ImageFeature(decode=False))
-    attach = _Attach(masks, fraction, seed)
-    rows = rows.decode(False)
-    guidance = {field: masks.features[field] for field in GUIDANCE}
-    features = Features({**rows.features, "guidance": guidance})
-    return rows.map(attach, batched=True, batch_size=16, input_columns=["id"], features=features)
-
-
-class _Attach:
-    """ids -> guidance, by binary search among the hashes of the masks' ids: (masks,) uint64, sorted, and numbers."""
-
-    def __init__(self, masks: Dataset, fraction: float, seed: int):
-        self.masks, self.fraction, self.seed = masks, fraction, seed
-        hashes = [
-            hash64(row_id.encode()) for batch in masks.select_columns("id").iter(10_000) for row_id in batch["id"]
-        ]
-        found = np.array(hashes, dtype=np.uint64)
-        self.order = np.argsort(found, kind="stable")
-        self.hashes = found[self.order]
-        again = np.flatnonzero(self.hashes[1:] == self.hashes[:-1])
-        if again.size:
-            twice = masks[int(self.order[again[0]])]["id"]
-            raise ValueError(f"masks have the id {twice!r} more than once; ids must be unique")
-
-    def __call__(self, ids: list[str]) -> dict[str, list[dict | None]]:
-        return {"guidance": [self._guidance(row_id) for row_id in ids]}
-
-    def _guidance(self, row_id: str) -> dict | None:
-        if not in_subset(row_id, self.fraction, self.seed):
-            return None
-        wanted = np.uint64(hash64(row_id.encode()))
-        place = int(np.searchsorted(self.hashes, wanted))
-        if place == len(self.hashes) or self.hashes[place] != wanted:
-            return None
-        mask = self.masks[int(self.order[place])]
-        return {field: mask[field] for field in GUIDANCE} if mask["id"] == row_id else None
 
 
 def _table(masks: Dataset) -> pa.Table:

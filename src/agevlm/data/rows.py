@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -38,6 +38,16 @@ def resolve_inside(root: str | Path, path: str | Path) -> Path:
     if not full.is_relative_to(base):
         raise ValueError(f"path {str(path)!r} leaves its folder {base}; use a path inside it")
     return full
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """The rows with pictures and masks as they are stored, {bytes, path}: `open_row` decodes and turns them, once."""
+    for name, feature in rows.features.items():
+        if name == "images" and isinstance(feature, List):
+            rows = rows.cast_column(name, List(ImageFeature(decode=False)))
+        elif name == "guidance" and isinstance(feature, dict):
+            rows = rows.cast_column(name, {**feature, "mask": ImageFeature(decode=False)})
+    return rows
 
 
 def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
