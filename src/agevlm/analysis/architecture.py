@@ -38,10 +38,10 @@ _HEAT = (0.15, 0.35, 0.55, 0.75)  # levels of the attention map
 
 
 class Block(NamedTuple):
-    """A rectangle of the drawing: `kind` is a key of `TRAINS`, `index` counts the interleaved stack."""
+    """A rectangle of the drawing: `kind` is a key of `TRAINS`, `position` counts the interleaved stack."""
 
     kind: str
-    index: int
+    position: int
     left: float
     bottom: float
     width: float
@@ -147,14 +147,14 @@ def _language_model(axes: Any, config: AgeVlmConfig, blocks: Sequence[Block]) ->
     for block in blocks:
         cross = block.kind == "cross"
         color = CROSS if cross else LLAMA
-        _box(axes, f"{block.kind}-{block.index}", *block[2:], color, strong=cross)
+        _box(axes, f"{block.kind}-{block.position}", *block[2:], color, strong=cross)
         if cross:
             size = min(8.5, 6.2 * block.height)
             _text(
                 axes,
                 52,
                 block.bottom + block.height / 2,
-                f"cross block {block.index}",
+                f"cross block {block.position}",
                 PAPER,
                 weight="bold",
                 size=size,
@@ -248,7 +248,7 @@ def _line(axes: Any, color: str, start: tuple[float, float], end: tuple[float, f
 
 
 def _arrow(axes: Any, color: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0, "lw": 1.3}
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0, "lw": 1.3}
     axes.add_patch(FancyArrowPatch(start, end, color=color, **style))
 
 
