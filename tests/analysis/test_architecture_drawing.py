@@ -50,6 +50,14 @@ def test_blocks_stand_where_the_configuration_puts_them(config, tmp_path):
     assert drawn(tmp_path / "a.svg", "vision") == [f"vision-{n}" for n in range(len(config.vision_config.depths))]
 
 
+def test_a_block_inside_a_layer_has_its_self_attention_below_and_its_mlp_above(tmp_path):
+    save(
+        draw(tiny(cross_attention_position="after_self_attention", cross_attention_layers=[1, 5])), tmp_path / "a.svg"
+    )
+    names = ["llama-0", "cross-1", "mlp-0", "llama-2", "llama-3", "llama-4", "cross-5", "mlp-4"]
+    assert drawn(tmp_path / "a.svg", "cross|llama|mlp") == names
+
+
 def test_the_same_configuration_gives_the_same_bytes(tmp_path):
     for name in "ab":
         save(draw(tiny()), tmp_path / f"{name}.svg")

@@ -38,7 +38,7 @@ _HEAT = (0.15, 0.35, 0.55, 0.75)  # levels of the attention map
 
 
 class Block(NamedTuple):
-    """A rectangle of the drawing: `kind` is a key of `TRAINS`, `position` counts the interleaved stack."""
+    """A rectangle of the drawing: `kind` is `llama`, `cross` or `mlp`, `position` counts the interleaved stack."""
 
     kind: str
     position: int
@@ -49,19 +49,25 @@ class Block(NamedTuple):
 
 
 def stack(config: AgeVlmConfig) -> list[Block]:
-    """Llama's layers and the cross blocks, lowest first: each cross block behind as many layers as
-    `cross_attention_schedule` says. A cross block is twice as high."""
-    kinds: list[str] = []
-    for layer in range(config.text_config.num_hidden_layers + 1):
-        kinds += ["cross"] * config.cross_attention_schedule.count(layer) + ["llama"]
-    shares = np.array([2.0 if kind == "cross" else 1.0 for kind in kinds[:-1]])
+    """Llama's layers and the cross blocks, lowest first. A cross block is twice as high as a layer; one that stands
+    inside a layer has the layer's self-attention (`llama`) below and its MLP (`mlp`) above it."""
+    parts: list[tuple[str, int, float]] = []
+    for position in range(config.text_config.num_hidden_layers + len(config.cross_attention_layers)):
+        if position not in config.cross_attention_layers:
+            parts.append(("llama", position, 1.0))
+        elif config.cross_attention_position == "after_layer":
+            parts.append(("cross", position, 2.0))
+        else:
+            if parts[-1][0] == "llama":
+                parts[-1:] = [(kind, parts[-1][1], 0.5) for kind in ("llama", "mlp")]
+            parts.insert(-1, ("cross", position, 2.0))
     left, bottom, width, height = STACK
-    unit = height / shares.sum()
-    below = bottom + unit * (np.cumsum(shares) - shares)
-    return [
-        Block(kind, index, left, float(low), width, float(share * unit * 0.82))
-        for index, (kind, low, share) in enumerate(zip(kinds, below, shares, strict=False))
-    ]
+    unit = height / sum(share for *_, share in parts)
+    blocks = []
+    for kind, position, share in parts:
+        blocks.append(Block(kind, position, left, bottom, width, 0.82 * unit * share))
+        bottom += unit * share
+    return blocks
 
 
 def draw(config: AgeVlmConfig, image_size: int = 768) -> Figure:
@@ -196,9 +202,10 @@ def _guidance(axes: Any, cells: int) -> None:
 
 def _legend(axes: Any, config: AgeVlmConfig) -> None:
     _text(axes, 70, 20.4, "Trains in stage", INK, weight="bold", size=8.5, ha="left")
+    inside = " in a layer" if config.cross_attention_position == "after_self_attention" else ""
     layers, crossed = config.text_config.num_hidden_layers, len(config.cross_attention_layers)
     for bottom, part, color, text in (
-        (16.8, "cross", CROSS, f"{crossed} cross blocks" if crossed > 1 else "1 cross block"),
+        (16.8, "cross", CROSS, f"{crossed} cross block{'s' * (crossed > 1)}{inside}"),
         (14.0, "llama", LLAMA, f"Llama, {layers} layers"),
     ):
         _box(axes, None, 70, bottom, 3, 2, color, strong=part == "cross")
