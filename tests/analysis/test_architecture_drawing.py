@@ -94,3 +94,5 @@ def test_the_verb_draws_a_checkpoint(tmp_path, capsys):
     )
     assert [name for name in drawn(tmp_path / "a.svg", "cross|llama") if "cross" in name] == ["cross-1", "cross-4"]
     assert "a.svg" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--output a\.png: the drawing is an SVG"):
+        cli.dispatch(["analyze", "architecture", "--output", "a.png"])

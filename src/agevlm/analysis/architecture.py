@@ -102,7 +102,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def run_verb(arguments: Any) -> None:
-    """`agevlm analyze architecture`."""
+    """`agevlm analyze architecture`.
+
+    Raises:
+        ValueError: the file is to have another format.
+    """
+    if arguments.output.suffix != ".svg":
+        raise ValueError(f"--output {arguments.output}: the drawing is an SVG; give a name that ends in .svg")
     config, image_size = AgeVlmConfig.paper(), 768
     if arguments.model is not None:
         from agevlm.models import load_config, load_processor
@@ -202,10 +208,10 @@ def _guidance(axes: Any, cells: int) -> None:
 
 def _legend(axes: Any, config: AgeVlmConfig) -> None:
     _text(axes, 70, 20.4, "Trains in stage", INK, weight="bold", size=8.5, ha="left")
-    inside = " in a layer" if config.cross_attention_position == "after_self_attention" else ""
+    inside = config.cross_attention_position == "after_self_attention"
     layers, crossed = config.text_config.num_hidden_layers, len(config.cross_attention_layers)
     for bottom, part, color, text in (
-        (16.8, "cross", CROSS, f"{crossed} cross block{'s' * (crossed > 1)}{inside}"),
+        (16.8, "cross", CROSS, f"{crossed} {'inner' if inside else 'cross'} block{'s' * (crossed > 1)}"),
         (14.0, "llama", LLAMA, f"Llama, {layers} layers"),
     ):
         _box(axes, None, 70, bottom, 3, 2, color, strong=part == "cross")
