@@ -56,6 +56,20 @@ def test_every_reference_leads_somewhere(title):
         assert anchor is None or anchor in anchors(file), f"{name} has no heading #{anchor}"
 
 
+def test_every_figure_stands_on_the_page_it_is_taken_from():
+    """Measured figures are copied by hand: where a page is measured again, this names those to copy anew."""
+    checked = 0
+    for title, item in ITEMS:
+        pages = [name for name, _, _ in paper.REFERENCE.findall(item["run"]) if name.endswith(".md")]
+        if item["run"].startswith("tiny"):
+            pages.append("docs/reproduction.md")
+        text = " ".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+        for figure in re.findall(r"\d+\.\d+", item["run"]) if pages else ():
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}", text), f"{title}: {item['claim']!r} has {figure}"
+            checked += 1
+    assert checked > 20
+
+
 def test_every_place_is_a_reference():
     for title, item in ITEMS:
         rest = paper.REFERENCE.sub("", item.get("here", "")).strip()
