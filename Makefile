@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: docs install quickstart test test-slow test-upstream test-versions check clean typecheck
+.PHONY: docs install paper quickstart test test-slow test-upstream test-versions check clean typecheck
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,10 @@ check: install
 docs: install
 	$(BIN)/pip install -q -e ".[docs]"
 	$(BIN)/mkdocs build
+
+# docs/paper.md, from docs/paper.yaml
+paper: install
+	$(BIN)/python docs/paper.py
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build

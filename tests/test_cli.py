@@ -39,6 +39,7 @@ BEFORE = {
     "analyze attention": (3, "layer mask max-new-tokens output trust-remote-code"),
     "analyze similarity": (2, "batch-size limit output seeds strict text trust-remote-code"),
     "analyze padding": (2, "limit output strict text trust-remote-code"),
+    "analyze architecture": (1, "output"),
     "ground": (2, "attempt backend batch-size grounder grounder-revision keep masks max-area max-new-tokens min-area "
                   "min-cells min-score num-workers processor query seed segmenter segmenter-revision split strict"),
     "ground view": (1, "count dataset output processor split"),

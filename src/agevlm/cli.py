@@ -56,6 +56,7 @@ VERBS = {
         "agevlm.analysis.cli:padding",
         "Measure how much attention goes to padding; pad, stretch, crop.",
     ),
+    "analyze architecture": ("agevlm.analysis.cli:architecture", "Draw a model as in the paper's figure 3."),
     "ground": ("agevlm.grounding.cli:ground", "Make masks from texts: Florence-2 + SAM and others."),
     "ground view": ("agevlm.grounding.cli:view", "Make a page of pictures with their masks."),
     "ground quality": ("agevlm.grounding.cli:quality", "Compare masks with exact masks: IoU, boundary F, grid IoU."),
@@ -81,7 +82,7 @@ VERBS = {
     ),
     "env": ("agevlm.env:main", "Print the versions and the machine: what a bug report needs."),
 }
-_WIDTH = 20
+_WIDTH = 21
 # What to do about a system error, by its number
 _FIXES = {
     errno.ENOENT: "check the path",

@@ -1,4 +1,4 @@
-"""Where a model looks while it reads a question and while it answers (paper figure 4, tables 4 and 6).
+"""Where a model looks while it reads a question and while it answers (paper, tables 4 and 6).
 
     agevlm analyze attention MODEL... IMAGE QUESTION --output DIR
 

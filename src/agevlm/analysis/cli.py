@@ -1,5 +1,7 @@
 """The verbs of `agevlm analyze`: their parsers. What they do is imported once the arguments are parsed."""
 
+from pathlib import Path
+
 from agevlm.arguments import VerbParser, at_least
 
 
@@ -50,6 +52,23 @@ def padding(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from .padding import run_verb
+
+    run_verb(arguments)
+
+
+def architecture(argv: list[str] | None = None) -> None:
+    """Draw a model as in the paper's figure 3: its parts, the guidance loss, and what trains in which stage."""
+    parser = VerbParser("analyze architecture", architecture.__doc__)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder or Hub id of a checkpoint of ours; default: the paper's model",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.svg")
+    arguments = parser.parse_args(argv)
+
+    from .architecture import run_verb
 
     run_verb(arguments)
 

@@ -4,7 +4,7 @@
 
 The paper's rows are the paper's: printed in its Table 2, not measured here. Models evaluated on the published sets
 stand beside them in its columns and units; models evaluated on scenes, which are other questions, in tables of their
-own.
+own. A sentence in the field `note` of a file is printed above its tables.
 """
 
 import argparse
@@ -116,6 +116,7 @@ def results_page(results: Sequence[Metrics]) -> str:
         parts.append(_SCENES)
     for (split, protocol), models in groups.items():
         parts.append(f"### Split {split}, protocol {protocol}\n")
+        parts += [f"{model}: {metrics['note']}\n" for model, metrics in models.items() if "note" in metrics]
         names = dict.fromkeys(name for metrics in models.values() for name in metrics["benchmarks"])
         for name in names:
             having = {model: metrics for model, metrics in models.items() if name in metrics["benchmarks"]}
