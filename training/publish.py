@@ -18,7 +18,6 @@ command again, the end of the next stage, and `agevlm push` finish it.
 
 import argparse
 import errno
-import json
 import os
 import re
 import time
@@ -34,7 +33,7 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
-from agevlm.store import write_json
+from agevlm.store import read_json, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 
@@ -191,7 +190,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds an unfinished run ({lineage['name']}). Run it again to finish it.")
     shards = {"model.safetensors"}
     if (folder / INDEX_FILE).is_file():
-        shards = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(read_json(folder / INDEX_FILE)["weight_map"].values())
     elif (folder / "adapter_config.json").is_file():
         shards = {"adapter_model.safetensors"}
     missing = sorted(name for name in shards if not (folder / name).is_file())
@@ -205,7 +204,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """What is known of the last push of a folder; empty if there was none."""
     path = Path(folder) / PUSH_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
