@@ -177,7 +177,7 @@ def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged.
     """
-    return _read_table(Path(folder) / LINEAGE_FILE) or None
+    return read_table(Path(folder) / LINEAGE_FILE) or None
 
 
 def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") -> dict[str, Any]:
@@ -191,7 +191,7 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
         return {"parent": {"init_from": None, "revision": None, "repo": None}, "base_models": []}
     folder = Path(init_from)
     if folder.is_dir():
-        pushed = _read_table(folder / PUSH_FILE)
+        pushed = read_table(folder / PUSH_FILE)
         link = {"revision": None, "repo": None}
         if pushed.get("status") == "pushed" and _is_link(pushed.get("repo"), pushed.get("commit")):
             link = {"revision": pushed["commit"], "repo": pushed["repo"]}
@@ -207,7 +207,7 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
         # The cache keeps what belongs to a commit in a folder of its name.
         commit = files.pop("config.json").parent.name
         parent = {"init_from": str(init_from), "revision": commit, "repo": str(init_from)}
-    known = {name: _read_table(path) for name, path in files.items()}
+    known = {name: read_table(path) for name, path in files.items()}
     made = [known.get(INIT_FILE, {}).get(part, {}) for part in ("language_model", "vision_tower")]
     published = [part.get("source") for part in made if isinstance(part, dict) and part.get("revision")]
     stated = known.get(LINEAGE_FILE, {}).get("base_models") or published
@@ -220,8 +220,12 @@ def _is_link(repo: Any, commit: Any = None) -> bool:
     return named and (commit is None or re.fullmatch(r"[0-9a-f]{40}", str(commit)) is not None)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, empty where there is none."""
+def read_table(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, empty where there is none.
+
+    Raises:
+        ValueError: it is no JSON, or no table.
+    """
     content = read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Delete it, or restore it.")

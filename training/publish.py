@@ -35,7 +35,7 @@ from rich.console import Console
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
 from agevlm.store import read_json, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
+from agevlm.training.lineage import PUSH_FILE, read_lineage, read_table, write_lineage
 
 
 # What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
@@ -203,8 +203,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """What is known of the last push of a folder; empty if there was none."""
-    path = Path(folder) / PUSH_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_table(Path(folder) / PUSH_FILE)
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -312,18 +311,16 @@ def explain(error: BaseException, repo_id: str) -> str:
             507: f"{hub} has no space left for {repo_id} (status 507)",
         }
         return reasons.get(status, f"{hub} answered with status {status}")
-    if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token; log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name of a repository; take NAME/REPOSITORY"
-    if isinstance(error, httpx.ConnectError):
-        return f"{hub} cannot be reached"
-    if isinstance(error, httpx.TimeoutException):
-        return f"{hub} did not answer in time"
-    if isinstance(error, httpx.TransportError):
-        return f"the connection to {hub} broke"
+    for kind, reason in (
+        (LocalTokenNotFoundError, "there is no token; log in with `hf auth login` or set HF_TOKEN"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (HFValidationError, f"{repo_id!r} is no name of a repository; take NAME/REPOSITORY"),
+        (httpx.ConnectError, f"{hub} cannot be reached"),
+        (httpx.TimeoutException, f"{hub} did not answer in time"),
+        (httpx.TransportError, f"the connection to {hub} broke"),
+    ):
+        if isinstance(error, kind):
+            return reason
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "there is no space left on this machine"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
