@@ -45,13 +45,6 @@ from agevlm.training.freezing import part_of
 
 USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
 SKIPPED_FILE, FEWEST_ROWS = "skipped_rows.jsonl", 32  # most rows are bad: known after so many
-STRIDES = {
-    "embeddings": 4,
-    "encoder.stages.0": 4,
-    "encoder.stages.1": 8,
-    "encoder.stages.2": 16,
-    "encoder.stages.3": 32,
-}
 
 
 class DivergedError(RuntimeError):
@@ -210,12 +203,15 @@ class WatchedTrainer(SFTTrainer):
             self._usual.append(loss)
             return
         step = self.state.global_step + 1
-        batches = [{"loss": float(value), ROW_IDS: rows} for value, (_, rows) in zip(losses, self._step, strict=True)]
+        batches = [
+            {"loss": in_json(float(value)), ROW_IDS: rows} for value, (_, rows) in zip(losses, self._step, strict=True)
+        ]
         everywhere = gather_object([{"process": self.accelerator.process_index, "batches": batches}])
         path = Path(self.args.output_dir) / f"stopped-before-step-{step}.json"
         if self.args.should_save:
-            facts = {"step": step, "reason": reason, "loss": loss, "usual_loss": usual, "gradient_norm": norm}
-            write_json(path, as_plain_json({**facts, "processes": everywhere}))
+            facts = {"step": step, "reason": reason, "loss": in_json(loss), "usual_loss": usual}
+            facts["gradient_norm"] = in_json(norm)
+            write_json(path, {**facts, "processes": everywhere})
         self.accelerator.wait_for_everyone()
         raise DivergedError(
             f"Stopped before step {step}: {reason}. {path} holds the ids of its rows. Look at them, lower the "
@@ -223,13 +219,9 @@ class WatchedTrainer(SFTTrainer):
         )
 
 
-def as_plain_json(value: Any) -> Any:
-    """`value` with numbers that JSON does not know as strings."""
-    if isinstance(value, Mapping):
-        return {key: as_plain_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_plain_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def in_json(value: float) -> float | str:
+    """A number that JSON does not know as its name."""
+    return value if math.isfinite(value) else str(value)
 
 
 class Flops:
@@ -249,8 +241,8 @@ class Flops:
                 continue
             name, trains = name.removesuffix(".base_layer"), module.weight.requires_grad
             if "vision_tower." in name:
-                place = name.split("vision_tower.")[1]
-                stride = next(value for key, value in STRIDES.items() if place.startswith(key))
+                _, _, stage = name.partition("vision_tower.encoder.stages.")
+                stride = 4 * 2 ** int(stage.split(".")[0] or 0)  # the embeddings' is that of stage 0
                 self.tower.append((2 * size * (3 if trains else 1), stride))
                 continue
             cost = 2 * size * (3 if trains else 2)

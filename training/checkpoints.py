@@ -6,11 +6,10 @@ promise is against killed processes; a power cut may still lose what the operati
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from agevlm.store import publish
 
@@ -52,24 +51,8 @@ def remove_leftovers(run_folder: str | os.PathLike) -> None:
     shutil.rmtree(staging_folder(run_folder), ignore_errors=True)
 
 
-def find_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints in `run_folder`, in the order of their steps."""
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [
-        (int(match.group(1)), path)
-        for path in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (match := pattern.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def newest_checkpoint(run_folder: str | os.PathLike) -> Path | None:
-    """The complete checkpoint with the most steps in `run_folder`, None without one."""
-    return next(reversed(find_checkpoints(run_folder)), None)
-
-
 def remove_checkpoints(run_folder: str | os.PathLike) -> None:
     """Delete the checkpoints of a run that is started again: with more steps than its own, they would count as newer
     and be kept in their place."""
-    for checkpoint in find_checkpoints(run_folder):
+    while (checkpoint := get_last_checkpoint(run_folder)) is not None:
         shutil.rmtree(checkpoint)

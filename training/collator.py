@@ -71,7 +71,7 @@ class AgeVlmDataCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         skipped: dict[int, str] = {}
-        opened = []
+        opened: list[dict[str, Any] | None] = []
         for place, row in enumerate(rows):
             try:
                 opened.append(self._open(row))
@@ -81,7 +81,7 @@ class AgeVlmDataCollator:
                 skipped[place] = str(error)
                 opened.append(None)
         batch = self._batch(opened)
-        cut = self._cut_pictures(batch, opened)
+        cut = self._cut_pictures(batch, rows)
         if cut:
             if self.strict:
                 raise ValueError(next(iter(cut.values())))
@@ -121,7 +121,7 @@ class AgeVlmDataCollator:
 
     def _batch(self, rows: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Whole tensors of opened rows; None is a row that cannot be used."""
-        nothing = {"images": [], "guidance": None}
+        nothing: dict[str, Any] = {"images": [], "guidance": None}
         opened = [row or {**nothing, **self._rendered([{"role": "user", "content": ""}])} for row in rows]
         batch = self.processor(
             text=[row["text"] for row in opened],

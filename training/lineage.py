@@ -11,22 +11,20 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import torch
-import transformers
-import trl
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
-import agevlm
-from agevlm.store import digest, write_json
+from agevlm.store import digest, read_json, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.streaming import MASK, POSITION, is_streamed
+from agevlm.training.sampling import guided_flags
+from agevlm.training.streaming import reader_of
 
 
 LINEAGE_FILE = "agevlm_stage.json"
@@ -100,13 +98,10 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     20,000 evenly spaced rows; pictures are not read, nothing is decoded. Of rows in shards it covers the footers, the
     order and which are guided.
     """
-    if is_streamed(rows):
-        index = rows.with_format("numpy")[:]
-        numbers = index[MASK] if MASK in rows.column_names else None
-        fingerprint = rows.format["format_kwargs"]["transform"].fingerprint(numbers, index[POSITION])
-        guided_rows = 0 if numbers is None else int((numbers >= 0).sum())
-        return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
-    guided_rows = 0
+    guided_rows, reader = 0, reader_of(rows)
+    if reader is not None:
+        fingerprint = reader.fingerprint(rows)
+        return {"rows": len(rows), "guided_rows": int(guided_flags(rows).sum()), "fingerprint": fingerprint}
 
     def pieces() -> Iterator[str | bytes]:
         nonlocal guided_rows
@@ -182,15 +177,7 @@ def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged.
     """
-    path = Path(folder) / LINEAGE_FILE
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is no valid JSON ({error}). Delete the folder, or train into another one."
-        ) from error
+    return read_table(Path(folder) / LINEAGE_FILE) or None
 
 
 def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") -> dict[str, Any]:
@@ -204,7 +191,7 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
         return {"parent": {"init_from": None, "revision": None, "repo": None}, "base_models": []}
     folder = Path(init_from)
     if folder.is_dir():
-        pushed = _read_json(folder / PUSH_FILE)
+        pushed = read_table(folder / PUSH_FILE)
         link = {"revision": None, "repo": None}
         if pushed.get("status") == "pushed" and _is_link(pushed.get("repo"), pushed.get("commit")):
             link = {"revision": pushed["commit"], "repo": pushed["repo"]}
@@ -220,7 +207,7 @@ def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") 
         # The cache keeps what belongs to a commit in a folder of its name.
         commit = files.pop("config.json").parent.name
         parent = {"init_from": str(init_from), "revision": commit, "repo": str(init_from)}
-    known = {name: _read_json(path) for name, path in files.items()}
+    known = {name: read_table(path) for name, path in files.items()}
     made = [known.get(INIT_FILE, {}).get(part, {}) for part in ("language_model", "vision_tower")]
     published = [part.get("source") for part in made if isinstance(part, dict) and part.get("revision")]
     stated = known.get(LINEAGE_FILE, {}).get("base_models") or published
@@ -233,11 +220,13 @@ def _is_link(repo: Any, commit: Any = None) -> bool:
     return named and (commit is None or re.fullmatch(r"[0-9a-f]{40}", str(commit)) is not None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}). Delete it, or restore it.") from error
+def read_table(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, empty where there is none.
+
+    Raises:
+        ValueError: it is no JSON, or no table.
+    """
+    content = read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Delete it, or restore it.")
     return content
@@ -250,15 +239,8 @@ def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None
 
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that a result depends on."""
-    modules = {
-        "agevlm": agevlm,
-        "torch": torch,
-        "transformers": transformers,
-        "trl": trl,
-        "accelerate": accelerate,
-        "datasets": datasets,
-    }
-    return {name: module.__version__ for name, module in modules.items()}
+    names = ("agevlm", "torch", "transformers", "trl", "accelerate", "datasets")
+    return {name: import_module(name).__version__ for name in names}
 
 
 def git_commit() -> str | None:

@@ -18,7 +18,6 @@ command again, the end of the next stage, and `agevlm push` finish it.
 
 import argparse
 import errno
-import json
 import os
 import re
 import time
@@ -34,9 +33,9 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
-from agevlm.store import write_json
+from agevlm.store import read_json, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
+from agevlm.training.lineage import PUSH_FILE, read_lineage, read_table, write_lineage
 
 
 # What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
@@ -191,7 +190,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds an unfinished run ({lineage['name']}). Run it again to finish it.")
     shards = {"model.safetensors"}
     if (folder / INDEX_FILE).is_file():
-        shards = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(read_json(folder / INDEX_FILE)["weight_map"].values())
     elif (folder / "adapter_config.json").is_file():
         shards = {"adapter_model.safetensors"}
     missing = sorted(name for name in shards if not (folder / name).is_file())
@@ -204,8 +203,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """What is known of the last push of a folder; empty if there was none."""
-    path = Path(folder) / PUSH_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_table(Path(folder) / PUSH_FILE)
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -313,18 +311,16 @@ def explain(error: BaseException, repo_id: str) -> str:
             507: f"{hub} has no space left for {repo_id} (status 507)",
         }
         return reasons.get(status, f"{hub} answered with status {status}")
-    if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token; log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name of a repository; take NAME/REPOSITORY"
-    if isinstance(error, httpx.ConnectError):
-        return f"{hub} cannot be reached"
-    if isinstance(error, httpx.TimeoutException):
-        return f"{hub} did not answer in time"
-    if isinstance(error, httpx.TransportError):
-        return f"the connection to {hub} broke"
+    for kind, reason in (
+        (LocalTokenNotFoundError, "there is no token; log in with `hf auth login` or set HF_TOKEN"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (HFValidationError, f"{repo_id!r} is no name of a repository; take NAME/REPOSITORY"),
+        (httpx.ConnectError, f"{hub} cannot be reached"),
+        (httpx.TimeoutException, f"{hub} did not answer in time"),
+        (httpx.TransportError, f"the connection to {hub} broke"),
+    ):
+        if isinstance(error, kind):
+            return reason
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "there is no space left on this machine"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

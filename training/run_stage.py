@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import undecoded
@@ -20,7 +21,6 @@ from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
 from agevlm.training.callbacks import SKIPPED_FILE
 from agevlm.training.checkpoints import (
-    newest_checkpoint,
     publish_files,
     remove_checkpoints,
     remove_leftovers,
@@ -140,7 +140,7 @@ def run_stage(
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
-    checkpoint = newest_checkpoint(output_dir) if resume and earlier is not None else None
+    checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
@@ -148,7 +148,7 @@ def run_stage(
             remove_checkpoints(output_dir)
         write_lineage(output_dir, lineage)
     if checkpoint is not None:
-        console.print(f"{recipe.name}: goes on from {checkpoint.name}.")
+        console.print(f"{recipe.name}: goes on from {Path(checkpoint).name}.")
     warn_early(args, console)
 
     if lora is None:
@@ -166,7 +166,7 @@ def run_stage(
     if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.skipped_rows:
             console.print(
                 f"{len(trainer.skipped_rows)} rows could not be used and were left out: {output_dir / SKIPPED_FILE} "
@@ -191,7 +191,7 @@ def run_stage(
 
 def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
     if data is None or isinstance(data, Dataset):
-        return data if data is None else undecoded(data)
+        return data
     if isinstance(data, IterableDataset):
         raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)

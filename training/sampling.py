@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from agevlm.training.streaming import MASK, is_streamed, shard_order
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.streaming import MASK, reader_of, shard_order
 
 
 BY_LENGTH, LENGTH = "group_by_length", "length"
@@ -55,10 +56,8 @@ class OrderSampler(Sampler[int]):
     def order(self) -> np.ndarray:
         """The order of this epoch: int64 (rows,)."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        if is_streamed(self.rows):
-            order = shard_order(self.rows.format["format_kwargs"]["transform"].starts, rng)
-        else:
-            order = rng.permutation(len(self.rows))
+        reader = reader_of(self.rows)
+        order = rng.permutation(len(self.rows)) if reader is None else shard_order(reader.starts, rng)
         if self.lengths is not None:
             order = grouped_by_length(order, self.lengths, self.group_rows, rng)
         return order if self.guided is None else spread_evenly(order, self.guided)
@@ -70,6 +69,30 @@ class OrderSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def make_sampler(rows: Dataset, args: AgeVlmSFTConfig, step_rows: int) -> OrderSampler | None:
+    """The sampler of a run's arguments; None where Trainer's does: plain random and sequential orders.
+
+    Args:
+        step_rows: rows of one optimizer step.
+
+    Raises:
+        ValueError: `spread_guided_rows` with an order that it does not go with.
+    """
+    strategy, spread = args.train_sampling_strategy, args.spread_guided_rows
+    if spread and strategy not in ("random", BY_LENGTH):
+        raise ValueError(f"`spread_guided_rows` does not go with `train_sampling_strategy='{strategy}'`.")
+    by_length = strategy == BY_LENGTH
+    if not (by_length or spread or (strategy == "random" and reader_of(rows) is not None)):
+        return None
+    return OrderSampler(
+        rows,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        lengths=row_lengths(rows, args.length_column_name) if by_length else None,
+        group_rows=step_rows,
+        spread=spread,
+    )
 
 
 def set_sampler_epoch(loader: DataLoader, epoch: int) -> None:
@@ -93,7 +116,7 @@ def guided_flags(rows: Dataset) -> np.ndarray:
         ValueError: rows in which guidance is unknown.
     """
     table = rows.with_format("arrow")
-    if is_streamed(rows):
+    if reader_of(rows) is not None:
         if MASK not in rows.column_names:
             return np.zeros(len(rows), dtype=bool)
         return table[:].column(MASK).to_numpy() >= 0
@@ -113,7 +136,7 @@ def row_lengths(rows: Dataset, column: str = LENGTH) -> np.ndarray:
     table = rows.with_format("arrow")
     if column in rows.column_names:
         return table.select_columns([column])[:].column(column).to_numpy()
-    if is_streamed(rows):
+    if reader_of(rows) is not None:
         raise ValueError("Lengths of rows in shards are read when they are opened: `open_shards(..., lengths=True)`.")
     lengths: list[int] = []
     for batch in table.select_columns(["messages"]).iter(batch_size=10_000):

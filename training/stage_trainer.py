@@ -24,8 +24,7 @@ from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
-from agevlm.training.sampling import BY_LENGTH, OrderSampler, row_lengths, set_sampler_epoch
-from agevlm.training.streaming import is_streamed
+from agevlm.training.sampling import make_sampler, set_sampler_epoch
 
 
 class StageTrainer(WatchedTrainer):
@@ -57,19 +56,8 @@ class StageTrainer(WatchedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Ours where it matters (`sampling.py`); Trainer's for plain random and sequential orders."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.args.train_sampling_strategy
-        by_length, spread = strategy == BY_LENGTH, self.args.spread_guided_rows
-        if spread and strategy not in ("random", BY_LENGTH):
-            raise ValueError(f"`spread_guided_rows` does not go with `train_sampling_strategy='{strategy}'`.")
-        if not (by_length or spread or (strategy == "random" and is_streamed(rows))):
-            return super()._get_train_sampler(train_dataset)
-        return OrderSampler(
-            rows,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            lengths=row_lengths(rows, self.args.length_column_name) if by_length else None,
-            group_rows=self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            spread=spread,
-        )
+        step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return make_sampler(rows, self.args, step_rows) or super()._get_train_sampler(train_dataset)
 
     def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
         """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`)."""

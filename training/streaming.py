@@ -100,9 +100,10 @@ def load_shards(folder: str, part: str, mask_fraction: float, lengths: bool = Fa
     return open_shards(files, joined, mask_fraction, lengths=lengths)
 
 
-def is_streamed(rows: Any) -> bool:
-    """Whether `rows` come from `open_shards`."""
-    return isinstance(rows, Dataset) and isinstance(rows.format["format_kwargs"].get("transform"), ShardReader)
+def reader_of(rows: Any) -> "ShardReader | None":
+    """The reader behind rows that come from `open_shards`, None for others."""
+    transform = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
+    return transform if isinstance(transform, ShardReader) else None
 
 
 class ShardReader:
@@ -136,11 +137,11 @@ class ShardReader:
         self.starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
         self._forget()
 
-    def fingerprint(self, mask_numbers: np.ndarray | None, positions: np.ndarray) -> str:
+    def fingerprint(self, rows: Dataset) -> str:
         """Of the shards' footers, the rows taken and which of them are guided; no path, so it holds anywhere."""
-        guided = np.zeros(0, dtype=bool) if mask_numbers is None else mask_numbers >= 0
-        parts = self.identity.encode(), positions.astype(np.int64).tobytes(), guided.tobytes()
-        return digest(parts)
+        index = rows.with_format("numpy")[:]
+        guided = index[MASK] >= 0 if MASK in index else np.zeros(0, dtype=bool)
+        return digest((self.identity.encode(), index[POSITION].astype(np.int64).tobytes(), guided.tobytes()))
 
     @property
     def num_rows(self) -> int:

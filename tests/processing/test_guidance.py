@@ -126,6 +126,8 @@ def test_an_object_that_crop_cuts_away_leaves_the_row_unguided():
 def test_guidance_that_does_not_fit_is_refused(processor, spans, masks, message):
     with pytest.raises(ValueError, match=message):
         processor(images=[[picture()], []], text=[f"{IMAGE}Yes", "No"], guidance_spans=spans, guidance_masks=masks)
+    with pytest.raises(ValueError, match="Row 0 is guided but has no picture"):  # nor has any other
+        processor(text=["Yes"], guidance_spans=[(0, 3)], guidance_masks=[mask()])
 
 
 @pytest.mark.parametrize("span", [(-1, 3), (3, 3), (5, 3), (10, 13), (900, 1200)])
@@ -233,11 +235,6 @@ def test_special_tokens_are_never_selected(processor):
     assert selected(processor, batch) == "Is ared apple"
 
 
-def test_guidance_in_a_batch_without_any_picture_is_refused(processor):
-    with pytest.raises(ValueError, match="Row 0 is guided but has no picture"):
-        processor(text=["Yes"], guidance_spans=[(0, 3)], guidance_masks=[mask()])
-
-
 def test_each_turn_has_its_own_span_where_the_same_question_comes_twice(processor):
     text = processor.apply_chat_template(CHAT)
     first, second = (processor.message_span(CHAT, index, QUESTION) for index in (1, 3))
@@ -272,6 +269,20 @@ def test_queries_that_hold_the_placeholder_and_structured_content(processor):
     assert selected(processor, batch) == "What is it?"  # a placeholder asks for nothing
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     assert text[slice(*processor.message_span([{"role": "user", "content": parts}], 0, "is it"))] == "is it"
+
+
+def test_the_mark_of_a_query_may_be_in_no_text(processor):
+    with pytest.raises(ValueError, match=r"The text holds '\\ufdd0' 1 times, which no text may"):
+        processor.message_span([{"role": "user", "content": "Yes \ufdd0 No"}], 0, "Yes")
+
+
+def test_a_query_may_reach_over_parts_and_leaves_the_messages_as_they_were(processor):
+    parts = [{"type": "text", "text": "What"}, {"type": "image"}, {"type": "text", "text": "is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(messages)
+    for query in ("What", f"What{IMAGE}is", "is it?", IMAGE):
+        assert text[slice(*processor.message_span(messages, 0, query))] == query
+    assert messages == [{"role": "user", "content": parts}] and parts[1] == {"type": "image"}
 
 
 @pytest.mark.parametrize("query", ["a green apple", ""])

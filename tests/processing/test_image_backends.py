@@ -25,6 +25,11 @@ from builders import picture, tiny_processor
 with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES)
+BACKENDS = [
+    pytest.param(AgeVlmImageProcessorPil, id="pil"),
+    pytest.param(AgeVlmImageProcessor, id="torchvision", marks=with_torchvision),
+]
+backends = pytest.mark.parametrize("backend", BACKENDS)
 QUICK = settings(max_examples=40, deadline=None, database=None)
 SIZES = st.one_of(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
@@ -98,15 +103,15 @@ def test_switches(switches):
     np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5)
 
 
-@with_torchvision
+@backends
 @pytest.mark.parametrize("disable_grouping", [None, False, True])
-def test_batches_are_what_their_pictures_are_alone(disable_grouping):
-    torchvision, _ = both()
-    images = [picture(40, 90), picture(96, 96, seed=1), picture(40, 90, seed=2), picture(90, 40, seed=3)]
-    together = torchvision(images, return_tensors="pt", disable_grouping=disable_grouping)
-    assert together["pixel_values"].is_contiguous()
+def test_batches_are_what_their_pictures_are_alone(backend, disable_grouping):
+    processor = backend(size={"height": 96, "width": 96})
+    images = [picture(40, 90), picture(96, 96, seed=1), picture(40, 90, seed=2), picture(7, 3, seed=3)]
+    together = processor(images, return_tensors="pt", disable_grouping=disable_grouping)
+    assert together["pixel_values"].is_contiguous() and together["pixel_values"].dtype == torch.float32
     for index, image in enumerate(images):
-        alone = torchvision(image, return_tensors="pt")
+        alone = processor(image, return_tensors="pt")
         for name in ("pixel_values", "visual_token_mask"):
             assert torch.equal(together[name][index], alone[name][0]), name
 
@@ -156,13 +161,6 @@ def test_files_are_decoded_alike(mode, tmp_path):
     assert all(backend(str(path))["visual_token_mask"].shape[0] == 1 for backend in both())
 
 
-BACKENDS = [
-    pytest.param(AgeVlmImageProcessorPil, id="pil"),
-    pytest.param(AgeVlmImageProcessor, id="torchvision", marks=with_torchvision),
-]
-backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
 @backends
 @pytest.mark.parametrize(
     ("image", "settings", "message"),
@@ -198,9 +196,12 @@ def test_files_that_cannot_be_read_are_refused(backend, tmp_path):
     picture(200, 200).save(whole)
     cut.write_bytes(whole.read_bytes()[:2000])
     text.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"cut\.jpg cannot be decoded: .*truncated"):
-        backend()([str(whole), str(cut)])
-    with pytest.raises(ValueError, match=r"text\.png cannot be opened"):
+    for images in ([str(whole), str(cut)], Image.open(cut)):
+        with pytest.raises(
+            ValueError, match=r"cut\.jpg cannot be decoded: .*truncated.*Replace the file or drop the row"
+        ):
+            backend()(images)
+    with pytest.raises(ValueError, match=r"text\.png cannot be opened: .*Replace the file"):
         backend()(str(text))
 
 

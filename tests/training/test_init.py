@@ -353,16 +353,6 @@ def test_parts_stand_alone(tmp_path, capsys):
     assert "--parts brings both parts" in capsys.readouterr().err
 
 
-def test_a_failure_while_saving_leaves_nothing(llama, tower, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("agevlm.training.init.write_record", full)
-    with pytest.raises(OSError, match="No space"):
-        main([str(tmp_path / "start"), *flags(llama, tower)])
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, tower, tmp_path):
     argv = [str(tmp_path / "start"), *flags(llama, tower)]
     script = (
@@ -469,17 +459,3 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     )
     assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights
     assert f"b/unknown is not in the local cache and {hub.address}/b/unknown cannot be reached" in offline[1]
-
-
-def test_the_command_prints_one_line_for_a_gated_model(hub, tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-m", "agevlm", "init", str(tmp_path / "start"), *flags("a/gated", "a/tower")],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": hub.address, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 2
-    assert "agevlm: a/gated is gated" in run.stderr
-    assert "Traceback" not in run.stderr
-    assert not (tmp_path / "start").exists()

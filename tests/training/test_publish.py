@@ -487,11 +487,6 @@ def test_a_useless_token_is_noticed_before_training(hub, stage):
     assert "does not accept the token" in text and "Training goes on" in text and "hf_wrong" not in text
 
 
-def test_only_what_is_finished_may_be_pushed(tmp_path):
-    with pytest.raises(ValueError, match="`hub_strategy` must stay 'end', got 'every_save'"):
-        make_arguments(tmp_path, hub_strategy="every_save")
-
-
 def test_trainers_own_push_goes_the_same_way(hub, tmp_path):
     trainer = make_trainer(
         tmp_path / "run", max_steps=1, push_to_hub=True, hub_model_id="org/m", save_strategy="steps"

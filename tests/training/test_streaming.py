@@ -15,14 +15,14 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from training_worker import make_rows, run_streamed_stage, write_shards
+from transformers.trainer_utils import get_last_checkpoint
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.training import streaming
-from agevlm.training.checkpoints import newest_checkpoint
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.lineage import data_fingerprint
 from agevlm.training.sampling import OrderSampler, guided_flags, row_lengths
-from agevlm.training.streaming import find_shards, is_streamed, load_shards, open_shards
+from agevlm.training.streaming import find_shards, load_shards, open_shards, reader_of
 from builders import mask, row, tiny_processor
 
 
@@ -41,7 +41,7 @@ def folder(tmp_path):
 def test_rows_of_shards_are_the_rows_that_were_written(folder):
     rows = load_shards(str(folder), "captions", mask_fraction=1.0)
     expected = make_rows("gitg" * 5).with_format("arrow")[:].to_pylist()
-    assert is_streamed(rows) and not is_streamed(make_rows("g"))
+    assert reader_of(rows) is not None and reader_of(make_rows("g")) is None
     assert len(rows) == 20
     for place in np.random.default_rng(0).permutation(20):
         got, want = rows[int(place)], expected[place]
@@ -197,7 +197,7 @@ def test_killed_runs_see_the_rows_and_end_with_the_weights_of_the_uninterrupted_
     """20 rows, 2 a step, 2 epochs, a checkpoint every 3 steps; killed in the second epoch, with workers before."""
     through = run_streamed_stage(tmp_path / "through", folder)
     run_killed(tmp_path / "killed", folder, kill_at=14, workers=2)
-    assert newest_checkpoint(tmp_path / "killed").name == "checkpoint-12"
+    assert get_last_checkpoint(tmp_path / "killed").endswith("checkpoint-12")
     resumed = run_streamed_stage(tmp_path / "killed", folder)
 
     assert len(through.rows) == 40 and sorted(through.rows[:20]) == sorted(through.rows[20:])

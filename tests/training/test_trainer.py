@@ -283,6 +283,7 @@ def test_parts_have_their_own_learning_rates(tmp_path):
         ({"vision_learning_rate": -1e-3}, "`vision_learning_rate` must not be negative"),
         ({"use_liger_kernel": True}, "no kernels for this one"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False"),
+        ({"hub_strategy": "every_save"}, "`hub_strategy` must stay 'end', got 'every_save'"),
         ({"assistant_only_loss": False}, "`assistant_only_loss` must stay True"),
         ({"completion_only_loss": True}, "`completion_only_loss` off"),
     ],

@@ -43,7 +43,7 @@ def resolve_inside(root: str | Path, path: str | Path) -> Path:
 def undecoded(rows: Dataset) -> Dataset:
     """The rows with pictures and masks as they are stored, {bytes, path}: `open_row` decodes and turns them, once."""
     for name, feature in rows.features.items():
-        if name == "images" and isinstance(feature, List):
+        if feature == ROW_FEATURES["images"]:
             rows = rows.cast_column(name, List(ImageFeature(decode=False)))
         elif name == "guidance" and isinstance(feature, dict):
             rows = rows.cast_column(name, {**feature, "mask": ImageFeature(decode=False)})
