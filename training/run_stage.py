@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from agevlm.data.masks import join_masks, load_masks, share_of_masks
 from agevlm.data.published.prepare import prepare
+from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
@@ -210,7 +211,7 @@ def _load_data(
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length, masks=joined)
     if shards is not None:
         return shards
-    return load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction, masks=joined)
+    return undecoded(load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction, masks=joined))
 
 
 def _lineage(
