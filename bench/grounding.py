@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.tables import load_table
 from agevlm.grounding.backends import Exact
 from agevlm.grounding.masks import to_png
-from agevlm.grounding.rows import load_table
 from agevlm.grounding.runner import ground
 from agevlm.processing import AgeVlmImageProcessorPil
 

@@ -7,7 +7,8 @@
   the usual one, and writes down which rows were in it. All processes agree on it: one that stopped alone would leave
   the others waiting.
 - A row that cannot be used is left out (`collator.py`), listed in `skipped_rows.jsonl` in the run's folder, once, and
-  counted in the log. More bad rows than good ones are no accident: the run stops.
+  counted in the log. So is, in `unguided_rows.jsonl`, one whose mask cannot guide; it trains without. More bad rows
+  than good ones are no accident: the run stops.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
 
 FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
@@ -39,16 +40,71 @@ from agevlm.data.rows import open_row
 from agevlm.drawing import outline, overlay, panels, peak_of
 from agevlm.images import save_image
 from agevlm.store import read_lines, write_json, write_lines
-from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS
+from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_rows
 from agevlm.training.freezing import part_of
 
 
 USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
-SKIPPED_FILE, FEWEST_ROWS = "skipped_rows.jsonl", 32  # most rows are bad: known after so many
+FEWEST_ROWS = 32  # most rows are bad: known after so many
 
 
 class DivergedError(RuntimeError):
     """A step would have ruined the weights; the message names the file that says which rows were in it."""
+
+
+class ListedRows:
+    """Rows with one kind of fault, listed in `KIND.jsonl` in the run's folder.
+
+    Args:
+        kind: `skipped_rows` or `unguided_rows`: the name in batches, of the file and in the log.
+        what: of a faulty row, in messages.
+    """
+
+    def __init__(self, kind: str, what: str):
+        self.kind, self.what = kind, what
+        self.clear()
+
+    def clear(self) -> None:
+        self.reasons: dict[str, str] = {}  # by id, of all processes; up to date after each log entry
+        self.new: list[list[str]] = []  # since then, of this process
+        self.counts = torch.zeros(2, dtype=torch.int64)  # rows of this process that could have the fault, that have it
+
+    def path(self, folder: str | Path | None) -> Path:
+        """The list of a run."""
+        return Path(str(folder)) / f"{self.kind}.jsonl"
+
+    def add(self, faulty: list[list[str]], rows: int) -> None:
+        """The [id, reason] of a batch's faulty rows, among `rows` that could be."""
+        self.new += faulty
+        self.counts += torch.tensor([rows, len(faulty)])
+
+    def start(self, args: Any, going_on: bool) -> None:
+        """Start from what an interrupted run has listed, or from nothing."""
+        self.clear()
+        path = self.path(args.output_dir)
+        if going_on and path.is_file():
+            self.reasons = {line["id"]: line["reason"] for line in read_lines(path)}
+        elif args.should_save:
+            path.unlink(missing_ok=True)
+
+    def record(self, trainer: SFTTrainer, at_end: bool) -> None:
+        """Exchanges what is new and lists it; all processes call it.
+
+        Raises:
+            ValueError: most rows are faulty, in all processes; at the end of training, all are.
+        """
+        known, path = len(self.reasons), self.path(trainer.args.output_dir)
+        for row_id, reason in gather_object(self.new):
+            self.reasons.setdefault(row_id, reason)
+        self.new = []
+        if len(self.reasons) > known and trainer.args.should_save:
+            write_lines(path, [{"id": row_id, "reason": reason} for row_id, reason in self.reasons.items()])
+        rows, faulty = trainer.accelerator.reduce(self.counts.to(trainer.args.device), reduction="sum").tolist()
+        if (rows >= FEWEST_ROWS and 2 * faulty > rows) or (at_end and 0 < rows == faulty):
+            raise ValueError(
+                f"{faulty} of {rows} rows {self.what}, which is no accident. {path} says why, for example: "
+                f"{next(iter(self.reasons.values()))}"
+            )
 
 
 class StopBeforeStep(TrainerCallback):
@@ -74,9 +130,8 @@ class WatchedTrainer(SFTTrainer):
         self._row_ids: deque[list[str]] = deque()
         self._gradient_norm: Any = None
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
-        self.skipped_rows: dict[str, str] = {}  # id -> reason, of all processes; up to date after each log entry
-        self._skipped: list[list[str]] = []  # since then, of this process
-        self._rows = torch.zeros(2, dtype=torch.int64)  # trained on by this process: all, bad
+        self.skipped = ListedRows(SKIPPED_ROWS, "could not be used")
+        self.unguided = ListedRows(UNGUIDED_ROWS, "with a mask could not be guided")
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(StopBeforeStep(self))
 
@@ -90,9 +145,8 @@ class WatchedTrainer(SFTTrainer):
         self._step.clear()
         self._row_ids = deque(batch.pop(ROW_IDS, []) for batch in batch_samples)
         for batch in batch_samples:
-            bad = batch.pop(SKIPPED_ROWS, [])
-            self._skipped += bad
-            self._rows += torch.tensor([len(batch["input_ids"]), len(bad)])
+            self.skipped.add(batch.pop(SKIPPED_ROWS, []), len(batch["input_ids"]))
+            self._count_unguided(batch)
         if self._flops is None:
             self._flops = Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
         for batch in batch_samples:
@@ -103,8 +157,18 @@ class WatchedTrainer(SFTTrainer):
         inputs = super()._prepare_inputs(inputs)
         # Of evaluations
         inputs.pop(ROW_IDS, None)
-        self._skipped += inputs.pop(SKIPPED_ROWS, [])
+        inputs.pop(UNGUIDED_ROWS, None)
+        self.skipped.add(inputs.pop(SKIPPED_ROWS, []), 0)
         return inputs
+
+    def _count_unguided(self, batch: dict[str, Any]) -> None:
+        """Raises ValueError at a row that cannot be guided, where `strict`."""
+        unguided = batch.pop(UNGUIDED_ROWS, [])
+        if self.args.guidance_weight == 0:
+            return
+        if unguided and self.args.strict:
+            raise ValueError(unguided[0][1])
+        self.unguided.add(unguided, int(guided_rows(batch).sum()) + len(unguided))
 
     def _speed(self) -> dict[str, float]:
         """Metrics since the last call, over all processes."""
@@ -128,45 +192,23 @@ class WatchedTrainer(SFTTrainer):
         }
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        path = Path(self.args.output_dir) / SKIPPED_FILE
-        self.skipped_rows, self._skipped, self._rows = {}, [], torch.zeros_like(self._rows)
-        if resume_from_checkpoint and path.is_file():
-            self.skipped_rows = {line["id"]: line["reason"] for line in read_lines(path)}
-        elif self.args.should_save:
-            path.unlink(missing_ok=True)
+        for rows in (self.skipped, self.unguided):
+            rows.start(self.args, going_on=bool(resume_from_checkpoint))
         self._started = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the speed since the last entry of training, and how many rows could not be used."""
+        """TRL's, with the speed since the last entry of training, and how many rows could not be used or guided."""
         if self.model.training and "loss" in logs:
             logs.update(self._speed())
-        self.record_skipped(at_end="train_loss" in logs)
-        if self.skipped_rows:
-            logs["skipped_rows"] = len(self.skipped_rows)
+        self.record_rows(at_end="train_loss" in logs)
+        logs.update({rows.kind: len(rows.reasons) for rows in (self.skipped, self.unguided) if rows.reasons})
         super().log(logs, start_time)
 
-    # ---- Rows that cannot be used ----
-
-    def record_skipped(self, at_end: bool = False) -> None:
-        """Exchanges what has been skipped since the last call, and lists it; all processes call it.
-
-        Raises:
-            ValueError: most rows are bad, in all processes; at the end of training, none was good.
-        """
-        known = len(self.skipped_rows)
-        for row_id, reason in gather_object(self._skipped):
-            self.skipped_rows.setdefault(row_id, reason)
-        self._skipped = []
-        path = Path(self.args.output_dir) / SKIPPED_FILE
-        if len(self.skipped_rows) > known and self.args.should_save:
-            write_lines(path, [{"id": row_id, "reason": reason} for row_id, reason in self.skipped_rows.items()])
-        rows, bad = self.accelerator.reduce(self._rows.to(self.args.device), reduction="sum").tolist()
-        if (rows >= FEWEST_ROWS and 2 * bad > rows) or (at_end and 0 < rows == bad):
-            raise ValueError(
-                f"{bad} of {rows} rows could not be used, which is no accident. {path} says why, for example: "
-                f"{next(iter(self.skipped_rows.values()))}"
-            )
+    def record_rows(self, at_end: bool = False) -> None:
+        """Lists the rows that cannot be used or guided; raises as `ListedRows.record`."""
+        for rows in (self.skipped, self.unguided):
+            rows.record(self, at_end)
 
     # ---- Stopping ----
 

@@ -14,7 +14,7 @@ from agevlm.processing.image_processing_agevlm import scale_and_shift
 from agevlm.processing.processing_agevlm import take_marks
 
 
-ROW_IDS, SKIPPED_ROWS = "row_ids", "skipped_rows"
+ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS = "row_ids", "skipped_rows", "unguided_rows"
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
 
 
@@ -31,7 +31,8 @@ class AgeVlmDataCollator:
             them out would leave the others waiting for its share. The trainer turns it on there.
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
-        row_ids: the batch names its rows (`row_ids`, a list of strings), which the trainer wants and takes out.
+        row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided
+            (`unguided_rows`, a list of [id, reason]), which the trainer wants and takes out.
         strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
             the batch says so (`skipped_rows`, a list of [id, reason], there if a row is bad). Losses are sums over
             answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
@@ -87,11 +88,19 @@ class AgeVlmDataCollator:
                 raise ValueError(next(iter(cut.values())))
             skipped |= cut
             # Again without them, because the others are padded to the longest row that is left.
-            batch = self._batch([None if place in cut else row for place, row in enumerate(opened)])
+            opened = [None if place in cut else row for place, row in enumerate(opened)]
+            batch = self._batch(opened)
         if self.max_length is not None:
             batch = {
                 name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()
             }
+        unguided = [
+            [str(row["id"]), self._why_unguided(row)]
+            for row, guided in zip(opened, guided_rows(batch).tolist(), strict=True)
+            if row is not None and row["guidance"] is not None and not guided
+        ]
+        if unguided and self.row_ids:
+            batch[UNGUIDED_ROWS] = unguided
         if skipped:
             batch[SKIPPED_ROWS] = [[str(rows[place].get("id")), skipped[place]] for place in sorted(skipped)]
         return {**batch, ROW_IDS: [str(row.get("id")) for row in rows]} if self.row_ids else batch
@@ -148,6 +157,22 @@ class AgeVlmDataCollator:
             batch["image_mask"] = torch.zeros(len(rows), 1, dtype=torch.bool)
         return dict(batch)
 
+    def _why_unguided(self, row: dict[str, Any]) -> str:
+        """Why a row with a mask and a query in its text cannot be guided."""
+        start, _ = row["span"]
+        name = f"row {row['id']}"
+        if not self.processor.image_processor.mask_to_grid(row["guidance"]["mask"]).any():
+            return f"{name}: its mask covers no cell of the grid. Look at the mask and the geometry of the processor."
+        if row["text"].find(self.processor.image_token) > start:
+            return (
+                f"{name}: its query stands before the picture, and a token sees only earlier pictures. Put "
+                f"{self.processor.image_token} in front of the query."
+            )
+        return (
+            f"{name}: its query lies behind the first {self.max_length} tokens. Raise `max_length`, or shorten what "
+            "comes before it."
+        )
+
     def _cut_pictures(self, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> dict[int, str]:
         """Which rows would lose a picture, by place, and why. The tokenizer, cutting by itself, would not tell."""
         if self.max_length is None:
@@ -159,3 +184,17 @@ class AgeVlmDataCollator:
             for place, placeholders in enumerate(lost.sum(1).tolist())
             if placeholders
         }
+
+
+def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which rows of a batch are guided: (batch,) bool.
+
+    A row needs a mask with a cell and a query with a token that sees a picture. Truncation may have cut the query off,
+    and tokens before the picture have no attention.
+    """
+    if "guidance_mask" not in batch:
+        return torch.zeros(batch["input_ids"].shape[0], dtype=torch.bool, device=batch["input_ids"].device)
+    query = batch["guidance_query_mask"].bool()
+    if "cross_attention_mask" in batch:
+        query = query & batch["cross_attention_mask"].any(dim=-1)
+    return batch["guidance_mask"].flatten(1).any(dim=-1) & query.any(dim=-1)

@@ -28,6 +28,13 @@ class StageArguments:
         metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
     )
     data: str | None = field(default=None, metadata={"help": DATA_HELP})
+    masks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Sets of masks to join by id: folders of `agevlm ground`, Parquet files, Hub data sets. Default: "
+            "those in DATA/masks."
+        },
+    )
     init_from: str | None = field(default=None, metadata={"help": "Repository or folder of the model to start from."})
     revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     mask_fraction: float | None = field(

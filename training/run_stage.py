@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from agevlm.data.masks import join_masks, load_masks, share_of_masks
 from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
-from agevlm.training.callbacks import SKIPPED_FILE
 from agevlm.training.checkpoints import (
     publish_files,
     remove_checkpoints,
@@ -43,7 +43,7 @@ from agevlm.training.lineage import (
     write_lineage,
 )
 from agevlm.training.publish import publish_stage, warn_early
-from agevlm.training.sampling import BY_LENGTH
+from agevlm.training.sampling import BY_LENGTH, check_guided
 from agevlm.training.stage_trainer import StageTrainer
 from agevlm.training.stages.recipe import TWIN, TWINS, StageRecipe
 from agevlm.training.streaming import load_shards
@@ -73,6 +73,7 @@ def run_stage(
     output_dir: str | os.PathLike,
     *,
     data: str | Path | Dataset | None = None,
+    masks: Sequence[str | Path] = (),
     init_from: str | Path | None = None,
     revision: str | None = None,
     model: PreTrainedModel | None = None,
@@ -90,6 +91,7 @@ def run_stage(
     Args:
         data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), a published one
             (`agevlm.data.published.prepare`), or rows that are joined with their masks already.
+        masks: sets of masks (`agevlm.data.masks.load_masks`) to join in place of those in `data`.
         init_from, revision: Hub repository or folder to start from.
         model, processor: to start from objects instead. The model is trained in place.
         eval_data: rows for `eval_strategy`.
@@ -100,8 +102,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, or a folder that belongs to something else; the message says which
-            fields differ.
+        ValueError: nothing to start from, no data, guidance without a mask, or a folder that belongs to something
+            else; the message says which fields differ.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -113,7 +115,9 @@ def run_stage(
     is_twin = recipe.variant in TWINS
     if is_twin:
         check_twin(recipe, args, adapters, dry_run)
-    rows = _load_data(recipe, args, data)
+    rows = _load_data(recipe, args, data, masks)
+    if rows is not None and not is_twin:
+        check_guided(rows, args.guidance_weight)
     if model is None and init_from is not None and not dry_run:
         if is_twin:
             model, processor = load_twin(init_from, revision or "main", recipe, console)
@@ -167,16 +171,19 @@ def run_stage(
         trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.skipped_rows:
-            console.print(
-                f"{len(trainer.skipped_rows)} rows could not be used and were left out: {output_dir / SKIPPED_FILE} "
-                "says which and why.",
-                style="yellow",
-                markup=False,
-                soft_wrap=True,
-            )
+        for listed, outcome in ((trainer.skipped, "left out"), (trainer.unguided, "trained on without guidance")):
+            if listed.reasons:
+                console.print(
+                    f"{len(listed.reasons)} rows {listed.what} and were {outcome}: {listed.path(output_dir)} says "
+                    "which and why.",
+                    style="yellow",
+                    markup=False,
+                    soft_wrap=True,
+                )
+        guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.reasons)
         lineage = trainer.lineage = {
             **lineage,
+            "data": {**lineage["data"], "guided_rows": guiding},
             "status": "finished",
             "metrics": _last_metrics(trainer.state.log_history),
         }
@@ -189,17 +196,22 @@ def run_stage(
     return StageResult("trained", output_dir, lineage, list(trainer.state.log_history))
 
 
-def _load_data(recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None) -> Dataset | None:
+def _load_data(
+    recipe: StageRecipe, args: AgeVlmSFTConfig, data: str | Path | Dataset | None, masks: Sequence[str | Path]
+) -> Dataset | None:
+    joined = load_masks(masks) if masks else None
     if data is None or isinstance(data, Dataset):
+        if joined is not None and data is not None:
+            data = join_masks(data, joined, share_of_masks(recipe.mask_fraction, len(data), len(joined)))
         return data
     if isinstance(data, IterableDataset):
         raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
-    shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length)
+    shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length, masks=joined)
     if shards is not None:
         return shards
-    return undecoded(load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction))
+    return undecoded(load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction, masks=joined))
 
 
 def _lineage(

@@ -127,6 +127,28 @@ def guided_flags(rows: Dataset) -> np.ndarray:
     return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
 
 
+def check_guided(rows: Any, weight: float) -> None:
+    """Refuse a run that is to be guided and has no mask.
+
+    Args:
+        rows: training rows; an `IterableDataset`, whose rows nobody knows, passes.
+        weight: of the guidance loss; 0 asks for none.
+
+    Raises:
+        ValueError: no row has a mask.
+    """
+    if weight == 0 or not isinstance(rows, Dataset):
+        return
+    known = reader_of(rows) is not None or "guidance" in rows.column_names
+    if not known or not guided_flags(rows).any():
+        raise ValueError(
+            f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {len(rows)} rows has a mask. Give "
+            "masks: --masks MASKS of `agevlm ground`, files in DATA/masks, or a column `guidance` "
+            "(`agevlm.data.masks.join_masks`). To train without guidance: --variant ca-baseline, or "
+            "`guidance_weight=0`."
+        )
+
+
 def row_lengths(rows: Dataset, column: str = LENGTH) -> np.ndarray:
     """The length of each row: its column `column`, or else the characters of its messages: int64 (rows,).
 

@@ -112,7 +112,7 @@ class StageTrainer(WatchedTrainer):
         staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
         if self.args.should_save:
             remove_leftovers(run_folder)
-        self.record_skipped()  # whoever goes on from here finds what was skipped before
+        self.record_rows()  # whoever goes on from here finds what was skipped before
         self.accelerator.wait_for_everyone()
         try:
             self._staging = staging

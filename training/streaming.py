@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.masks import in_subset, share_of_masks
+from agevlm.data.masks import KEPT, in_subset, share_of_masks
 from agevlm.data.rows import GUIDANCE
 from agevlm.store import digest
 
@@ -86,18 +86,23 @@ def open_shards(
     return Dataset(pa.table(columns), fingerprint=fingerprint).with_transform(reader)
 
 
-def load_shards(folder: str, part: str, mask_fraction: float, lengths: bool = False) -> Dataset | None:
+def load_shards(
+    folder: str, part: str, mask_fraction: float, lengths: bool = False, masks: Dataset | None = None
+) -> Dataset | None:
     """`open_shards` for a folder; None if it has no shards.
 
-    Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`); masks that are not joined yet
-    `masks/part*.parquet` or `masks/train-*.parquet`.
+    Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`). Without `masks`, those of the
+    folder are joined: `masks/part*.parquet`, `masks/train-*.parquet`, or what `agevlm ground --output FOLDER/masks`
+    leaves.
     """
     files = find_shards(f"{folder}/{part}/train-*.parquet") or find_shards(f"{folder}/data/train-*.parquet")
     if not files:
         return None
-    masks = find_shards(f"{folder}/masks/{part}*.parquet") or find_shards(f"{folder}/masks/train-*.parquet")
-    joined = Dataset.from_parquet(masks) if masks else None
-    return open_shards(files, joined, mask_fraction, lengths=lengths)
+    if masks is None:
+        places = (f"{part}*", "train-*", f"data/{KEPT}")
+        found = next((files for place in places if (files := find_shards(f"{folder}/masks/{place}.parquet"))), None)
+        masks = None if found is None else Dataset.from_parquet(found)
+    return open_shards(files, masks, mask_fraction, lengths=lengths)
 
 
 def reader_of(rows: Any) -> "ShardReader | None":

@@ -89,6 +89,7 @@ def main(argv: list[str]) -> StageResult:
         recipe,
         str(training.output_dir),
         data=arguments.data,
+        masks=arguments.masks or (),
         init_from=arguments.init_from,
         revision=arguments.revision,
         args=training,

@@ -17,7 +17,6 @@ step is stock SFT; evaluation still measures where the model looks.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from transformers.trainer_utils import unwrap_peft_model
 from agevlm.hub_cards.render import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.callbacks import Probes
-from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.collator import AgeVlmDataCollator, guided_rows
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
 from agevlm.training.publish import push, repository_name
-from agevlm.training.sampling import guided_flags
+from agevlm.training.sampling import check_guided, guided_flags
 from agevlm.training.stage_trainer import StageTrainer
 
 
@@ -60,8 +59,8 @@ class AgeVlmSFTTrainer(StageTrainer):
         **kwargs: those of `SFTTrainer`.
 
     Raises:
-        ValueError: no processor to make a collator with, or a collator of another kind under guidance, which would
-            leave the guidance of every row out.
+        ValueError: no processor to make a collator with; under guidance also rows without a mask, or a collator of
+            another kind, which would leave the guidance of every row out.
     """
 
     _tag_names = ["trl", "sft", "agevlm"]  # noqa: RUF012 - the attribute TRL reads
@@ -74,6 +73,7 @@ class AgeVlmSFTTrainer(StageTrainer):
                 "`compute_loss_func` and `label_smoothing_factor` need a second forward pass, which guidance does not "
                 "follow. Leave them out, or set `guidance_weight=0`."
             )
+        check_guided(kwargs.get("train_dataset"), args.guidance_weight)
         kwargs["data_collator"] = self._collator(args, **kwargs)
         self._attention: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # maps, mass
         self._guided_rows: torch.Tensor | None = None
@@ -282,17 +282,3 @@ class AgeVlmSFTTrainer(StageTrainer):
             branch=revision or self.args.hub_revision,
             message=commit_message,
         )
-
-
-def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which rows of a batch are guided: (batch,) bool.
-
-    A row needs a mask with a cell and a query with a token that sees a picture. Truncation may have cut the query off,
-    and tokens before the picture have no attention.
-    """
-    if "guidance_mask" not in batch:
-        return torch.zeros(batch["input_ids"].shape[0], dtype=torch.bool, device=batch["input_ids"].device)
-    query = batch["guidance_query_mask"].bool()
-    if "cross_attention_mask" in batch:
-        query = query & batch["cross_attention_mask"].any(dim=-1)
-    return batch["guidance_mask"].flatten(1).any(dim=-1) & query.any(dim=-1)

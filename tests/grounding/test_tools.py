@@ -10,12 +10,13 @@ from PIL import Image
 
 from agevlm.data.masks import join_masks
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.tables import load_table
 from agevlm.grounding import cli as ground
 from agevlm.grounding.coco import read_coco
 from agevlm.grounding.masks import boundary_f, iou
 from agevlm.grounding.output import read_masks
 from agevlm.grounding.quality import compare, load_masks, measure_quality
-from agevlm.grounding.rows import find_query, load_table
+from agevlm.grounding.rows import find_query
 from agevlm.processing import AgeVlmImageProcessorPil
 
 

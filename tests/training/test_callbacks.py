@@ -78,7 +78,7 @@ def test_probes_are_drawn_reported_and_change_nothing(run):
 
 def test_probes_need_a_row_with_a_mask(tmp_path):
     with pytest.raises(ValueError, match="probe_steps"):
-        make_trainer(tmp_path, "it", probe_steps=1)
+        make_trainer(tmp_path, "it", probe_steps=1, guidance_weight=0.0)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -184,27 +184,63 @@ def test_a_run_that_learns_from_no_row_is_no_success(tmp_path):
 
 def test_a_resumed_run_keeps_the_list_and_a_new_one_begins_another(tmp_path):
     trainer = make_trainer(tmp_path, "gi", max_steps=1)
-    trainer._skipped = [["a", "broken"], ["a", "broken"]]  # in two epochs
-    trainer.record_skipped()
-    trainer._skipped = [["b", "cut off"]]
-    trainer.record_skipped()
+    trainer.skipped.add([["a", "broken"], ["a", "broken"]], 20)  # in two epochs
+    trainer.record_rows()
+    trainer.skipped.add([["b", "cut off"]], 1)
+    trainer.record_rows()
     listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
     assert listed == [{"id": "a", "reason": "broken"}, {"id": "b", "reason": "cut off"}]
     with patch.object(SFTTrainer, "train"):
         again = make_trainer(tmp_path, "gi")
         again.train(resume_from_checkpoint="checkpoint-1")
-        assert again.skipped_rows == {"a": "broken", "b": "cut off"}
+        assert again.skipped.reasons == {"a": "broken", "b": "cut off"}
         again.train()
-    assert not again.skipped_rows and not (tmp_path / "skipped_rows.jsonl").exists()
+    assert not again.skipped.reasons and not (tmp_path / "skipped_rows.jsonl").exists()
 
 
 def test_rows_of_which_most_are_bad_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path, "gi")
-    trainer._rows, trainer._skipped = torch.tensor([40, 20]), [["a", "broken"]]
-    trainer.record_skipped()
-    trainer._rows = torch.tensor([40, 21])
+    trainer.skipped.add([["a", "broken"]] * 20, 40)
+    trainer.record_rows()
+    trainer.skipped.add([["a", "broken"]], 0)
     with pytest.raises(ValueError, match=r"21 of 40 rows could not be used.*skipped_rows\.jsonl.*broken"):
-        trainer.record_skipped()
+        trainer.record_rows()
+
+
+# ---- Rows whose guidance cannot be followed ----
+
+
+def unguidable(row_id: str) -> dict:
+    """A row with a mask whose query stands before the picture."""
+    item = row(row_id, guided=True)
+    return {
+        **item,
+        "messages": [{"role": "user", "content": item["guidance"]["query"] + "<|image|>"}, item["messages"][1]],
+    }
+
+
+def rows_of(*items: dict) -> Dataset:
+    features = make_rows("g").features
+    return concatenate_datasets([make_rows("gg"), Dataset.from_list(list(items), features=features)])
+
+
+def test_a_row_that_cannot_be_guided_is_counted_listed_and_trained_on(tmp_path):
+    trainer = trained(tmp_path, rows_of(unguidable("early")), per_device_train_batch_size=3)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["guided_share"] for entry in entries] == [pytest.approx(2 / 3)] * 2
+    assert entries[-1]["unguided_rows"] == 1 and "skipped_rows" not in entries[-1]
+    (line,) = (tmp_path / "unguided_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "early" and "before the picture" in json.loads(line)["reason"]
+
+
+def test_a_run_in_which_no_mask_can_guide_stops(tmp_path):
+    rows = rows_of(unguidable("early")).select([2])
+    with pytest.raises(ValueError, match=r"2 of 2 rows with a mask could not be guided.*before the picture"):
+        trained(tmp_path / "lenient", rows)
+    with pytest.raises(ValueError, match="row early: its query stands before the picture"):
+        trained(tmp_path / "strict", rows, strict=True)
+    unasked = trained(tmp_path / "unasked", rows, strict=True, guidance_weight=0.0)
+    assert "unguided_rows" not in unasked.state.log_history[-1]
 
 
 def batch_of(rows):

@@ -240,6 +240,28 @@ def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(collator, case)
     assert not batch["guidance_mask"][1].any()
 
 
+EARLY = {
+    "images": [picture()],
+    "messages": [{"role": "user", "content": QUESTION + IMAGE}, {"role": "assistant", "content": "Yes"}],
+}
+UNGUIDABLE = {
+    "before the picture": (guide(text_row(**EARLY), message_index=0), "its query stands before the picture"),
+    "cut off": (guide(conversation(), message_index=3), "its query lies behind the first 40 tokens"),
+    "cropped off": (guide(row(images=1) | {"images": [picture(300, 40)]}, message_index=0), "covers no cell"),
+}
+
+
+@pytest.mark.parametrize("case", UNGUIDABLE)
+def test_a_row_that_cannot_be_guided_is_named_with_the_reason(case):
+    bad, message = UNGUIDABLE[case]
+    processor = tiny_processor(geometry="crop" if case == "cropped off" else "pad")
+    collator = AgeVlmDataCollator(processor, max_length=40, row_ids=True)
+    batch = collator([guide(row("good"), message_index=0), bad])
+    ((name, reason),) = batch["unguided_rows"]
+    assert name == bad["id"] and message in reason and f"row {name}" in reason
+    assert (batch["labels"][1] != -100).any() or case == "cut off"  # it is trained on all the same
+
+
 def test_a_batch_without_any_good_row_teaches_nothing(collator):
     lenient = AgeVlmDataCollator(collator.processor, max_length=40, strict=False)
     batch = lenient([late_row(), BROKEN["broken bytes"][0]])

@@ -125,7 +125,7 @@ def test_two_processes_give_the_gradients_of_one_batch(tmp_path):
 
 
 def test_a_step_of_text_alone_trains_nothing_but_runs(tmp_path):
-    gradients = step_gradients(tmp_path, batch_size=1, accumulation=2, kinds="tt")
+    gradients = step_gradients(tmp_path, batch_size=1, accumulation=2, kinds="ttg")
     assert all(not gradient.any() for gradient in gradients.values())
 
 
@@ -234,7 +234,7 @@ def test_evaluation_measures_guidance_at_any_weight(tmp_path, weight):
 
 
 def test_a_window_without_guided_rows_logs_a_share_of_zero_and_no_loss(tmp_path):
-    trainer = make_trainer(tmp_path, "iiit", max_steps=1)
+    trainer = make_trainer(tmp_path, "itgi", max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["guided_share"] == 0
     assert "guidance_loss" not in trainer.state.log_history[0]
@@ -291,6 +291,15 @@ def test_parts_have_their_own_learning_rates(tmp_path):
 def test_wrong_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_arguments(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("rows", ["no row has one", "no column"])
+def test_guidance_without_a_mask_is_refused(tmp_path, rows):
+    without = make_rows("iit") if rows == "no row has one" else make_rows("iit").remove_columns("guidance")
+    common = {"model": sharp_model(), "train_dataset": without, "processing_class": tiny_processor()}
+    with pytest.raises(ValueError, match=r"none of the 3 rows has a mask. Give masks: --masks MASKS.*ca-baseline"):
+        AgeVlmSFTTrainer(args=make_arguments(tmp_path), **common)
+    AgeVlmSFTTrainer(args=make_arguments(tmp_path, guidance_weight=0.0), **common)
 
 
 def test_the_obvious_script_is_guided(tmp_path):

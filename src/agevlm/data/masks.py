@@ -4,13 +4,20 @@ A share is decided by a hash of the row's id: it needs no list, holds for any or
 contain smaller ones.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pyarrow as pa
 from datasets import Dataset, Features, concatenate_datasets
 
 from agevlm.store import digest
 
 from .duplicates import hash64
-from .rows import GUIDANCE
+from .rows import GUIDANCE, MASK_FEATURES
+from .tables import load_table
+
+
+KEPT = "kept"  # the split of `agevlm ground` that holds its good masks
 
 
 def subset_hash(row_id: str, seed: int = 0) -> float:
@@ -34,6 +41,24 @@ def share_of_masks(fraction: float, rows: int, masks: int) -> float:
     if not 0 <= fraction <= 1:
         raise ValueError(f"mask fraction {fraction} is not between 0 and 1")
     return min(1.0, fraction * rows / max(masks, 1))
+
+
+def load_masks(places: Sequence[str | Path]) -> Dataset:
+    """The masks of one or several sets, to join.
+
+    Args:
+        places: folders that `agevlm ground` has written (their kept masks), Parquet files, folders of them, or sets of
+            the Hub, with the columns id, query, message_index, mask, source, score.
+
+    Raises:
+        ValueError: nothing is there, or a column is missing.
+    """
+    found = []
+    for place in places:
+        masks = load_table(str(place), usual=(KEPT, "train"))
+        _check_columns(f"{place}: masks", masks, list(MASK_FEATURES))
+        found.append(masks.select_columns(list(MASK_FEATURES)).cast(MASK_FEATURES))
+    return concatenate_datasets(found)
 
 
 def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int = 0) -> Dataset:

@@ -60,8 +60,8 @@ def ground(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
+    from agevlm.data.tables import load_table
     from agevlm.grounding.backends import Exact, load_backend
-    from agevlm.grounding.rows import load_table
     from agevlm.grounding.runner import ground as make_masks
 
     # A process waits for the slowest at the end; the default limit of half an hour would end the run instead. Without
@@ -129,8 +129,8 @@ def view(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="page to write (default: view.html in the folder)")
     options = parser.parse_args(argv)
 
+    from agevlm.data.tables import load_table
     from agevlm.grounding.output import SUMMARY
-    from agevlm.grounding.rows import load_table
     from agevlm.grounding.view import write_view
 
     name = options.dataset

@@ -8,10 +8,12 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from agevlm.data.tables import load_table
+
 from .masks import boundary_f, iou, read_mask
 from .output import SUMMARY, read_masks
 from .regions import Grid
-from .rows import Undecoded, load_table
+from .rows import Undecoded
 
 
 METRICS = ("iou", "boundary_f", "grid_iou")

@@ -1,17 +1,15 @@
-"""The rows a run grounds: finding the data set, the share to attempt, their texts, decoding ahead of the models.
+"""The rows a run grounds: the share to attempt, their texts, decoding ahead of the models.
 
-A data set is a Parquet file, a folder of them, a folder of `save_to_disk`, or a repository of the Hub. Its rows are
-the project's (`data/rows.py`: id, images, messages); the first picture of a row is grounded.
+Rows are the project's (`data/rows.py`: id, images, messages); the first picture of a row is grounded.
 """
 
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
@@ -20,39 +18,6 @@ from agevlm.data.rows import IMAGE_PLACEHOLDER
 from agevlm.images import open_header, open_image
 
 from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY
-
-
-def load_table(name: str, split: str | None = None, revision: str | None = None) -> Dataset:
-    """A data set, memory-mapped, its pictures left undecoded.
-
-    Args:
-        name: Parquet file, folder with Parquet files or of `save_to_disk`, or repository.
-        split: of a repository, or of a folder with a card (default: `train`, or the only one).
-
-    Raises:
-        ValueError: there is none of that name, or it has several splits.
-    """
-    path = Path(name)
-    try:
-        if path.is_file():
-            found: Any = load_dataset("parquet", data_files={"train": str(path)})
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = load_from_disk(name)
-        elif path.is_dir() and not (path / "README.md").is_file():
-            files = sorted(str(file) for file in path.glob("*.parquet"))
-            if not files:
-                raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
-            found = load_dataset("parquet", data_files={"train": files})
-        else:
-            found = load_dataset(name, revision=revision)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{name} is neither a file or folder of rows nor a data set of the Hub: {error}") from error
-    if not isinstance(found, Dataset):
-        chosen = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
-        if chosen not in found:
-            raise ValueError(f"{name} has no split {chosen!r}; use one of {', '.join(found)}")
-        found = found[chosen]
-    return found.with_format(None)
 
 
 class Undecoded(Sequence[dict[str, Any]]):

@@ -89,15 +89,21 @@ def build_scenes(
 
 
 def load_rows(
-    folder: str | Path, part: Literal["captions", "instructions"], mask_fraction: float = 1.0, seed: int = 0
+    folder: str | Path,
+    part: Literal["captions", "instructions"],
+    mask_fraction: float = 1.0,
+    seed: int = 0,
+    masks: Dataset | None = None,
 ) -> Dataset:
     """Training rows of a folder of scenes with their `guidance` column.
 
     `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere. Where
-    there are fewer masks, all are used."""
+    there are fewer masks, all are used. `masks`: in place of those that were drawn with the scenes."""
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; use one of {', '.join(PARTS)}")
-    rows, masks = (_read(Path(folder) / path) for path in (f"{part}/train.parquet", f"masks/{part}.parquet"))
+    rows = _read(Path(folder) / part / "train.parquet")
+    if masks is None:
+        masks = _read(Path(folder) / "masks" / f"{part}.parquet")
     return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(masks)), seed)
 
 
