@@ -300,7 +300,7 @@ def test_the_page_needs_nothing_else_and_escapes_texts(tmp_path):
         "9.9",
         "1e-3",
         "0123456789ab",
-        "1 claims were not run",
+        "Claims not run: 1",
         "AGE-VLM",
     )
     for expected in (*told, *(f"because {claim['verdict']}" for claim in made)):

@@ -77,12 +77,8 @@ class Start:
     @property
     def name(self) -> str:
         """Its folder."""
-        parts = [
-            "start",
-            *({"no": [], "equal": ["twin"], "small": ["small", "twin"]}[self.twin]),
-            *([self.layers] if self.layers != "default" else []),
-        ]
-        return "-".join(parts)
+        twin = {"no": "", "equal": "-twin", "small": "-small-twin"}[self.twin]
+        return f"start{twin}" + ("" if self.layers == "default" else f"-{self.layers}")
 
 
 @dataclass(frozen=True)
