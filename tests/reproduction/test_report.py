@@ -63,7 +63,7 @@ def scenes(tmp_path_factory) -> Path:
     size = SIZES["tiny"]
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
     return build_scenes(
-        folder, captions=2, instructions=2, test=12, names=size.names, colours=size.colours, progress=False
+        folder, captions=2, instructions=2, test=12, names=size.names, colors=size.colors, progress=False
     )
 
 
@@ -244,7 +244,7 @@ def test_charts_average_what_they_cannot_draw(values):
         assert mean.mean() == pytest.approx(np.mean(values), abs=1e-9)
 
 
-def test_a_chart_takes_its_colours_from_the_page():
+def test_a_chart_takes_its_colors_from_the_page():
     points = [(1, 2.0), (10, 1.0)]
     lines = {"none": [[]], "one": [points], "two": [points, [(1, 3.0), (10, 0.0)]]}
     svg = line_chart("losses & <more>", lines, {"align": 0.0}, percent=True)

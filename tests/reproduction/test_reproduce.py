@@ -118,6 +118,7 @@ def test_the_quickstarts_rows_differ_in_guidance_alone(size):
 
 def test_rows_are_chosen_by_name_or_group():
     assert [row.name for row in choose_rows(["max", "guidance"])] == ["guided-4", "max"]
+    assert choose_rows(["Normalisation"]) == choose_rows(["normalization"]) == [ROWS["max"]]
     assert choose_rows(None) == list(ROWS.values())
     with pytest.raises(ValueError, match=r"called sum.*agevlm"):
         choose_rows(["sum"])

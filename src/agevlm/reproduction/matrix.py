@@ -137,7 +137,7 @@ ROWS = {
         Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
         Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
         Row("no-stage-1", "without stage 1", "Stages", stages=(2, 3, 4)),
-        Row("max", "attention divided by its maximum", "Normalisation", settings={"guidance_normalization": "max"}),
+        Row("max", "attention divided by its maximum", "Normalization", settings={"guidance_normalization": "max"}),
         Row("layers-first", "the first cross block alone", "Cross layers", start=Start("first")),
         Row("layers-last", "the last cross block alone", "Cross layers", start=Start("last")),
         Row("layers-every", "a cross block after every layer", "Cross layers", start=Start("every")),
@@ -165,7 +165,7 @@ def choose_rows(names: Iterable[str] | None) -> list[Row]:
     """
     if names is None:
         return list(ROWS.values())
-    wanted = {name.lower() for name in names}
+    wanted = {name.lower().replace("isation", "ization") for name in names}  # its spelling before
     known = {"quickstart", *ROWS, *(row.group.lower() for row in ROWS.values())}
     if unknown := sorted(wanted - known):
         raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
