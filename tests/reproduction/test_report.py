@@ -15,7 +15,14 @@ from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import load_scenes
 from agevlm.reproduction import report
-from agevlm.reproduction.charts import MOST_POINTS, line_chart, over_seeds
+from agevlm.reproduction.charts import (
+    MOST_POINTS,
+    language_model_loss,
+    line_chart,
+    over_seeds,
+    stage_starts,
+    timeline,
+)
 from agevlm.reproduction.claims import (
     BETTER,
     FAILS,
@@ -56,7 +63,7 @@ def scenes(tmp_path_factory) -> Path:
     size = SIZES["tiny"]
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
     return build_scenes(
-        folder, captions=2, instructions=2, test=12, names=size.names, colours=size.colours, progress=False
+        folder, captions=2, instructions=2, test=12, names=size.names, colors=size.colors, progress=False
     )
 
 
@@ -69,8 +76,8 @@ def write_measured(folder: Path, scenes: Path, mass: float, skipped: int = 0) ->
         for index, row in enumerate(rows):
             bad = benchmark.name == "pope" and index < skipped
             unread = benchmark.name == "pope" and index == len(rows) - 1
-            said = "" if unread else benchmark.gold(row)
-            lines.append({"id": row["id"], "output": said, "verdict": "skipped" if bad else "correct"})
+            parsed = None if unread else benchmark.parse(row, benchmark.gold(row))
+            lines.append({"id": row["id"], "parsed": parsed, "verdict": "skipped" if bad else "correct"})
             if row["mask"] is not None:
                 looks = {"in_mask_mass": [mass, mass / 2], "pointing_accuracy": [1.0, 0.0]}
                 blind = {"in_mask_mass": 0.1, "pointing_accuracy": 0.2}
@@ -220,10 +227,10 @@ def test_stages_follow_each_other_and_guidance_is_taken_out_of_the_loss():
             entry.update(loss=entry["loss"] + 1, guidance_loss=1.0)
         return list(zip(recipes, logs, strict=True))
 
-    assert list(report.stage_starts(stages(True)).values()) == [0, 10]
-    points = report.timeline(stages(True), report.language_model_loss)
+    assert list(stage_starts(stages(True)).values()) == [0, 10]
+    points = timeline(stages(True), language_model_loss)
     assert [step for step, _ in points] == [5, 10, 15, 20]
-    unguided = report.timeline(stages(False), report.language_model_loss)
+    unguided = timeline(stages(False), language_model_loss)
     assert [value for _, value in points] == pytest.approx([value for _, value in unguided])
 
 
@@ -237,7 +244,7 @@ def test_charts_average_what_they_cannot_draw(values):
         assert mean.mean() == pytest.approx(np.mean(values), abs=1e-9)
 
 
-def test_a_chart_takes_its_colours_from_the_page():
+def test_a_chart_takes_its_colors_from_the_page():
     points = [(1, 2.0), (10, 1.0)]
     lines = {"none": [[]], "one": [points], "two": [points, [(1, 3.0), (10, 0.0)]]}
     svg = line_chart("losses & <more>", lines, {"align": 0.0}, percent=True)
@@ -300,7 +307,7 @@ def test_the_page_needs_nothing_else_and_escapes_texts(tmp_path):
         "9.9",
         "1e-3",
         "0123456789ab",
-        "1 claims were not run",
+        "Claims not run: 1",
         "AGE-VLM",
     )
     for expected in (*told, *(f"because {claim['verdict']}" for claim in made)):

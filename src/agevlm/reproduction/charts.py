@@ -1,10 +1,19 @@
-"""Line charts as inline SVG that takes its colors from the page, light or dark; no scripts."""
+"""Training curves as inline SVG that takes its colors from the page, light or dark; no scripts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from agevlm.training.stages.recipe import StageRecipe
+
+from .matrix import ROWS
+from .scores import Found
 
 
 MOST_POINTS = 120
@@ -72,3 +81,57 @@ def line_chart(
     for color, variable in _COLORS.items():
         svg = svg.replace(color, f"var(--{variable})")
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+
+
+def language_model_loss(entry: Mapping[str, Any], guidance_weight: float) -> float | None:
+    """The logged `loss` without its guidance term, so that guided and unguided rows compare."""
+    if "loss" not in entry:
+        return None
+    return entry["loss"] - guidance_weight * entry.get("guidance_loss", 0.0)
+
+
+# Title, what reads a log entry (given the stage's guidance weight), whether it is a share.
+CURVES: tuple[tuple[str, Callable[[Mapping[str, Any], float], float | None], bool], ...] = (
+    ("Language-model loss", language_model_loss, False),
+    ("Guidance loss (Eq. 3)", lambda entry, _: entry.get("guidance_loss"), False),
+    ("Attention inside the mask", lambda entry, _: entry.get("in_mask_mass"), True),
+)
+Stage = tuple[StageRecipe, list[dict[str, Any]]]  # a recipe and the trainer's log
+
+
+def timeline(stages: Sequence[Stage], read: Callable[[Mapping[str, Any], float], float | None]) -> list[Any]:
+    """(step, value) over all stages of a run, each stage's steps counted on from the last one's."""
+    points = []
+    for (recipe, log), start in zip(stages, stage_starts(stages).values(), strict=True):
+        for entry in log:
+            value = read(entry, recipe.training["guidance_weight"])
+            if value is not None:
+                points.append((start + entry["step"], float(value)))
+    return points
+
+
+def stage_starts(stages: Sequence[Stage]) -> dict[str, int]:
+    starts, start = {}, 0
+    for recipe, log in stages:
+        starts[recipe.name] = start
+        start += max((entry["step"] for entry in log), default=0)
+    return starts
+
+
+def draw_charts(found: Found, rows: Sequence[str]) -> list[dict[str, Any]]:
+    """{title, lines (their names), svg} of every curve that was logged, with a line for each row."""
+    logs: dict[str, list[list[Stage]]] = {}
+    for name in rows:
+        runs = found[name].values()
+        logs[ROWS[name].title] = [[(recipe, _log(folder)) for recipe, folder in run.stages] for run in runs]
+    starts = stage_starts(next(iter(logs.values()))[0])
+    drawn: list[dict[str, Any]] = []
+    for title, read, percent in CURVES:
+        lines = {name: [timeline(stages, read) for stages in runs] for name, runs in logs.items()}
+        if any(any(seeds) for seeds in lines.values()):
+            drawn.append({"title": title, "lines": list(lines), "svg": line_chart(title, lines, starts, percent)})
+    return drawn
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

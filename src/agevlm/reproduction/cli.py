@@ -38,7 +38,7 @@ def reproduce(argv: list[str] | None = None) -> None:
 
     agevlm reproduce --dry-run                                       # the matrix and its runs
     agevlm reproduce --seeds 0 1 2 --only main --output runs/quickstart
-    agevlm reproduce --only guidance normalisation                   # more rows into the same folder
+    agevlm reproduce --only guidance normalization                   # more rows into the same folder
 
     Several calls may work on one folder: each waits for a run that another one is doing. A call uses the first
     accelerator, or the one that CUDA_VISIBLE_DEVICES names.

@@ -11,10 +11,10 @@ start on, and the first row of the matrix that needs an address names its folder
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from agevlm.training import stages
 from agevlm.training.parts import COLORS, NAMES
@@ -77,12 +77,8 @@ class Start:
     @property
     def name(self) -> str:
         """Its folder."""
-        parts = [
-            "start",
-            *({"no": [], "equal": ["twin"], "small": ["small", "twin"]}[self.twin]),
-            *([self.layers] if self.layers != "default" else []),
-        ]
-        return "-".join(parts)
+        twin = {"no": "", "equal": "-twin", "small": "-small-twin"}[self.twin]
+        return f"start{twin}" + ("" if self.layers == "default" else f"-{self.layers}")
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,9 @@ class Row:
         group: what is varied.
         guided: stages with guidance.
         stages: stages that run.
-        normalisation: of the attention in Eq. 3.
-        mask_fraction: share of the guided stages' rows that bring their mask; None: the size's.
+        settings: of the guided stages' recipes (`StageRecipe.override`) where they are not the size's.
         query: whose attention is guided (t_q of Eq. 3): all words of the text, or those from the first to the last
-            thing or colour that it names.
+            thing or color that it names.
         start: what stage 1 starts from.
     """
 
@@ -106,8 +101,7 @@ class Row:
     group: str
     guided: tuple[int, ...] = (3,)
     stages: tuple[int, ...] = (1, 2, 3, 4)
-    normalisation: str = "sum"
-    mask_fraction: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     query: Query = "text"
     start: Start = Start()
 
@@ -143,13 +137,13 @@ ROWS = {
         Row("guided-4", "guided in stage 4 alone", "Guidance", guided=(4,)),
         Row("no-stage-2", "without stage 2", "Stages", stages=(1, 3, 4)),
         Row("no-stage-1", "without stage 1", "Stages", stages=(2, 3, 4)),
-        Row("max", "attention divided by its maximum", "Normalisation", normalisation="max"),
+        Row("max", "attention divided by its maximum", "Normalization", settings={"guidance_normalization": "max"}),
         Row("layers-first", "the first cross block alone", "Cross layers", start=Start("first")),
         Row("layers-last", "the last cross block alone", "Cross layers", start=Start("last")),
         Row("layers-every", "a cross block after every layer", "Cross layers", start=Start("every")),
         Row("query-things", "guided words: the things named", "Query tokens (t_q)", query="things"),
-        Row("masks-10", "masks on 10 % of the rows", "Masks", mask_fraction=0.1),
-        Row("masks-1", "masks on 1 % of the rows", "Masks", mask_fraction=0.01),
+        Row("masks-10", "masks on 10 % of the rows", "Masks", settings={"mask_fraction": 0.1}),
+        Row("masks-1", "masks on 1 % of the rows", "Masks", settings={"mask_fraction": 0.01}),
         Row("no-stage-3", "without stage 3, guided in 4", "Stages", stages=(1, 2, 4), guided=(4,)),
         Row("no-stage-4", "without stage 4", "Stages", stages=(1, 2, 3)),
     )
@@ -171,7 +165,7 @@ def choose_rows(names: Iterable[str] | None) -> list[Row]:
     """
     if names is None:
         return list(ROWS.values())
-    wanted = {name.lower() for name in names}
+    wanted = {name.lower().replace("isation", "ization") for name in names}  # its spelling before
     known = {"quickstart", *ROWS, *(row.group.lower() for row in ROWS.values())}
     if unknown := sorted(wanted - known):
         raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
@@ -209,10 +203,8 @@ def _addressed(row: Row, size: str) -> list[tuple[str, StageRecipe, Query]]:
         recipe = STAGES[stage](size=size, variant=_variant(stage, row.guided))
         longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
-        if guided and row.normalisation != "sum":
-            recipe = recipe.override(guidance_normalization=row.normalisation)
-        if guided and row.mask_fraction is not None:
-            recipe = recipe.override(mask_fraction=row.mask_fraction)
+        if guided:
+            recipe = recipe.override(**row.settings)
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
         identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])

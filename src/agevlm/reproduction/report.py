@@ -1,7 +1,7 @@
 """What a reproduction found, as `report.html` (one file that needs nothing else), `report.json` and `report.md`.
 
-`SECTIONS` and `CURVES` say what the page shows, one line each. `report.md` and the pictures that it shows are made to
-be copied.
+`SECTIONS` says what the page shows, and `CURVES` in `charts.py` which curves. `report.md` and the pictures that it
+shows are made to be copied.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from agevlm.analysis.attention import Example, Panel, write_examples
 from agevlm.analysis.figures import save_rows
@@ -26,9 +24,8 @@ from agevlm.images import data_address, open_image, save_image
 from agevlm.models import load
 from agevlm.store import read_json, write_json, write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
-from agevlm.training.stages.recipe import StageRecipe
 
-from .charts import line_chart
+from .charts import draw_charts
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
 from .matrix import GUIDED, GUIDED_TWICE, MAIN, ROWS, SIZES, TWIN, chain
 from .prepare import SPLIT
@@ -61,14 +58,13 @@ class Material:
     """Everything that the page is made of.
 
     Args:
-        similarity, padding: row -> what that file of each seed says.
+        files: name of a file of measurements -> row -> what it says for each seed.
         main: the rows that tables and curves compare.
     """
 
     found: Found
     scores: Scores
-    similarity: Mapping[str, list[Any]]
-    padding: Mapping[str, list[Any]]
+    files: Mapping[str, Mapping[str, list[Any]]]
     examples: Sequence[Example]
     main: Sequence[str]
 
@@ -143,7 +139,16 @@ def ablation_lines(material: Material) -> Lines:
     return lines
 
 
-def _spread(values: Sequence[float | None], digits: int = 3) -> str:
+def file_lines(file: str, columns: Mapping[str, Callable[[Any], float | None]], digits: int, m: Material) -> Lines:
+    """One line per row: a file of each seed, read by every column, as mean over seeds (lowest to highest)."""
+    lines = [["", *columns, "seeds"]]
+    for name, entries in m.files[file].items():
+        cells = [_spread([read(entry) for entry in entries], digits) for read in columns.values()]
+        lines.append([ROWS[name].title, *cells, str(len(entries))])
+    return lines
+
+
+def _spread(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -151,28 +156,24 @@ def _spread(values: Sequence[float | None], digits: int = 3) -> str:
     return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 
 
-def similarity_lines(material: Material) -> Lines:
-    lines = [["", "matched", "mismatched", "overlap", "AUROC", "AUROC, centred", "AUROC, query and key", "seeds"]]
-    for name, entries in material.similarity.items():
-        heads = [entry["headline"] for entry in entries]
-        centred = [
-            next(e["auroc"] for e in entry["measures"]["centred"] if e["layer"] == entry["headline"]["layer"])
-            for entry in entries
-        ]
-        keys = [entry["measures"]["qk_cosine"][-1]["auroc"] for entry in entries]
-        means = [_spread([head[side]["mean"] for head in heads]) for side in ("matched", "mismatched")]
-        apart = [_spread([head[name] for head in heads]) for name in ("overlap", "auroc")]
-        lines.append([ROWS[name].title, *means, *apart, _spread(centred), _spread(keys), str(len(entries))])
-    return lines
+def _centred_auroc(entry: Any) -> float:
+    return next(e["auroc"] for e in entry["measures"]["centred"] if e["layer"] == entry["headline"]["layer"])
 
 
-def padding_lines(material: Material) -> Lines:
-    variants = ("own", "pad", "stretch", "crop")
-    lines = [["", *variants, "seeds"]]
-    for name, entries in material.padding.items():
-        cells = [_spread([entry["variants"][variant]["enrichment"] for entry in entries], 2) for variant in variants]
-        lines.append([ROWS[name].title, *cells, str(len(entries))])
-    return lines
+SIMILARITIES: dict[str, Callable[[Any], float | None]] = {
+    "matched": lambda entry: entry["headline"]["matched"]["mean"],
+    "mismatched": lambda entry: entry["headline"]["mismatched"]["mean"],
+    "overlap": lambda entry: entry["headline"]["overlap"],
+    "AUROC": lambda entry: entry["headline"]["auroc"],
+    "AUROC, centred": _centred_auroc,
+    "AUROC, query and key": lambda entry: entry["measures"]["qk_cosine"][-1]["auroc"],
+}
+ENRICHMENTS: dict[str, Callable[[Any], float | None]] = {
+    "own": lambda entry: entry["variants"]["own"]["enrichment"],
+    "pad": lambda entry: entry["variants"]["pad"]["enrichment"],
+    "stretch": lambda entry: entry["variants"]["stretch"]["enrichment"],
+    "crop": lambda entry: entry["variants"]["crop"]["enrichment"],
+}
 
 
 def example_lines(material: Material) -> Lines:
@@ -246,7 +247,7 @@ SECTIONS = (
         "Mean over seeds (lowest to highest). Cosines of the headline layer: the last one of a concatenating model, "
         "the last cross block of ours. AUROC 0.5: matched and mismatched pairs cannot be told apart. Paper: ConvLLaVA "
         "0.96 to 0.98 for both. Histograms: the first seed.",
-        similarity_lines,
+        partial(file_lines, SIMILARITY, SIMILARITIES, 3),
         ("similarity.png", draw_histograms),
     ),
     Section(
@@ -254,7 +255,7 @@ SECTIONS = (
         "Attention on padded cells over their share of the area (enrichment), mean over seeds (lowest to highest): "
         "`own` is the processor as it is, which masks empty cells; under `pad` nobody tells the model; under "
         "`stretch` and `crop` the same cells show picture.",
-        padding_lines,
+        partial(file_lines, PADDING, ENRICHMENTS, 2),
     ),
     Section(
         "Tables 3 to 6's analogue: answers and attention",
@@ -273,63 +274,6 @@ SECTIONS = (
         ("looking.png", draw_looks),
     ),
 )
-
-
-# -- training curves --------------------------------------------------------------------------------------------------
-
-
-def language_model_loss(entry: Mapping[str, Any], guidance_weight: float) -> float | None:
-    """The logged `loss` without its guidance term, so that guided and unguided rows compare."""
-    if "loss" not in entry:
-        return None
-    return entry["loss"] - guidance_weight * entry.get("guidance_loss", 0.0)
-
-
-# Title, what reads a log entry (given the stage's guidance weight), whether it is a share.
-CURVES: tuple[tuple[str, Callable[[Mapping[str, Any], float], float | None], bool], ...] = (
-    ("Language-model loss", language_model_loss, False),
-    ("Guidance loss (Eq. 3)", lambda entry, _: entry.get("guidance_loss"), False),
-    ("Attention inside the mask", lambda entry, _: entry.get("in_mask_mass"), True),
-)
-Stage = tuple[StageRecipe, list[dict[str, Any]]]  # a recipe and the trainer's log
-
-
-def timeline(stages: Sequence[Stage], read: Callable[[Mapping[str, Any], float], float | None]) -> list[Any]:
-    """(step, value) over all stages of a run, each stage's steps counted on from the last one's."""
-    points = []
-    for (recipe, log), start in zip(stages, stage_starts(stages).values(), strict=True):
-        for entry in log:
-            value = read(entry, recipe.training["guidance_weight"])
-            if value is not None:
-                points.append((start + entry["step"], float(value)))
-    return points
-
-
-def stage_starts(stages: Sequence[Stage]) -> dict[str, int]:
-    starts, start = {}, 0
-    for recipe, log in stages:
-        starts[recipe.name] = start
-        start += max((entry["step"] for entry in log), default=0)
-    return starts
-
-
-def draw_charts(material: Material) -> list[dict[str, Any]]:
-    """{title, lines (their names), svg} of every curve that was logged."""
-    logs: dict[str, list[list[Stage]]] = {}
-    for name in material.main:
-        runs = material.found[name].values()
-        logs[ROWS[name].title] = [[(recipe, _log(folder)) for recipe, folder in run.stages] for run in runs]
-    starts = stage_starts(next(iter(logs.values()))[0])
-    drawn: list[dict[str, Any]] = []
-    for title, read, percent in CURVES:
-        lines = {name: [timeline(stages, read) for stages in runs] for name, runs in logs.items()}
-        if any(any(seeds) for seeds in lines.values()):
-            drawn.append({"title": title, "lines": list(lines), "svg": line_chart(title, lines, starts, percent)})
-    return drawn
-
-
-def _log(folder: Path) -> list[dict[str, Any]]:
-    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -394,10 +338,10 @@ def write_report(
         raise ValueError(f"{output}: no row has been trained and measured, so there is nothing to report")
     main = [name for name in found if ROWS[name].group == MAIN] or list(found)[:4]
     examples = draw_examples(found, main, scenes, output / "examples")
-    read = partial(_read_all, found)
-    material = Material(found, read_scores(found, scenes), read(SIMILARITY), read(PADDING), examples, main)
+    files = {name: _read_all(found, name) for name in (SIMILARITY, PADDING)}
+    material = Material(found, read_scores(found, scenes), files, examples, main)
     made = [section for section in (_made(section, material, output) for section in SECTIONS) if section["lines"][1:]]
-    decided = claims(material.scores, material.similarity, material.padding)
+    decided = claims(material.scores, files[SIMILARITY], files[PADDING])
     page: dict[str, Any] = {
         "title": f"AGE-VLM reproduction, size {size}",
         "summary": summary(decided),
@@ -409,7 +353,7 @@ def write_report(
         "seconds": dict(seconds),
     }
     numbers = {name: {title: n.as_json() for title, n in by.items()} for name, by in material.scores.numbers.items()}
-    write_text(output / "report.html", html({**page, "charts": draw_charts(material)}, output))
+    write_text(output / "report.html", html({**page, "charts": draw_charts(found, main)}, output))
     write_json(output / "report.json", {**page, "numbers": numbers}, indent=1)
     write_text(output / "report.md", markdown(page["title"], page["settings"], decided, made))
 

@@ -6,6 +6,7 @@ questions (of the mean over seeds, each question in all seeds at once), in paren
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,11 @@ class Number:
     seeds: dict[int, Measure]
     units: np.ndarray
 
-    @property
+    @cached_property
     def over_seeds(self) -> Measure:
         return mean(list(self.seeds.values()))
 
-    @property
+    @cached_property
     def interval(self) -> list[float]:
         return interval(self.over_seeds, self.units)
 
