@@ -15,7 +15,7 @@ from agevlm.training import train
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage4_instruct
-from builders import tiny_model, tiny_processor
+from builders import save_tiny
 from vlms import llava
 
 
@@ -26,9 +26,7 @@ CODE = ("auto_map", "custom_pipelines", "custom_generate")
 
 @pytest.fixture
 def folder(tmp_path):
-    for part in (tiny_model(), tiny_processor()):
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny(tmp_path / "model")
 
 
 def hostile(folder: Path) -> Path:
@@ -87,8 +85,7 @@ def test_it_is_not_saved_on(folder, tmp_path):
 
 def test_it_is_not_saved_on_of_other_models(tmp_path):
     subject = llava()
-    for part in (subject.model, subject.processor):
-        part.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", subject.model, subject.processor)
     for part in load(hostile(tmp_path / "model")):
         part.save_pretrained(tmp_path / "saved")
     assert code_named(tmp_path / "saved") == set()

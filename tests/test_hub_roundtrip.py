@@ -16,7 +16,7 @@ from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.init import RECORD_FILE
-from builders import picture, tiny_model, tiny_processor
+from builders import picture, save_tiny
 
 
 REPO = "org/agevlm"
@@ -38,8 +38,7 @@ def published(tmp_path_factory):
     """A Hub with stage 1, and stage 2 which has started from it there; with the folder that holds both runs."""
     folder = tmp_path_factory.mktemp("roundtrip")
     start = folder / "start"
-    tiny_model().save_pretrained(start)
-    tiny_processor().save_pretrained(start)
+    save_tiny(start)
     made = {
         "language_model": {"source": "meta-llama/Llama-3.2-1B-Instruct", "revision": "abc"},
         "vision_tower": {"source": "tower.safetensors", "revision": None},

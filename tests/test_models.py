@@ -32,7 +32,7 @@ from agevlm.training.cli import init
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.train import main as train
-from builders import picture, tiny_model, tiny_processor, tiny_tokenizer
+from builders import picture, save_tiny, tiny_model, tiny_processor, tiny_tokenizer
 from damages import (
     ALL,
     CONFIG,
@@ -60,9 +60,7 @@ QUESTION = "Is there a red apple?"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "model"
-    for part in (tiny_model(), tiny_processor()):
-        part.save_pretrained(folder)
-    return folder
+    return save_tiny(folder)
 
 
 @pytest.fixture
@@ -230,8 +228,7 @@ def test_the_command_line_prints_it(folder, tmp_path, capsys, monkeypatch):
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
     subject = llava()
-    for part in (subject.model, subject.processor):
-        part.save_pretrained(tmp_path / "llava")
+    save_tiny(tmp_path / "llava", subject.model, subject.processor)
     for way in (load, load_model):
         with pytest.raises(CheckpointError, match="llava is no AGE-VLM checkpoint: its model type is 'llava'"):
             way(tmp_path / "llava", ours=True)
@@ -249,8 +246,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
 def foreign(tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign") / "model"
     subject = smolvlm()
-    for part in (subject.model, subject.processor):
-        part.save_pretrained(folder)
+    save_tiny(folder, subject.model, subject.processor)
     return folder
 
 

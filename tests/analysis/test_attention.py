@@ -9,7 +9,7 @@ from PIL import Image as PilImage
 
 from agevlm.analysis.attention import attend, in_mask_mass, write_attention, write_examples
 from agevlm.analysis.cli import attention as main
-from builders import mask, picture, tiny_model, tiny_processor
+from builders import mask, picture, save_tiny, tiny_model, tiny_processor
 
 
 QUESTION = "Is there a red apple in the image?"
@@ -131,8 +131,7 @@ def test_examples_for_the_report(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "checkpoint")
-    tiny_processor().save_pretrained(tmp_path / "checkpoint")
+    save_tiny(tmp_path / "checkpoint")
     picture(100, 70).save(tmp_path / "photo.png")
     mask(100, 70).save(tmp_path / "mask.png")
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "photo.png"), QUESTION]

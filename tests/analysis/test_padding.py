@@ -12,7 +12,7 @@ from agevlm.analysis.cli import padding as main
 from agevlm.analysis.padding import mean_color, measure_padding, measure_picture, squared
 from agevlm.analysis.pairs import Pair
 from agevlm.analysis.resume import Parts
-from builders import mask, picture, tiny_model, tiny_processor
+from builders import mask, picture, save_tiny
 from vlms import EVERY, force, llava, ours
 
 
@@ -119,8 +119,7 @@ def test_an_interrupted_run_goes_on_past_a_picture_that_is_gone(tmp_path, monkey
 
 
 def test_command_line(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     rows = [
         {"id": str(i), "image": picture(120 + 30 * i, 40 + 10 * i, seed=i), "question": QUESTION} for i in range(3)
     ]

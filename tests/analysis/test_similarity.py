@@ -26,7 +26,7 @@ from agevlm.analysis.similarity import (
 )
 from agevlm.analysis.subjects import Subject
 from agevlm.stats import cohens_d, derangement, overlap, separation
-from builders import picture, tiny_model, tiny_processor
+from builders import picture, save_tiny, tiny_model
 from vlms import EVERY, llava, ours
 
 
@@ -337,8 +337,7 @@ def test_too_few_of_anything_is_said_at_once(option, least, capsys):
 
 
 def test_command_line(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     rows = [{"id": str(i), "image": pair.image, "question": pair.text, "mask": None} for i, pair in enumerate(PAIRS)]
     _write_rows(tmp_path / "rows.parquet", rows)
     main([str(tmp_path / "model"), str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "out"), "--seeds", "2"])

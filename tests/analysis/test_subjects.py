@@ -6,7 +6,7 @@ import torch
 from agevlm.analysis.attention import attend
 from agevlm.analysis.subjects import Subject
 from agevlm.models import load
-from builders import picture
+from builders import picture, save_tiny
 from vlms import fast_vlm, llava, ours, smolvlm
 
 
@@ -14,8 +14,7 @@ from vlms import fast_vlm, llava, ours, smolvlm
 def test_a_folder_gives_the_same_answers_and_looks(make, tmp_path):
     """A ConvNeXt tower knows no attention kernels, so none may be asked for."""
     subject = make()
-    for part in (subject.model, subject.processor):
-        part.save_pretrained(tmp_path)
+    save_tiny(tmp_path, subject.model, subject.processor)
     loaded = Subject(*load(tmp_path))
     assert not loaded.model.training
     assert loaded.concatenates == subject.concatenates

@@ -14,7 +14,7 @@ from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import validate_row
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
-from builders import tiny_model, tiny_processor
+from builders import save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,7 @@ def rows_of(folder: str) -> list[dict]:
 def test_the_corpus_of_bad_rows_trains_with_the_right_number_of_rows(tmp_path):
     """One row a step: the steps are the rows that survive. Long rows are not cut, so that none loses its picture."""
     source, cases = write_corpus(tmp_path / "corpus")
-    tiny_model().save_pretrained(tmp_path / "start")
-    tiny_processor().save_pretrained(tmp_path / "start")
+    save_tiny(tmp_path / "start")
     recipe = stage1_align.recipe(size="tiny").override(
         global_batch_size=1, per_device_train_batch_size=1, max_length=None, save_strategy="no", disable_tqdm=True
     )

@@ -10,7 +10,7 @@ from agevlm.evaluation.lmms.tasks import utils
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import evaluate_scenes
 from agevlm.evaluation.tables import lookup
-from builders import tiny_model, tiny_processor
+from builders import save_tiny, tiny_model, tiny_processor
 
 
 TASKS = Path(__file__).resolve().parents[2] / "src" / "agevlm" / "evaluation" / "lmms" / "tasks"
@@ -45,8 +45,7 @@ def test_lmms_eval_gives_our_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
     scenes = build_scenes(tmp_path / "scenes", captions=1, instructions=1, test=12, size=96, progress=False)
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "utils.py").write_text((TASKS / "utils.py").read_text(encoding="utf-8"), encoding="utf-8")
     for name, protocols in BENCHMARKS.items():

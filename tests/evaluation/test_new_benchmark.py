@@ -10,7 +10,7 @@ from agevlm.evaluation.benchmark import Column, Source
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.leaderboard import read_metrics, results_page
 from agevlm.evaluation.registry import BENCHMARKS
-from builders import picture, tiny_model, tiny_processor
+from builders import picture, save_tiny
 
 
 # Questions about colors in a format of their own: other columns, rows numbered by two fields, the category in the
@@ -46,8 +46,7 @@ def test_one_value_and_one_line_are_enough(tmp_path, monkeypatch, capsys):
             {"page": index // 2, "line": index % 2, "image": f"{index}.png", "ask": "Is it red?", "say": answer}
         )
     (folder / "colors_of_things.json").write_text(json.dumps(rows))
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     command = [str(tmp_path / "model"), "--benchmarks", "colors", "--data", str(folder), "--max-new-tokens", "2"]
     main([*command, "--output", str(tmp_path / "out")])
 

@@ -11,7 +11,7 @@ import pytest
 
 from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.cli import evaluate as main
-from builders import tiny_model, tiny_processor
+from builders import save_tiny
 
 
 ROWS = 8
@@ -21,8 +21,7 @@ ROWS = 8
 def place(tmp_path_factory):
     """A model, scenes, and what one process makes of them."""
     folder = tmp_path_factory.mktemp("processes")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_processor().save_pretrained(folder / "model")
+    save_tiny(folder / "model")
     build_scenes(folder / "scenes", captions=1, instructions=1, test=ROWS, size=64, progress=False)
     main(arguments(folder, "one", batch_size=8))
     return folder

@@ -21,7 +21,7 @@ from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
 from agevlm.models import weights_digest
 from agevlm.store import read_lines, write_json
-from builders import tiny_model, tiny_processor
+from builders import save_tiny, tiny_model, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +47,7 @@ def folder(tmp_path_factory):
     """`out`, what `agevlm eval` made of the tiny checkpoint and a random one, and what it was given."""
     folder = tmp_path_factory.mktemp("run")
     build_scenes(folder / "scenes", captions=1, instructions=1, test=ROWS, size=96, max_objects=3, progress=False)
-    tiny_model().save_pretrained(folder / "random")
-    tiny_processor().save_pretrained(folder / "random")
+    save_tiny(folder / "random")
     rows = load_benchmark(folder / "scenes", "composition", "pope").filter(lambda row: row["mask"] is not None)
     rows.select_columns(["image", "question", "mask"]).to_parquet(folder / "masks.parquet")
     with pytest.MonkeyPatch.context() as patch:

@@ -29,25 +29,21 @@ def photo(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb_png(width: int = 30_000, height: int = 30_000) -> bytes:
     """A PNG of a few bytes that claims 900 million pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def write_pictures(root: Path, outside: Path) -> None:
@@ -109,7 +105,7 @@ def corpus(outside: Path) -> list[Case]:
     def picture(path: Any, kinds: str | tuple[str, ...], kept: bool, name: str | None = None) -> None:
         add(name or str(path), kinds, kept, image=path)
 
-    text_only = turns("Hello?")
+    text_only, brief = turns("Hello?"), {"from": "system", "value": "Be brief."}
     # Good rows, among them what only looks odd
     add("good", (), True)
     add("text only", (), True, image=..., conversations=text_only)
@@ -118,19 +114,11 @@ def corpus(outside: Path) -> list[Case]:
     add("two pictures", (), True, image=["pictures/good.jpg", "./pictures/good2.jpg"],
         conversations=turns("Compare <image> with <image>."))  # fmt: skip
     add("placeholder behind the question", (), True, conversations=turns("What is this?\n<image>"))
-    add("system turn first", (), True, conversations=[{"from": "system", "value": "Be brief."}, *turns()])
-    add(
-        "unicode",
-        (),
-        True,
-        conversations=turns("<image>\n\u202eاسم؟ e\u0301 👩‍👩‍👧 \u200b", "日本語 🎉 \u2028 ¯\\_(ツ)_/¯"),
-    )
-    add(
-        "BOM in a line",
-        (),
-        True,
-        line=b"\xef\xbb\xbf" + json.dumps({"id": "bom", "conversations": text_only}).encode(),
-    )
+    add("system turn first", (), True, conversations=[brief, *turns()])
+    odd = turns("<image>\n\u202eاسم؟ e\u0301 👩‍👩‍👧 \u200b", "日本語 🎉 \u2028 ¯\\_(ツ)_/¯")
+    add("unicode", (), True, conversations=odd)
+    bom = b"\xef\xbb\xbf" + json.dumps({"id": "bom", "conversations": text_only}).encode()
+    add("BOM in a line", (), True, line=bom)
     add("rgba", (), True, image="pictures/rgba.png")
     # The file
     add("no JSON", "invalid_json", False, line=b'{"id": "x", "conversations": [}')
@@ -162,16 +150,11 @@ def corpus(outside: Path) -> list[Case]:
     add("value a number", "bad_text", False, conversations=turns(answer=42))
     add("value null", "bad_text", False, conversations=turns(answer=None))
     add("value nested", "bad_text", False, conversations=turns(answer=[{"type": "video"}]))
-    add(
-        "system turn last",
-        "system_not_first",
-        False,
-        conversations=[*turns(), {"from": "system", "value": "Be brief."}],
-    )
+    add("system turn last", "system_not_first", False, conversations=[*turns(), brief])
     add("human twice", "turns_not_alternating", False, conversations=[turns()[0], *turns("Again?")])
     add("gpt first", "turns_not_alternating", False, conversations=turns()[::-1])
     add("ends with human", "no_answer", False, conversations=[*turns(), {"from": "human", "value": "And?"}])
-    add("system alone", "no_answer", False, image=..., conversations=[{"from": "system", "value": "Be brief."}])
+    add("system alone", "no_answer", False, image=..., conversations=[brief])
     add("empty answer", "empty_answer", False, conversations=turns(answer=" \n"))
     add("empty question", "empty_question", False, image=..., conversations=turns(""))
     add("NUL in a text", "nul_character", False, conversations=turns(answer="a\0b"))

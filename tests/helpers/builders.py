@@ -1,6 +1,7 @@
 """The one builder of everything tiny that the tests use: tokenizer, processor, model, pictures, rows."""
 
 import functools
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -102,6 +103,13 @@ def tiny_model(seed: int = 0, open_cross_blocks: bool = True, **config) -> AgeVl
                 if name.endswith("layer_scale_parameter"):
                     parameter.normal_(std=0.5)
     return model.eval()
+
+
+def save_tiny(folder: Path, model=None, processor=None) -> Path:
+    """A checkpoint of [`tiny_model`] and [`tiny_processor`], or of others; returns its folder."""
+    (model or tiny_model()).save_pretrained(folder)
+    (processor or tiny_processor()).save_pretrained(folder)
+    return folder
 
 
 def tiny_batch(model: AgeVlmForConditionalGeneration) -> dict[str, torch.Tensor]:

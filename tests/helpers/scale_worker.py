@@ -18,7 +18,7 @@ from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import stage3_ground
 from agevlm.training.train import end_processes
-from builders import tiny_processor
+from builders import save_tiny
 
 
 # 4 rows a step over two processes that take turns: one process with text alone, a step of text alone, masks on one
@@ -59,8 +59,7 @@ def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, cal
 
 def save_start(folder: Path) -> None:
     """What the stages start from."""
-    sharp_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder, sharp_model())
 
 
 def main() -> None:

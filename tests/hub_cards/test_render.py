@@ -15,7 +15,7 @@ from agevlm.hub_cards import read_facts, render_card, weights_fingerprint, write
 from agevlm.hub_cards.cli import main
 from agevlm.hub_cards.facts import count_parameters
 from agevlm.training.publish import published_files
-from builders import tiny_model, tiny_processor
+from builders import save_tiny, tiny_model
 
 
 FACTS = {
@@ -54,8 +54,7 @@ EVALUATION = {
 def folder(tmp_path) -> Path:
     """A finished stage as it lies on the disk."""
     folder = tmp_path / "stage3"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder)
     (folder / "agevlm_stage.json").write_text(json.dumps(FACTS))
     log = [
         {"step": step, "loss": 2 / step, "guidance_loss": 1 / step, "in_mask_mass": 0.1 * step} for step in (1, 2, 3)

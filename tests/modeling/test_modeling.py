@@ -67,9 +67,17 @@ def test_text_only_logits_equal_stock_llama_bit_for_bit(model, batch, implementa
         assert torch.equal(logits(model, **kwargs), logits(llama, **kwargs))
 
 
-def test_closed_cross_blocks_leave_the_llama_unchanged(batch, position):
-    model = tiny_model(open_cross_blocks=False, cross_attention_position=position)
-    assert torch.equal(logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"]))
+@pytest.mark.parametrize("settings", [{}, {"cross_attention_gate": "tanh", "cross_attention_qk_norm": True}], ids=str)
+def test_closed_cross_blocks_leave_the_llama_unchanged(batch, position, settings):
+    """By a projection of zeros, or by the gates of Mllama's preset."""
+    model = tiny_model(open_cross_blocks=False, cross_attention_position=position, **settings)
+    text = logits(stock_llama(model), input_ids=batch["input_ids"])
+    assert torch.equal(logits(model, **batch), text)
+    with torch.no_grad():
+        for block in model.model.language_model.cross_attention_layers:
+            opened = block.attn_gate if settings else block.cross_attn.o_proj.weight
+            opened.fill_(1.0)
+    assert not torch.equal(logits(model, **batch)[0], text[0])
 
 
 def test_rows_without_pictures_and_tokens_before_a_picture_get_exactly_nothing(model, batch):
@@ -251,15 +259,6 @@ def test_inputs_embeds_and_logits_to_keep(model, batch):
     whole = logits(model, **batch)
     assert torch.equal(logits(model, **inputs, inputs_embeds=embeds, cross_attention_mask=mask), whole)
     assert torch.equal(logits(model, **batch, logits_to_keep=2), whole[:, -2:])
-
-
-def test_mllama_preset_starts_as_the_llama_too(batch):
-    model = tiny_model(open_cross_blocks=False, cross_attention_gate="tanh", cross_attention_qk_norm=True)
-    assert torch.equal(logits(model, **batch), logits(stock_llama(model), input_ids=batch["input_ids"]))
-    with torch.no_grad():
-        for block in model.model.language_model.cross_attention_layers:
-            block.attn_gate.fill_(1.0)
-    assert not torch.equal(logits(model, **batch)[0], logits(stock_llama(model), input_ids=batch["input_ids"])[0])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
 from agevlm.serving.serve import build_app, open_data_urls
-from builders import picture, tiny_model, tiny_processor
+from builders import picture, save_tiny, tiny_model, tiny_processor
 
 
 pytestmark = [
@@ -36,8 +36,7 @@ def request(url: str, body: dict | None = None) -> str:
 def server(tmp_path_factory):
     """Address and checkpoint of a running server."""
     folder = tmp_path_factory.mktemp("checkpoint@1")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

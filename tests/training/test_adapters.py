@@ -15,7 +15,7 @@ from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.train import parse
-from builders import tiny_model, tiny_processor
+from builders import save_tiny, tiny_model
 
 
 FLAGS = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
@@ -29,9 +29,7 @@ def small_recipe(**changes) -> StageRecipe:
 
 @pytest.fixture
 def start(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
-    tiny_processor().save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
+    return save_tiny(tmp_path / "start")
 
 
 def run_adapters(start, output_dir, flags=FLAGS, callbacks=(), **changes):

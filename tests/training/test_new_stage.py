@@ -12,7 +12,7 @@ from agevlm.training.freezing import part_of
 from agevlm.training.stages import STAGES
 from agevlm.training.stages.recipe import CAMBRIAN_INSTRUCTIONS, build_recipe
 from agevlm.training.train import main
-from builders import tiny_model, tiny_processor
+from builders import save_tiny
 
 
 def polish(size: str = "paper", variant: str = "agevlm", freeze_self_attention: bool = False):
@@ -35,8 +35,7 @@ def test_a_recipe_and_two_lines_are_enough(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(STAGES, "stage5_polish", polish)
     monkeypatch.setattr(render, "STAGES", (*render.STAGES, (5, "stage5-polish", "projector", "language modeling")))
     start, out, scenes = tmp_path / "start", tmp_path / "out", tmp_path / "scenes"
-    tiny_model().save_pretrained(start)
-    tiny_processor().save_pretrained(start)
+    save_tiny(start)
     build_scenes(scenes, captions=4, instructions=16, test=4, size=96, max_objects=3, progress=False)
 
     planned = main(["stage5_polish", "--dry_run", "--freeze_self_attention", "--output_dir", str(tmp_path / "never")])

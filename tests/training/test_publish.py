@@ -28,7 +28,7 @@ from agevlm.training import publish
 from agevlm.training.cli import push as main
 from agevlm.training.lineage import read_lineage, write_lineage
 from agevlm.training.publish import PushError, publish_stage, published_files, push, read_record
-from builders import tiny_model, tiny_processor
+from builders import save_tiny, tiny_model
 
 
 NAMES = {1: "stage1_align", 2: "stage2_adapt_vision", 3: "stage3_ground", 4: "stage4_instruct"}
@@ -45,8 +45,7 @@ ESSENTIAL = {*MODEL, "agevlm_stage.json"}
 
 def make_stage(folder: Path, stage: int = 1, seed: int = 0, parent: dict | None = None) -> Path:
     """A finished stage, without the training."""
-    tiny_model(seed).save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder, tiny_model(seed))
     lineage = {
         "name": NAMES[stage],
         "stage": stage,

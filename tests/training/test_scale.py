@@ -182,8 +182,9 @@ def test_sharded_configurations_save_whole_weights_and_wrap_blocks_that_exist():
     assert fsdp["FSDP_VERSION"] == "2"
     assert fsdp["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
     wrapped = set(fsdp["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(","))
-    assert wrapped == set(AgeVlmForConditionalGeneration._no_split_modules)
-    assert wrapped <= {type(module).__name__ for module in tiny_model().modules()}
+    # accelerate refuses a class that the model does not have, such as that of layers with a cross block inside
+    present = {type(module).__name__ for module in tiny_model().modules()}
+    assert wrapped == present & set(AgeVlmForConditionalGeneration._no_split_modules)
     assert zero["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
     assert zero["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
 
