@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
-from agevlm.conversion.convert_vision import some
+from agevlm.conversion.convert_vision import describe_misfits, some
 from agevlm.conversion.sources import Source
 from agevlm.conversion.weights import Weights
 
@@ -145,24 +145,10 @@ def check_names(target: Target) -> dict[str, torch.Tensor]:
     """
     with torch.device("meta"):
         expected = target.model_class(target.config).state_dict()
-    available = {**dict.fromkeys(target.made), **target.origins}
-    wrong = []
-    for name, (weights, source) in target.origins.items():
-        shape = weights.shapes[source]
-        if name not in expected:
-            continue
-        wanted = tuple(expected[name].shape)
-        if name in GROWN:  # as published, before they grow
-            wanted = (target.num_words, *wanted[1:])
-        if shape != wanted:
-            wrong.append(f"{source} {list(shape)} instead of {list(wanted)}")
-    problems = {
-        "missing": [name for name in expected if name not in available],
-        "unexpected": [f"{source} of {weights.name}" for name, (weights, source) in target.origins.items()
-                       if name not in expected],
-        "of another shape": wrong,
-    }  # fmt: skip
-    if any(problems.values()):
-        told = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"The weights do not fit {target.model_class.__name__}. {told}.")
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in target.made}
+    wanted |= {name: (target.num_words, *wanted[name][1:]) for name in GROWN}  # as published, before they grow
+    found = {name: (f"{at} of {weights.name}", weights.shapes[at]) for name, (weights, at) in target.origins.items()}
+    misfits = describe_misfits(wanted, found)
+    if misfits:
+        raise ValueError(f"The weights do not fit {target.model_class.__name__}. {misfits}.")
     return expected

@@ -34,7 +34,7 @@ def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> It
         except BrokenProcessPool as error:
             raise ValueError(
                 f"a worker process ended before its work was done ({workers} workers): out of memory, a script "
-                'without `if __name__ == "__main__":`, or code from standard input. Run it again with fewer workers, or one.'
+                'without `if __name__ == "__main__":`, or code from standard input. Run it again with fewer.'
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
