@@ -196,9 +196,9 @@ def test_a_vocabulary_of_another_size_is_refused_not_grown(small, tmp_path, tabl
     )
 
 
-def test_quantised_weights_are_refused(small, tmp_path):
+def test_quantized_weights_are_refused(small, tmp_path):
     rewrite(small, lambda w: w | {"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)})
-    refuse(["mobilevlm-v2", small.folder], r"up_proj\.qweight \(I32\).*before it was quantised", tmp_path / "out")
+    refuse(["mobilevlm-v2", small.folder], r"up_proj\.qweight \(I32\).*before it was quantized", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

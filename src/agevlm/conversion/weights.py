@@ -68,7 +68,7 @@ def _read_dtypes(file: Path, names: list[str]) -> dict[str, torch.dtype]:
     if strange:
         raise ValueError(
             f"{file} holds {some(strange)}. Converted are weights of {', '.join(DTYPES)}: take the checkpoint before "
-            "it was quantised."
+            "it was quantized."
         )
     return {name: DTYPES[kind] for name, kind in stored.items()}
 
