@@ -127,7 +127,7 @@ def generation_config(config: LlamaConfig, processor: LlavaProcessor, num_words:
 
 
 def find_origins(weights: Weights, renames: tuple[tuple[str, str], ...]) -> dict[str, tuple[Weights, str]]:
-    """Name in the model -> where it comes from. A name that no rename explains stays as it is, to be told later."""
+    """Name in the model -> where it comes from. Names that no rename explains stay; `check_names` reports them."""
     origins = {}
     for source in weights:
         if re.fullmatch(LEFT_OUT, source):

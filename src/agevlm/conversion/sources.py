@@ -1,8 +1,8 @@
 """Published weights, from a folder or from the Hub, as safetensors. Never shipped.
 
 A part is found first, with its configuration but without its weights: that is enough to see whether it fits, whether
-its license has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses is
-told in one sentence that says what to do.
+its license has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses
+becomes one sentence that says what to do.
 
 Pickles are refused. The one way around it is `bins=True`, which `agevlm convert --read-bin` asks for: the published
 baselines have nothing else. Who reads such files, reads them with `torch.load(weights_only=True)`.

@@ -177,7 +177,7 @@ def _write_shard(chunk: Chunk) -> None:
             except BadRow as error:
                 if _strict:
                     raise ValueError(
-                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Mend it, or leave out "
+                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Correct it, or leave out "
                         "strict: then it is dropped and listed."
                     ) from None
                 counts[error.kind] += 1
