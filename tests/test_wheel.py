@@ -2,15 +2,12 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from servers import free_port, running
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,21 +91,7 @@ def test_quickstart_and_evaluation_run_outside_of_a_clone(installed):
 
 def test_the_demo_needs_no_model_outside_of_a_clone(installed):
     pytest.importorskip("gradio", reason="the packages of `pip install 'agevlm[demo]'` are missing")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{(port := free_port())}/"
     words = [sys.executable, "-P", "-m", "agevlm", "demo", "--port", str(port)]
-    with subprocess.Popen(words, cwd=installed.home, env=installed.environment, stderr=subprocess.PIPE) as server:
-        try:
-            for _ in range(120):
-                assert server.poll() is None, server.stderr.read().decode()
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as response:
-                        assert response.status == 200
-                    break
-                except urllib.error.URLError:
-                    time.sleep(1)
-            else:
-                pytest.fail("the page does not answer")
-        finally:
-            server.terminate()
+    with running(words, address, installed.home / "log.txt", cwd=installed.home, env=installed.environment):
+        pass

@@ -16,7 +16,7 @@ from agevlm.store import replacing
 
 
 MAX_PIXELS = 64_000_000
-# Pillow reads more, among it PostScript, for which it starts a program. The travelling processor has the same list.
+# Pillow reads more, among it PostScript, for which it starts a program. The traveling processor has the same list.
 Image.init()
 FORMATS: list[str] = [
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
@@ -40,7 +40,7 @@ _CLASSES = 32  # values below this beside 255 are taken for class numbers and th
 def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a picture completely and converts it.
 
-    Transparent pixels become white, the EXIF rotation is applied, grey of more than 8 bits is scaled from the range of
+    Transparent pixels become white, the EXIF rotation is applied, gray of more than 8 bits is scaled from the range of
     its file. With `mode="1"` the picture is a mask: [`read_mask`].
 
     Args:
@@ -155,7 +155,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image) -> int:
-    """The largest value that a grey picture of more than 8 bits may hold; 0 where its file does not tell."""
+    """The largest value that a gray picture of more than 8 bits may hold; 0 where its file does not tell."""
     tags = getattr(image, "tag_v2", {})
     bits, kind = (tags.get(tag, (default,))[0] for tag, default in ((_BITS, 16), (_SAMPLES, 1)))
     return 2 ** (bits - (kind == 2)) - 1 if bits <= 16 else 0
@@ -166,7 +166,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _to_8_bits(image: Image.Image, white: int, where: str) -> Image.Image:
-    """Grey of any depth as `L`, or `LA` where one value is transparent.
+    """Gray of any depth as `L`, or `LA` where one value is transparent.
 
     Raises:
         ValueError: values outside of the range: 0 to `white`; in floating point 0 to 1, or 0 to 255.
@@ -177,13 +177,13 @@ def _to_8_bits(image: Image.Image, white: int, where: str) -> Image.Image:
     white = (1 if high <= 1 else 255) if floating else white
     if not 0 <= low <= high <= white:  # refuses NaN too
         expected = f"0 to {white}" if white else "8 or 16 bits"
-        raise ValueError(f"{where}: a grey picture with values from {low} to {high}, expected {expected}; scale it")
+        raise ValueError(f"{where}: a gray picture with values from {low} to {high}, expected {expected}; scale it")
     levels = (values * (255 / white)).round() if floating else values.astype(np.int64) * 256 // (white + 1)
-    grey = Image.fromarray(levels.astype(np.uint8))
+    gray = Image.fromarray(levels.astype(np.uint8))
     if "transparency" not in image.info:
-        return grey
+        return gray
     visible = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
-    return Image.merge("LA", (grey, Image.fromarray(visible)))
+    return Image.merge("LA", (gray, Image.fromarray(visible)))
 
 
 def _convert(image: Image.Image, mode: str, white: int, where: str) -> Image.Image:
@@ -208,7 +208,7 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
     half.
 
     Args:
-        white: largest value of a grey mask of more than 8 bits.
+        white: largest value of a gray mask of more than 8 bits.
 
     Raises:
         ValueError: any other values, such as class numbers.
@@ -224,13 +224,13 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
         values = np.asarray(image)
         return _two_levels(values, (1 if values.max() <= 1 else 255) if image.mode == "F" else white, where)
     with _decoding(where):
-        grey = np.asarray(image.convert("L"))
+        gray = np.asarray(image.convert("L"))
         one_color = image.getcolors(1) is not None
-    if grey.min() == grey.max() and not one_color:
+    if gray.min() == gray.max() and not one_color:
         if image.mode != "P":
             raise ValueError(f"{where}: the mask has colors of one brightness; store the object as 255, the rest as 0")
-        grey = np.asarray(image)  # the palette does not tell the indices apart
-    return _two_levels(grey, 255, where)
+        gray = np.asarray(image)  # the palette does not tell the indices apart
+    return _two_levels(gray, 255, where)
 
 
 def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:

@@ -163,7 +163,7 @@ def rewrite(small: Published, change) -> None:
         (lambda w: {k: v for k, v in w.items() if "peg.peg.0.bias" not in k}, r"missing: .*projector\.peg\.bias"),
         (lambda w: w | {"model.extra": torch.ones(1)}, r"unexpected: model\.extra of"),
         (lambda w: {k: v[:, :5].clone() if "mlp.mlp.2.weight" in k else v for k, v in w.items()},
-         r"of another shape: model\.mm_projector\.mlp\.mlp\.2\.weight \[32, 5\] instead of \[32, 32\]"),
+         r"of another shape: model\.mm_projector\.mlp\.mlp\.2\.weight of .* \[32, 5\] instead of \[32, 32\]"),
         (lambda w: {k: v for k, v in w.items() if "patch_embedding" not in k}, "lacks .*patch_embedding"),
     ],
     ids=["missing", "unexpected", "shape", "no tower"],
@@ -190,13 +190,15 @@ def test_a_vocabulary_of_another_size_is_refused_not_grown(small, tmp_path, tabl
     rewrite(small, lambda w: {k: v[:-3].clone() if k.endswith(table) else v for k, v in w.items()})
     words = small.config["vocab_size"]
     refuse(
-        ["mobilevlm-v2", small.folder], rf"{table} \[{words - 3}, 32\] instead of \[{words}, 32\]", tmp_path / "out"
+        ["mobilevlm-v2", small.folder],
+        rf"{table} of .* \[{words - 3}, 32\] instead of \[{words}, 32\]",
+        tmp_path / "out",
     )
 
 
-def test_quantised_weights_are_refused(small, tmp_path):
+def test_quantized_weights_are_refused(small, tmp_path):
     rewrite(small, lambda w: w | {"model.layers.0.mlp.up_proj.qweight": torch.ones(2, dtype=torch.int32)})
-    refuse(["mobilevlm-v2", small.folder], r"up_proj\.qweight \(I32\).*before it was quantised", tmp_path / "out")
+    refuse(["mobilevlm-v2", small.folder], r"up_proj\.qweight \(I32\).*before it was quantized", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_quantised_weights_are_refused(small, tmp_path):
     [
         (lambda f: (f / SHARD).unlink(), f"holds no {SHARD}, which its index names"),
         (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:5000]), f"{SHARD} cannot be read as safetensors"),
-        (lambda f: (f / INDEX).write_text("{"), f"{INDEX} cannot be read as JSON"),
+        (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is no valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), r"config\.json holds no table"),
         (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
         (lambda f: (f / "tokenizer.model").unlink(), r"holds neither tokenizer\.model nor"),

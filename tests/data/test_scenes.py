@@ -51,7 +51,7 @@ def test_workers_that_cannot_start_are_an_error(source, tmp_path):
     arguments, given = (["-"], code) if source == "standard input" else ([str(tmp_path / "script.py")], None)
     run = subprocess.run([sys.executable, *arguments], input=given, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
-    assert "ValueError: a worker process ended before its work was done (num_proc is 2)" in run.stderr
+    assert "ValueError: a worker process ended before its work was done (2 workers)" in run.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"script.py"}
 
 

@@ -5,40 +5,22 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 import pytest
-from datasets import Dataset, Features
-from datasets import Image as ImageFeature
-from PIL import Image
 
-from agevlm.data.rows import ROW_FEATURES
 from agevlm.grounding import cli as ground
 from agevlm.grounding.journal import Journals
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path):
-    generator = np.random.default_rng(0)
-    rows, masks = [], []
-    for number in range(600):
-        picture = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
-        messages = [
-            {"role": "user", "content": "<|image|>What?"},
-            {"role": "assistant", "content": f"number {number}"},
-        ]
-        rows.append({"id": f"r{number}", "images": [picture], "messages": messages})
-        mask = Image.new("1", picture.size)
-        mask.paste(1, (number % 20, 3, 25, 15))
-        masks.append({"id": f"r{number}", "mask": mask})
-    Dataset.from_list(rows, features=ROW_FEATURES).to_parquet(tmp_path / "rows.parquet")
-    features = Features({"id": ROW_FEATURES["id"], "mask": ImageFeature()})
-    Dataset.from_list(masks, features=features).to_parquet(tmp_path / "masks.parquet")
-    common = [str(tmp_path / "rows.parquet"), "--backend", "exact", "--masks", str(tmp_path / "masks.parquet")]
+def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path, write_files):
+    count = 600
+    boxes = [(number % 20, 3, 25, 15) for number in range(count)]
+    rows, masks = write_files([f"number {number}" for number in range(count)], [(30, 20)] * count, boxes)
 
     def command(out, *more):
-        return [common[0], str(tmp_path / out), *common[1:], *more]
+        return [rows, str(tmp_path / out), "--backend", "exact", "--masks", masks, *more]
 
     def launch(out, *more):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -25,22 +25,10 @@ NASTY = "<script>alert('x')</script> & a red apple"
 
 
 @pytest.fixture
-def files(tmp_path):
-    """Eight rows with a query that must be escaped, and exact masks of seven of them, as Parquet files."""
-    generator = np.random.default_rng(0)
-    rows, masks = [], []
-    for number in range(8):
-        picture = Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8))
-        messages = [{"role": "user", "content": "<|image|>What is it?"}, {"role": "assistant", "content": NASTY}]
-        rows.append({"id": f"r{number}", "images": [picture], "messages": messages})
-        mask = Image.new("1", picture.size)
-        mask.paste(1, (5, 5, 20 + number, 30))
-        masks.append({"id": f"r{number}", "mask": None if number == 3 else mask})
-    paths = tmp_path / "rows.parquet", tmp_path / "masks.parquet"
-    Dataset.from_list(rows, features=ROW_FEATURES).to_parquet(paths[0])
-    features = Features({"id": ROW_FEATURES["id"], "mask": ImageFeature()})
-    Dataset.from_list(masks, features=features).to_parquet(paths[1])
-    return tmp_path, *map(str, paths)
+def files(tmp_path, write_files):
+    """Eight rows with a query that must be escaped, and exact masks of seven of them."""
+    boxes = [None if number == 3 else (5, 5, 20 + number, 30) for number in range(8)]
+    return tmp_path, *write_files([NASTY] * 8, [(50, 40 + number) for number in range(8)], boxes)
 
 
 def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):

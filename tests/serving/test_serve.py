@@ -4,15 +4,14 @@ import base64
 import io
 import json
 import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from servers import free_port, running
 from transformers.utils.import_utils import is_serve_available
 
 from agevlm.serving.serve import build_app, open_data_urls
@@ -37,25 +36,10 @@ def server(tmp_path_factory):
     """Address and checkpoint of a running server."""
     folder = tmp_path_factory.mktemp("checkpoint@1")
     save_tiny(folder)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    address = f"http://localhost:{(port := free_port())}"
     command = [sys.executable, "-m", "agevlm", "serve", str(folder), "--port", str(port), "--device", "cpu"]
-    log = folder / "log.txt"
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        address = f"http://localhost:{port}"
-        try:
-            for _ in range(240):
-                if process.poll() is not None:
-                    pytest.fail(log.read_text())
-                try:
-                    request(f"{address}/health")
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield address, str(folder)
-        finally:
-            process.terminate()
+    with running(command, f"{address}/health", folder / "log.txt"):
+        yield address, str(folder)
 
 
 def data_url(seed: int) -> str:

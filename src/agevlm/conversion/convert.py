@@ -99,8 +99,8 @@ def run_verb(args: argparse.Namespace) -> None:
     print(f"vision tower: {tower['source']}" + (f" at {tower['revision'][:12]}" if tower["revision"] else ""))
     if "largest_difference_from_checkpoint" in tower:
         difference = tower["largest_difference_from_checkpoint"]
-        told = "is of another shape" if difference is None else f"differs by at most {difference:.3g}"
-        print(f"the tower inside the checkpoint, not used, {told}")
+        shown = "is of another shape" if difference is None else f"differs by at most {difference:.3g}"
+        print(f"the tower inside the checkpoint, not used, {shown}")
     print(
         f"{args.output}: {len(target.origins)} tensors, {len(target.left_out)} left out (buffers that transformers "
         f"computes). Load it with AutoModelForImageTextToText"

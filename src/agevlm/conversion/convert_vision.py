@@ -171,20 +171,30 @@ def plan_conversion(shapes: Mapping[str, Sequence[int]], hidden_act: str = "gelu
             f"The weights look like {layout.name}'s, but hold {config.depths or 'no'} blocks per stage: "
             f"{some(sorted(shapes))}. Is a file of a sharded checkpoint missing?"
         )
-    expected = expected_shapes(config)
+    found = {target: (source, tuple(shapes[source])) for target, source in sources.items()}
+    misfits = describe_misfits(expected_shapes(config), found)
+    if misfits:
+        raise ValueError(f"The weights look like {layout.name}'s, but are not a plain ConvNeXt. {misfits}.")
+    return Conversion(layout.name, config, sources, left_out)
+
+
+def describe_misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    """What is missing, unexpected or of another shape, some of each by name; empty where everything fits.
+
+    Args:
+        expected: name in the model -> shape.
+        found: name in the model -> name and shape in the checkpoint.
+    """
     problems = {
-        "missing": [name for name in expected if name not in sources],
-        "unexpected": [source for target, source in sources.items() if target not in expected],
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [source for name, (source, _) in found.items() if name not in expected],
         "of another shape": [
-            f"{source} {list(shapes[source])} instead of {list(expected[target])}"
-            for target, source in sources.items()
-            if target in expected and tuple(shapes[source]) != expected[target]
+            f"{source} {list(shape)} instead of {list(expected[name])}"
+            for name, (source, shape) in found.items()
+            if name in expected and tuple(shape) != tuple(expected[name])
         ],
     }
-    if any(problems.values()):
-        told = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"The weights look like {layout.name}'s, but are not a plain ConvNeXt. {told}.")
-    return Conversion(layout.name, config, sources, left_out)
+    return "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
 
 
 def read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 FastVLM is what ConvLLaVA is (`fast_vlm.py`). Five stages (stride 64) or four, as the tensors say.
 
 Which tower? The authors' loader ignores the tower inside the checkpoint and takes `mm_vision_tower`, the one after
-their second stage. So does this, unless told otherwise; how far the two differ is measured and recorded.
+their second stage. This does the same by default; how far the two differ is measured and recorded.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
-from agevlm.conversion.convert_vision import some
+from agevlm.conversion.convert_vision import describe_misfits, some
 from agevlm.conversion.sources import Source
 from agevlm.conversion.weights import Weights
 
@@ -127,7 +127,7 @@ def generation_config(config: LlamaConfig, processor: LlavaProcessor, num_words:
 
 
 def find_origins(weights: Weights, renames: tuple[tuple[str, str], ...]) -> dict[str, tuple[Weights, str]]:
-    """Name in the model -> where it comes from. A name that no rename explains stays as it is, to be told later."""
+    """Name in the model -> where it comes from. Names that no rename explains stay; `check_names` reports them."""
     origins = {}
     for source in weights:
         if re.fullmatch(LEFT_OUT, source):
@@ -145,24 +145,10 @@ def check_names(target: Target) -> dict[str, torch.Tensor]:
     """
     with torch.device("meta"):
         expected = target.model_class(target.config).state_dict()
-    available = {**dict.fromkeys(target.made), **target.origins}
-    wrong = []
-    for name, (weights, source) in target.origins.items():
-        shape = weights.shapes[source]
-        if name not in expected:
-            continue
-        wanted = tuple(expected[name].shape)
-        if name in GROWN:  # as published, before they grow
-            wanted = (target.num_words, *wanted[1:])
-        if shape != wanted:
-            wrong.append(f"{source} {list(shape)} instead of {list(wanted)}")
-    problems = {
-        "missing": [name for name in expected if name not in available],
-        "unexpected": [f"{source} of {weights.name}" for name, (weights, source) in target.origins.items()
-                       if name not in expected],
-        "of another shape": wrong,
-    }  # fmt: skip
-    if any(problems.values()):
-        told = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"The weights do not fit {target.model_class.__name__}. {told}.")
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in target.made}
+    wanted |= {name: (target.num_words, *wanted[name][1:]) for name in GROWN}  # as published, before they grow
+    found = {name: (f"{at} of {weights.name}", weights.shapes[at]) for name, (weights, at) in target.origins.items()}
+    misfits = describe_misfits(wanted, found)
+    if misfits:
+        raise ValueError(f"The weights do not fit {target.model_class.__name__}. {misfits}.")
     return expected

@@ -1,4 +1,4 @@
-"""How ConvLLaVA and MobileVLM V2 are spoken to: the prompt `vicuna_v1`, token for token, and their pictures.
+"""The prompt format of ConvLLaVA and MobileVLM V2, `vicuna_v1`, token for token, and their pictures.
 
 Both repositories cut a prompt at `<image>`, tokenize the pieces each as a text of its own and put the picture between
 them. A piece that starts with a line break then gets SentencePiece's leading space: `▁ <0x0A>`. In one text with

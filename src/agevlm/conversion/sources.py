@@ -1,14 +1,13 @@
 """Published weights, from a folder or from the Hub, as safetensors. Never shipped.
 
 A part is found first, with its configuration but without its weights: that is enough to see whether it fits, whether
-its license has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses is
-told in one sentence that says what to do.
+its license has been accepted, and how large it is. Its weights are fetched afterwards. Whatever the Hub refuses
+becomes one sentence that says what to do.
 
 Pickles are refused. The one way around it is `bins=True`, which `agevlm convert --read-bin` asks for: the published
 baselines have nothing else. Who reads such files, reads them with `torch.load(weights_only=True)`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from agevlm.conversion.convert_vision import read_shapes
+from agevlm.store import read_json
 
 
 CONFIGURATION = ["*.json", "*.jinja", "tokenizer.model"]  # with the tokenizer
@@ -39,18 +39,13 @@ class PickledWeightsError(ValueError):
     """There are weights, but only as pickles."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none.
+def read_table(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none where there is no file.
 
     Raises:
         ValueError: it holds something else than a table in JSON.
     """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+    content = read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Download it again.")
     return content
@@ -74,7 +69,7 @@ class Source:
 
     def configuration(self, name: str = "config.json") -> dict[str, Any]:
         """A JSON file of the folder, empty where there is none."""
-        return read_json(self.folder / name)
+        return read_table(self.folder / name)
 
 
 @contextmanager
@@ -147,7 +142,7 @@ def _shards(index: Path) -> tuple[str, ...]:
     Raises:
         ValueError: no index of weights, or one that names other files.
     """
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = read_table(index).get("weight_map", {})
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: `weight_map` is no table of tensors and files. Download it again.")
     suffix = Path(index.name.removesuffix(".index.json")).suffix

@@ -1,4 +1,4 @@
-"""Published weights, tensor by tensor: what a checkpoint's size may not decide is how much memory it takes.
+"""Published weights. Reads one tensor at a time, so memory does not grow with the checkpoint.
 
 Safetensors, or `pytorch_model.bin` where the caller has asked for it (`conversion/sources.py`): a pickle, read
 with `torch.load(weights_only=True)`, which builds tensors and nothing else, and refuses a file that asks for more.
@@ -68,7 +68,7 @@ def _read_dtypes(file: Path, names: list[str]) -> dict[str, torch.dtype]:
     if strange:
         raise ValueError(
             f"{file} holds {some(strange)}. Converted are weights of {', '.join(DTYPES)}: take the checkpoint before "
-            "it was quantised."
+            "it was quantized."
         )
     return {name: DTYPES[kind] for name, kind in stored.items()}
 
@@ -78,8 +78,8 @@ def _read_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{file} asks for more than tensors, so it is not read: {told}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} asks for more than tensors, so it is not read: {reason}") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}). {again}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):

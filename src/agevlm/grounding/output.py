@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
+from jinja2 import Environment, PackageLoader, select_autoescape
 
 from agevlm.data.rows import MASK_FEATURES
 from agevlm.store import replacing, write_json, write_text
@@ -142,44 +143,24 @@ def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any
 
 def card(summary: Mapping[str, Any]) -> str:
     """The data set's card: where the files are, how the masks came about, how many there are, why others are not."""
-    lines = "\n".join(f"| `{status}` | {count:,} |" for status, count in summary["status"].items())
-    models = "\n".join(
-        f"- `{name}`" + (f", commit `{commit}`" if commit else ", a local folder")
-        for name, commit in summary["revisions"].items()
-    )
-    filters = ", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None)
     # `datasets` refuses splits without rows.
     rows = {"kept": summary["kept"], "rejected": summary["attempted"] - summary["kept"]}
-    files = "\n".join(f"  - split: {split}\n    path: data/{split}.parquet" for split in SPLITS if rows[split])
-    wanted = summary["filters"]["keep"]
-    short = f" {wanted:,} were wanted." if wanted is not None and wanted > summary["kept"] else ""
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-{files}
-task_categories:
-- image-segmentation
-tags:
-- agevlm
----
+    return (
+        environment()
+        .get_template("card.md.jinja")
+        .render(
+            **summary,
+            splits=[split for split in SPLITS if rows[split]],
+            thresholds=", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None),
+        )
+    )
 
-# Guidance masks
 
-Masks of what the texts of `{summary["dataset"]}` are about, made by `agevlm ground` with the backend
-`{summary["backend"]}` from each row's {summary["query_source"]}. They belong to that data set's rows by `id`
-(`agevlm.data.masks.join_masks`) and are as large as its pictures.
-
-{models or "- no model: the masks were there already"}
-
-{summary["kept"]:,} masks are kept of {summary["attempted"]:,} rows attempted.{short}
-
-| status | rows |
-|---|---|
-{lines}
-
-Filters: {filters}. Scores are the segmentation model's own estimate of its masks' IoU.
-"""
+def environment() -> Environment:
+    """The templates of this folder. What a page shows is escaped, a card in Markdown is not."""
+    escaped = select_autoescape(["html.jinja"])
+    loader = PackageLoader("agevlm.grounding", "templates")
+    return Environment(loader=loader, autoescape=escaped, trim_blocks=True, keep_trailing_newline=True)
 
 
 def read_masks(path: Path | str, split: str = "kept") -> Dataset:

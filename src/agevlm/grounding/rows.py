@@ -87,7 +87,7 @@ def find_query(messages: Sequence[Mapping[str, str]], source: str) -> tuple[str,
 
 
 class Items(TorchDataset):
-    """Rows as `Item`s; what is wrong with one is told in it, not raised.
+    """Rows as `Item`s; what is wrong with one is recorded in it, not raised.
 
     Args:
         data: rows with id, images and messages.

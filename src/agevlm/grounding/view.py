@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw
 
 from agevlm.data.masks import subset_hash
@@ -19,7 +18,7 @@ from agevlm.drawing import outline
 from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 
-from .output import SPLITS, SUMMARY, read_masks
+from .output import SPLITS, SUMMARY, environment, read_masks
 from .regions import Grid
 from .rows import Undecoded
 
@@ -48,12 +47,15 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         for row in Undecoded(rows.select(places), ["id", "images"]):
             pictures[row["id"]] = row["images"][0] if row["images"] else None
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-    environment = Environment(loader=PackageLoader("agevlm.grounding", "templates"), autoescape=True)
-    page = environment.get_template("view.html.jinja").render(
-        name=run.resolve().name,
-        rows=[_entry(row, pictures.get(row["id"]), grid) for row in chosen],
-        statuses=sorted({row["status"] for row in chosen}),
-        **{name: summary[name] for name in ("backend", "query_source", "kept", "attempted")},
+    page = (
+        environment()
+        .get_template("view.html.jinja")
+        .render(
+            name=run.resolve().name,
+            rows=[_entry(row, pictures.get(row["id"]), grid) for row in chosen],
+            statuses=sorted({row["status"] for row in chosen}),
+            **{name: summary[name] for name in ("backend", "query_source", "kept", "attempted")},
+        )
     )
     write_text(path, page)
     return len(chosen)

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM")
     parser.add_output("new folder")
     parser.add_argument("--format", choices=["onnx", "dynamo"], default="onnx", help="dynamo: torch.export's .pt2")
-    parser.add_argument("--int8", action="store_true", help="ONNX only: dynamic quantisation of all matrix products")
+    parser.add_argument("--int8", action="store_true", help="ONNX only: dynamic quantization of all matrix products")
     parser.add_argument("--images", type=int, default=1, help="places for pictures per row (default: 1)")
     options = parser.parse_args(argv)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):

@@ -72,7 +72,7 @@ def _decoder_stage(model: AgeVlmForConditionalGeneration, untie: bool) -> AgeVlm
     """The `decoder` graph: the model without its tower. Its `forward` runs as it is, the pictures being cached.
 
     Args:
-        untie: give the head weights of its own. ONNX Runtime's quantisation turns a head's matrix around in place,
+        untie: give the head weights of its own. ONNX Runtime's quantization turns a head's matrix around in place,
             under the hands of the embedding that shares it.
     """
     decoder = _without(model)
@@ -107,7 +107,7 @@ def export(
         model: in float32 for ONNX Runtime on a CPU, whose kernels know no bfloat16.
         image_size: (height, width) of the pictures in pixels, as the processor makes them, or the side of square ones.
         images: places for pictures per row, the same for every row; batch and lengths stay free.
-        int8: ONNX only: int8 weights, and activations quantised at run time (ONNX Runtime's dynamic quantisation) for
+        int8: ONNX only: int8 weights, and activations quantized at run time (ONNX Runtime's dynamic quantization) for
             every matrix product. The tower's depthwise convolutions stay in float32.
 
     Returns:
@@ -126,10 +126,10 @@ def export(
     if export_format == "onnx":
         exporter = OnnxExporter()
         if int8:
-            quantisation = OnnxRuntimeDynamicConfig(
+            quantization = OnnxRuntimeDynamicConfig(
                 op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True
             )
-            settings["quantizer"] = OnnxRuntimeQuantizer(quantisation)
+            settings["quantizer"] = OnnxRuntimeQuantizer(quantization)
     else:
         exporter = DynamoExporter()
 

@@ -1,10 +1,10 @@
 """One server for all tests of the page: the tiny checkpoint, and a concatenating model beside it."""
 
-import socket
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from servers import free_port
 
 from agevlm.analysis.subjects import Subject
 from agevlm.models import load
@@ -32,14 +32,11 @@ def server(tmp_path_factory):
         "llava": Answerer(llava()),
     }
     uploads = tmp_path_factory.mktemp("uploads")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         page = build_page(answerers, MAX_NEW_TOKENS)
         _, address, public = launch(
-            page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=port
+            page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=free_port()
         )
         assert public is None
         yield Server(address, uploads, answerers, MAX_NEW_TOKENS)

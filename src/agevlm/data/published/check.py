@@ -21,13 +21,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from agevlm.data.duplicates import equal_groups, hash64, save_hashes
+from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import IMAGE_PLACEHOLDER
 from agevlm.store import new_folder, write_json
 
 from .defaults import MAX_LENGTH
 from .json_records import Chunk
 from .overlap import EvaluationPictures, read_evaluation_pictures
-from .parallel import run_jobs
 from .records import DROPPED, REMARKED, REPAIRED, BadRow
 from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
 

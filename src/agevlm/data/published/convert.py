@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from agevlm.data.duplicates import equal_groups, save_hashes
+from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.store import check_same, digest, publish, read_json, replacing, write_json
 
 from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
-from .parallel import run_jobs
 from .records import DROPPED, REMARKED, REPAIRED, BadRow
 from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
 
@@ -177,7 +177,7 @@ def _write_shard(chunk: Chunk) -> None:
             except BadRow as error:
                 if _strict:
                     raise ValueError(
-                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Mend it, or leave out "
+                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Correct it, or leave out "
                         "strict: then it is dropped and listed."
                     ) from None
                 counts[error.kind] += 1

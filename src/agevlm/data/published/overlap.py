@@ -1,6 +1,6 @@
 """Does a training picture occur in an evaluation set: as the same file, or in another size or format?
 
-The second is told by difference hashes: is each of 8 x 8 places of the picture, scaled down, brighter than its right
+Difference hashes decide the second: is each of 8 x 8 places of the picture, scaled down, brighter than its right
 neighbor, and than the one below (128 bits). Scaling and recompression flip a few bits; pictures without structure
 have no such hash.
 """

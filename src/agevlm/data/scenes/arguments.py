@@ -1,11 +1,28 @@
 """The arguments that decide the content of a folder of scenes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class SceneArguments:
-    """Everything that decides the content of a folder of scenes."""
+    """Everything that decides the content of a folder of scenes.
+
+    Args:
+        captions, instructions: numbers of training rows (one picture each).
+        test: number of questions of each benchmark in each split (HallusionBench: rounded down to whole sets of 4).
+        size: side of the pictures in pixels.
+        max_objects: most objects in a picture, 1 to 4 (questions that need two are given two).
+        turns: questions per instruction row.
+        cutouts: folder made by `agevlm data cutouts`; None draws icons.
+        backgrounds: folder of photographs to paste on; None generates backgrounds.
+        names, colors: restrict the objects; unknown ones raise ValueError with close matches.
+        word_rate: share of instruction pictures with a sign on them (captions: half of it).
+
+    Raises:
+        ValueError: a number that is out of its range.
+    """
 
     captions: int = 20_000
     instructions: int = 10_000
@@ -14,13 +31,13 @@ class SceneArguments:
     max_objects: int = 4
     turns: int = 4
     seed: int = 0
-    cutouts: str | None = None
-    backgrounds: str | None = None
-    names: tuple[str, ...] | None = None
-    colors: tuple[str, ...] | None = None
+    cutouts: str | Path | None = None
+    backgrounds: str | Path | None = None
+    names: Collection[str] | None = None
+    colors: Collection[str] | None = None
     word_rate: float = 0.25
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} is {getattr(self, field)}; use at least {least}")
@@ -28,3 +45,6 @@ class SceneArguments:
             raise ValueError(f"max_objects is {self.max_objects}; use 1 to 4")
         if not 0 <= self.word_rate <= 1:
             raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
+        for field in ("names", "colors"):
+            if (words := getattr(self, field)) is not None:
+                object.__setattr__(self, field, tuple(sorted(words)))

@@ -3,7 +3,7 @@
 Three columns are added to each: `id`, `mask` (1-bit picture of what the question should look at, null where the thing
 asked for is absent) and `held_out_pair` (whether it is about a (color, name) pair that no training row has).
 Deviations: HallusionBench has its visual-dependent half alone, each set being an original and an edited picture with
-the same two questions; CV-Bench depth is told by occlusion, not by boxes.
+the same two questions; CV-Bench depth follows from occlusion, not from boxes.
 """
 
 import random

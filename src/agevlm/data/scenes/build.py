@@ -6,14 +6,12 @@ on the arguments alone, not on the number of processes.
 """
 
 import dataclasses
-import multiprocessing
 import random
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +19,7 @@ from datasets import Dataset, Features
 from tqdm import tqdm
 
 from agevlm.data.masks import join_masks, share_of_masks
+from agevlm.data.parallel import worker_map
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
@@ -37,53 +36,23 @@ PARTS = ("captions", "instructions")
 _CHUNK = 256
 
 
-def build_scenes(
-    out: str | Path,
-    *,
-    captions: int = 20_000,
-    instructions: int = 10_000,
-    test: int = 500,
-    size: int = 224,
-    max_objects: int = 4,
-    turns: int = 4,
-    seed: int = 0,
-    cutouts: str | Path | None = None,
-    backgrounds: str | Path | None = None,
-    names: Collection[str] | None = None,
-    colors: Collection[str] | None = None,
-    word_rate: float = 0.25,
-    num_proc: int = 1,
-    progress: bool = True,
-) -> Path:
+def build_scenes(out: str | Path, *, num_proc: int = 1, progress: bool = True, **arguments: Any) -> Path:
     """Builds a folder of scenes, or returns at once where `out` already holds exactly this one.
 
     Args:
-        captions, instructions: numbers of training rows (one picture each).
-        test: number of questions of each benchmark in each split (HallusionBench: rounded down to whole sets of 4).
-        size: side of the pictures in pixels.
-        max_objects: most objects in a picture, 1 to 4 (questions that need two are given two).
-        turns: questions per instruction row.
-        cutouts: folder made by `agevlm.data.scenes.fetch_cutouts`; None draws icons.
-        backgrounds: folder of photographs to paste on; None generates backgrounds.
-        names, colors: restrict the objects; unknown ones raise ValueError with close matches.
-        word_rate: share of instruction pictures with a sign on them (captions: half of it).
-        num_proc: worker processes; started afresh ("spawn"), so a script must guard its main part.
+        num_proc: worker processes; see `worker_map`.
+        arguments: of `SceneArguments`.
 
-    Raises ValueError where `out` holds anything else, as nothing is ever overwritten, and where workers cannot run.
+    Raises:
+        ValueError: `out` holds anything else, as nothing is ever overwritten; wrong arguments; workers cannot run.
     """
-    arguments = SceneArguments(
-        captions, instructions, test, size, max_objects, turns, seed,
-        str(cutouts) if cutouts is not None else None, str(backgrounds) if backgrounds is not None else None,
-        tuple(sorted(names)) if names is not None else None,
-        tuple(sorted(colors)) if colors is not None else None, word_rate,
-    )  # fmt: skip
     out = Path(out)
-    builder = SceneBuilder(arguments)
-    manifest = _manifest(builder)
+    scenes = SceneArguments(**arguments)
+    manifest = _manifest(SceneBuilder(scenes))
     if _is_finished(out, manifest):
         return out
     with new_folder(out) as temporary:
-        _fill(temporary, builder, num_proc, progress)
+        _fill(temporary, scenes, num_proc, progress)
         write_json(temporary / "scenes.json", manifest)
     return out
 
@@ -189,13 +158,9 @@ def _groups(benchmark: str, test: int) -> int:
 _builder: SceneBuilder  # one for each process that draws
 
 
-def _start_worker(builder: SceneBuilder) -> None:
+def _start_worker(arguments: SceneArguments) -> None:
     global _builder
-    _builder = builder
-
-
-def _start_spawned_worker(arguments: SceneArguments) -> None:
-    _start_worker(SceneBuilder(arguments))
+    _builder = SceneBuilder(arguments)
 
 
 def _draw_training(job: tuple[str, int, int]) -> tuple[pa.Table, pa.Table]:
@@ -221,53 +186,31 @@ def _chunks(count: int) -> list[tuple[int, int]]:
 
 def _write(files: dict[Path, Features], tables: Iterator[tuple[pa.Table, ...]], bar: tqdm) -> None:
     """Writes the n-th table of every tuple to the n-th file."""
-    for path in files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    writers = [pq.ParquetWriter(path, features.arrow_schema) for path, features in files.items()]
-    try:
+    with ExitStack() as stack:
+        writers = []
+        for path, features in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writers.append(stack.enter_context(pq.ParquetWriter(path, features.arrow_schema)))
         for chunk in tables:
             for writer, table in zip(writers, chunk, strict=True):
                 writer.write_table(table)
             bar.update(len(chunk[0]))
-    finally:
-        for writer in writers:
-            writer.close()
 
 
-def _fill(folder: Path, builder: SceneBuilder, num_proc: int, progress: bool) -> None:
-    arguments = builder.arguments
-    _start_worker(builder)
-    if num_proc <= 1:
-        _fill_with(folder, arguments, map, progress)
-    else:
-        context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-        # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
-        with ProcessPoolExecutor(num_proc, context, _start_spawned_worker, (arguments,)) as workers:
-            try:
-                _fill_with(folder, arguments, workers.map, progress)
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    f"a worker process ended before its work was done (num_proc is {num_proc}). Call build_scenes "
-                    'below `if __name__ == "__main__":`, because every worker imports the script again. Code from '
-                    "standard input, or a machine without memory for workers, needs num_proc=1."
-                ) from error
-            finally:
-                workers.shutdown(cancel_futures=True)
-    draw_contact_sheet(folder, folder / "contact_sheet.png")
-
-
-def _fill_with(folder: Path, arguments: SceneArguments, imap: Callable, progress: bool) -> None:
+def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool) -> None:
     counts = {part: getattr(arguments, part) for part in PARTS}
     total = sum(counts.values()) + len(SPLITS) * sum(_groups(b, arguments.test) * GROUP[b] for b in BENCHMARKS)
-    with tqdm(total=total, desc="scenes", unit="row", disable=not progress) as bar:
+    bar = tqdm(total=total, desc="scenes", unit="row", disable=not progress)
+    with bar, worker_map(num_proc, _start_worker, (arguments,)) as work:
         for part, count in counts.items():
             files = {
                 folder / part / "train.parquet": ROW_FEATURES,
                 folder / "masks" / f"{part}.parquet": MASK_FEATURES,
             }
-            _write(files, imap(_draw_training, [(part, *chunk) for chunk in _chunks(count)]), bar)
+            _write(files, work(_draw_training, [(part, *chunk) for chunk in _chunks(count)]), bar)
         for split in SPLITS:
             for benchmark in BENCHMARKS:
                 jobs = [(split, benchmark, *chunk) for chunk in _chunks(_groups(benchmark, arguments.test))]
                 path = folder / "benchmarks" / split / f"{benchmark}.parquet"
-                _write({path: FEATURES[benchmark]}, imap(_draw_benchmark, jobs), bar)
+                _write({path: FEATURES[benchmark]}, work(_draw_benchmark, jobs), bar)
+    draw_contact_sheet(folder, folder / "contact_sheet.png")

@@ -100,7 +100,7 @@ def _mask_row(name: str, query: str, message_index: int, picture: Picture, objec
     return {"id": name, **guidance}
 
 
-def _load_backgrounds(folder: str) -> tuple[list[Image.Image], str]:
+def _load_backgrounds(folder: str | Path) -> tuple[list[Image.Image], str]:
     """The photographs of a folder, at most 1024 pixels wide or high, and the folder's digest."""
     if not Path(folder).is_dir():
         raise ValueError(f"background folder {folder} does not exist")

@@ -1,4 +1,4 @@
-"""Conversations about a scene: captions, question turns, and the same told in words for a model without pictures."""
+"""Conversations about a scene: captions, question turns, and the same in words for a model without pictures."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from agevlm.data.rows import IMAGE_PLACEHOLDER
 
 from .layout import Scene, sample_scene
-from .questions import Question, sample_questions, spoken
+from .questions import Question, prompt_of, sample_questions
 from .splits import Pool
 from .words import NUMBERS, join_phrases, plural, position, sentence, with_article
 
@@ -92,7 +92,7 @@ def caption_messages(caption: Caption, prefix: str = IMAGE_PLACEHOLDER) -> list[
 def question_messages(rng: random.Random, questions: list[Question], prefix: str = IMAGE_PLACEHOLDER) -> list[Message]:
     messages = []
     for number, question in enumerate(questions):
-        messages.append(_message("user", (prefix if number == 0 else "") + spoken(rng, question)))
+        messages.append(_message("user", (prefix if number == 0 else "") + prompt_of(rng, question)))
         messages.append(_message("assistant", question.answer))
     return messages
 
@@ -110,7 +110,7 @@ def tell(scene: Scene) -> str:
 
 
 def text_conversations(rng: random.Random, pool: Pool, number: int, turns: int = 4) -> Iterator[list[Message]]:
-    """Text only: scenes told and asked about (60 %), told and captioned (20 %), captions alone (20 %)."""
+    """Text only: scenes described and asked about (60 %), described and captioned (20 %), captions alone (20 %)."""
     for _ in range(number):
         scene = sample_scene(rng, pool, 1, 4, word_rate=0.2)
         draw = rng.random()

@@ -117,7 +117,7 @@ def sample_scene(rng: random.Random, pool: Pool, min_objects: int, max_objects: 
 
 
 def estimate_in_front(objects: Sequence[SceneObject]) -> frozenset[tuple[int, int]]:
-    """Overlapping pairs by distance, for scenes that are told and not drawn."""
+    """Overlapping pairs by distance, for scenes that are described and not drawn."""
     return frozenset(
         (front, back)
         for front in range(len(objects))

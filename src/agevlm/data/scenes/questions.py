@@ -1,7 +1,7 @@
 """Questions about a scene, their answers and what to look at, in the wording of the public benchmarks.
 
 Each generator takes (rng, scene, pool) and returns a `Question`, or None where the scene does not allow one. They use
-the scene's facts alone, so the same questions serve drawn pictures and scenes told in words.
+the scene's facts alone, so the same questions serve drawn pictures and scenes described in words.
 """
 
 import random
@@ -293,7 +293,7 @@ def _other(rng: random.Random, scene: Scene, pool: Pool) -> Question:
             return question
 
 
-def spoken(rng: random.Random, question: Question) -> str:
+def prompt_of(rng: random.Random, question: Question) -> str:
     """The prompt as training rows have it: sometimes with an instruction of the benchmarks behind it."""
     return question.prompt + (rng.choice(question.suffixes) if question.suffixes and rng.random() < 0.3 else "")
 

@@ -1,6 +1,6 @@
 """What may appear where: held-out names, (color, name) pairs and styles of the grounded scenes.
 
-Three tests of generalisation, each excluded from every training picture, question and caption:
+Three tests of generalization, each excluded from every training picture, question and caption:
  - `composition`: about a tenth of all (color, name) pairs;
  - `name`: about a tenth of the names;
  - `style`: one style (icon font, or drawing versus photograph) of every name that has at least two.

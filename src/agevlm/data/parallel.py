@@ -1,0 +1,63 @@
+"""Runs a function over jobs in processes of their own, in the order of the jobs."""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+
+@contextmanager
+def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> Iterator[Callable]:
+    """`map` over processes that are started afresh ("spawn"): functions come from modules, scripts guard their main
+    part. One worker is this process.
+
+    Args:
+        setup, arguments: called with them in every process before its first job.
+
+    Raises:
+        ValueError: workers cannot run.
+    """
+    if workers <= 1:
+        setup(*arguments)
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
+    # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
+    with ProcessPoolExecutor(workers, context, setup, arguments) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"a worker process ended before its work was done ({workers} workers): out of memory, a script "
+                'without `if __name__ == "__main__":`, or code from standard input. Run it again with fewer.'
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_jobs(
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    *,
+    workers: int,
+    setup: Callable[..., None],
+    arguments: tuple,
+    weight: Callable[[Any], int],
+    description: str,
+    progress: bool = True,
+) -> Iterator[Any]:
+    """What `function` returns for each job, in their order, with a bar; see `worker_map`.
+
+    Args:
+        weight: how many rows of the bar a job stands for.
+    """
+    bar = tqdm(total=sum(map(weight, jobs)), desc=description, unit="row", disable=not progress, file=sys.stderr)
+    with bar, worker_map(workers, setup, arguments) as work:
+        for job, result in zip(jobs, work(function, jobs), strict=True):
+            yield result
+            bar.update(weight(job))
