@@ -24,6 +24,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,9 @@ def score_pairs(
     def score(batch: Sequence[tuple[Pair, str]]) -> list[Row]:
         return score_batch(subject, subject.encode([pair.image for pair, _ in batch], [text for _, text in batch]))
 
+    def score_one(pair: tuple[Pair, str]) -> Row:
+        return score([pair])[0]
+
     def measure(part: Sequence[tuple[Pair, str]]) -> list[Row]:
         rows: list[Row] = []
         for start in range(0, len(part), batch_size):
@@ -228,7 +232,7 @@ def score_pairs(
             try:
                 rows += score(batch)
             except ValueError:
-                rows += [measured(lambda one=one: score([one])[0], one[0].id, strict) for one in batch]
+                rows += [measured(partial(score_one, one), one[0].id, strict) for one in batch]
         return rows
 
     chosen = list(zip(pairs, texts, strict=True))
