@@ -56,7 +56,7 @@ def scenes(tmp_path_factory) -> Path:
     size = SIZES["tiny"]
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
     return build_scenes(
-        folder, captions=2, instructions=2, test=12, names=size.names, colours=size.colours, progress=False
+        folder, captions=2, instructions=2, test=12, names=size.names, colors=size.colors, progress=False
     )
 
 
