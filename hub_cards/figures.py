@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agevlm.store import replacing
-
 
 LOSSES = {"loss": "training loss", "guidance_loss": "of it: guidance", "eval_loss": "validation loss"}
 LOOKING = {"in_mask_mass": "attention inside the mask", "pointing_accuracy": "points at the object"}
@@ -23,7 +21,10 @@ def draw_losses(log_history: Sequence[Mapping[str, float]], path: Path) -> bool:
     curves = {name: points for name, points in curves.items() if len(points) > 1}
     if not curves.keys() & LOSSES.keys():
         return False
-    from matplotlib.figure import Figure  # not pyplot, which would look for a display
+    # Only here, as the help of a verb waits for no Matplotlib; not pyplot, which would look for a display
+    from matplotlib.figure import Figure
+
+    from agevlm.drawing import save_figure
 
     panels = [LOSSES] + ([LOOKING] if curves.keys() & LOOKING.keys() else [])
     figure = Figure(figsize=(5 * len(panels), 3.2), dpi=120, layout="constrained")
@@ -35,6 +36,5 @@ def draw_losses(log_history: Sequence[Mapping[str, float]], path: Path) -> bool:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    save_figure(figure, path)
     return True

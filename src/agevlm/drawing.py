@@ -1,4 +1,4 @@
-"""Pictures of attention and masks: heat over a photograph, the outline of a mask, titled pictures on a sheet.
+"""Pictures of attention and masks: heat over a photograph, the outline of a mask, titled pictures on a sheet, charts.
 
 Reports, analyses, the demo, contact sheets and probes of training draw with these functions. Heat covers a picture as
 far as it is looked at: where nothing is looked at, the picture keeps its own colors.
@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, get_data_path
+from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from agevlm.store import replacing
 
 
 SIDE = 448  # least length of a drawn picture's longer side: outlines and heat stay smooth on small pictures
@@ -166,3 +169,9 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = MO
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
     return [*lines[: most - 1], last + "…"]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a chart as PNG, whole or not at all; the same chart gives the same bytes."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -52,7 +52,7 @@ def test_an_even_spread_is_one_everywhere(size, geometry):
     np.testing.assert_allclose(seen[seen > 0], 1 / spread, rtol=1e-3)
     if geometry != "crop":
         assert (seen > 0).all()
-    assert cells.shown.sum() == pytest.approx(cells.count * min(1, 1 / spread), rel=0.02)
+    assert cells.coverage(np.ones(size)).sum() == pytest.approx(cells.count * min(1, 1 / spread), rel=0.02)
 
 
 def test_shrunk_cells_are_on_the_same_parts_of_the_picture():
@@ -61,7 +61,7 @@ def test_shrunk_cells_are_on_the_same_parts_of_the_picture():
     cells = Cells((200, 400), views)
     small = cells.shrunk(100)
     assert small.size == (50, 100)
-    np.testing.assert_allclose(small.shown, cells.shown, atol=0.02)
+    np.testing.assert_allclose(small.coverage(np.ones((50, 100))), cells.coverage(np.ones((200, 400))), atol=0.02)
     weights = np.random.default_rng(0).random(cells.count).astype(np.float32)
     afar = cells.to_pixels(weights).reshape(50, 4, 100, 4).mean((1, 3))
     inner = (slice(1, -1), slice(1, -1))

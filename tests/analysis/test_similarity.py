@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from agevlm.analysis import similarity
 from agevlm.analysis.cli import similarity as main
@@ -25,7 +23,7 @@ from agevlm.analysis.similarity import (
     write_similarity,
 )
 from agevlm.analysis.subjects import Subject
-from agevlm.stats import cohens_d, derangement, overlap, separation
+from agevlm.stats import derangement, separation
 from builders import picture, save_tiny, tiny_model
 from vlms import EVERY, llava, ours
 
@@ -59,78 +57,6 @@ def test_reductions_are_what_their_names_say():
     query, key = torch.randn(4, 3, 8), torch.randn(2, 5, 8)
     logits = query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.3
     torch.testing.assert_close(reduce_heads(query, key, 0.3)["qk_logit"], logits.mean())
-
-
-@given(st.integers(2, 60), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
-def test_no_pair_is_left_in_its_place(n, seed):
-    partner = derangement(n, seed)
-    assert sorted(partner) == list(range(n)) and (partner != np.arange(n)).all()
-    np.testing.assert_array_equal(partner, derangement(n, seed))
-
-
-def test_separation_of_known_samples():
-    generator = np.random.default_rng(0)
-    base = generator.normal(0, 0.1, 400)
-    same = separation(base, [base, base])
-    assert same["auroc"] == 0.5 and same["overlap"] == 1 and same["cohens_d"] == 0
-    apart = separation(base + 0.9, [base - 0.9])
-    assert apart["auroc"] == 1 and apart["overlap"] == 0 and apart["auroc_interval"] == [1, 1]
-    constant = separation(np.ones(5), [np.ones(5)])
-    assert constant["auroc"] == 0.5 and constant["cohens_d"] is None
-    # Normals one deviation apart: d = 1, AUROC = Phi(1 / sqrt 2) = 0.760.
-    shifted = separation(base + 0.1, [generator.normal(0, 0.1, 400), generator.normal(0, 0.1, 400)])
-    assert shifted["cohens_d"] == pytest.approx(1, abs=0.15)
-    assert shifted["auroc"] == pytest.approx(0.76, abs=0.03)
-    assert shifted["auroc"] == pytest.approx(np.mean(shifted["auroc_seeds"]))
-    low, high = shifted["auroc_interval"]
-    assert low < shifted["auroc"] < high and 0.03 < high - low < 0.09
-    assert overlap(np.array([0.0, 0.5]), np.array([0.5, 0.5])) == 0.5
-
-
-def test_the_interval_holds_the_truth():
-    """In about 95 of 100 samples of two equal distributions the interval holds 0.5."""
-    generator = np.random.default_rng(1)
-    held = 0
-    for _ in range(100):
-        low, high = separation(generator.normal(size=60), [generator.normal(size=60)])["auroc_interval"]
-        held += low <= 0.5 <= high
-    assert held >= 88
-
-
-def test_separation_derived_again():
-    """AUROC from ranks (Mann-Whitney, ties one half), overlap bin by bin, d by its formula, and the interval from
-    pictures drawn one by one: a picture brings its matched and all its mismatched scores along."""
-    generator = np.random.default_rng(3)
-    quality = generator.normal(0, 0.2, 60)  # a picture's own: its scores belong together
-    matched = np.round((quality + generator.normal(0.1, 0.05, 60)).clip(-1, 1), 2)  # rounded: ties
-    mismatched = [np.round((quality + generator.normal(0.0, 0.05, 60)).clip(-1, 1), 2) for _ in range(2)]
-    result = separation(matched, mismatched)
-
-    def auroc(first, second):
-        both = np.sort(np.concatenate([first, second]))
-        ranks = (np.searchsorted(both, first, "left") + np.searchsorted(both, first, "right") + 1) / 2
-        return (ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(second))
-
-    by_seed = [auroc(matched, values) for values in mismatched]
-    assert result["auroc_seeds"] == pytest.approx(by_seed, abs=1e-6)
-    assert result["auroc"] == pytest.approx(np.mean(by_seed), abs=1e-6)
-    pooled = np.concatenate(mismatched)
-    low = np.floor((np.arange(200) / 100 - 1) * 1e9) / 1e9
-    shares = [[np.mean((v >= a - 1e-12) & (v < a + 0.01 - 1e-12)) for a in low] for v in (matched, pooled)]
-    assert result["overlap"] == pytest.approx(np.minimum(*shares).sum(), abs=0.06)  # scores lie on the bins' edges
-    spread = np.sqrt((np.std(matched, ddof=1) ** 2 + np.std(pooled, ddof=1) ** 2) / 2)
-    assert cohens_d(matched, pooled) == pytest.approx((matched.mean() - pooled.mean()) / spread)
-    draws = [generator.integers(0, 60, 60) for _ in range(2000)]
-    again = [np.mean([auroc(matched[draw], values[draw]) for values in mismatched]) for draw in draws]
-    np.testing.assert_allclose(result["auroc_interval"], np.quantile(again, (0.025, 0.975)), atol=0.015)
-    # Both resampled on their own would say less than is known: what a picture's scores have in common cancels.
-    apart = [
-        np.mean([auroc(matched[one], values[other]) for values in mismatched])
-        for one, other in zip(draws[:1000], draws[1000:], strict=True)
-    ]
-    low, high = result["auroc_interval"]
-    assert high - low < 0.75 * float(np.diff(np.quantile(apart, (0.025, 0.975)))[0])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -193,15 +119,12 @@ def test_a_common_part_hides_what_centring_shows():
     shared, own = 50 * generator.normal(size=64), generator.normal(size=(1, 30, 64))
     other = own[:, derangement(30, 0)]
 
-    class Run:
-        def __init__(self, text):
-            self.image_means, self.text_means = own + shared, text + shared
-
-    matched, mismatched = centred([Run(own), Run(other)])
+    runs = [{"image_means": own + shared, "text_means": text + shared} for text in (own, other)]
+    matched, mismatched = centred(runs)
     assert matched.min() > 0.99 and np.abs(mismatched.mean()) < 0.1
-    plain = (Run(own).image_means * Run(other).text_means).sum(-1)
-    norms = np.linalg.norm(Run(own).image_means, axis=-1) * np.linalg.norm(Run(other).text_means, axis=-1)
-    assert (plain / norms).min() > 0.99
+    image, text = runs[1].values()
+    plain = (image * text).sum(-1) / (np.linalg.norm(image, axis=-1) * np.linalg.norm(text, axis=-1))
+    assert plain.min() > 0.99
 
 
 def test_a_model_that_copies_the_picture_into_the_text_is_told_apart():
@@ -217,8 +140,8 @@ def test_a_model_that_copies_the_picture_into_the_text_is_told_apart():
 def test_batches_do_not_matter():
     subject = ours()
     one, all_ = (stacked(score_pairs(subject, PAIRS, TEXTS, size, "", progress=False)) for size in (1, 5))
-    for name in one.hidden:
-        np.testing.assert_allclose(one.hidden[name], all_.hidden[name], atol=1e-5)
+    for name in set(HIDDEN) - {"centred"}:
+        np.testing.assert_allclose(one[name], all_[name], atol=1e-5)
 
 
 def _write_rows(path, rows):

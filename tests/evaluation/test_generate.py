@@ -1,6 +1,5 @@
 """Generation: batches equal single rows, runs go on where they stopped, bad rows are recorded."""
 
-import io
 import json
 
 import pytest
@@ -11,42 +10,42 @@ from agevlm.evaluation import inputs
 from agevlm.evaluation.generate import generate_predictions
 from agevlm.evaluation.looking import measure_looking
 from agevlm.evaluation.pope import PAPER
-from builders import mask, picture
+from builders import mask, picture, stored
 
 
 NOUNS = ["apple", "red car", "very small yellow house on the left", "tree", "cup", "blue cup"]
 IDENTITY = {"model": "tiny"}
 
 
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed=seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def with_masks(data: Dataset, *marked: int) -> Dataset:
-    """`data` with a mask on the chosen rows."""
-    buffer = io.BytesIO()
-    mask(box=(8, 8, 60, 70)).save(buffer, "PNG")
-    masks = [{"bytes": buffer.getvalue(), "path": None} if i in marked else None for i in range(len(data))]
-    return data.add_column("mask", masks).cast_column("mask", ImageFeature(decode=False))
+def undecoded(data: Dataset, **columns) -> Dataset:
+    """`data` with columns of stored pictures."""
+    for name, pictures in columns.items():
+        data = data.remove_columns([name] if name in data.column_names else []).add_column(name, pictures)
+        data = data.cast_column(name, ImageFeature(decode=False))
+    return data
 
 
 def rows(broken: tuple[int, ...] = (), nouns=NOUNS) -> Dataset:
-    pictures = [png(index)[: 200 if index in broken else None] for index in range(len(nouns))]
+    images = [stored(picture(seed=index)) for index in range(len(nouns))]
+    for index in broken:
+        images[index]["bytes"] = images[index]["bytes"][:200]
     data = {
         "id": [f"row-{index}" for index in range(len(nouns))],
-        "image": [{"bytes": content, "path": None} for content in pictures],
         "question": [f"Is there a {noun} in the image?" for noun in nouns],
         "answer": ["yes", "no"] * (len(nouns) // 2),
         "category": ["random"] * len(nouns),
     }
-    return Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
+    return undecoded(Dataset.from_dict(data), image=images)
 
 
 def generate(model, processor, data, folder, **settings):
+    """The predictions."""
     settings = {"identity": IDENTITY, "batch_size": 2, "max_new_tokens": 4, "progress": False, **settings}
     return generate_predictions(model, processor, PAPER, data, folder, **settings)[0]
+
+
+def masks(*marked: int) -> list[dict | None]:
+    return [stored(mask(box=(8, 8, 60, 70))) if index in marked else None for index in range(len(NOUNS))]
 
 
 class Stopping:
@@ -77,10 +76,8 @@ def test_batches_equal_single_rows(model, processor, tmp_path):
 
 def test_a_picture_is_decoded_and_encoded_once_also_when_looking_is_measured(model, processor, tmp_path, monkeypatch):
     """Six questions about two pictures: the answers of six copies, two pictures opened and two in the tower."""
-    data = rows()
-    images = [data[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
-    data = data.remove_columns("image").add_column("image", images)
-    data = with_masks(data.cast_column("image", ImageFeature(decode=False)), 1, 2, 5)
+    images = [rows()[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
+    data = undecoded(rows(), image=images, mask=masks(1, 2, 5))
     opened, encoded = [], []
     once = inputs.open_image
 
@@ -102,7 +99,7 @@ def test_a_picture_is_decoded_and_encoded_once_also_when_looking_is_measured(mod
 
 
 def test_looks_are_those_of_a_pass_without_answers_and_change_no_answer(model, processor, tmp_path):
-    data = with_masks(rows(), 0, 2, 3)
+    data = undecoded(rows(), mask=masks(0, 2, 3))
     settings = {"identity": IDENTITY, "batch_size": 3, "max_new_tokens": 4, "progress": False}
     predictions, looks = generate_predictions(model, processor, PAPER, data, tmp_path, looks=True, **settings)
     assert predictions == generate(model, processor, rows(), tmp_path / "unlooked", batch_size=3)
@@ -118,8 +115,7 @@ def test_looks_are_those_of_a_pass_without_answers_and_change_no_answer(model, p
     again = Stopping(model, batches=1)
     assert generate_predictions(again, processor, PAPER, data, tmp_path, looks=True, **settings)[0] == predictions
     assert again.rows == 1
-    bad = data.remove_columns("mask").add_column("mask", [{"bytes": b"no picture", "path": None}] * len(data))
-    bad = bad.cast_column("mask", ImageFeature(decode=False))
+    bad = undecoded(data, mask=[{"bytes": b"no picture", "path": None}] * len(data))
     answered, looks = generate_predictions(model, processor, PAPER, bad, tmp_path / "bad", looks=True, **settings)
     assert answered == predictions and looks == []
 

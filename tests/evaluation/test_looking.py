@@ -1,6 +1,5 @@
 """Grounding: a model that is made to look at a known cell scores what it must, in every geometry."""
 
-import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from agevlm.data.rows import undecoded
 from agevlm.evaluation.looking import center_prior, mass_and_pointing, measure_looking
 from agevlm.evaluation.pope import PAPER as pope
-from builders import tiny_processor
+from builders import stored, tiny_processor
 
 
 # A picture of 192 x 96 on a canvas of 96 x 96 with 3 x 3 cells, and the box of the picture that fills one cell.
@@ -42,12 +42,6 @@ class Looking:
         return SimpleNamespace(cross_attention_maps=torch.stack([grid.expand(rows, -1) for grid in self.grids]))
 
 
-def png(image: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def box_mask(box, size=(WIDTH, HEIGHT)) -> Image.Image:
     mask = Image.new("1", size)
     mask.paste(1, box)
@@ -57,14 +51,13 @@ def box_mask(box, size=(WIDTH, HEIGHT)) -> Image.Image:
 def rows(*masks: Image.Image | None) -> Dataset:
     data = {
         "id": [f"row-{index}" for index in range(len(masks))],
-        "image": [png(Image.new("RGB", (WIDTH, HEIGHT), "grey")) for _ in masks],
-        "mask": [None if mask is None else png(mask) for mask in masks],
+        "image": [stored(Image.new("RGB", (WIDTH, HEIGHT), "grey")) for _ in masks],
+        "mask": [None if mask is None else stored(mask) for mask in masks],
         "question": ["Is there a red apple in the image?"] * len(masks),
         "answer": ["yes"] * len(masks),
         "category": ["random"] * len(masks),
     }
-    data = Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
-    return data.cast_column("mask", ImageFeature(decode=False))
+    return undecoded(Dataset.from_dict(data).cast_column("image", ImageFeature()).cast_column("mask", ImageFeature()))
 
 
 def at(row: int, column: int) -> np.ndarray:
@@ -102,7 +95,7 @@ def test_looking_everywhere_equals_the_uniform_baseline(geometry):
 def test_padding_is_no_part_of_the_uniform_baseline():
     """192 x 32 on the canvas is 96 x 16 in the middle row of cells: 3 cells show picture."""
     data = rows(box_mask((0, 0, 64, 32), size=(192, 32)))
-    data = data.remove_columns("image").add_column("image", [png(Image.new("RGB", (192, 32)))])
+    data = data.remove_columns("image").add_column("image", [stored(Image.new("RGB", (192, 32)))])
     metrics, _ = measure(Looking(at(1, 0)), data.cast_column("image", ImageFeature(decode=False)))
     assert metrics["uniform"] == pytest.approx({"in_mask_mass": 1 / 3, "pointing_accuracy": 1 / 3, "token_auroc": 0.5})
     assert metrics["in_mask_mass"]["mean"] == 1

@@ -15,6 +15,7 @@ from agevlm.evaluation import run
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.cli import results as make_page
 from agevlm.evaluation.leaderboard import PAPER, read_metrics, results_page
+from agevlm.evaluation.looking import load_masked
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import choose, compare_folders, evaluate_scenes, load_scenes, stored_fingerprint
 from agevlm.evaluation.tables import summary_table
@@ -22,6 +23,7 @@ from agevlm.hub_cards import weights_fingerprint
 from agevlm.models import weights_digest
 from agevlm.store import read_lines, write_json
 from builders import save_tiny, tiny_model, tiny_processor
+from vlms import llava
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,3 +250,29 @@ def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             main([*(str(tmp_path / model) for model in models), *rest])
+
+
+def test_a_stock_model_is_evaluated_but_for_the_maps_that_it_does_not_have(folder, tmp_path):
+    subject = llava()
+    for part in (subject.model, subject.processor):
+        part.save_pretrained(tmp_path / "llava")
+    rest = ["--scenes", str(folder / "scenes"), "--benchmarks", "pope", "cvbench", "--max-new-tokens", "3"]
+    found = []
+    for size in ("1", "5"):
+        main([str(tmp_path / "llava"), *rest, "--batch-size", size, "--output", str(tmp_path / size)])
+        output = tmp_path / size / "llava"
+        found.append((read_metrics(output / "metrics.json"), read_lines(output / "pope" / "predictions.jsonl")))
+    (single, lines), (batched, others) = found
+    assert list(batched["benchmarks"]) == ["pope", "cvbench"]
+    assert batched["grounding"] == {"n": 0, "skipped": 0, "layers": []}
+    assert single["benchmarks"] == batched["benchmarks"] and lines == others
+    with pytest.raises(ValueError, match="the model has no cross-attention maps: looking cannot be measured"):
+        evaluate_scenes(subject.model, subject.processor, folder / "scenes", "composition", tmp_path / "masked",
+                        benchmarks=["pope"], max_new_tokens=1, masked=load_masked(folder / "masks.parquet"),
+                        progress=False)  # fmt: skip
+
+
+def test_a_protocol_of_judges_needs_one(folder, tmp_path):
+    assert BENCHMARKS["hallusionbench"]["official"].judged_only
+    with pytest.raises(ValueError, match="hallusionbench: the protocol 'official' is scored by a judge alone"):
+        evaluate(folder, tmp_path, benchmarks=["hallusionbench"], protocol="official")

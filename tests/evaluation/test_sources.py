@@ -1,7 +1,6 @@
 """Rows from files: the published question files, Parquet, JSON and TSV in their columns, and what is refused."""
 
 import base64
-import io
 import json
 
 import pytest
@@ -13,16 +12,13 @@ from agevlm.evaluation.inputs import RowError, row_image
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import choose, load_published, parse_places
 from agevlm.evaluation.sources import load_hub, load_local
-from builders import picture
+from builders import picture, stored
 
 
 POPE, OCRBENCH, CVBENCH = (BENCHMARKS[name]["paper"] for name in ("pope", "ocrbench", "cvbench"))
 
 
-def png(seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed=seed).save(buffer, "PNG")
-    return buffer.getvalue()
+PNG = stored(picture())["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +50,7 @@ def write_json(folder, name, rows):
 
 def test_json_lines_name_pictures_in_their_folder(tmp_path):
     write_json(tmp_path, "coco_pope_popular.json", pope_lines())
-    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.png").write_bytes(PNG)
     rows = load_local(POPE, tmp_path)
     assert rows["id"] == ["popular-1", "popular-2"] and rows["category"] == ["popular"] * 2
     assert row_image(rows[0]).tobytes() == picture().tobytes()
@@ -64,7 +60,7 @@ def test_parquet_in_the_published_columns(tmp_path):
     data = {
         "idx": [0, 1], "type": ["2D"] * 2, "task": ["Count"] * 2, "question": ["How many?"] * 2,
         "choices": [["1", "2"]] * 2, "answer": ["(A)", "(B)"], "prompt": ["How many? (A) 1 (B) 2"] * 2,
-        "source": ["COCO"] * 2, "image": [{"bytes": png(), "path": None}] * 2,
+        "source": ["COCO"] * 2, "image": [stored(picture())] * 2,
     }  # fmt: skip
     Dataset.from_dict(data).cast_column("image", ImageFeature()).to_parquet(tmp_path / "cvbench.parquet")
     rows = load_local(CVBENCH, tmp_path)
@@ -74,7 +70,7 @@ def test_parquet_in_the_published_columns(tmp_path):
 
 
 def test_tsv_holds_pictures_as_base64_and_lists_as_json(tmp_path):
-    image = base64.b64encode(png()).decode()
+    image = base64.b64encode(PNG).decode()
     assert len(image) > 1000
     text = "dataset\tquestion\tquestion_type\tanswer\timage\n" + f'SROIE\twhat?\tKIE\t"[""a"", ""b""]"\t{image}\n' * 2
     (tmp_path / "ocrbench.tsv").write_text(text, encoding="utf-8")
@@ -87,7 +83,7 @@ def test_a_hub_data_set_is_a_path_to_datasets(tmp_path, monkeypatch):
     """Without the network: `load_dataset` is given a local Parquet folder in place of the Hub id, and is asked for the
     published id, configuration and split."""
     rows = {"question": ["Is it?"], "answer": ["yes"], "category": ["random"], "question_id": ["1"],
-            "image": [{"bytes": png(), "path": None}]}  # fmt: skip
+            "image": [stored(picture())]}  # fmt: skip
     Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "test.parquet")
     asked = []
 

@@ -1,6 +1,7 @@
 """The one builder of everything tiny that the tests use: tokenizer, processor, model, pictures, rows."""
 
 import functools
+import io
 from pathlib import Path
 
 import torch
@@ -140,6 +141,13 @@ def mask(width: int = IMAGE_SIZE, height: int = IMAGE_SIZE, box: tuple[int, int,
     image = Image.new("1", (width, height))
     image.paste(1, box)
     return image
+
+
+def stored(image: Image.Image) -> dict:
+    """A picture as an undecoded column of pictures holds it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def row(row_id: str = "row-0", images: int = 1, guided: bool = False, seed: int = 0) -> dict:

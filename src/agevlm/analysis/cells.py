@@ -10,7 +10,6 @@ than none.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,11 +63,6 @@ class Cells:
     @property
     def count(self) -> int:
         return sum(view.rows * view.columns for view in self.views)
-
-    @cached_property
-    def shown(self) -> np.ndarray:
-        """float32 `(V,)`: share of each cell that shows picture; the rest is padding."""
-        return self.coverage(np.ones(self.size, dtype=bool))
 
     def shrunk(self, side: int) -> "Cells":
         """The same cells on the picture scaled down so that its longer side has at most `side` pixels."""

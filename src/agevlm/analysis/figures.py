@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agevlm.store import replacing
+from agevlm.drawing import save_figure
 
 
 MOST_TICKS = 12
@@ -24,11 +23,6 @@ COLORS = {
 }
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
-
-
 def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -36,6 +30,14 @@ def _bare(axes: Any) -> None:
 def _beside(axes: Any) -> None:
     """The legend to the right of the curves, where it hides none of them."""
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+
+
+def _draw_curve(axes: Any, entries: Sequence[Mapping[str, Any]], value: str, interval: str, **look: Any) -> None:
+    """`value` of each layer's entry with the band of its interval."""
+    layers = [entry["layer"] for entry in entries]
+    low, high = zip(*(entry[interval] for entry in entries), strict=True)
+    axes.plot(layers, [entry[value] for entry in entries], "o-", ms=3, **look)
+    axes.fill_between(layers, low, high, color=look["color"], alpha=0.15, lw=0)
 
 
 def _over_layers(axes: Any, layers: Sequence[int]) -> None:
@@ -63,7 +65,7 @@ def save_histogram(
     axes.set_title(f"{name}: AUROC {numbers['auroc']:.3f}, overlap {numbers['overlap']:.2f}", fontsize=10)
     axes.legend(frameon=False)
     _bare(axes)
-    _save(figure, output / "histogram.png")
+    save_figure(figure, output / "histogram.png")
 
 
 def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, output: Path) -> None:
@@ -71,10 +73,7 @@ def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, 
     figure = Figure(figsize=(11, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for measure, entries in measures.items():
-        layers = [entry["layer"] for entry in entries]
-        low, high = zip(*(entry["auroc_interval"] for entry in entries), strict=True)
-        left.plot(layers, [entry["auroc"] for entry in entries], "o-", ms=3, color=COLORS[measure], label=measure)
-        left.fill_between(layers, low, high, color=COLORS[measure], alpha=0.12, lw=0)
+        _draw_curve(left, entries, "auroc", "auroc_interval", color=COLORS[measure], label=measure)
     left.axhline(0.5, color="grey", lw=0.8, ls="--")
     left.set_ylabel("AUROC, matching over non-matching")
     for measure in ("centroid", "centred"):
@@ -88,7 +87,7 @@ def save_layers(measures: Mapping[str, Sequence[Mapping[str, Any]]], name: str, 
         _beside(axes)
         _over_layers(axes, [entry["layer"] for entry in measures["centroid"]])
     figure.suptitle(name, fontsize=10)
-    _save(figure, output / "layers.png")
+    save_figure(figure, output / "layers.png")
 
 
 def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: Path) -> None:
@@ -101,18 +100,14 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
         entries = [layer for layer in entry["layers"] if layer["enrichment"] is not None]
         if not entries:
             continue  # nothing is padded
-        layers = [layer["layer"] for layer in entries]
-        values = [layer["enrichment"] for layer in entries]
-        low, high = zip(*(layer["interval"] for layer in entries), strict=True)
-        axes.plot(layers, values, "o-", ms=3, color=colors[variant], label=labels[variant])
-        axes.fill_between(layers, low, high, color=colors[variant], alpha=0.15, lw=0)
+        _draw_curve(axes, entries, "enrichment", "interval", color=colors[variant], label=labels[variant])
     axes.axhline(1, color="grey", lw=0.8, ls="--")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("attention over area")
     axes.set_title(f"{name}: cells that padding leaves empty", fontsize=10)
     _beside(axes)
     _over_layers(axes, [layer["layer"] for layer in variants["pad"]["layers"]])
-    _save(figure, output / "padding.png")
+    save_figure(figure, output / "padding.png")
 
 
 def save_rows(rows: Mapping[str, Mapping[str, Any]], what: str, blind: float, path: Path) -> None:
@@ -134,4 +129,4 @@ def save_rows(rows: Mapping[str, Mapping[str, Any]], what: str, blind: float, pa
     axes.invert_yaxis()
     axes.set_xlabel(what)
     _bare(axes)
-    _save(figure, path)
+    save_figure(figure, path)

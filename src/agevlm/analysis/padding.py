@@ -42,7 +42,9 @@ CHUNK = 16  # pictures in a part that a resumed run does not repeat
 
 
 def squared(image: Image.Image, variant: str, color: int | tuple[int, ...] = 0) -> Image.Image:
-    """The picture as a square of its longer side, by `pad`, `stretch` or `crop`. Masks (mode 1) stay masks."""
+    """The picture as it is (`own`), or as a square of its longer side. Masks (mode 1) stay masks."""
+    if variant == "own":
+        return image
     side, short = max(image.size), min(image.size)
     resample = Image.Resampling.NEAREST if image.mode == "1" else Image.Resampling.BICUBIC
     if variant == "pad":
@@ -54,7 +56,7 @@ def squared(image: Image.Image, variant: str, color: int | tuple[int, ...] = 0) 
     if variant == "crop":
         left, top = (image.width - short) // 2, (image.height - short) // 2
         return image.crop((left, top, left + short, top + short)).resize((side, side), resample)
-    raise ValueError(f"variant is {variant!r}; use pad, stretch or crop")
+    raise ValueError(f"variant is {variant!r}; use {', '.join(VARIANTS)}")
 
 
 def mean_color(subject: Subject) -> tuple[int, ...]:
@@ -67,22 +69,14 @@ def measure_picture(subject: Subject, pair: Pair, layers: Sequence[int] | None =
     """Variant -> `share (K,)`, `area`, `image_mass (K,)`, and with a mask `in_mask (K,)` and `mask_area` (but not
     where `crop` has cut the masked part away)."""
     results: dict[str, dict[str, Any]] = {}
-    own, own_mask = pair.image, pair.mask
-    white = Image.new("1", own.size, 1)
-    border = None
+    own, outline = pair.image, pair.mask
+    everywhere = Image.new("1", own.size, 1)
     for variant in VARIANTS:
-        if variant == "own":
-            image, mask = own, own_mask
-        else:
-            image = squared(own, variant, mean_color(subject))
-            mask = None if own_mask is None else squared(own_mask, variant)
+        image = squared(own, variant, mean_color(subject))
+        mask = None if outline is None else squared(outline, variant)
         cells, weights, mass = question_look(subject, image, pair.text, layers)
-        if variant == "own":
-            padding = cells.shown < PADDING
-        else:
-            if border is None:  # of `pad`, which comes first
-                border = cells.coverage(np.asarray(squared(white, "pad"))) < PADDING
-            padding = border
+        if variant in ("own", "pad"):  # the others are measured on the cells that `pad` leaves empty
+            padding = cells.coverage(np.asarray(squared(everywhere, variant))) < PADDING
         result = {"share": weights[:, padding].sum(1), "area": float(padding.mean()), "image_mass": mass}
         if mask is not None and mask.getbbox() is not None:
             inside = cells.inside(np.asarray(mask))

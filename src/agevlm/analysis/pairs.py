@@ -1,17 +1,15 @@
 """Pictures with a text each, out of scenes, training rows or benchmark rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from datasets import Image as ImageFeature
-from datasets import List as ListFeature
 from PIL import Image
 from tqdm import tqdm
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside
+from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside, undecoded
 from agevlm.images import open_image
 
 
@@ -85,7 +83,7 @@ def load_pairs(
     bad: list[dict[str, str]] = []
     repeated = 0
     with tqdm(desc="reading", total=limit, unit="pair", disable=not progress) as bar:
-        for index, row in enumerate(_undecoded(_open(path))):
+        for index, row in enumerate(undecoded(_open(path))):
             if len(pairs) == limit:
                 break
             name = str(row.get("id", index))
@@ -116,16 +114,6 @@ def _open(path: Path) -> Dataset:
     if not path.is_file():
         raise ValueError(f"there is no {path}; give a folder of scenes (`agevlm data scenes`) or a file of rows")
     return readers[path.suffix](str(path))
-
-
-def _undecoded(rows: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows whose pictures are bytes: they are decoded under our own limits, one at a time."""
-    for name, feature in rows.features.items():
-        if isinstance(feature, ImageFeature):
-            rows = rows.cast_column(name, ImageFeature(decode=False))
-        elif isinstance(feature, ListFeature) and isinstance(feature.feature, ImageFeature):
-            rows = rows.cast_column(name, ListFeature(ImageFeature(decode=False)))
-    yield from rows
 
 
 def _pair(row: Mapping[str, Any], name: str, column: str | None, root: Path) -> Pair:

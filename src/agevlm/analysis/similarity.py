@@ -23,7 +23,7 @@ Wk, so for ours the Q/K rows are the ones with a meaning of their own.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +55,9 @@ from .subjects import Encoded, Subject
 
 HIDDEN = ("centroid", "pairwise", "max", "centred")
 QUERY_KEY = ("qk_cosine", "qk_logit")
+MEANS = ("image_means", "text_means")
 HEADLINE = "centroid"
 CHUNK = 64  # pairs in a part that a resumed run does not repeat
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of N pairs.
-
-    Attributes:
-        hidden: `centroid`, `pairwise`, `max` -> float32 `(layers, N)`.
-        query_key: `qk_cosine`, `qk_logit` -> float32 `(layers, N)`.
-        image_means, text_means: float32 `(layers, N, D)`, mean states; image layers are 1 for ours.
-    """
-
-    hidden: dict[str, np.ndarray]
-    query_key: dict[str, np.ndarray]
-    image_means: np.ndarray
-    text_means: np.ndarray
 
 
 def reduce_tokens(image_VD: torch.Tensor, text_TD: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -221,6 +206,9 @@ def score_pairs(
     def score(batch: Sequence[tuple[Pair, str]]) -> list[Row]:
         return score_batch(subject, subject.encode([pair.image for pair, _ in batch], [text for _, text in batch]))
 
+    def score_one(pair: tuple[Pair, str]) -> Row:
+        return score([pair])[0]
+
     def measure(part: Sequence[tuple[Pair, str]]) -> list[Row]:
         rows: list[Row] = []
         for start in range(0, len(part), batch_size):
@@ -228,28 +216,24 @@ def score_pairs(
             try:
                 rows += score(batch)
             except ValueError:
-                rows += [measured(lambda one=one: score([one])[0], one[0].id, strict) for one in batch]
+                rows += [measured(partial(score_one, one), one[0].id, strict) for one in batch]
         return rows
 
     chosen = list(zip(pairs, texts, strict=True))
     return measure_parts(title, chosen, measure, size=CHUNK, unit="pair", keep=keep, progress=progress)
 
 
-def stacked(rows: Sequence[Row]) -> Scores:
-    """The scores of all pairs, `(layers, N)` and `(layers, N, D)`."""
-    scores = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
-    image_means, text_means = scores.pop("image_means"), scores.pop("text_means")
-    query_key = {name: scores.pop(name) for name in QUERY_KEY}
-    return Scores(scores, query_key, image_means, text_means)
+def stacked(rows: Sequence[Row]) -> Row:
+    """The scores of N pairs: float32 `(layers, N)`, means `(layers, N, D)`; image layers are 1 for ours."""
+    return {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
 
 
-def centred(runs: Sequence[Scores]) -> list[np.ndarray]:
+def centred(runs: Sequence[Row]) -> list[np.ndarray]:
     """`centroid` of each run, float32 `(layers, N)`, after subtracting the means over all pairs of all runs."""
-    image_mean = np.mean([run.image_means.mean(1) for run in runs], axis=0)[:, None]
-    text_mean = np.mean([run.text_means.mean(1) for run in runs], axis=0)[:, None]
+    image_mean, text_mean = (np.mean([run[name].mean(1) for run in runs], axis=0)[:, None] for name in MEANS)
     results = []
     for run in runs:
-        image, text = run.image_means - image_mean, run.text_means - text_mean
+        image, text = run["image_means"] - image_mean, run["text_means"] - text_mean
         norms = np.linalg.norm(image, axis=-1) * np.linalg.norm(text, axis=-1)
         results.append((image * text).sum(-1) / np.maximum(norms, 1e-12))
     return results
@@ -286,20 +270,19 @@ def measure_similarity(
     matched = score_pairs(subject, pairs, [pair.text for pair in pairs], batch_size, "matched", **settings)
     left_out = failures(pairs, matched)
     usable = [(pair, row) for pair, row in zip(pairs, matched, strict=True) if ERROR not in row]
-    if len(usable) < 2:
-        raise ValueError(f"{len(usable)} of {len(pairs)} pairs can be scored; the first: {left_out[0]['reason']}")
+    _check_enough(usable, pairs, left_out)
     pairs, scored = [pair for pair, _ in usable], [[row for _, row in usable]]
     for seed in seeds:
         others = [pairs[index].text for index in derangement(len(pairs), seed)]
         scored.append(score_pairs(subject, pairs, others, batch_size, f"mismatched-{seed}", **settings))
         left_out += failures(pairs, scored[-1])
     whole = [index for index in range(len(pairs)) if not any(ERROR in rows[index] for rows in scored)]
-    if len(whole) < 2:
-        raise ValueError(f"{len(whole)} of {len(pairs)} pairs can be scored; the first: {left_out[0]['reason']}")
+    _check_enough(whole, pairs, left_out)
     pairs = [pairs[index] for index in whole]
     runs = [stacked([rows[index] for index in whole]) for rows in scored]
     by_run = [
-        {**run.hidden, "centred": middle, **run.query_key} for run, middle in zip(runs, centred(runs), strict=True)
+        {name: run.get(name, middle) for name in (*HIDDEN, *QUERY_KEY)}
+        for run, middle in zip(runs, centred(runs), strict=True)
     ]
     layers = {name: hidden_layers(subject) for name in HIDDEN} | {name: list(subject.attention) for name in QUERY_KEY}
     measures = {
@@ -326,6 +309,11 @@ def measure_similarity(
         "measures": measures,
     }
     return summary, arrays
+
+
+def _check_enough(scored: Sequence[Any], pairs: Sequence[Pair], left_out: Sequence[Mapping[str, str]]) -> None:
+    if len(scored) < 2:
+        raise ValueError(f"{len(scored)} of {len(pairs)} pairs can be scored; the first: {left_out[0]['reason']}")
 
 
 def write_similarity(

@@ -41,13 +41,19 @@ def resolve_inside(root: str | Path, path: str | Path) -> Path:
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """The rows with pictures and masks as they are stored, {bytes, path}: `open_row` decodes and turns them, once."""
+    """The rows with pictures and masks as they are stored, {bytes, path}: `open_image` decodes and turns them."""
     for name, feature in rows.features.items():
-        if feature == ROW_FEATURES["images"]:
-            rows = rows.cast_column(name, List(ImageFeature(decode=False)))
-        elif name == "guidance" and isinstance(feature, dict):
-            rows = rows.cast_column(name, {**feature, "mask": ImageFeature(decode=False)})
+        if (stored := _undecoded(feature)) != feature:
+            rows = rows.cast_column(name, stored)
     return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature))
+    return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
 
 
 def validate_row(row: Mapping[str, Any], where: str = "row") -> None:

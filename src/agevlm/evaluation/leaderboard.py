@@ -1,7 +1,5 @@
 """The results page (docs/results.md) out of `metrics.json` files, beside the paper's Table 2.
 
-    agevlm results docs/results/*/metrics.json --output docs/results.md
-
 The paper's rows are the paper's: printed in its Table 2, not measured here. Models evaluated on the published sets
 stand beside them in its columns and units; models evaluated on scenes, which are other questions, in tables of their
 own. A sentence in the field `note` of a file is printed above its tables.

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from tqdm import tqdm
 
+from agevlm.data.rows import undecoded
 from agevlm.stats import auroc
 
 from .benchmark import Metrics
@@ -49,9 +49,7 @@ def load_masked(path: str | Path) -> Dataset:
         raise ValueError(f"{path}: lacks {', '.join(missing) or 'rows'}; it has {', '.join(rows.column_names)}")
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{index:06d}" for index in range(len(rows))])
-    for column in ("image", "mask"):
-        rows = rows.cast_column(column, ImageFeature(decode=False))
-    return rows
+    return undecoded(rows)
 
 
 def marked_rows(rows: Dataset) -> list[int]:
@@ -182,6 +180,7 @@ def measure_looking(
             questions = [question for question in questions if question.mask is not None]
             if questions:
                 batch, query, cells = encode_questions(model, processor, asked, questions)
+                assert cells is not None  # every question has a mask
                 with each_picture_once(model, [picture_key(question.row) for question in questions]):
                     output = model.base_model(**batch, guidance_query_mask=query, use_cache=False)
                 seen, grid = batch["visual_token_mask"], processor.image_processor.grid

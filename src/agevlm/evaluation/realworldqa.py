@@ -44,8 +44,10 @@ def right_answer(row: Row) -> str:
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`accuracy`, also apart for `choice` and `open` questions where present."""
     kinds = ["choice" if options(row) else "open" for row in rows]
-    apart = {(kind,): among([kind == other for other in kinds], credits) for kind in sorted(set(kinds))}
-    return {("accuracy",): share(credits), **apart}
+    return {
+        ("accuracy",): share(credits),
+        **{(kind,): among([kind == other for other in kinds], credits) for kind in sorted(set(kinds))},
+    }
 
 
 def guesses(rows: Sequence[Row]) -> Guesses:

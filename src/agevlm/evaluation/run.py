@@ -1,10 +1,5 @@
 """Evaluates models on benchmarks: answers, scores, baselines, a judge's reading, and where the model looked.
 
-    agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
-    agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
-    agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
-    accelerate launch -m agevlm eval MODEL... --output DIR              # several processes
-
 Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchmark, `predictions.jsonl` (raw outputs),
 `run.json`, `judged.jsonl` and `grounding.jsonl`; the folder above `results.md`, `results.html` and, of several models,
 `comparison.json`. The same call again goes on where it stopped, or returns at once.
@@ -34,7 +29,7 @@ from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
 from .generate import PREDICTIONS, Prediction, generate_predictions
 from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
-from .looking import MASKED, load_masked, marked_rows, measure_looking, summarize
+from .looking import MASKED, Look, load_masked, marked_rows, measure_looking, summarize
 from .processes import current_device, is_main
 from .registry import BENCHMARKS
 from .sources import load_hub, load_local, prepare
@@ -174,13 +169,17 @@ def evaluate(
                 write_json(output / RESULT, finished)
         return finished
 
+    looks = hasattr(model.config, "cross_attention_layers") and hasattr(processor, "message_span")
+    if masked is not None and not looks:
+        raise ValueError(f"{name or 'the model'} has no cross-attention maps: looking cannot be measured")
+    layers = list(model.config.cross_attention_layers) if looks else []
     start, was_training = time.monotonic(), model.training
     model.eval()
-    looks = hasattr(model.config, "cross_attention_layers") and hasattr(processor, "message_span")
-    layers = list(model.config.cross_attention_layers) if looks else []
     settings: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "progress": progress}
     answers: dict[str, Any] = {"identity": identity, "max_new_tokens": max_new_tokens, "looks": looks}
-    results, pooled, marked = {}, [], 0
+    results: Metrics = {}
+    pooled: list[Look] = []
+    marked = 0
     for benchmark in benchmarks:
         rows, folder = data[benchmark.name], output / benchmark.name
         predictions, records = generate_predictions(model, processor, benchmark, rows, folder, **answers, **settings)
@@ -203,8 +202,6 @@ def evaluate(
         "grounding": summarize(pooled, marked, layers),
     }
     if masked is not None:
-        if not looks:
-            raise ValueError(f"{name or 'the model'} has no cross-attention maps: looking cannot be measured")
         metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
     model.train(was_training)
     metrics["seconds"] = round(time.monotonic() - start, 1)
@@ -245,7 +242,7 @@ def score_predictions(
     Raises:
         ValueError: every row was skipped.
     """
-    usable, lines = answered(rows, predictions)
+    usable, (lines,) = answered(rows, predictions)
     if not usable:
         raise ValueError(f"{benchmark.name}: none of {len(rows)} rows could be used; its predictions name the errors")
     parsed = [line["parsed"] for line in lines]
@@ -265,28 +262,23 @@ def score_predictions(
     return result, judged
 
 
-def answered(rows: Dataset, predictions: Sequence[Prediction]) -> tuple[list[Row], list[Prediction]]:
-    """The rows that were not skipped, and their predictions."""
-    pairs = [(row, line) for row, line in zip(plain(rows), predictions, strict=True) if line["verdict"] != "skipped"]
-    return [row for row, _ in pairs], [line for _, line in pairs]
-
-
-def compare(
-    benchmark: Benchmark,
-    rows: Dataset,
-    first: Sequence[Prediction],
-    second: Sequence[Prediction],
-) -> Metrics:
-    """Two models' predictions for the same rows: the paired bootstrap of every metric's difference (second - first)
-    and McNemar's exact test on right answers. Rows that either skipped are left out."""
-    both = [
-        (row, lines)
-        for row, *lines in zip(plain(rows), first, second, strict=True)
+def answered(rows: Dataset, *predictions: Sequence[Prediction]) -> tuple[list[Row], list[list[Prediction]]]:
+    """The rows that nobody skipped, and each model's predictions for them."""
+    kept = [
+        index
+        for index, lines in enumerate(zip(*predictions, strict=True))
         if all(line["verdict"] != "skipped" for line in lines)
     ]
-    usable = [row for row, _ in both]
+    asked = list(plain(rows))
+    return [asked[index] for index in kept], [[lines[index] for index in kept] for lines in predictions]
+
+
+def compare(benchmark: Benchmark, rows: Dataset, first: Sequence[Prediction], second: Sequence[Prediction]) -> Metrics:
+    """Two models' predictions for the same rows: the paired bootstrap of every metric's difference (second - first)
+    and McNemar's exact test on right answers. Rows that either skipped are left out."""
+    usable, both = answered(rows, first, second)
     units = units_of([benchmark.unit(row) for row in usable])
-    parsed = [[lines[side]["parsed"] for _, lines in both] for side in (0, 1)]
+    parsed = [[line["parsed"] for line in lines] for lines in both]
     one, other = (benchmark.all_measures(usable, answers) for answers in parsed)
     return {
         "n": len(usable),

@@ -15,9 +15,10 @@ import pyarrow.csv
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 
-from agevlm.data.rows import resolve_inside
+from agevlm.data.rows import resolve_inside, undecoded
 
 from .benchmark import Benchmark, check_fields
+from .inputs import without_pictures
 
 
 MOST_CHARACTERS = 64_000_000  # of a base64 picture: its size in pixels is limited where it is decoded
@@ -69,21 +70,17 @@ def prepare(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
     elif rows.features["id"].dtype != "string" or len(set(rows["id"])) != len(rows):
         rows = _with_ids(benchmark, rows.remove_columns("id"), where)  # OCRBench numbers each source apart
     check_fields(benchmark, rows.column_names, where)
-    for column in ("image", "mask"):
-        if column in rows.column_names:
-            rows = rows.cast_column(column, ImageFeature(decode=False))
-    plain = rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names])
-    used = [index for index, row in enumerate(plain) if benchmark.uses(row)]
+    rows = undecoded(rows)
+    used = [index for index, row in enumerate(without_pictures(rows)) if benchmark.uses(row)]
     return rows if len(used) == len(rows) else rows.select(used)
 
 
 def _with_ids(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
     number = benchmark.source.number
-    plain = rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names])
     try:
         ids = [
             "-".join(map(str, number(row))) if number is not None else f"{index:06d}"
-            for index, row in enumerate(plain)
+            for index, row in enumerate(without_pictures(rows))
         ]
     except KeyError as error:
         raise ValueError(

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rich.markup import escape as plain
 from rich.table import Table as ConsoleTable
+from rich.text import Text
 
 from .benchmark import Metrics
 from .looking import METRICS as GROUNDING_METRICS
@@ -196,24 +196,23 @@ def html_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -
 def summary_table(results: Results) -> ConsoleTable:
     """One line per headline, one column per model, and what the same number is without looking."""
     first = next(iter(results.values()))
-    table = ConsoleTable(title=plain(_title(results)))
-    table.add_column("")
-    for model in results:
-        table.add_column(plain(model), justify="right")
-    table.add_column("without looking")
+    lines = []
     for name, result in first["benchmarks"].items():
-        shown = result.get("shown") or [result["headline"]]
         found = [metrics["benchmarks"][name] for metrics in results.values()]
-        for metric in shown:
+        for metric in result.get("shown") or [result["headline"]]:
             cells = [_with_interval(r, (metric,)) for r in found]
-            table.add_row(f"{name} {metric}", *map(plain, cells), plain(without_looking(result, (metric,))))
+            lines.append([f"{name} {metric}", *cells, without_looking(result, (metric,))])
         if any("judged" in r for r in found):
-            headline = result["headline"]
-            table.add_row(f"{name} {headline}, judged", *(_number(lookup(r, ("judged", headline))) for r in found), "")
-        table.add_row(f"{name} unparsed %", *(f"{r['unparsed']:.1f}" for r in found), "")
-    if first["grounding"]["n"]:
-        for metric in GROUNDING_METRICS:
-            values = [f"{metrics['grounding'][metric]['mean']:.3f}" if metrics["grounding"]["n"] else "–"
-                      for metrics in results.values()]  # fmt: skip
-            table.add_row(metric.replace("_", " "), *values, f"{first['grounding']['uniform'][metric]:.3f} (uniform)")
+            path = ("judged", result["headline"])
+            lines.append([f"{name} {path[1]}, judged", *(_number(lookup(r, path)) for r in found), ""])
+        lines.append([f"{name} unparsed %", *(_number(r["unparsed"]) for r in found), ""])
+    for metric in GROUNDING_METRICS if first["grounding"]["n"] else ():
+        values = [lookup(metrics, ("grounding", metric, "mean")) for metrics in results.values()]
+        cells = ["–" if value is None else f"{value:.3f}" for value in values]
+        lines.append([metric.replace("_", " "), *cells, f"{first['grounding']['uniform'][metric]:.3f} (uniform)"])
+    table = ConsoleTable(title=Text(_title(results)))  # names and answers are text, not markup
+    for place, head in enumerate(["", *results, "without looking"]):
+        table.add_column(Text(head), justify="right" if 0 < place <= len(results) else "left")
+    for line in lines:
+        table.add_row(*map(Text, line))
     return table
