@@ -100,8 +100,9 @@ def load_shards(
         return None
     if masks is None:
         places = (f"{part}*", "train-*", f"data/{KEPT}")
-        found = next((files for place in places if (files := find_shards(f"{folder}/masks/{place}.parquet"))), None)
-        masks = None if found is None else Dataset.from_parquet(found)
+        found = filter(None, (find_shards(f"{folder}/masks/{place}.parquet") for place in places))
+        stored = next(found, None)
+        masks = None if stored is None else Dataset.from_parquet(stored)
     return open_shards(files, masks, mask_fraction, lengths=lengths)
 
 

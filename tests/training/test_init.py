@@ -428,7 +428,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     )
     for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
         assert sentence == (
-            f"{name} is gated and you have no access: accept its licence at {hub.address}/{name} and log in with "
+            f"{name} is gated and you have no access: accept its license at {hub.address}/{name} and log in with "
             "`hf auth login`, or pass a folder that has it."
         )
     assert "a/missing is neither here nor on the Hub" in said[2]

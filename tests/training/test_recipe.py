@@ -88,6 +88,13 @@ def test_the_papers_numbers_each_with_its_source(tmp_path, stage):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("variant", "guided"), [("agevlm", {3}), ("agevlm-lm", {3, 4}), ("ca-baseline", set())])
+def test_the_variants_losses(tmp_path, variant, guided):
+    for stage, recipe in STAGES.items():
+        lines = printed(recipe(size="small", variant=variant), tmp_path / "never")
+        assert f"guidance_weight {float(stage in guided)} Table 1, section 3.2.2" in lines
+
+
 def test_what_differs_from_the_paper_is_shown_beside_what_the_paper_says(tmp_path):
     recipe = stage3_ground.recipe(vision="vision_all").override(learning_rate=3e-4, mask_fraction=0.5)
     lines = printed(recipe, tmp_path / "never")

@@ -136,7 +136,7 @@ def test_batches_of_a_run_hold_rows_of_one_length(tmp_path):
     padded = {}
     for strategy in ("random", "group_by_length"):
         loader = make_trainer(
-            tmp_path, kinds, train_sampling_strategy=strategy, per_device_train_batch_size=4
+            tmp_path, kinds, train_sampling_strategy=strategy, per_device_train_batch_size=4, guidance_weight=0.0
         ).get_train_dataloader()
         padded[strategy] = sum(int((batch["attention_mask"] == 0).sum()) for batch in loader)
     assert padded["group_by_length"] == 0 < padded["random"]
