@@ -4,7 +4,6 @@ The Hub is that of `hub_server.py`, in place of the real one (`HF_ENDPOINT`).
 """
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
@@ -402,14 +402,7 @@ def init_from_hub(home: Path, hub: HubServer, *runs: list[str], **environment: s
         "    else:\n"
         "        print('SAID \"\"')\n"
     )
-    known = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.address}
-    run = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(runs)],
-        env={**known, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = isolated(home, "-c", script, json.dumps(runs), **{**hub.environment, **environment})
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line.removeprefix("SAID ")) for line in run.stdout.splitlines() if line.startswith("SAID ")]
 
@@ -428,7 +421,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     )
     for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
         assert sentence == (
-            f"{name} is gated and you have no access: accept its licence at {hub.address}/{name} and log in with "
+            f"{name} is gated and you have no access: accept its license at {hub.address}/{name} and log in with "
             "`hf auth login`, or pass a folder that has it."
         )
     assert "a/missing is neither here nor on the Hub" in said[2]
