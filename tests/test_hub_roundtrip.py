@@ -28,11 +28,6 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
-def known(hub: HubServer) -> dict[str, str]:
-    """The environment of a user who knows this Hub and no other."""
-    return {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A Hub with stage 1, and stage 2 which has started from it there; with the folder that holds both runs."""
@@ -54,7 +49,7 @@ def published(tmp_path_factory):
     ]
     runs[1] += ["--revision", "stage1-align"]
     with HubServer(folder / "contents") as hub:
-        done = isolated(folder, "-c", TRAIN, json.dumps(runs), **known(hub))
+        done = isolated(folder, "-c", TRAIN, json.dumps(runs), HF_TOKEN=TOKEN, **hub.environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("on the Hub as") == 2 and TOKEN not in done.stdout + done.stderr
         yield hub, folder
@@ -96,5 +91,7 @@ def test_a_user_without_the_repository_loads_it_by_its_name_and_asks(published, 
     hub, folder = published
     model = AgeVlmForConditionalGeneration.from_pretrained(folder / "stage2")
     processor = AgeVlmProcessor.from_pretrained(folder / "stage2")
-    done = load_without_the_repository(REPO, model, processor, picture(50, 90), tmp_path, **known(hub))
+    done = load_without_the_repository(
+        REPO, model, processor, picture(50, 90), tmp_path, HF_TOKEN=TOKEN, **hub.environment
+    )
     assert TOKEN not in done.stderr

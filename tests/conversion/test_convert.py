@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import published_baselines as published
 import pytest
 import torch
 from hub_server import HubServer
+from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tiny_baselines import LAYERS, QUESTION, Published, conversation, encode
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -116,10 +115,6 @@ def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, v
     with HubServer(tmp_path / "hub") as hub:
         commit = hub.add_repo("a/convllava", original.folder).find("main").oid
         hub.add_repo("a/tower", tmp_path / "tower")
-        environment = {
-            "PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": hub.address, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
         script = (
             "import sys\nfrom agevlm.cli import main\n"
             "flags = sys.argv[1:]\n"
@@ -127,9 +122,7 @@ def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, v
             "    sys.argv = ['agevlm', *flags, *more]\n"
             "    try:\n        main()\n    except SystemExit as error:\n        print('left with', error.code)\n"
         )
-        run = subprocess.run(
-            [sys.executable, "-c", script, *command], capture_output=True, text=True, timeout=240, env=environment
-        )
+        run = isolated(tmp_path, "-c", script, *command, **hub.environment)
     assert "left with 2" in run.stdout and "Or pass `--read-bin`" in run.stderr, run.stderr[-2000:]
     record = json.loads((tmp_path / "out" / "agevlm_conversion.json").read_text())
     assert record["revision"] == commit and record["vision_tower"]["source"] == "a/tower"

@@ -118,6 +118,11 @@ class HubServer:
 
     # ---- What tests do with it ----
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a process that knows this Hub and no other."""
+        return {"HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
     def fail(self, pattern: str, how: int | str, times: int = 1) -> None:
         """Let the next `times` requests that match go wrong: a status, or
 

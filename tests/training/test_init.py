@@ -4,7 +4,6 @@ The Hub is that of `hub_server.py`, in place of the real one (`HF_ENDPOINT`).
 """
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
@@ -402,14 +402,7 @@ def init_from_hub(home: Path, hub: HubServer, *runs: list[str], **environment: s
         "    else:\n"
         "        print('SAID \"\"')\n"
     )
-    known = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.address}
-    run = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(runs)],
-        env={**known, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = isolated(home, "-c", script, json.dumps(runs), **{**hub.environment, **environment})
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line.removeprefix("SAID ")) for line in run.stdout.splitlines() if line.startswith("SAID ")]
 
