@@ -15,8 +15,8 @@ FOLDERS = ("checkpoints", "hub_cards", "modeling_agevlm", "processing", "src", "
 FILES = ("LICENSE", "README.md", "pyproject.toml")
 START = """
 from pathlib import Path
-from agevlm.reproduction.quickstart import SIZES, prepare_parts, save_start
-from agevlm.reproduction.matrix import Start
+from agevlm.reproduction.matrix import SIZES, Start
+from agevlm.reproduction.prepare import prepare_parts, save_start
 parts = prepare_parts("tiny", None, Path("quickstart"), None)
 save_start(parts, Path("start"), 0, SIZES["tiny"].cross_attention_layers, Start())
 """
