@@ -81,6 +81,13 @@ def parse_init(argv: list[str] | None) -> argparse.Namespace:
         "which is the paper's 2 7 12 17 for 16 layers)",
     )
     parser.add_argument(
+        "--cross-attention-position",
+        choices=["after_layer", "after_self_attention"],
+        default="after_layer",
+        help="whether a cross block follows a whole Llama layer or stands between its self-attention and its MLP "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",

@@ -68,6 +68,7 @@ class Plan:
     conversion: Conversion
     processor: AgeVlmProcessor
     cross_attention_layers: tuple[int, ...] | None
+    cross_attention_position: str
 
 
 def language_part(source: Source) -> LlamaConfig:
@@ -151,6 +152,7 @@ def plan_parts(args: argparse.Namespace) -> Plan:
         conversion,
         processor,
         None if layers is None else tuple(layers),
+        args.cross_attention_position,
     )
 
 
@@ -174,7 +176,13 @@ def join_parts(
     generation.eos_token_id = known if len(known) > 1 else known[0]
     generation.pad_token_id = tokenizer.pad_token_id
     try:
-        return assemble(language_model, tower, plan.processor.image_token_id, plan.cross_attention_layers).eval()
+        return assemble(
+            language_model,
+            tower,
+            plan.processor.image_token_id,
+            plan.cross_attention_layers,
+            cross_attention_position=plan.cross_attention_position,
+        ).eval()
     except StrictDataclassClassValidationError as error:
         raise ValueError(str(error.__cause__ or error)) from error
 
@@ -243,6 +251,7 @@ def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed
         "image_token": {"token": IMAGE_TOKEN, "id": plan.processor.image_token_id},
         "chat_style": "ChatML" if chat_style(plan.processor.tokenizer) == CHATML else "Llama-3",
         "cross_attention_layers": model.config.cross_attention_layers,
+        "cross_attention_position": model.config.cross_attention_position,
         "dtype": dtype,
         "seed": seed,
         "parameters": count_parameters(model),
@@ -274,7 +283,8 @@ def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console:
         + (f"embeddings grown by {added}" if added else f"{language['vocabulary']:,} embeddings as before"),
     )
     table.add_row("chat template", record["chat_style"])
-    table.add_row("cross-attention layers", ", ".join(map(str, record["cross_attention_layers"])))
+    places = ", ".join(map(str, record["cross_attention_layers"]))
+    table.add_row("cross-attention layers", f"{places} ({record['cross_attention_position'].replace('_', ' ')})")
     table.add_row("fresh weights", f"projector and cross blocks, seed {record['seed']}, saved as {record['dtype']}")
     console.print(table)
     table = Table("module", title="Parameters")

@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.masks import KEPT, in_subset, share_of_masks
+from agevlm.data.masks import in_subset, masks_of, share_of_masks
 from agevlm.data.rows import GUIDANCE
+from agevlm.data.tables import find_files
 from agevlm.store import digest
 
 
@@ -36,12 +37,6 @@ CACHE_BYTES = 512 * 2**20
 # with row groups of 100 rows some 6,000 rows are in flight over all workers of all devices together. Workers times
 # devices had better divide LANES; then every row group is read by one worker only.
 LANES, WINDOW, RUN = 32, 2, 16
-
-
-def find_shards(pattern: str) -> list[str]:
-    """Files that fit a pattern with `*`, a path or an fsspec URL (`hf://datasets/...`), sorted."""
-    filesystem, path = fsspec.core.url_to_fs(pattern)
-    return [filesystem.unstrip_protocol(name) if "://" in pattern else name for name in sorted(filesystem.glob(path))]
 
 
 def open_shards(
@@ -92,17 +87,12 @@ def load_shards(
     """`open_shards` for a folder; None if it has no shards.
 
     Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`). Without `masks`, those of the
-    folder are joined: `masks/part*.parquet`, `masks/train-*.parquet`, or what `agevlm ground --output FOLDER/masks`
-    leaves.
+    folder are joined (`masks_of`).
     """
-    files = find_shards(f"{folder}/{part}/train-*.parquet") or find_shards(f"{folder}/data/train-*.parquet")
+    files = find_files(f"{folder}/{part}/train-*.parquet") or find_files(f"{folder}/data/train-*.parquet")
     if not files:
         return None
-    if masks is None:
-        places = (f"{part}*", "train-*", f"data/{KEPT}")
-        found = filter(None, (find_shards(f"{folder}/masks/{place}.parquet") for place in places))
-        stored = next(found, None)
-        masks = None if stored is None else Dataset.from_parquet(stored)
+    masks = masks_of(folder, part) if masks is None else masks
     return open_shards(files, masks, mask_fraction, lengths=lengths)
 
 

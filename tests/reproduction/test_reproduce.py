@@ -42,7 +42,9 @@ def test_the_matrix_holds_what_the_paper_and_its_reviewers_ask_for():
     assert {stage for row in every for stage in STAGES if stage not in row.stages} == set(STAGES)
     assert {tuple(row.settings.items()) for row in every} == {
         (), (("guidance_normalization", "max"),), (("mask_fraction", 0.1),), (("mask_fraction", 0.01),),
+        (("guidance_loss", "bce"),), (("guidance_loss", "kl"),),
     }  # fmt: skip
+    assert {row.start.position for row in every} == {"after_layer", "after_self_attention"}
     assert {row.query for row in every} == {"text", "things"}
     assert {row.start.layers for row in every} == {"default", "first", "last", "every"}
     assert {row.start.twin for row in ROWS.values()} == {"no", "equal", "small"}

@@ -17,7 +17,15 @@ from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows
-from transformers import AutoModel, AutoProcessor, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from agevlm import TINY_PARTS
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
@@ -180,10 +188,13 @@ def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp
     assert AutoModel.from_pretrained(tmp_path / "other", dtype="auto").dtype == torch.bfloat16
 
 
-def test_parts_are_what_the_quickstart_starts_from(tmp_path):
-    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4), start=Start())
-    places = ["--cross-attention-layers", "1", "4"]
+@pytest.mark.parametrize("position", ["after_layer", "after_self_attention"])
+def test_parts_are_what_the_quickstart_starts_from(tmp_path, position):
+    start = Start(position=position)
+    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4), start=start)
+    places = ["--cross-attention-layers", "1", "4", "--cross-attention-position", position]
     main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
+    assert AutoConfig.from_pretrained(tmp_path / "init").cross_attention_position == position
     for name in ("model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "init" / name).read_bytes() == (tmp_path / "quickstart" / name).read_bytes(), name
 

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset, load_dataset, load_from_disk
+
+
+def find_files(pattern: str) -> list[str]:
+    """Files that fit a pattern with `*`, a path or an fsspec URL (`hf://datasets/...`), sorted."""
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    return [filesystem.unstrip_protocol(name) if "://" in pattern else name for name in sorted(filesystem.glob(path))]
 
 
 def load_table(

@@ -25,6 +25,7 @@ STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
 Twin = Literal["no", "equal", "small"]
+Position = Literal["after_layer", "after_self_attention"]
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,19 @@ class Start:
     Args:
         layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
         twin: the concatenating twin of that model, of equal size or without layers for the cross blocks.
+        position: where a cross block stands (`AgeVlmConfig.cross_attention_position`).
     """
 
     layers: Layers = "default"
     twin: Twin = "no"
+    position: Position = "after_layer"
 
     @property
     def name(self) -> str:
         """Its folder."""
         twin = {"no": "", "equal": "-twin", "small": "-small-twin"}[self.twin]
-        return f"start{twin}" + ("" if self.layers == "default" else f"-{self.layers}")
+        inside = "" if self.position == "after_layer" else "-inside"
+        return f"start{twin}{inside}" + ("" if self.layers == "default" else f"-{self.layers}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,14 @@ ROWS = {
         Row("masks-1", "masks on 1 % of the rows", "Masks", settings={"mask_fraction": 0.01}),
         Row("no-stage-3", "without stage 3, guided in 4", "Stages", stages=(1, 2, 4), guided=(4,)),
         Row("no-stage-4", "without stage 4", "Stages", stages=(1, 2, 3)),
+        Row("bce", "binary cross-entropy in place of dice", "Guidance loss", settings={"guidance_loss": "bce"}),
+        Row("kl", "divergence in place of dice", "Guidance loss", settings={"guidance_loss": "kl"}),
+        Row(
+            "inside",
+            "cross blocks between self-attention and MLP",
+            "Cross layers",
+            start=Start(position="after_self_attention"),
+        ),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.

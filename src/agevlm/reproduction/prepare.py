@@ -72,7 +72,13 @@ def save_start(
     default = cross_attention_layers or spread_cross_attention_layers(depth)
     set_seed(seed)
     layers = cross_layers(start.layers, default, depth)
-    model = assemble(language_model, vision_tower, processor.image_token_id, layers)
+    model = assemble(
+        language_model,
+        vision_tower,
+        processor.image_token_id,
+        layers,
+        cross_attention_position=start.position,
+    )
     if start.twin != "no":
         model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")
     with new_folder(folder) as temporary:

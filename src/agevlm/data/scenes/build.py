@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 from tqdm import tqdm
 
-from agevlm.data.masks import join_masks, share_of_masks
+from agevlm.data.masks import join_masks, masks_of, share_of_masks
 from agevlm.data.parallel import worker_map
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
@@ -67,12 +67,15 @@ def load_rows(
     """Training rows of a folder of scenes with their `guidance` column.
 
     `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere. Where
-    there are fewer masks, all are used. `masks`: in place of those that were drawn with the scenes."""
+    there are fewer masks, all are used. `masks`: in place of those in the folder (`masks_of`)."""
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; use one of {', '.join(PARTS)}")
     rows = _read(Path(folder) / part / "train.parquet")
+    drawn = Path(folder) / "masks" / f"{part}.parquet"
     if masks is None:
-        masks = _read(Path(folder) / "masks" / f"{part}.parquet")
+        masks = _read(drawn) if drawn.is_file() else masks_of(folder, part)
+    if masks is None:
+        masks = Dataset.from_dict({name: [] for name in MASK_FEATURES}, features=MASK_FEATURES)
     return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(masks)), seed)
 
 

@@ -1,0 +1,96 @@
+"""The way of appendix A on tiny models of the real classes: text -> masks -> guided stage 3 -> where it looks."""
+
+import json
+import shutil
+
+import builders_grounding as tiny
+import pytest
+from datasets import Dataset
+
+from agevlm.cli import dispatch
+from agevlm.data.masks import load_masks
+from agevlm.data.scenes.build import build_scenes
+from builders import save_tiny
+
+
+ANY_MASK = ("--min-area", "0", "--max-area", "1", "--min-score", "-1")  # random weights score around 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Scenes without masks of their own, a checkpoint, and what `agevlm ground` makes of the captions."""
+    root = tmp_path_factory.mktemp("path")
+    build_scenes(root / "scenes", captions=12, instructions=4, test=12, size=96, progress=False)
+    shutil.rmtree(root / "scenes" / "masks")
+    save_tiny(root / "start")
+    parts = ["--grounder", str(tiny.florence2(root / "florence2")), "--segmenter", str(tiny.sam(root / "sam"))]
+    captions, masks = str(root / "scenes" / "captions"), str(root / "masks")
+    common = ["--backend", "florence2+sam", "--model", str(root / "start"), "--workers", "0", "--max-new-tokens", "24"]
+    dispatch(["ground", captions, "--output", masks, *common, *parts, *ANY_MASK])
+    return root
+
+
+def train(folder, *more: str) -> dict:
+    """What the finished folder says of itself."""
+    output = folder / f"stage3-{len(list(folder.iterdir()))}"
+    data = ["--data", str(folder / "scenes"), "--init-from", str(folder / "start"), "--output-dir", str(output)]
+    steps = [
+        "--max-steps",
+        "2",
+        "--logging-steps",
+        "1",
+        "--per-device-train-batch-size",
+        "4",
+        "--disable-tqdm",
+        "True",
+    ]
+    dispatch(["train", "stage3_ground", "--size", "tiny", *data, *steps, *more])
+    return {"folder": output, **json.loads((output / "agevlm_stage.json").read_text())}
+
+
+def test_masks_from_texts_guide_stage_3_and_looking_is_measured(folder):
+    kept = len(load_masks([folder / "masks"]))
+    assert 4 <= kept <= 12
+    stage = train(folder, "--masks", str(folder / "masks"))
+    assert stage["data"]["guided_rows"] == kept
+    assert stage["metrics"]["guided_share"] > 0 and stage["metrics"]["guidance_loss"] > 0
+    evaluation = folder / "evaluation"
+    common = ["--scenes", str(folder / "scenes"), "--benchmarks", "pope", "--output", str(evaluation)]
+    dispatch(["eval", str(stage["folder"]), *common])
+    measured = json.loads((evaluation / stage["folder"].name / "metrics.json").read_text())
+    looked = measured["grounding"]
+    assert looked["n"] == 6 and 0 < looked["in_mask_mass"]["mean"] < 1
+
+
+def test_masks_may_lie_in_the_data_or_in_several_sets(folder):
+    """All ways give the same rows the same masks, hence the same weights."""
+    everything = load_masks([folder / "masks"])
+    for number, part in enumerate((everything.select(range(3)), everything.select(range(3, len(everything))))):
+        part.to_parquet(folder / f"set{number}.parquet")
+    several = train(folder, "--masks", str(folder / "set0.parquet"), str(folder / "set1.parquet"))
+    shutil.copytree(folder / "masks", folder / "scenes" / "masks")
+    try:
+        beside = train(folder)
+    finally:
+        shutil.rmtree(folder / "scenes" / "masks")
+    assert several["data"]["guided_rows"] == beside["data"]["guided_rows"] == len(everything)
+    assert several["metrics"]["loss"] == beside["metrics"]["loss"]
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_guided_stage_without_masks_is_refused(folder, dry):
+    with pytest.raises(ValueError, match=r"none of the 12 rows has a mask.*--masks MASKS.*--variant ca-baseline"):
+        train(folder, *dry)
+
+
+def test_the_baseline_needs_no_masks(folder):
+    stage = train(folder, "--variant", "ca-baseline")
+    assert stage["data"]["guided_rows"] == 0 and "guidance_loss" not in stage["metrics"]
+
+
+def test_masks_of_another_set_are_refused(folder, tmp_path):
+    masks = load_masks([folder / "masks"])
+    foreign = masks.map(lambda row: {"id": f"foreign-{row['id']}"})
+    Dataset.to_parquet(foreign, tmp_path / "foreign.parquet")
+    with pytest.raises(ValueError, match="masks fit no row"):
+        train(folder, "--masks", str(tmp_path / "foreign.parquet"))
