@@ -8,11 +8,16 @@ import os
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is imported
 
 import datasets
+import hypothesis
 import pytest
 import torch
 from transformers.utils import logging
 
 from builders import tiny_model, tiny_processor
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("agevlm", deadline=None)
+hypothesis.settings.load_profile("agevlm")
 
 
 @pytest.fixture(autouse=True)
