@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from builders import tiny_model, tiny_processor
 
+
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("agevlm", deadline=None)
 hypothesis.settings.load_profile("agevlm")
