@@ -33,9 +33,9 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
-from agevlm.store import read_json, write_json
+from agevlm.store import read_json, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import PUSH_FILE, read_lineage, read_table, write_lineage
+from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 
 
 # What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.

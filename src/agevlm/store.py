@@ -99,6 +99,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no valid JSON ({error}). Restore it, or delete it.") from error
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, empty where there is no file. Raises ValueError, naming it, if it holds none."""
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Restore it, or delete it.")
+    return content
+
+
 # ---- What a folder holds ----
 
 
