@@ -140,7 +140,7 @@ def push(argv: list[str] | None = None) -> None:
         "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
     )
     parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
-    parser.add_argument("--branch", help="default: main, which keeps showing the latest stage")
+    parser.add_argument("--branch", help="default: main")
     arguments = parser.parse_args(argv)
 
     from .publish import run_verb
