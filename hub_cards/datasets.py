@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from agevlm.store import read_json, write_text
+from agevlm.store import read_table, write_text
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
@@ -54,7 +54,7 @@ def render_dataset_card(folder: Path) -> DatasetCard:
         ValueError: `scenes.json` is damaged.
     """
     parts = describe(folder)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    manifest = read_table(folder / MANIFEST)
     kind = "scenes" if manifest else "masks" if all("sources" in part for part in parts) else "rows"
     card_data = DatasetCardData(
         language="en",

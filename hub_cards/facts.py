@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from agevlm.store import digest, read_json
+from agevlm.store import digest, read_table
 
 
 LINEAGE_FILE, PUSH_FILE, STATE_FILE = "agevlm_stage.json", "agevlm_push.json", "trainer_state.json"
@@ -36,15 +36,15 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
         ValueError: a file of them is damaged.
     """
     folder = Path(folder)
-    facts = dict(_read(folder / LINEAGE_FILE))
-    push = _read(folder / PUSH_FILE)
+    facts = dict(read_table(folder / LINEAGE_FILE))
+    push = read_table(folder / PUSH_FILE)
     facts |= {
         "push": push,
         "repo": push.get("repo") or facts.get("repo"),
-        "config": _read(folder / "config.json"),
-        "processor": _read(folder / "processor_config.json"),
-        "log_history": _read(folder / STATE_FILE).get("log_history", []),
-        "evaluation": _read(folder / EVALUATION_FILE),
+        "config": read_table(folder / "config.json"),
+        "processor": read_table(folder / "processor_config.json"),
+        "log_history": read_table(folder / STATE_FILE).get("log_history", []),
+        "evaluation": read_table(folder / EVALUATION_FILE),
         "evaluation_fits": evaluation_fits(folder),
         "parameters": count_parameters(folder),
         "code": sorted(path.name for path in folder.glob("*.py")),
@@ -53,16 +53,12 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     return facts
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def evaluation_fits(folder: Path, evaluation: Mapping[str, Any] | None = None) -> bool | None:
     """Whether results (by default those in the folder) were measured on the folder's weights.
 
     None: there are no results, or they do not say on which weights; they do since `metrics.json` has `weights`.
     """
-    measured = (_read(folder / EVALUATION_FILE) if evaluation is None else evaluation).get("weights")
+    measured = (read_table(folder / EVALUATION_FILE) if evaluation is None else evaluation).get("weights")
     return None if measured is None else measured == weights_fingerprint(folder)
 
 

@@ -26,7 +26,6 @@ from agevlm.grounding.models import Sam
 from agevlm.models import CheckpointError, load, load_model, load_processor, weights_digest
 from agevlm.serving import export, serve
 from agevlm.serving.demo import cli as demo
-from agevlm.training import parts
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.cli import init
 from agevlm.training.run_stage import run_stage
@@ -331,12 +330,17 @@ def test_grounding_backends_are_looked_at(tmp_path):
 def test_parts_are_looked_at(tmp_path):
     source = Path(__file__).parents[1] / "checkpoints" / "tiny-parts"
     folder = Path(shutil.copytree(source, tmp_path / "parts"))
-    parts.load_parts(folder)
+    start = [str(tmp_path / "out"), "--parts", str(folder)]
+    init([*start, "--dry-run"])
     tower = folder / "vision_tower"
+    name = "embeddings.layernorm.bias"
+    change_weights(filled(name, NAN))(tower)
+    refuses(lambda: init(start), tower, rf"1 not finite \({name}\)")
     change_weights(lambda w: w | {"extra": torch.ones(1)})(tower)
-    refuses(lambda: parts.load_parts(folder), tower, r"1 unexpected \(extra\)")
+    with pytest.raises(ValueError, match=r"not a plain ConvNeXt. unexpected: extra"):
+        init(start)
     rewrite(TEMPLATE, "{% for")(folder)
-    refuses(lambda: init([str(tmp_path / "out"), "--parts", str(folder)]), folder, "TemplateSyntaxError")
+    refuses(lambda: init(start), folder, "TemplateSyntaxError")
 
 
 # ---- Adapters, 4 bits ----

@@ -32,14 +32,14 @@ def train(argv: list[str] | None = None) -> None:
 
 
 def init(argv: list[str] | None = None) -> None:
-    """Build the model that stage 1 starts from.
+    """Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.
 
     agevlm init --output start                      # Llama-3.2-1B-Instruct, LAION CLIP ConvNeXt-L, 768 pixels
     agevlm init --output start --language-model DIR --vision-tower model.safetensors
     agevlm train stage1_align --init_from start --data DATA
 
-    It is made of a published Llama and ConvNeXt, fresh projector and cross-attention blocks, tokenizer and chat
-    template. Parts are folders or Hub repositories of safetensors.
+    The projector is fresh too; tokenizer and chat template are the Llama's. Parts are folders or Hub repositories of
+    safetensors.
     """
     arguments = parse_init(argv)
 
@@ -140,7 +140,7 @@ def push(argv: list[str] | None = None) -> None:
         "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
     )
     parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
-    parser.add_argument("--branch", help="default: main, which keeps showing the latest stage")
+    parser.add_argument("--branch", help="default: main")
     arguments = parser.parse_args(argv)
 
     from .publish import run_verb

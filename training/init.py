@@ -32,10 +32,11 @@ from agevlm.conversion.assemble import assemble
 from agevlm.conversion.convert_vision import Conversion, load_tower, plan_conversion
 from agevlm.conversion.sources import Source, fetch, locate, weight_shapes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
-from agevlm.store import new_folder, write_json
+from agevlm.store import flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
 from agevlm.training.lineage import git_commit, library_versions
@@ -50,12 +51,6 @@ NORMALIZATIONS = (
     ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
     ("preprocessor_config.json", "", "image_mean", "image_std"),  # transformers
 )
-COUNTS = {
-    "vision": "vision tower",
-    "projector": "projector",
-    "cross_attention": "cross-attention blocks",
-    "language_model": "backbone (language model)",
-}
 
 
 @dataclass(frozen=True)
@@ -199,19 +194,22 @@ def without_weights(plan: Plan, seed: int) -> AgeVlmForConditionalGeneration:
         return join_parts(plan, language_model, ConvNextModel(plan.conversion.config), seed)
 
 
-def load_language_model(source: Source) -> LlamaForCausalLM:
-    """The language model in float32.
+def build(plan: Plan, seed: int) -> AgeVlmForConditionalGeneration:
+    """The model of a plan in float32, its weights fetched if need be.
 
     Raises:
-        ValueError: its weights are not those that its configuration describes.
+        ValueError: weights that are damaged, not finite or not those of their configuration; see also `join_parts`.
     """
-    folder = fetch(source)[0].parent
-    return load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
+    folder = fetch(plan.language_source)[0].parent
+    language_model = load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
+    tower = load_tower(plan.conversion, fetch(plan.vision_source))
+    check_weights(tower, {"missing_keys": (), "unexpected_keys": ()}, plan.vision_source.name)
+    return join_parts(plan, language_model, tower, seed)
 
 
 def count_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, int]:
     """Parameters of the four parts and of all together. Tied weights count once."""
-    counts = dict.fromkeys(COUNTS, 0)
+    counts = dict.fromkeys(("vision", "projector", "cross_attention", "language_model"), 0)
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     return {**counts, "total": sum(counts.values())}
@@ -260,40 +258,16 @@ def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed
 
 def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console: Console) -> None:
     """Print what the model is made of and how large it is."""
-
-    def origin(part: dict[str, Any]) -> str:
-        commit = "" if part["revision"] is None else f" at {part['revision'][:12]}"
-        return f"{part['source']}{commit} ({', '.join(part['files'][:3])})"
-
-    language, vision = record["language_model"], record["vision_tower"]
-    added = language["added_to_vocabulary"]
-    table = Table("part", title="Parts")
-    table.add_column("what", overflow="fold")
-    table.add_row("language model", origin(language))
-    table.add_row("", f"{language['layers']} layers of width {language['hidden_size']}")
-    table.add_row("vision tower", origin(vision))
-    table.add_row("", f"{vision['layout']} layout, depths {vision['depths']}, widths {vision['hidden_sizes']}")
-    for what, tensors in vision["left_out"].items():
-        table.add_row("", f"left out on purpose: {what} ({tensors} tensors)")
-    table.add_row("pictures", f"{record['image_size']} pixels, {record['visual_tokens']} visual tokens")
-    table.add_row("", f"mean {record['image_mean']}, standard deviation {record['image_std']}")
-    table.add_row(
-        "tokenizer",
-        f"{record['image_token']['token']} is {record['image_token']['id']}, "
-        + (f"embeddings grown by {added}" if added else f"{language['vocabulary']:,} embeddings as before"),
-    )
-    table.add_row("chat template", record["chat_style"])
-    places = ", ".join(map(str, record["cross_attention_layers"]))
-    table.add_row("cross-attention layers", f"{places} ({record['cross_attention_position'].replace('_', ' ')})")
-    table.add_row("fresh weights", f"projector and cross blocks, seed {record['seed']}, saved as {record['dtype']}")
+    table = Table("", "", title="The model that stage 1 starts from", show_header=False)
+    for name, value in flatten(record):
+        if value is not None:
+            text = f"{value:,}" if isinstance(value, int) else str(value).strip("[]")
+            table.add_row(name.replace("_", " ").replace(".", ", "), text)
     console.print(table)
     table = Table("module", title="Parameters")
     table.add_column("count", justify="right")
     for row in trainable_table(model)[:-1]:
         table.add_row(row.module, f"{row.total:,}")
-    table.add_section()
-    for part, title in {**COUNTS, "total": "all"}.items():
-        table.add_row(title, f"{record['parameters'][part]:,}", style="bold")
     console.print(table)
 
 
@@ -328,9 +302,7 @@ def run_verb(args: argparse.Namespace) -> None:
     show(record, shapes, console)
     if args.dry_run:
         return
-    language_model = load_language_model(plan.language_source)
-    tower = load_tower(plan.conversion, fetch(plan.vision_source))
-    model = join_parts(plan, language_model, tower, args.seed).to(getattr(torch, args.dtype))
+    model = build(plan, args.seed).to(getattr(torch, args.dtype))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save(model, plan.processor, record, args.output)
     console.print(f"{args.output}: ready for `agevlm train stage1_align --init_from {args.output}`.")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
-from agevlm.store import digest, read_json, write_json
+from agevlm.store import digest, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.sampling import guided_flags
 from agevlm.training.streaming import reader_of
@@ -218,18 +218,6 @@ def _is_link(repo: Any, commit: Any = None) -> bool:
     """Whether a loaded file states a repository's id (and commit), and not some text that a card would show."""
     named = isinstance(repo, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, re.ASCII) is not None
     return named and (commit is None or re.fullmatch(r"[0-9a-f]{40}", str(commit)) is not None)
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, empty where there is none.
-
-    Raises:
-        ValueError: it is no JSON, or no table.
-    """
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Delete it, or restore it.")
-    return content
 
 
 def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:

@@ -39,7 +39,6 @@ from trl import SFTConfig, SFTTrainer
 from agevlm.data.scenes.build import text_corpus
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.modeling_agevlm import AgeVlmConfig
-from agevlm.models import load_processor, load_weights
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 from agevlm.store import new_folder
@@ -278,23 +277,6 @@ def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCaus
         processor.save_pretrained(temporary)
         language_model.save_pretrained(temporary / "language_model")
         tower.save_pretrained(temporary / "vision_tower")
-
-
-def load_parts(folder: Path) -> tuple[LlamaForCausalLM, ConvNextModel, AgeVlmProcessor]:
-    """Language model, tower and processor of a folder made by this script.
-
-    Raises:
-        ValueError: the folder holds no parts.
-    """
-    if not (folder / "language_model" / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no pretrained parts. Make them: agevlm parts tiny --output OUT, then --parts OUT."
-        )
-    return (
-        load_weights(LlamaForCausalLM, folder / "language_model", exact=True, dtype=torch.float32),
-        load_weights(ConvNextModel, folder / "vision_tower", exact=True, dtype=torch.float32),
-        load_processor(folder, ours=True),
-    )
 
 
 def run_verb(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ that fails, so a part of a checkpoint could be seen.
 
 Here the files go up first and become visible by one commit; what an interrupted push has sent is not sent again
 (LFS and Xet find it by its hash). Each stage gets a tag (`stage1-align`), which moves if the stage is trained again.
-`main` shows the latest stage: one that is pushed after a later one gets its tag and leaves `main` alone.
+`main` shows what was pushed last.
 
 A push that fails never fails the run. `agevlm_push.json` in the folder, which stays here, says what happened; the same
 command again, the end of the next stage, and `agevlm push` finish it.
@@ -19,7 +19,6 @@ command again, the end of the next stage, and `agevlm push` finish it.
 import argparse
 import errno
 import os
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,9 +32,9 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
-from agevlm.store import read_json, write_json
+from agevlm.store import read_json, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import PUSH_FILE, read_lineage, read_table, write_lineage
+from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
 
 
 # What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
@@ -67,7 +66,7 @@ def push(
         repo_id: made if it is not there; by default the one of the last push.
         token: with the right to write; by default the one of `hf auth login`.
         private: of a repository that is made.
-        branch: where to commit, made if need be; by default `main`, but for stages before one that is there already.
+        branch: where to commit, made if need be; by default `main`.
         message: of the commit.
 
     Returns:
@@ -127,9 +126,7 @@ def _publish(api: HfApi, folder: Path, lineage: dict[str, Any], record: dict[str
     write_card(folder)
     tag, refs = record["tag"], api.list_repo_refs(repo)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    branch, passing = record["branch"] or "main", False
-    if record["branch"] is None and _is_late(tag, tags):
-        branch, passing = f"late/{tag}", True
+    branch = record["branch"] or "main"
     if branch not in {ref.name for ref in refs.branches} | {"main"}:
         api.create_branch(repo, branch=branch)
     files = published_files(folder)
@@ -151,8 +148,6 @@ def _publish(api: HfApi, folder: Path, lineage: dict[str, Any], record: dict[str
         if tag in tags:
             api.delete_tag(repo, tag=tag)
         api.create_tag(repo, tag=tag, revision=commit.oid)
-    if passing:
-        api.delete_branch(repo, branch=branch)
     return commit.oid
 
 
@@ -173,12 +168,6 @@ def stage_tag(lineage: Mapping[str, Any]) -> str | None:
     """`stage1-align` for the stage `stage1_align`; None for a checkpoint of no stage."""
     name = lineage.get("name")
     return None if name is None else name.replace("_", "-")
-
-
-def _is_late(tag: str | None, tags: Mapping[str, str]) -> bool:
-    """Whether a later stage is on the Hub already."""
-    numbers = {name: int(match[1]) for name in [*tags, tag or ""] if (match := re.match(r"stage(\d+)-", name))}
-    return tag in numbers and max(numbers.values()) > numbers[tag]
 
 
 def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:

@@ -8,79 +8,41 @@ import difflib
 import errno
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib import import_module
 
 from agevlm import __version__
 
 
-# Verb -> (module:function, what it does)
+# Verb -> module below `agevlm`, and its function; the first line of its docstring says what it does
 VERBS = {
-    "quickstart": (
-        "agevlm.reproduction.cli:quickstart",
-        "Build data, train every variant through all stages, evaluate, write a report.",
-    ),
-    "reproduce": (
-        "agevlm.reproduction.cli:reproduce",
-        "Train and measure every variant, baseline and ablation on scenes; one report with the paper's claims.",
-    ),
-    "init": (
-        "agevlm.training.cli:init",
-        "Build the model that stage 1 starts from: a published Llama and ConvNeXt, fresh cross blocks.",
-    ),
-    "parts": ("agevlm.training.cli:parts", "Pretrain the parts that the sizes tiny and small start from."),
-    "data scenes": (
-        "agevlm.data.cli:scenes",
-        "Compose grounded scenes: pictures, questions, exact masks, benchmarks.",
-    ),
-    "data cutouts": ("agevlm.data.cli:cutouts", "Fetch pictures of named objects to compose scenes of."),
-    "data cambrian": (
-        "agevlm.data.cli:cambrian",
-        "Convert Cambrian, or LLaVA-style JSON, to Parquet that training streams.",
-    ),
-    "data check": (
-        "agevlm.data.cli:check",
-        "Report what is wrong with a training set, before it costs time on a GPU.",
-    ),
-    "train": ("agevlm.training.cli:train", "Run one of the four training stages."),
-    "eval": (
-        "agevlm.evaluation.cli:evaluate",
-        "Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes.",
-    ),
-    "results": ("agevlm.evaluation.cli:results", "Write the results page out of `metrics.json` files of `eval`."),
-    "analyze attention": ("agevlm.analysis.cli:attention", "Answer a question about a picture; show where it looked."),
-    "analyze similarity": (
-        "agevlm.analysis.cli:similarity",
-        "Measure whether hidden states tell a picture's own text from another's.",
-    ),
-    "analyze padding": (
-        "agevlm.analysis.cli:padding",
-        "Measure how much attention goes to padding; pad, stretch, crop.",
-    ),
-    "analyze architecture": ("agevlm.analysis.cli:architecture", "Draw a model as in the paper's figure 3."),
-    "ground": ("agevlm.grounding.cli:ground", "Make masks from texts: Florence-2 + SAM and others."),
-    "ground view": ("agevlm.grounding.cli:view", "Make a page of pictures with their masks."),
-    "ground quality": ("agevlm.grounding.cli:quality", "Compare masks with exact masks: IoU, boundary F, grid IoU."),
-    "ground export": ("agevlm.grounding.cli:export_coco", "Write kept masks as COCO annotations."),
-    "ground import": ("agevlm.grounding.cli:import_coco", "Read COCO annotations as masks."),
-    "convert": ("agevlm.conversion.cli:main", "Convert a published ConvLLaVA or MobileVLM V2 to transformers."),
-    "push": (
-        "agevlm.training.cli:push",
-        "Publish a finished checkpoint on the Hub: one commit, one tag per stage.",
-    ),
-    "card": ("agevlm.hub_cards.cli:main", "Render the card of a checkpoint or data set from the files in its folder."),
-    "export": (
-        "agevlm.serving.export:main",
-        "Export a checkpoint to ONNX (also int8) or torch.export, with its processor.",
-    ),
-    "serve": (
-        "agevlm.serving.serve:main",
-        "Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server.",
-    ),
-    "demo": (
-        "agevlm.serving.demo.cli:main",
-        "A page to ask about pictures on, and to see where each word of the answer looked.",
-    ),
-    "env": ("agevlm.env:main", "Print the versions and the machine: what a bug report needs."),
+    "quickstart": "reproduction.cli:quickstart",
+    "reproduce": "reproduction.cli:reproduce",
+    "init": "training.cli:init",
+    "parts": "training.cli:parts",
+    "data scenes": "data.cli:scenes",
+    "data cutouts": "data.cli:cutouts",
+    "data cambrian": "data.cli:cambrian",
+    "data check": "data.cli:check",
+    "train": "training.cli:train",
+    "eval": "evaluation.cli:evaluate",
+    "results": "evaluation.cli:results",
+    "analyze attention": "analysis.cli:attention",
+    "analyze similarity": "analysis.cli:similarity",
+    "analyze padding": "analysis.cli:padding",
+    "analyze architecture": "analysis.cli:architecture",
+    "ground": "grounding.cli:ground",
+    "ground view": "grounding.cli:view",
+    "ground quality": "grounding.cli:quality",
+    "ground export": "grounding.cli:export_coco",
+    "ground import": "grounding.cli:import_coco",
+    "convert": "conversion.cli:main",
+    "push": "training.cli:push",
+    "card": "hub_cards.cli:main",
+    "export": "serving.export:main",
+    "serve": "serving.serve:main",
+    "demo": "serving.demo.cli:main",
+    "env": "env:main",
 }
 _WIDTH = 21
 # What to do about a system error, by its number
@@ -103,9 +65,14 @@ def find(words: list[str]) -> str | None:
     return next((verb for verb in (" ".join(words[:2]), words[0]) if verb in VERBS), None)
 
 
+def function_of(verb: str) -> Callable[[list[str]], None]:
+    """What runs a verb."""
+    module, name = VERBS[verb].split(":")
+    return getattr(import_module(f"agevlm.{module}"), name)
+
+
 def overview(group: str | None = None) -> str:
     """The help of all verbs, or of those that begin with `group`."""
-    chosen = {verb: text for verb, (_, text) in VERBS.items() if group is None or verb.split()[0] == group}
     lines = [
         f"usage: agevlm {group or 'VERB'}{' VERB' if group else ''} ...",
         "",
@@ -113,7 +80,10 @@ def overview(group: str | None = None) -> str:
         "`agevlm VERB --help` lists the arguments of a verb, `agevlm --version` prints the version.",
         "",
     ]
-    for verb, text in chosen.items():
+    for verb in VERBS:
+        if group not in (None, verb.split()[0]):
+            continue
+        text = (function_of(verb).__doc__ or "").split("\n", 1)[0]
         lines += textwrap.wrap(text, 100, initial_indent=f"  {verb:<{_WIDTH}}", subsequent_indent=" " * (_WIDTH + 2))
     return "\n".join(lines)
 
@@ -134,8 +104,7 @@ def dispatch(words: list[str]) -> None:
         return
     verb = find(words)
     if verb is not None:
-        module, function = VERBS[verb][0].split(":")
-        getattr(import_module(module), function)(words[len(verb.split()) :])
+        function_of(verb)(words[len(verb.split()) :])
         return
     if words[0] in groups and (len(words) == 1 or words[1] in ("-h", "--help")):
         print(overview(words[0]))

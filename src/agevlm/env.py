@@ -1,4 +1,4 @@
-"""`agevlm env`: versions and machine, as a bug report needs them."""
+"""The verb `env`."""
 
 import os
 import platform
@@ -23,7 +23,8 @@ PACKAGES = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    VerbParser("env", __doc__).parse_args(argv)
+    """Print the versions and the machine: what a bug report needs."""
+    VerbParser("env", main.__doc__).parse_args(argv)
     import torch
 
     rows = {

@@ -99,6 +99,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no valid JSON ({error}). Restore it, or delete it.") from error
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, empty where there is no file. Raises ValueError, naming it, if it holds none."""
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Restore it, or delete it.")
+    return content
+
+
 # ---- What a folder holds ----
 
 
@@ -109,7 +117,7 @@ def as_json(value: Any) -> Any:
 
 def changed_fields(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """`field: old there, new asked` for all values that differ, fields of nested mappings joined with a dot."""
-    old, new = dict(_flatten(there)), dict(_flatten(asked))
+    old, new = dict(flatten(there)), dict(flatten(asked))
     names = [*new, *(name for name in old if name not in new)]
     return [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} asked" for name in names if old.get(name) != new.get(name)
@@ -138,10 +146,11 @@ def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
     return False
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of nested mappings, names joined with a dot."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

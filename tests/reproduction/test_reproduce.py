@@ -16,16 +16,16 @@ from agevlm.reproduction.matrix import (
     ROWS,
     SIZES,
     STAGES,
+    Start,
     chain,
     choose_rows,
     cross_layers,
     unique,
 )
-from agevlm.reproduction.prepare import draw_scenes, rows_of, things_named, vocabulary
+from agevlm.reproduction.prepare import draw_scenes, rows_of, save_start, things_named, vocabulary
 from agevlm.reproduction.reproduce import Step, execute
 from agevlm.reproduction.scores import TABLE_2
 from agevlm.training.lineage import read_lineage
-from agevlm.training.parts import load_parts
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +195,7 @@ def test_both_verbs_are_one_reproduction(monkeypatch, tmp_path, capsys):
 
 def test_missing_parts_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="agevlm parts tiny --output"):
-        load_parts(tmp_path)
+        save_start(tmp_path, tmp_path / "start", 0, None, Start())
     with pytest.raises(ValueError, match="agevlm data cutouts"):
         cli.quickstart(["--size", "small", "--output", str(tmp_path)])
 

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from agevlm.conversion.convert_vision import read_shapes
-from agevlm.store import read_json
+from agevlm.store import read_table
 
 
 CONFIGURATION = ["*.json", "*.jinja", "tokenizer.model"]  # with the tokenizer
@@ -37,18 +37,6 @@ BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 class PickledWeightsError(ValueError):
     """There are weights, but only as pickles."""
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, none where there is no file.
-
-    Raises:
-        ValueError: it holds something else than a table in JSON.
-    """
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no table of fields but {type(content).__name__}. Download it again.")
-    return content
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def scenes(argv: list[str] | None = None) -> None:
 
 
 def cutouts(argv: list[str] | None = None) -> None:
-    """Make a folder of named cut-outs for the grounded scenes.
+    """Fetch pictures of named objects to compose scenes of.
 
     agevlm data cutouts --output cutouts
     """

@@ -12,7 +12,9 @@ DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
 
 
 def evaluate(argv: list[str] | None = None) -> None:
-    """Evaluate models on benchmarks: answers, scores, baselines, a judge's reading, and where the model looked.
+    """Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes.
+
+    Measured are answers, scores, baselines, a judge's reading, and where the model looked.
 
     agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
     agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder

@@ -13,7 +13,7 @@ from .filters import Filters
 
 
 def ground(argv: list[str] | None = None) -> None:
-    """Make masks from texts.
+    """Make masks from texts: Florence-2 + SAM and others.
 
     agevlm ground DATASET --output OUT --backend florence2+sam2 --query caption --keep 77000
     agevlm ground view OUT                       # a page to judge the masks by eye
@@ -144,7 +144,7 @@ def view(argv: list[str] | None = None) -> None:
 
 
 def quality(argv: list[str] | None = None) -> None:
-    """Compare masks with exact masks."""
+    """Compare masks with exact masks: IoU, boundary F, grid IoU."""
     parser = VerbParser("ground quality", quality.__doc__)
     parser.add_argument("masks", help="folder of a run, or a data set with id and mask")
     parser.add_argument("--against", required=True, help="the exact ones: likewise")

@@ -3,21 +3,23 @@
 import json
 import os
 import re
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import set_seed
 
 from agevlm import TINY_PARTS
-from agevlm.conversion.assemble import assemble, spread_cross_attention_layers
+from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.masks import join_masks
 from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.words import plural
 from agevlm.store import new_folder
-from agevlm.training.parts import load_parts, make_small
+from agevlm.training.init import build, plan_parts
+from agevlm.training.parts import make_small
 
 from .matrix import Run, Size, Start, cross_layers
 
@@ -65,20 +67,15 @@ def save_start(
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
         return
-    model: Any
-    processor: Any
-    language_model, vision_tower, processor = load_parts(parts)
-    depth = language_model.config.num_hidden_layers
-    default = cross_attention_layers or spread_cross_attention_layers(depth)
-    set_seed(seed)
-    layers = cross_layers(start.layers, default, depth)
-    model = assemble(
-        language_model,
-        vision_tower,
-        processor.image_token_id,
-        layers,
-        cross_attention_position=start.position,
+    arguments = Namespace(
+        parts=parts, image_size=None, cross_attention_layers=None, cross_attention_position=start.position
     )
+    plan = plan_parts(arguments)
+    depth = plan.language_config.num_hidden_layers
+    default = cross_attention_layers or spread_cross_attention_layers(depth)
+    plan = replace(plan, cross_attention_layers=cross_layers(start.layers, default, depth))
+    model: Any = build(plan, seed)
+    processor: Any = plan.processor
     if start.twin != "no":
         model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")
     with new_folder(folder) as temporary:

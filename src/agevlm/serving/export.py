@@ -5,7 +5,7 @@ from agevlm.store import new_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write a checkpoint as ONNX or torch.export graphs, with its processor.
+    """Export a checkpoint to ONNX (also int8) or torch.export, with its processor.
 
     agevlm export checkpoints/agevlm-tiny --output exported              # ONNX, float32
     agevlm export checkpoints/agevlm-tiny --output exported --int8       # int8 weights

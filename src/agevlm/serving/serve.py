@@ -16,7 +16,7 @@ from agevlm.arguments import VerbParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load the checkpoint, then serve until interrupted.
+    """Serve a checkpoint over HTTP in OpenAI's format, through transformers' own server.
 
     Raises:
         ValueError: the server's packages are not installed, or there is no AGE-VLM checkpoint of that name.

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from agevlm.data.duplicates import equal_groups, save_hashes
 from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import ROW_FEATURES
-from agevlm.store import check_same, digest, publish, read_json, replacing, write_json
+from agevlm.store import check_same, digest, publish, read_json, read_table, replacing, write_json
 
 from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
@@ -281,8 +281,7 @@ def _identity(source: Source, limit: int | None, rows_per_shard: int) -> dict[st
 
 
 def _finished(out: Path, identity: dict) -> dict[str, Any]:
-    file = out / "summary.json"
-    summary = read_json(file) if file.is_file() else {}
+    summary = read_table(out / "summary.json")
     if "conversion" not in summary:
         raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
     check_same(out, summary["conversion"], identity, "conversion")
