@@ -78,7 +78,7 @@ def test_written_files(tmp_path):
     assert json.loads((tmp_path / "attention.json").read_text(encoding="utf-8")) == summary
     assert {path.name for path in tmp_path.iterdir()} == {
         "attention.json", "maps.npz", "panels.png", "overlay-a-first.png", "overlay-second.png",
-        "tokens-a-first.png", "tokens-second.png",
+        "first-a-first.png", "first-second.png", "tokens-a-first.png", "tokens-second.png",
     }  # fmt: skip
     with np.load(tmp_path / "maps.npz", allow_pickle=False) as maps:
         for name in models:
@@ -125,9 +125,23 @@ def test_examples_for_the_report(tmp_path):
     for example in examples:
         assert [panel["title"] for panel in example["panels"]] == ["One", "Two"]
         assert all(panel["correct"] for panel in example["panels"])
-        assert all((panel["in_mask_mass"] is not None) == example["has_mask"] for panel in example["panels"])
+        looks = [look for panel in example["panels"] for look in panel["looks"]]
+        assert [look["title"] for look in looks] == ["layer 1", "mean"] * 2
+        assert all((look["in_mask_mass"] is not None) == example["has_mask"] for look in looks)
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {f"q-{i}{end}.png" for i in (1, 2) for end in ("", "-One", "-Two")}
+    ends = ("", "-One-first", "-One-mean", "-Two-first", "-Two-mean")
+    assert written == {f"q-{i}{end}.png" for i in (1, 2) for end in ends}
+
+
+def test_the_first_layer_and_the_mean_are_drawn_and_measured():
+    model, processor = tiny_model(), tiny_processor()
+    several = attend(model, processor, picture(), QUESTION, max_new_tokens=1)
+    alone = attend(model, processor, picture(), QUESTION, max_new_tokens=1, layers=[1])
+    assert several.looks == {"first": slice(1), "mean": slice(None)} and alone.looks == {"mean": slice(None)}
+    np.testing.assert_array_equal(several.maps[several.looks["first"]].mean(0), alone.mean)
+    np.testing.assert_array_equal(several.maps[several.looks["mean"]].mean(0), several.mean)
+    assert in_mask_mass(several, mask(), several.looks["first"]) == in_mask_mass(alone, mask())
+    assert in_mask_mass(several, mask()) != in_mask_mass(alone, mask())
 
 
 def test_command_line(tmp_path, capsys):

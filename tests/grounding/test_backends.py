@@ -14,7 +14,7 @@ from agevlm.data.rows import ROW_FEATURES
 from agevlm.grounding.backends import load_backend
 from agevlm.grounding.choices import GROUNDERS, Published, names
 from agevlm.grounding.filters import Filters
-from agevlm.grounding.models import PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
+from agevlm.grounding.models import MAX_BOXES, PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
 from agevlm.grounding.output import read_masks
 from agevlm.grounding.regions import Grounding
 from agevlm.grounding.runner import ground
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     @functools.cache
     def make(name):
         if name in ("sam2", "sam3") and not is_torchvision_available():
-            pytest.skip(f"transformers' processor of {name} needs torchvision (extra vision)")
+            pytest.skip(f"transformers' processor of {name} needs torchvision (extra ground)")
         return str(getattr(tiny, name)(root / name))
 
     return make
@@ -168,6 +168,14 @@ def test_phrases_give_a_box_each(folders):
     assert np.allclose(region.boxes, [[0, 0, 50, 50], [60, 60, 100, 100]], atol=1)
 
 
+def test_boxes_beyond_the_most_are_told(folders):
+    florence = Florence2(folders("florence2"), phrases=True)
+    box = "<loc_{0}><loc_{0}><loc_999><loc_999>"
+    for count, told in ((MAX_BOXES, ""), (40, "the first 32 of 40 boxes are used")):
+        region = florence.parse("".join(f"thing {i}{box.format(9 * i)}" for i in range(count)), (100, 100))
+        assert (region.outcome, region.detail, len(region.boxes)) == ("grounded", told, MAX_BOXES)
+
+
 def test_repeating_a_box_changes_nothing_and_the_mask_is_the_union(folders):
     segmenter = Sam(folders("sam"))
     first, second = tiny.pictures(2)
@@ -195,7 +203,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(folders, tmp_path, monkey
     with pytest.raises(ValueError, match=r"empty is no checkpoint: it has no config\.json"):
         load_backend("florence2+sam", grounder=str(tmp_path / "empty"), segmenter=folders("sam"))
     monkeypatch.setattr("agevlm.grounding.models.is_torchvision_available", lambda: False)
-    with pytest.raises(ValueError, match=r"needs torchvision: pip install agevlm\[vision\]"):
+    with pytest.raises(ValueError, match=r"needs torchvision: pip install 'agevlm\[ground\]'"):
         load_backend("florence2+sam2", grounder=folders("florence2"), segmenter="folder")
 
 

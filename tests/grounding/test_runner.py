@@ -397,3 +397,22 @@ def test_the_folder_is_a_data_set_with_a_card_and_a_summary(tmp_path):
     assert math.isclose(first["area"], masks["row-0000"].mean(), rel_tol=1e-6)
     summary = json.loads(Path(tmp_path / "out" / "summary.json").read_text())
     assert summary["kept"] == 5 and "9 were wanted" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_boxes_left_out_are_told_of_each_row_and_counted(tmp_path):
+    told = {"few": "", "many": "the first 32 of 40 boxes are used", "tiny": "the first 32 of 33 boxes are used"}
+
+    class Grounder:
+        def __call__(self, images, texts):
+            return [Grounding([[0.0, 0.0, 1.0 if text == "tiny" else 10.0, 1.0]], detail=told[text]) for text in texts]
+
+    rows = rows_of([*(row(text, png((20, 20)), text) for text in told), row("none", None)])
+    summary = run(
+        rows, tmp_path, lambda: TwoSteps(Grounder(), cut_out, {}), filters=Filters(min_area=0.01, min_cells=0)
+    )
+    assert summary["status"] == {"kept": 2, "no_picture": 1, "too_small": 1} and summary["boxes_left_out"] == 2
+    assert dict(zip(*(read_masks(tmp_path)[name] for name in ("id", "detail")), strict=True)) == {
+        name: told[name] for name in ("few", "many")
+    }
+    assert "Of 2 rows more boxes were found than a mask takes" in (tmp_path / "README.md").read_text()
+    assert run(rows.select([]), tmp_path / "empty", None)["boxes_left_out"] == 0

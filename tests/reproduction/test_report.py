@@ -177,12 +177,13 @@ def claim_of(start: str, similarity=None, padding=None):
 )  # fmt: skip
 def test_similarity_is_decided_by_every_seed(spans, verdict, below):
     def entries(intervals):
-        return [{"headline": {"auroc": sum(span) / 2, "auroc_interval": span}} for span in intervals]
+        return [{"headline": {"auroc": sum(span) / 2, "auroc_interval": span, "overlap": 0.7}} for span in intervals]
 
     claim = claim_of("Figure 2", {"twin": entries(spans), "agevlm": entries([(0.5, 0.9)])})
     assert claim.verdict == verdict
     assert ("mismatched pairs are the closer" in claim.sentence) is below
     assert "AGE-VLM's last cross block: 0.700 [0.500, 0.900]" in claim.sentence
+    assert "separate in part for ConvLLaVA. The twin's final layer: overlap 0.70 to 0.70" in claim.sentence
 
 
 @pytest.mark.parametrize(

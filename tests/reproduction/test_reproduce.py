@@ -203,10 +203,8 @@ def test_missing_parts_say_what_to_do(tmp_path):
 @pytest.fixture
 def minute(monkeypatch):
     """The tiny size, cut down: two stages' rows and few questions."""
-    size = dataclasses.replace(SIZES["tiny"], captions=32, instructions=32, questions=12)
+    size = dataclasses.replace(SIZES["tiny"], captions=32, instructions=32, questions=12, pairs=8, oblong=3)
     monkeypatch.setitem(SIZES, "tiny", size)
-    monkeypatch.setattr(reproduce, "PAIRS", 8)
-    monkeypatch.setattr(reproduce, "OBLONG", 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 
 
@@ -250,6 +248,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     for shown in (page, text):
         assert all(ROWS[name].title in shown for name in QUICKSTART)
         assert "not run" in shown
+        assert "similarity of 8 pairs, padding of 3 pictures" in shown
     assert page.count("<svg") == 2  # two steps a stage log guidance, and no loss
 
     cli.reproduce([*arguments, "--only", "query-things"])

@@ -42,14 +42,21 @@ PANEL_SIDE, TOKEN_SIDE = 320, 200  # pixels of a drawn picture on the sheets
 TOKEN_MAP_SIDE = 1024  # pixels at most: a token's map each, of a large photograph, would be gigabytes
 
 
+class Look(TypedDict):
+    """A map of one model (`title`: the layer, or the mean) and the file of its overlay."""
+
+    title: str
+    in_mask_mass: float | None
+    overlay: str
+
+
 class Panel(TypedDict):
-    """One model's answer to an example, and the file of its attention overlay."""
+    """One model's answer to an example, and its looks: see [`Attended.looks`]."""
 
     title: str
     answer: str
     correct: bool | None
-    in_mask_mass: float | None
-    overlay: str
+    looks: list[Look]
 
 
 class Example(TypedDict):
@@ -94,6 +101,12 @@ class Attended:
     def mean(self) -> np.ndarray:
         """float32 `(height, width)`: mean over layers."""
         return self.maps.mean(0)
+
+    @property
+    def looks(self) -> dict[str, slice]:
+        """Kind -> the layers of what is drawn: the `first` one, as in the paper's tables 4 and 6, and all of them for
+        the `mean`; of a single layer that alone."""
+        return ({"first": slice(1)} if len(self.layers) > 1 else {}) | {"mean": slice(None)}
 
 
 @torch.inference_mode()
@@ -200,9 +213,9 @@ def _looks(
     return np.stack(questions), np.stack(answers), np.stack(masses)
 
 
-def in_mask_mass(attended: Attended, mask: Image.Image) -> float:
-    """Share of the attention on the mask's cells, mean over layers."""
-    return float(attended.weights[:, attended.cells.inside(np.asarray(mask))].sum(1).mean())
+def in_mask_mass(attended: Attended, mask: Image.Image, layers: slice = slice(None)) -> float:
+    """Share of the attention on the mask's cells, mean over `layers` (default: all)."""
+    return float(attended.weights[layers, attended.cells.inside(np.asarray(mask))].sum(1).mean())
 
 
 def _reduced(attended: Attended, image: Image.Image, mask: Image.Image | None, side: int) -> tuple[
@@ -212,6 +225,11 @@ def _reduced(attended: Attended, image: Image.Image, mask: Image.Image | None, s
     cells = attended.cells.shrunk(side)
     size = cells.size[1], cells.size[0]
     return cells, image.resize(size), None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+
+
+def _peak(results: Iterable[Attended]) -> float:
+    """The color scale of all looks of one question."""
+    return peak_of(result.maps[layers].mean(0) for result in results for layers in result.looks.values())
 
 
 def draw_panels(
@@ -265,14 +283,14 @@ def write_attention(
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Writes `panels.png`, per model `overlay-NAME.png` and `tokens-NAME.png`, the arrays `maps.npz` and
-    `attention.json`, whose content it returns.
+    """Writes `panels.png`, per model `overlay-NAME.png` (mean over layers), `first-NAME.png` (of several layers the
+    first) and `tokens-NAME.png`, the arrays `maps.npz` and `attention.json`, whose content it returns.
 
     `maps.npz` holds, per model, `NAME/maps (K, height, width)` and `NAME/mean (height, width)` in float32,
     `NAME/token_maps (N, height, width)` in float16 (mean over layers; of a picture scaled down to `TOKEN_MAP_SIDE`
     pixels where it is larger), and on the visual tokens `NAME/weights (K, V)` and `NAME/token_weights (K, N, V)`; see
-    [`Attended`]. `overlay-NAME.png` is of the picture's proportions, without a frame; `overlay_peak` says what its
-    hottest color stands for, in times an even spread.
+    [`Attended`]. Overlays are of the picture's proportions, without a frame; `overlay_peak` says what their hottest
+    color stands for, in times an even spread.
 
     Args:
         models: name -> (model, processor).
@@ -288,13 +306,17 @@ def write_attention(
         for name, pair in models.items()
     }
     output = make_folder(output)
-    peak = peak_of(result.mean for result in attended.values())
+    peak = _peak(attended.values())
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "overlay_peak": peak,
                                "models": {}}  # fmt: skip
     arrays: dict[str, Any] = {}
     for name, result in attended.items():
-        pictures = {kind: f"{kind}-{file_name(name)}.png" for kind in ("overlay", "tokens")}
-        save_image(overlay(image, result.mean, peak, mask), output / pictures["overlay"])
+        pictures = {}
+        for kind, layers_drawn in result.looks.items():
+            key = "overlay" if kind == "mean" else kind
+            pictures[key] = f"{key}-{file_name(name)}.png"
+            save_image(overlay(image, result.maps[layers_drawn].mean(0), peak, mask), output / pictures[key])
+        pictures["tokens"] = f"tokens-{file_name(name)}.png"
         save_image(draw_tokens(result, image, f"{name}: {question}", mask), output / pictures["tokens"])
         summary["models"][name] = {
             "answer": result.answer,
@@ -323,7 +345,7 @@ def write_examples(
     prompt: Callable[[Mapping[str, Any]], str] | None = None,
     correct: Callable[[Mapping[str, Any], str], bool] | None = None,
 ) -> list[Example]:
-    """Draws benchmark rows for the report: the picture with the mask's outline, and every model's mean map.
+    """Draws benchmark rows for the report: the picture with the mask's outline, and every model's looks.
 
     Args:
         models: title -> (model, processor), in the order of the panels.
@@ -343,23 +365,21 @@ def write_examples(
         question = row["question"].split("\n", 1)[0]  # options and instructions stand on lines of their own
         asked = row["question"] if prompt is None else prompt(row)
         attended = {name: attend(*pair, image, question, prompt=asked) for name, pair in models.items()}
-        peak = peak_of(result.mean for result in attended.values())
+        peak = _peak(attended.values())
         stem = file_name(row["id"])
         picture = output / f"{stem}.png"
         save_image(image if mask is None else outline(image, mask), picture)
         drawn: list[Panel] = []
         for name, result in attended.items():
-            path = output / f"{stem}-{file_name(name)}.png"
-            save_image(overlay(image, result.mean, peak, mask), path)
-            drawn.append(
-                {
-                    "title": name,
-                    "answer": result.answer,
-                    "correct": None if correct is None else correct(row, result.answer),
-                    "in_mask_mass": None if mask is None else in_mask_mass(result, mask),
-                    "overlay": str(path),
-                }
-            )
+            looks: list[Look] = []
+            for kind, layers in result.looks.items():
+                path = output / f"{stem}-{file_name(name)}-{kind}.png"
+                save_image(overlay(image, result.maps[layers].mean(0), peak, mask), path)
+                title = f"layer {result.layers[0]}" if kind == "first" else kind
+                mass = None if mask is None else in_mask_mass(result, mask, layers)
+                looks.append({"title": title, "in_mask_mass": mass, "overlay": str(path)})
+            right = None if correct is None else correct(row, result.answer)
+            drawn.append({"title": name, "answer": result.answer, "correct": right, "looks": looks})
         examples.append(
             {
                 "id": row["id"],

@@ -159,5 +159,5 @@ def _pycocotools() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ValueError("COCO's run lengths need pycocotools: pip install agevlm[coco]") from error
+        raise ValueError("COCO's run lengths need pycocotools: pip install 'agevlm[coco]'") from error
     return mask

@@ -60,8 +60,8 @@ class Part:
     ):
         if self.needs_torchvision and not is_torchvision_available():
             raise ValueError(
-                f"{self.model_class.__name__} needs torchvision: pip install agevlm[vision], or take a backend with "
-                "SAM 1 (florence2+sam)"
+                f"{self.model_class.__name__} needs torchvision: pip install 'agevlm[ground]' (beside the package "
+                "index's own torch, not a CPU build), or take a backend with SAM 1 (florence2+sam)"
             )
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -255,5 +255,8 @@ class Sam3(Grounder):
 
 
 def _grounding(boxes: Sequence[Box | None], polygons: list[Any], detail: str) -> Grounding:
-    inside = [box for box in boxes if box is not None][:MAX_BOXES]
-    return Grounding(inside, polygons) if inside else Grounding([], polygons, NO_REGION, detail)
+    inside = [box for box in boxes if box is not None]
+    if not inside:
+        return Grounding([], polygons, NO_REGION, detail)
+    beyond = f"the first {MAX_BOXES} of {len(inside)} boxes are used" if len(inside) > MAX_BOXES else ""
+    return Grounding(inside[:MAX_BOXES], polygons, detail=beyond)

@@ -122,7 +122,7 @@ def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any
     counts = Counter(statuses)
     kept = np.array([status == KEPT for status in statuses], dtype=bool)
     areas, scores = journals.column("area").astype(float), journals.column("score").astype(float)
-    grounded = int((journals.column("outcome") == GROUNDED).sum()) if statuses else 0
+    grounded = journals.column("outcome").astype(object) == GROUNDED
 
     def mean(values: np.ndarray) -> float | None:
         values = values[kept]
@@ -132,7 +132,8 @@ def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any
     return {
         **manifest,
         "attempted": len(statuses),
-        "grounded": grounded,
+        "grounded": int(grounded.sum()),
+        "boxes_left_out": int((grounded & (journals.column("detail").astype(object) != "")).sum()),
         "kept": counts[KEPT],
         "status": dict(sorted(counts.items())),
         "mean_score": mean(scores),

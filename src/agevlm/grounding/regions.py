@@ -23,7 +23,8 @@ class Grounding:
     Attributes:
         boxes: one for each instance, inside the picture; empty where there is none.
         polygons: pieces of all instances, as drawn by Florence-2; to look at.
-        outcome: GROUNDED, or a failure with its `detail`.
+        outcome: GROUNDED, or a failure with its `detail`. Where there is a mask, the detail says that boxes were left
+            out, and is empty otherwise.
         mask: bool `(height, width)` of the picture, the union over all instances; None where there is none.
         score: the segmenter's own estimate in [0, 1] of how good the mask is, None where it has none.
     """

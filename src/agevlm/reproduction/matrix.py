@@ -31,7 +31,8 @@ Position = Literal["after_layer", "after_self_attention"]
 @dataclass(frozen=True)
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, what is in the
-    pictures (None: everything there is), and where the cross blocks sit (None: every fourth layer)."""
+    pictures (None: everything there is), where the cross blocks sit (None: every fourth layer), and the pairs of the
+    similarity and pictures of the padding (`oblong`)."""
 
     captions: int
     instructions: int
@@ -41,6 +42,8 @@ class Size:
     names: tuple[str, ...] | None = None
     colors: tuple[str, ...] | None = None
     cross_attention_layers: tuple[int, ...] | None = None
+    pairs: int = 150
+    oblong: int = 80
 
     def steps(self, recipe: StageRecipe) -> int:
         """Optimizer steps of a stage."""

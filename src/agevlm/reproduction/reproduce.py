@@ -47,8 +47,7 @@ from .scores import PADDING, SIMILARITY, Trained
 
 
 MAX_NEW_TOKENS = 32
-PAIRS, MISMATCHED_SEEDS = 150, (0, 1, 2)  # of the similarity
-OBLONG = 80  # pictures of the padding
+MISMATCHED_SEEDS = (0, 1, 2)  # of the similarity
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
 
 def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
     """Benchmarks and looking, similarity, padding of a row's model, which its last run has trained."""
-    checkpoint = str(place.folder(seed, run))
+    checkpoint, size = str(place.folder(seed, run)), SIZES[place.size]
     subject = Subject(*load(checkpoint))
     with locked(place.measured(seed, row)) as folder:
         evaluate_scenes(
@@ -122,18 +121,19 @@ def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
             progress=False,
         )
         if not (folder / SIMILARITY).is_file():
-            pairs, left_out = load_pairs(place.scenes, PAIRS, distinct=True)
+            pairs, left_out = load_pairs(place.scenes, size.pairs, distinct=True)
             settings: dict[str, Any] = {"seeds": MISMATCHED_SEEDS, "batch_size": 50, "progress": False}
             write_similarity(subject, row.title, pairs, (folder / SIMILARITY).parent, left_out, **settings)
         if not (folder / PADDING).is_file():
-            write_json(folder / PADDING, measure_padding(subject, oblong_pairs(place.scenes), progress=False))
+            oblong = oblong_pairs(place.scenes, size.oblong)
+            write_json(folder / PADDING, measure_padding(subject, oblong, progress=False))
 
 
-def oblong_pairs(scenes: Path) -> list[Pair]:
-    """The first presence questions with a mask, their pictures cut to the middle 16 : 9: scenes are square."""
+def oblong_pairs(scenes: Path, count: int) -> list[Pair]:
+    """The first `count` presence questions with a mask, their pictures cut to the middle 16 : 9: scenes are square."""
     pairs: list[Pair] = []
     for row in load_benchmark(scenes, SPLIT, pope.PAPER.name):
-        if row["mask"] is None or len(pairs) == OBLONG:
+        if row["mask"] is None or len(pairs) == count:
             continue
         image = open_image(row["image"], f"row {row['id']}, field image")
         mask = open_image(row["mask"], f"row {row['id']}, field mask", mode="1")
