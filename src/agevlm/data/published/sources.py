@@ -17,7 +17,7 @@ from PIL import Image
 
 from agevlm.data.duplicates import hash64
 
-from .json_records import Chunk, plan_chunks, read_records
+from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
 from .records import BadRow, Draft, parse_record, read_record
 
@@ -78,6 +78,7 @@ class JsonSource:
     """A JSONL file, or a JSON array, whose pictures lie below `roots`."""
 
     def __init__(self, path: Path, store: PictureStore):
+        check_shape(path)
         self.path, self.paths, self.store = path, [path], store
         self.name, self.size = path.name, path.stat().st_size
 
