@@ -1,12 +1,14 @@
 """The corpus of bad rows: the doctor calls each by its name, and the conversion keeps exactly the good ones."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
 import bad_rows
+import pyarrow.parquet as pq
 import pytest
-from bad_rows import write_corpus
+from bad_rows import encoded, photo, write_corpus
 
 from agevlm.data.cli import check as main
 from agevlm.data.published.check import check
@@ -47,7 +49,7 @@ def test_the_corpus_is_large_and_covers_every_name():
     cases = bad_rows.corpus(Path("outside"))
     assert sum(bool(case.kinds) for case in cases) >= 60
     named = {kind for case in cases for kind in case.kinds}
-    assert (DROPPED.keys() | REPAIRED.keys() | REMARKED.keys()) - UNLISTED - named == {"image_unreadable"}
+    assert not (DROPPED.keys() | REPAIRED.keys() | REMARKED.keys()) - UNLISTED - named
 
 
 def test_the_doctor_names_every_row(written, diagnosis):
@@ -56,6 +58,40 @@ def test_the_doctor_names_every_row(written, diagnosis):
         case.name: (case.kinds, found) for case, found in zip(cases, diagnosis[1], strict=True) if case.kinds != found
     }
     assert not wrong
+
+
+def test_other_names_and_forms_give_the_row_that_they_say(converted):
+    by_id = {row["id"]: row for path in converted[0].glob("train-*") for row in pq.read_table(path).to_pylist()}
+    cases = {case.name: place for place, case in enumerate(bad_rows.corpus(Path("outside")))}
+    wanted = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": "A cat."}]
+    for name in ("roles in conversations", "prompt of turns", "prompt", "query", "texts"):
+        assert by_id[f"case-{cases[name]}"]["messages"] == wanted, name
+    for name in ("system", "system repeated"):
+        assert by_id[f"case-{cases[name]}"]["messages"][0] == {"role": "system", "content": "Be brief."}
+    for name in ("data address", "base64", "picture in a part"):
+        assert by_id[f"case-{cases[name]}"]["images"] == [{"bytes": encoded(photo(20), "JPEG"), "path": None}], name
+
+
+SHAPES = {
+    "object.json": (json.dumps({"info": {}, "data": [{"id": 1}]}, indent=1), "one object with the fields info, data"),
+    "line.json": (json.dumps({"rows": [{"id": 1}]}), "one object with the fields rows"),
+    "objects.jsonl": ('{\n"id": 1\n}\n{\n"id": 2\n}', "objects of several lines each"),
+    "array.jsonl": ('[\n{"id": 1}\n]', "one JSON array; name it .json"),
+    "one.jsonl": ('[{"id": 1}]', "one JSON array; name it .json"),
+    "table.json": ("id,image\n1,a.png\n", "begins with .*id,image"),
+    "empty.json": (" \n", "is empty"),
+    "packed.jsonl": (gzip.compress(b"[]"), "compressed with gzip"),
+    "wide.json": ("[]".encode("utf-16"), "is UTF-16"),
+    "table.jsonl": (b"PAR1....", "is a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_form_of_a_file_is_named(tmp_path, name):
+    content, message = SHAPES[name]
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=f"{name} .*{message}"):
+        check(tmp_path / name, progress=False)
 
 
 def test_the_report_counts_what_it_lists(written, diagnosis):

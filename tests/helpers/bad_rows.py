@@ -4,6 +4,7 @@ A case is (name, what the doctor must call it, whether a conversion keeps the ro
 some are no JSON at all.
 """
 
+import base64
 import io
 import json
 import os
@@ -78,6 +79,7 @@ def write_pictures(root: Path, outside: Path) -> None:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     (folder / "a_folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     (outside / "secret.jpg").write_bytes(files["good.jpg"])
     (folder / "link.jpg").symlink_to(outside / "secret.jpg")
@@ -149,7 +151,7 @@ def corpus(outside: Path) -> list[Case]:
     add("from null", "bad_role", False, conversations=[{**turns()[0], "from": None}, turns()[1]])
     add("value a number", "bad_text", False, conversations=turns(answer=42))
     add("value null", "bad_text", False, conversations=turns(answer=None))
-    add("value nested", "bad_text", False, conversations=turns(answer=[{"type": "video"}]))
+    add("value nested", "bad_text", False, conversations=turns(answer=[{"type": "table"}]))
     add("system turn last", "system_not_first", False, conversations=[*turns(), brief])
     add("human twice", "turns_not_alternating", False, conversations=[turns()[0], *turns("Again?")])
     add("gpt first", "turns_not_alternating", False, conversations=turns()[::-1])
@@ -160,6 +162,60 @@ def corpus(outside: Path) -> list[Case]:
     add("NUL in a text", "nul_character", False, conversations=turns(answer="a\0b"))
     add("end of turn in a text", "special_token", False, conversations=turns(answer="Yes<|eot_id|>"))
     add("our placeholder in a text", "special_token", False, conversations=turns("<image><|image|>"))
+    # Other media
+    for name, value in {
+        "video": "v.mp4",
+        "videos": ["v.mp4"],
+        "audio": {"path": "a.wav"},
+        "point_cloud": "p.npy",
+    }.items():
+        add(f"field {name}", "other_medium", False, image=..., conversations=text_only, **{name: value})
+    add("no video", (), True, video=None, audio=[], video_path="")
+    add("video and picture", "other_medium", False, video="v.mp4")
+    add("video in the text", "other_medium", False, image=..., conversations=turns("<video>\nWhat happens?"))
+    add("video behind the text", "other_medium", False, image=..., conversations=turns("What happens?\n<video>"))
+    add("a tag named", (), True, image=..., conversations=turns("What does the tag <video> do in HTML?"))
+    part = [{"type": "input_audio", "input_audio": {}}, {"type": "text", "text": "What is said?"}]
+    add("sound in a part", "other_medium", False, image=..., conversations=turns(part))
+    # Other names and forms
+    asked, said = {"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "A cat."}
+    data = base64.b64encode(encoded(photo(20), "JPEG")).decode()
+    other = {"conversations": ...}
+    add("roles in conversations", (), True, conversations=[asked, said])
+    add("speakers in messages", (), True, **other, messages=turns())
+    add("conversation", (), True, **other, conversation=turns())
+    add("conversations as text", (), True, conversations=json.dumps(turns()))
+    add("prompt of turns", (), True, **other, prompt=[asked], completion=[said])
+    add("prompt", "placeholder_added", True, **other, prompt="Who?", completion="A cat.")
+    add("query", (), True, **other, query="<image>Who?", response="A cat.")
+    add(
+        "query with a history",
+        "no_conversations",
+        False,
+        **other,
+        query="Who?",
+        response="A cat.",
+        history=[["a", "b"]],
+    )
+    add("texts", "placeholder_added", True, **other, texts=[{"user": "Who?", "assistant": "A cat."}])
+    add("instruction", "no_conversations", False, **other, instruction="Who?", output="A cat.")
+    for name in ("image_path", "img", "picture"):
+        add(name, (), True, image=..., **{name: "pictures/good.jpg"})
+    add("data address", (), True, image=f"data:image/jpeg;base64,{data}")
+    add("base64", (), True, image=data)
+    add("broken base64", "bad_image_field", False, image=f"data:image/jpeg;base64,{data[:-5]}")
+    address = [
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+        {"type": "text", "text": "Who?"},
+    ]
+    add("picture in a part", (), True, image=..., conversations=turns(address))
+    path = [{"type": "image", "image": "pictures/good.jpg"}, {"type": "text", "text": "Who?"}]
+    add("path in a part", (), True, image=..., conversations=turns(path))
+    add("system", (), True, system="Be brief.")
+    add("system repeated", (), True, system="Be brief.", conversations=[brief, *turns()])
+    add("two systems", "system_not_first", False, system="Be long.", conversations=[brief, *turns()])
+    add("tools", "field_ignored", True, tools="[{}]")
+    add("weight", "field_ignored", True, conversations=[turns()[0], {**turns()[1], "weight": 0}])
     # Placeholders
     add("picture without placeholder", "placeholder_added", True, conversations=turns("What is this?"))
     add("placeholder without picture", "placeholder_mismatch", False, image=...)
@@ -177,6 +233,7 @@ def corpus(outside: Path) -> list[Case]:
     # Paths
     picture("pictures/nowhere.jpg", "image_missing", False)
     picture("pictures/a_folder.jpg", "image_missing", False, "a folder")
+    picture("pictures/pipe.jpg", "image_unreadable", False, "a pipe")
     picture("../outside/secret.jpg", "image_path_outside", False, "path goes up")
     picture(str(outside / "secret.jpg"), "image_path_outside", False, "absolute path")
     picture("pictures/link.jpg", "image_path_outside", False, "link to a file outside")

@@ -1,17 +1,62 @@
 """Opens a table of rows or masks: a Parquet file, a folder of them or of `save_to_disk`, or a set of the Hub."""
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+
+
+IN_ROOT, BELOW = ("data/*", "*"), ("data/*/*", "*/*", "*/*/*")  # where a folder's files are looked for, in turn
+_SPLIT = {
+    str(split): re.compile(rf"(?:^|[{NON_WORDS_CHARS}/])(?:{'|'.join(words)})(?:[{NON_WORDS_CHARS}/]|$)")
+    for split, words in SPLIT_KEYWORDS.items()
+}
 
 
 def find_files(pattern: str) -> list[str]:
     """Files that fit a pattern with `*`, a path or an fsspec URL (`hf://datasets/...`), sorted."""
     filesystem, path = fsspec.core.url_to_fs(pattern)
     return [filesystem.unstrip_protocol(name) if "://" in pattern else name for name in sorted(filesystem.glob(path))]
+
+
+def split_files(
+    folder: Path, suffixes: Sequence[str], places: Sequence[str] = (*IN_ROOT, *BELOW), split: str | None = None
+) -> list[Path]:
+    """The files of one split, told by the names of files and folders as `datasets` tells them; empty without files.
+
+    Files that name no split are one. What is used and what is not is printed where a folder has several.
+
+    Args:
+        places: patterns; the first that fits decides.
+        split: default: `train`, or the only one.
+
+    Raises:
+        ValueError: no such split, or several configurations.
+    """
+    found = (sorted(path for path in folder.glob(place) if path.suffix.lower() in suffixes and path.is_file())
+             for place in places)  # fmt: skip
+    splits: dict[str, list[str]] = {}
+    for path in next(filter(None, found), []):
+        name = path.relative_to(folder).as_posix()
+        splits.setdefault(next((kind for kind, word in _SPLIT.items() if word.search(name)), "none"), []).append(name)
+    if not splits:
+        return []
+    chosen = split or ("train" if len(splits) > 1 else next(iter(splits)))
+    listed = "; ".join(f"{kind}: {', '.join(names)[:200]}" for kind, names in splits.items())
+    if chosen not in splits:
+        raise ValueError(f"{folder} has no split {chosen!r}, but {listed}; pass the file")
+    folders = {part for name in splits[chosen] for part in name.split("/")[:-1]}
+    configurations = sorted(part for part in folders if not any(word.search(part) for word in _SPLIT.values()))
+    if len(configurations) > 1:
+        raise ValueError(f"{folder} has several configurations ({', '.join(configurations)}); pass the folder of one")
+    if len(splits) > 1:
+        print(f"{folder}: the split {chosen} is used, of {listed}", file=sys.stderr)
+    return [folder / name for name in splits[chosen]]
 
 
 def load_table(
@@ -21,8 +66,7 @@ def load_table(
 
     Args:
         name: Parquet file, folder with Parquet files or of `save_to_disk`, or repository.
-        split: of a repository, or of a folder with a card. Default: the first of `usual` that is there, or the only
-            one.
+        split: of a repository or a folder. Default: the first of `usual` that is there, or the only one.
 
     Raises:
         ValueError: there is none of that name, or it has several splits.
@@ -34,10 +78,10 @@ def load_table(
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = load_from_disk(name)
         elif path.is_dir() and not (path / "README.md").is_file():
-            files = sorted(str(file) for file in path.glob("*.parquet"))
+            files = split_files(path, [".parquet"], split=split)
             if not files:
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
-            found = load_dataset("parquet", data_files={"train": files})
+            found = load_dataset("parquet", data_files={split or "train": list(map(str, files))})
         else:
             found = load_dataset(name, revision=revision)
     except (FileNotFoundError, ConnectionError) as error:

@@ -4,6 +4,7 @@ A file is cut into chunks of equally many records by their byte offsets, so that
 own. Records are handed out as bytes: one that is broken costs itself, not the file.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from .records import MAX_RECORD_BYTES
+from .records import CONVERSATIONS, MAX_RECORD_BYTES
 
 
 _BLOCK = 2**20
@@ -19,6 +20,17 @@ _BLOCK = 2**20
 # start of a string that goes on behind the block.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]|"', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
+
+
+# How a file begins that holds no rows in JSON, and what to do
+_OTHER_FILES = (
+    (b"\x1f\x8b", "is compressed with gzip; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"PAR1", "is a Parquet file; name it .parquet"),
+    (b"\xff\xfe", "is UTF-16; store it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16; store it as UTF-8"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,53 @@ class Chunk:
     first: int
     count: int
     offset: int
+
+
+def check_shape(path: Path) -> None:
+    """Looks at a file's beginning. One damaged row says nothing of the others; another form of file does.
+
+    Raises:
+        ValueError: neither rows of JSON, one a line, nor (.json) an array of them.
+    """
+    with path.open("rb") as file:
+        head = file.read(MAX_RECORD_BYTES + 1).removeprefix(_BOM).lstrip()
+    found = next((text for start, text in _OTHER_FILES if head.startswith(start)), None)
+    first, *others = [line for line in head.splitlines()[:20] if line.strip()] or [b""]
+    if found is None and not head:
+        found = "is empty"
+    elif found is None and head.startswith(b"[") and path.suffix.lower() != ".json":
+        if first.strip() == b"[" or (not others and isinstance(_parsed(first), list)):
+            found = "is one JSON array; name it .json"
+    elif found is None and head.startswith(b"{"):
+        found = _object_shape(head, first, not others)
+    elif found is None and not any(line.lstrip()[:1] in (b"{", b"[") for line in (first, *others)):
+        found = f"begins with {head[:40]!r}; give one JSON object a line, or an array of them"
+    if found is not None:
+        raise ValueError(f"{path} {found}")
+
+
+def _object_shape(head: bytes, first: bytes, alone: bool) -> str | None:
+    """What is wrong with a file that begins with an object; None where it may be the first row."""
+    if first.strip() != b"{" and not alone:
+        return None
+    text = head.decode("utf-8", errors="replace")
+    try:
+        content, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return "is one object; give the array of its rows" if first.strip() == b"{" else None
+    if text[end:].strip():
+        return "has objects of several lines each; write one object a line, or an array of them"
+    has_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in content.values())
+    if alone and (CONVERSATIONS & content.keys() or not has_rows):
+        return None
+    return f"is one object with the fields {', '.join(content)}; give the array of its rows"[:300]
+
+
+def _parsed(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def is_array(path: Path) -> bool:

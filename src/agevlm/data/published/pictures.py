@@ -96,6 +96,8 @@ class PictureStore:
                 self._check_size(found.size, path)
                 return self._archives[found.container].read(found.offset, found.size), found.note
             file = resolve_inside(self.folders[found.container], found.path)
+            if not file.is_file():  # reading a pipe or a device may never end
+                raise BadRow("image_unreadable", f"{path} is no regular file")
             self._check_size(file.stat().st_size, path)
             return file.read_bytes(), found.note
         except ValueError as error:

@@ -2,13 +2,16 @@
 
 LLaVA and Cambrian: {id, image, conversations: [{from: human | gpt | system, value}]}, `image` a path, a list of paths
 or nothing. Data sets of the Hub: {images, messages: [{role, content}]}, content a string or a list of text and image
-parts. Pictures are not looked at here (`data/published/pictures.py`).
+parts. A field may have the other format's form, and the names of `_PICTURES`, `_TURNS` and `_PAIRS` are known too.
+Pictures are not looked at here (`data/published/pictures.py`).
 
 As in LLaVA's and Cambrian's own loaders, the placeholder of a single picture moves to the front of its turn: with
 cross-attention a token sees the pictures before it, so a question in front of its picture would not see it. Unlike
 theirs, nothing is passed over in silence: a row is kept as it is, repaired (and listed), or dropped (and listed).
 """
 
+import base64
+import binascii
 import json
 import math
 import re
@@ -23,6 +26,18 @@ MAX_RECORD_BYTES = 16 * 2**20  # of one row's JSON
 PUBLISHED_PLACEHOLDER = "<image>"
 NO_PICTURE = ("", "none", "nan")  # what Cambrian's loader takes for a row of text alone
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_PICTURES = ("image", "images", "image_path", "image_paths", "image_file", "img", "img_path", "picture", "pictures",
+             "image_url")  # fmt: skip
+_TURNS = ("conversations", "messages", "conversation")
+_PAIRS = (("prompt", "completion"), ("query", "response"))  # a question and its answer, texts or lists of turns
+_MEDIUM = r"videos?|audios?|point_?clouds?"
+CONVERSATIONS = {*_TURNS, "texts", *(name for pair in _PAIRS for name in pair)}
+_OTHER_MEDIUM = re.compile(
+    rf"(?:{_MEDIUM}|sound|speech)(?:_(?:paths?|files?|urls?))?|input_audio"
+)  # a field, or a part
+_MEDIUM_PLACEHOLDER = re.compile(rf"\A<(?:{_MEDIUM})>|\n\s*<(?:{_MEDIUM})>\Z")
+# How base64 of a JPEG, PNG, GIF, WebP or TIFF begins
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 # Tokens with which a text could end its turn or start another one, in Llama-3's and ChatML's templates
 SPECIAL_TOKEN = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|pad|finetune_right_pad_id"
@@ -37,7 +52,8 @@ DROPPED = {
     "record_too_long": f"a row of more than {MAX_RECORD_BYTES // 2**20} MiB",
     "bad_id": "id is neither a text nor a whole number",
     "duplicate_row": "the same id and the same row again",
-    "no_conversations": "neither conversations nor messages, or an empty list",
+    "no_conversations": "no conversation in a known form, or an empty one",
+    "other_medium": "a video, a sound or another medium that is no picture",
     "bad_turn": "a turn that is no object, or lacks its fields",
     "bad_role": "a speaker other than human, gpt and system (user, assistant)",
     "bad_text": "a text that is no string, nor a list of text and image parts",
@@ -70,6 +86,7 @@ REPAIRED = {
     "duplicate_id": "the id of an earlier, other row: a hash was added",
     "image_miscased": "the file was found under a path in other case (or another Unicode form)",
     "image_relocated": "the file was found below the folders that the published archives unpack to",
+    "field_ignored": "tools, or the weight of a turn, that training does not use",
     "placeholder_added": "pictures, but no <image>: put in front of the first question",
 }
 # The row is used as it is:
@@ -149,7 +166,10 @@ def read_record(record: Mapping[str, Any], position: int) -> Draft:
         row_id = _id(record.get("id"), position, notes)
         images = _images(record)
         source = _source(record, images)
-        messages = _messages(record, images)
+        _check_media(record)
+        messages, shown = _messages(record, notes)
+        if shown and not images:
+            images, source = shown, _source(record, shown)
         _check_turns(messages)
         messages = _place_pictures(messages, len(images), notes)
     except BadRow as error:
@@ -172,32 +192,58 @@ def _id(value: Any, position: int, notes: list[tuple[str, str]]) -> str:
     return _checked(value, "id")
 
 
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in NO_PICTURE
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
 def _images(record: Mapping[str, Any]) -> list[Any]:
     """References of the row's pictures; an empty list for a row of text alone."""
-    value = record.get("image") if record.get("image") is not None else record.get("images")
-    if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
+    name = next((name for name in _PICTURES if not _is_nothing(record.get(name))), None)
+    if name is None:
         return []
-    if isinstance(value, float) and math.isnan(value):
-        return []
-    if isinstance(value, (str, Mapping)):
+    value = record[name]
+    if isinstance(value, (str, bytes, Mapping)):
         value = [value]
     if not isinstance(value, list):
-        raise BadRow("bad_image_field", f"image is {_shown(value)}")
-    return [_image(item, f"images[{index}]") for index, item in enumerate(value)]
+        raise BadRow("bad_image_field", f"{name} is {_shown(value)}")
+    return [_image(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
 def _image(value: Any, where: str) -> Any:
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
         raise BadRow("null_image", f"{where} is {value!r}")
     if isinstance(value, str):
-        if re.match(r"(?:https?|data|s3|gs):", value):
+        if value.startswith("data:") or _BASE64.fullmatch(value):
+            return {"bytes": _from_base64(value, where), "path": None}
+        if re.match(r"(?:https?|s3|gs):", value):
             raise BadRow("image_url", f"{where} is {value[:100]!r}; download it and give its path")
         return _checked(value, where)
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         return {"bytes": value["bytes"], "path": value.get("path")}
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value["path"]:
         return _checked(value["path"], where)
     raise BadRow("bad_image_field", f"{where} is {_shown(value)}")
+
+
+def _from_base64(value: str, where: str) -> bytes:
+    """The bytes of a `data:` address, or of base64 alone."""
+    head, comma, body = value.rpartition(",")
+    try:
+        if comma and not head.endswith(";base64"):
+            raise ValueError("no base64")
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise BadRow("bad_image_field", f"{where} is {value[:60]!r}: {error}") from None
+
+
+def _check_media(record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        if isinstance(name, str) and _OTHER_MEDIUM.fullmatch(name.lower()) and not _is_nothing(value):
+            raise BadRow("other_medium", f"{name} is {_shown(value)}")
 
 
 def _source(record: Mapping[str, Any], images: list[Any]) -> str:
@@ -209,45 +255,102 @@ def _source(record: Mapping[str, Any], images: list[Any]) -> str:
     return "pictures" if images else "text"
 
 
-def _messages(record: Mapping[str, Any], images: list[Any]) -> list[dict[str, str]]:
-    turns, names = record.get("conversations"), ("from", "value")
-    if turns is None:
-        turns, names = record.get("messages"), ("role", "content")
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("no_conversations", f"conversations is {_shown(turns)}")
-    messages = []
+def _turns(record: Mapping[str, Any]) -> list[Any]:
+    """The turns of a row, from whichever of the known fields it has."""
+    name = next((name for name in _TURNS if record.get(name) is not None), None)
+    turns = record[name] if name else None
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a list that a table keeps as text
+        turns = _parsed(turns)
+    if name is None and isinstance(record.get("texts"), list):  # a question and its answer each
+        turns = [
+            {"role": role, "content": pair[role]}
+            for pair in record["texts"]
+            for role in ("user", "assistant")
+            if isinstance(pair, Mapping) and role in pair
+        ]
+    pair = next((pair for pair in _PAIRS if all(record.get(part) for part in pair)), None)
+    if name is None and turns is None and pair and not record.get("history"):
+        asked, said = (record[part] for part in pair)
+        turns = [
+            *(asked if isinstance(asked, list) else [{"role": "user", "content": asked}]),
+            *(said if isinstance(said, list) else [{"role": "assistant", "content": said}]),
+        ]
+    if isinstance(turns, list) and turns:
+        system = record.get("system")
+        first = turns[0] if isinstance(turns[0], Mapping) else {}
+        repeats = system in (first.get("value"), first.get("content"))
+        return [{"role": "system", "content": system}, *turns] if system and not repeats else turns
+    seen = f"{name} is {_shown(turns)}" if name else f"the row has the fields {', '.join(map(str, record))}"
+    raise BadRow("no_conversations", f"{seen[:300]}; give messages: [{{role, content}}]")
+
+
+def _parsed(text: str) -> Any:
+    """The list that a text holds; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _messages(record: Mapping[str, Any], notes: list[tuple[str, str]]) -> tuple[list[dict[str, str]], list[Any]]:
+    """The messages, and the pictures that stand in their parts."""
+    messages: list[dict[str, str]] = []
+    shown: list[Any] = []
+    ignored = [name for name in ("tools", "functions") if record.get(name)]
+    turns = _turns(record)
     for index, turn in enumerate(turns):
         where = f"turn {index + 1}"
-        if not isinstance(turn, Mapping) or any(name not in turn for name in names):
-            raise BadRow("bad_turn", f"{where} is {_shown(turn)}, expected {names[0]} and {names[1]}")
-        role = ROLE_OF.get(turn[names[0]]) if isinstance(turn[names[0]], str) else None
+        speaker, content = (_name_in(turn, names) for names in (("from", "role"), ("value", "content")))
+        if speaker is None or content is None:
+            raise BadRow("bad_turn", f"{where} is {_shown(turn)}, expected from and value, or role and content")
+        role = ROLE_OF.get(turn[speaker]) if isinstance(turn[speaker], str) else None
         if role is None:
-            raise BadRow("bad_role", f"{where} is from {_shown(turn[names[0]])}")
-        text = _text(turn[names[1]], where)
-        if names[0] == "from" and IMAGE_PLACEHOLDER in text:
+            raise BadRow("bad_role", f"{where} is from {_shown(turn[speaker])}")
+        text = _text(turn[content], where, shown)
+        if speaker == "from" and IMAGE_PLACEHOLDER in text:
             raise BadRow("special_token", f"{where} holds {IMAGE_PLACEHOLDER}")
         found = SPECIAL_TOKEN.search(text)
         if found:
             raise BadRow("special_token", f"{where} holds {found.group()}")
+        if role == "user" and (medium := _MEDIUM_PLACEHOLDER.search(text)):
+            raise BadRow("other_medium", f"{where} holds {medium.group().strip()}")
+        ignored += [
+            f"{name} of {where}" for name in ("weight", "loss", "train") if turn.get(name) not in (None, 1, True)
+        ]
         messages.append({"role": role, "content": text.replace(PUBLISHED_PLACEHOLDER, IMAGE_PLACEHOLDER)})
-    return messages
+    if ignored:
+        notes.append(("field_ignored", ", ".join(ignored)))
+    return messages, shown
 
 
-def _text(content: Any, where: str) -> str:
+def _name_in(turn: Any, names: tuple[str, str]) -> str | None:
+    """The one of two names that a turn has; tables fill the fields of other turns with null."""
+    found = [name for name in names if name in turn] if isinstance(turn, Mapping) else []
+    return next((name for name in found if turn[name] is not None), found[0] if found else None)
+
+
+def _text(content: Any, where: str, shown: list[Any]) -> str:
     if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
+        content = "".join(_part(part, where, shown) for part in content)
     if not isinstance(content, str):
         raise BadRow("bad_text", f"{where} is {_shown(content)}")
     return _checked(content, where).strip()
 
 
-def _part(part: Any, where: str) -> str:
-    """A part of a message. `datasets` fills the fields that a part does not have with null."""
+def _part(part: Any, where: str, shown: list[Any]) -> str:
+    """A part of a message; its picture goes to `shown`. `datasets` fills the fields that a part lacks with null."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return IMAGE_PLACEHOLDER
+    if kind in ("image", "image_url"):
+        pictures = [part[name] for name in ("image", "image_url", "url", "path", "base64") if part.get(name)]
+        for picture in pictures[:1]:
+            shown.append(
+                _image(picture["url"] if isinstance(picture, Mapping) and "url" in picture else picture, where)
+            )
+        return PUBLISHED_PLACEHOLDER
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
+    if isinstance(kind, str) and _OTHER_MEDIUM.fullmatch(kind):
+        raise BadRow("other_medium", f"{where} holds the part {_shown(part)}")
     raise BadRow("bad_text", f"{where} holds the part {_shown(part)}")
 
 

@@ -16,12 +16,14 @@ from datasets import Dataset, load_dataset, load_from_disk
 from PIL import Image
 
 from agevlm.data.duplicates import hash64
+from agevlm.data.tables import BELOW, IN_ROOT, split_files
 
-from .json_records import Chunk, plan_chunks, read_records
+from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
 from .records import BadRow, Draft, parse_record, read_record
 
 
+_JSON, _PARQUET = (".json", ".jsonl"), (".parquet",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -78,6 +80,7 @@ class JsonSource:
     """A JSONL file, or a JSON array, whose pictures lie below `roots`."""
 
     def __init__(self, path: Path, store: PictureStore):
+        check_shape(path)
         self.path, self.paths, self.store = path, [path], store
         self.name, self.size = path.name, path.stat().st_size
 
@@ -155,12 +158,12 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
         ValueError: nothing there, or several things.
     """
     path = Path(name)
-    if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
+    if path.is_file() and path.suffix.lower() in _JSON:
         if roots is None:
             roots = [path.absolute().parent.parent if path.absolute().parent.name == "jsons" else path.parent]
         return JsonSource(path, PictureStore(roots, work))
     if path.is_file():
-        if path.suffix.lower() == ".parquet":
+        if path.suffix.lower() in _PARQUET:
             return ParquetSource([path], PictureStore(roots or [path.parent], work), path.name)
         raise ValueError(f"{path} is neither .json, .jsonl nor .parquet; rename it if it is one of them")
     if path.is_dir():
@@ -182,11 +185,11 @@ def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Pat
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         dataset = load_from_disk(str(path))
         return DatasetSource(dataset, PictureStore([path] if roots is None else roots, work), path.name)
-    parquet = sorted((path / "data").glob("train-*.parquet")) or sorted(path.glob("*.parquet"))
-    if parquet:
+    if parquet := split_files(path, _PARQUET, IN_ROOT):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
-    found = sorted(p for folder in (path, path / "jsons") if folder.is_dir() for p in folder.iterdir()
-                   if p.suffix.lower() in (".json", ".jsonl"))  # fmt: skip
+    found = split_files(path, _JSON, ("*", "jsons/*"))
+    if not found and (parquet := split_files(path, _PARQUET, BELOW)):
+        return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:20]) or "none"
         raise ValueError(f"{path} must hold one .json or .jsonl file, or Parquet files; found {names}. Pass the file.")
