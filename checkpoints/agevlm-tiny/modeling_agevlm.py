@@ -523,12 +523,12 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 # Tokens were appended, and perhaps moved, after the mask was made: the whole text is here and decides.
                 cross_attention_mask = None
         # A compiled graph cannot branch on values; in it, the two mistakes go unnoticed.
-        checks = placeholders_BT is not None and not torch.compiler.is_compiling()
+        checks = not torch.compiler.is_compiling()
         if cross_attention_mask is not None:
             positions = torch.arange(length, device=device) + past_length
             positions = positions.clamp(max=cross_attention_mask.shape[1] - 1)
             image_BTN = cross_attention_mask.bool()[:, positions]
-            if checks:
+            if checks and placeholders_BT is not None:
                 own_BT1 = (number_BT - 1).clamp(0, num_images - 1)[..., None]
                 hidden_BT = placeholders_BT & ~image_BTN.gather(-1, own_BT1)[..., 0]
                 if hidden_BT.any():
