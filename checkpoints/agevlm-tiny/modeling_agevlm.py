@@ -406,16 +406,17 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_mask (`torch.BoolTensor` `(B, N)`): which of the N places of a row hold a picture. Default: all.
             visual_token_mask (`torch.BoolTensor` `(B, N, L)`): cells that show picture, not padding. Default: all.
             cross_attention_mask (`torch.BoolTensor` `(B, T, N)`): token t of the whole sequence, cached part included,
-                sees image n. Later tokens see what the last one sees. Default: a token sees the images whose
-                placeholders do not come after it; without `input_ids`, every image of its row.
+                sees image n. Later tokens see what the last one sees. Default, also where it is shorter than the text
+                of a first call: a token sees the images whose placeholders do not come after it; without
+                `input_ids`, every image of its row.
             guidance_query_mask (`torch.BoolTensor` `(B, T)`): query tokens whose attention maps are wanted; aligned
                 with the tokens of this call.
             guidance_mask (`torch.BoolTensor` `(B, V)` or `(B, N, L)`): the visual tokens to look at. With it the
                 attention inside them is returned in place of whole maps.
 
         Raises:
-            ValueError: pictures, masks and placeholders of a row do not fit each other; `guidance_mask` without
-                `guidance_query_mask`.
+            ValueError: pictures, masks and placeholders of a row do not fit each other, as after tokens were moved
+                and `cross_attention_mask` was not; `guidance_mask` without `guidance_query_mask`.
         """
         if guidance_mask is not None and guidance_query_mask is None:
             raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
@@ -507,25 +508,43 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             )
 
         past_length = cache.get_seq_length() if cache is not None else 0
+        if cross_attention_mask is not None and (
+            cross_attention_mask.shape[0] != batch or cross_attention_mask.shape[2] != num_images
+        ):
+            raise ValueError(
+                f"`cross_attention_mask` has shape {tuple(cross_attention_mask.shape)}; expected ({batch} rows, "
+                f"text, {num_images} images)."
+            )
+        placeholders_BT = None
+        if input_ids is not None and new_images is not None:
+            placeholders_BT = input_ids == self.config.image_token_id
+            number_BT = placeholders_BT.cumsum(-1)
+            if past_length == 0 and cross_attention_mask is not None and cross_attention_mask.shape[1] < length:
+                # Tokens were appended, and perhaps moved, after the mask was made: the whole text is here and decides.
+                cross_attention_mask = None
+        # A compiled graph cannot branch on values; in it, the two mistakes go unnoticed.
+        checks = not torch.compiler.is_compiling()
         if cross_attention_mask is not None:
-            if cross_attention_mask.shape[0] != batch or cross_attention_mask.shape[2] != num_images:
-                raise ValueError(
-                    f"`cross_attention_mask` has shape {tuple(cross_attention_mask.shape)}; expected ({batch} rows, "
-                    f"text, {num_images} images)."
-                )
             positions = torch.arange(length, device=device) + past_length
             positions = positions.clamp(max=cross_attention_mask.shape[1] - 1)
             image_BTN = cross_attention_mask.bool()[:, positions]
-        elif input_ids is not None and new_images is not None:
-            placeholders_BT = input_ids == self.config.image_token_id
-            # A compiled graph cannot branch on values; in it, the mistake goes unnoticed.
-            if not torch.compiler.is_compiling() and not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
+            if checks and placeholders_BT is not None:
+                own_BT1 = (number_BT - 1).clamp(0, num_images - 1)[..., None]
+                hidden_BT = placeholders_BT & ~image_BTN.gather(-1, own_BT1)[..., 0]
+                if hidden_BT.any():
+                    row, token = hidden_BT.nonzero()[0].tolist()
+                    raise ValueError(
+                        f"Row {row}: `cross_attention_mask` hides a picture from its own placeholder, token {token}. "
+                        "The tokens were moved and the mask was not; leave the mask out."
+                    )
+        elif placeholders_BT is not None:
+            if checks and not torch.equal(placeholders_BT.sum(-1), image_mask.sum(-1)):
                 raise ValueError(
                     f"The rows hold {placeholders_BT.sum(-1).tolist()} image placeholders (token "
                     f"{self.config.image_token_id}) but {image_mask.sum(-1).tolist()} pictures. Put one placeholder "
                     "per picture, mark missing pictures in `image_mask`, and leave out those that the cache holds."
                 )
-            image_BTN = placeholders_BT.cumsum(-1)[..., None] > torch.arange(num_images, device=device)
+            image_BTN = number_BT[..., None] > torch.arange(num_images, device=device)
         else:
             image_BTN = torch.ones(batch, length, num_images, dtype=torch.bool, device=device)
         return Visibility(image_BTN & image_mask[:, None], visual_token_mask.bool() & image_mask[..., None])

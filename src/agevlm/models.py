@@ -427,8 +427,22 @@ def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
 
 
+def check_prompt(processor: Any, prompt: str) -> None:
+    """Raises ValueError if a text spells a control token of the model, which would end it or begin another turn."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in added if token.special] + [getattr(processor, "image_token", None) or ""]
+    spelled = [token for token in tokens if token.strip() and token in prompt]
+    if spelled:
+        raise ValueError(f"the text holds {max(spelled, key=len)!r}, a control token of the model; write it otherwise")
+
+
 def render(processor: Any, prompt: str, with_picture: bool = True, *, answer_next: bool = True) -> str:
-    """The text of `messages` in the model's own chat format; with `answer_next` the header of the answer follows."""
+    """The text of `messages` in the model's own chat format; with `answer_next` the header of the answer follows.
+
+    Raises:
+        ValueError: the prompt spells a control token of the model, such as its place of a picture.
+    """
+    check_prompt(processor, prompt)
     asked = messages(prompt, with_picture)
     return processor.apply_chat_template(asked, add_generation_prompt=answer_next, tokenize=False)
 

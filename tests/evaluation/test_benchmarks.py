@@ -41,6 +41,21 @@ def test_pope_counts_unread_answers_as_wrong_and_not_yes():
     assert {name: part["n"] for name, part in metrics["categories"].items()} == {"popular": 2, "random": 2}
 
 
+@given(
+    st.lists(st.tuples(*[st.sampled_from(["yes", "no"])] * 2, st.sets(st.sampled_from("abc"), min_size=1)), min_size=1)
+)
+def test_pope_counts_a_merged_row_once_for_each_of_its_categories(rows):
+    """VLMEvalKit's file holds duplicates once; its scores are those of the rows written out."""
+    merged = [{"question": "", "answer": gold, "category": ",".join(sorted(names))} for gold, _, names in rows]
+    apart = [{**row, "category": name} for row in merged for name in row["category"].split(",")]
+    said = [answer for _, answer, names in rows for _ in names]
+    values = [
+        {path: measure.value() for path, measure in pope.all_measures(of, parsed).items()}
+        for of, parsed in ((merged, [answer for _, answer, _ in rows]), (apart, said))
+    ]
+    assert values[0] == pytest.approx(values[1])
+
+
 answers = st.sampled_from(["yes", "no", None])
 
 
@@ -151,6 +166,12 @@ def test_hallusionbench_groups():
     assert metrics["fAcc"] == 50
     assert metrics["qAcc"] == 50
     assert metrics["unparsed"] == metrics["yes_ratio"] == 25
+    assert metrics["average"] == pytest.approx(175 / 3)
+    assert metrics["categories"] == {"VD": {name: metrics[name] for name in ("aAcc", "fAcc", "qAcc", "average")}}
+    mixed = hallusionbench.score([*rows, *({**row, "category": "VX"} for row in rows)], ["yes", "no", "no", None] * 2)
+    assert mixed["categories"] == {name: metrics["categories"]["VD"] for name in ("VD", "VX")}
+    low, high = hallusionbench.intervals(rows, ["yes", "no", "no", None])["average"]
+    assert low - 1e-9 <= metrics["average"] <= high + 1e-9
 
 
 def test_public_hallusionbench_constants():

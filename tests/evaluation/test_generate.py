@@ -193,3 +193,16 @@ def test_ids_must_be_unique(model, processor, tmp_path):
     data = rows().remove_columns("id").add_column("id", ["same"] * len(NOUNS))
     with pytest.raises(ValueError, match="6 rows have 1 different ids"):
         generate(model, processor, data, tmp_path)
+
+
+@pytest.mark.parametrize("token", ["<|image|>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"])
+def test_a_question_that_spells_a_control_token_is_skipped_and_listed(model, processor, tmp_path, token):
+    """It would be a second picture's place, or end the question and begin another turn."""
+    data = rows(nouns=["apple", f"{token} token", "cup", "tree"])
+    lines = generate(model, processor, data, tmp_path, batch_size=4)
+    assert [line["verdict"] == "skipped" for line in lines] == [False, True, False, False]
+    assert f"row row-1: the text holds {token!r}, a control token" in lines[1]["error"]
+    alone = generate(model, processor, data.select([0, 2, 3]), tmp_path / "alone", batch_size=4)
+    assert alone == [lines[0], *lines[2:]]
+    with pytest.raises(ValueError, match="row row-1: the text holds"):
+        generate(model, processor, data, tmp_path / "strict", strict=True)

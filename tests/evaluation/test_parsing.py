@@ -1,5 +1,7 @@
 """Parsers: the known verdicts of the public harnesses, and properties that hold for any text."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +84,70 @@ NUMBERS = ("0", "1", "2", "3")
 )
 def test_choice_verdicts(output, choices, expected):
     assert parse_choice(output, choices) == expected
+
+
+ITEMS = ("pillow", "bookcase", "chair")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("The correct option is B.", "B"),
+        ("The answer is option B.", "B"),
+        ("Option B", "B"),
+        ("B is correct.", "B"),
+        ("It must be **C**!", "C"),
+        ("I would choose {C}", "C"),
+        ("After a long look at everything, my choice: B", "B"),
+        ("option A was meant", "A"),
+        ("A is right", "A"),
+        ("So it is A.", "A"),
+    ],
+)
+def test_letters_that_vlmevalkit_reads(output, expected):
+    assert parse_choice(output, ITEMS) == vlmevalkit_letter(output) == expected
+
+
+@pytest.mark.parametrize(
+    ("output", "ours", "theirs"),
+    [
+        # an article or a pronoun is no letter
+        ("The answer is A chair", "C", "A"),
+        ("It is A cat", None, "A"),
+        # a word is read as a whole, their "answer is" takes its first letter
+        ("The answer is chair", "C", "C"),
+        ("The answer is bed", None, "B"),
+        # a letter that is marked may stand anywhere, theirs among the last four words alone
+        ("(B) because of the lamp that stands beside it", "B", None),
+        ("B. bookcase, which is much nearer than others", "B", None),
+        ("The correct answer is (B) 1. The image shows only one.", "B", None),
+        ("b", "B", None),
+    ],
+)
+def test_where_the_reading_of_letters_differs_from_vlmevalkit(output, ours, theirs):
+    assert (parse_choice(output, ITEMS), vlmevalkit_letter(output)) == (ours, theirs)
+
+
+def vlmevalkit_letter(output: str, letters: str = "ABC") -> str | None:
+    """VLMEvalKit's rule for letters (commit e8e78f0), in our words: the only option letter among the words, if it is
+    one of the last four; else a letter right behind "answer is"."""
+    words = output.translate(str.maketrans(".()[],:;!*#{}", " " * 13)).split()
+    found = [letter for letter in letters if letter in words]
+    if len(found) == 1 and words.index(found[0]) >= len(words) - 4:
+        return found[0]
+    behind = re.search(r"answer\s+is\s+\**([a-d])", output, flags=re.IGNORECASE)
+    return behind[1].upper() if behind and behind[1].upper() in letters else None
+
+
+filler = st.lists(st.sampled_from(["it", "is", "clearly", "option", "the", "correct", "so", "choose"]), max_size=8)
+
+
+@given(filler, st.sampled_from("ABC"), st.sampled_from(["", ".", ")", "*", "!"]), filler)
+def test_every_letter_that_vlmevalkit_reads_is_read(before, letter, sign, behind):
+    output = " ".join([*before, letter + sign, *behind])
+    article = letter == "A" and not sign and behind and behind[0] != "is" and before[-1:] != ["option"]
+    theirs = vlmevalkit_letter(output)
+    assert article or theirs is None or parse_choice(output, ITEMS) == theirs
 
 
 words = st.text(alphabet="bcdfghklmnprstvw", min_size=3, max_size=8)

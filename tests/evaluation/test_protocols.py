@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from benchmark_rows import ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 from public_data import public
@@ -13,21 +14,6 @@ from agevlm.evaluation.run import choose
 
 
 EVERY = [benchmark for known in BENCHMARKS.values() for benchmark in known.values()]
-ROWS = {
-    "pope": {"id": "0", "question": "Is there a cup in the image?", "answer": "yes", "category": "random"},
-    "cvbench": {
-        "id": "0", "type": "2D", "task": "Count", "source": "COCO", "question": "How many cats are in the image?",
-        "prompt": "How many cats are in the image? Select from the following choices. (A) 2 (B) 1 (C) 4 (D) 3 (E) 0",
-        "choices": ["2", "1", "4", "3", "0"], "answer": "(B)",
-    },
-    "ocrbench": {"id": "0", "dataset": "IIIT5K", "question": "what is written in the image?",
-                 "question_type": "Regular Text Recognition", "answer": ["Café 12"]},
-    "hallusionbench": {
-        "id": "0", "category": "VD", "subcategory": "chart", "set_id": "0", "figure_id": "1", "question_id": "0",
-        "question": "Is China the leading country?", "gt_answer": "0", "gt_answer_details": "Switzerland leads.",
-    },
-    "realworldqa": {"id": "0", "question": "Which way?\nA. left\nB. right\nAnswer with the letter.", "answer": "B"},
-}  # fmt: skip
 OPEN = {"id": "1", "question": "How many?\nPlease answer with a single word or number.", "answer": "3"}
 
 
@@ -257,3 +243,43 @@ def test_decimal_digits_of_any_script_are_numbers(output, expected):
     benchmark = BENCHMARKS["realworldqa"]["paper"]
     found = verdict(benchmark, {**OPEN, "answer": "1"}, benchmark.parse(OPEN, output))
     assert found == ("wrong" if expected == "unparsed" else expected)
+
+
+# -- slips and forms that people type ---------------------------------------------------------------------------------
+
+LISTS = [
+    "A. 25\nB 30\nC. 35",  # a sign is missing
+    "A. 25\nB. 30\nC.35",  # a space
+    "A. 25\nB. 30\n35",  # a letter
+    "A. 25\nB. 30\nB. 35",  # twice the same
+    " A) 25\n B) 30\n C) 35",
+    "A: 25\nC: 35",
+]
+
+
+@pytest.mark.parametrize("listed", LISTS)
+@pytest.mark.parametrize("answer", ["C", "c", "C "])
+@pytest.mark.parametrize("output", ["C", "C. 35", "(C)", "The answer is C.", "c"])
+def test_a_gold_letter_makes_a_choice_question_however_its_list_is_typed(listed, answer, output):
+    row = {"question": f"How fast may I drive?\n\n{listed}\nAnswer with the letter.", "answer": answer}
+    assert outcome("realworldqa", "paper", output, **row) == "correct"
+    score = BENCHMARKS["realworldqa"]["paper"].score([{"id": "0", **row}], ["C"])
+    assert score["choice"] == score["accuracy"] == 100 and "open" not in score
+    assert outcome("realworldqa", "paper", "B", **row) == "wrong"
+
+
+def test_an_open_answer_beside_lines_that_look_like_options_is_open():
+    row = {"question": "What is on the sign?\nA bus\nB road", "answer": "a bus"}
+    assert [outcome("realworldqa", "paper", said, **row) for said in ("A bus.", "A", "bus")] == [
+        "correct", "wrong", "correct",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["HME100k", "IIIT5K"])
+@pytest.mark.parametrize("gold", ["x=1", "ｘ＝１"])
+def test_lmms_eval_folds_full_width_signs_except_in_formulas(dataset, gold):
+    said = {"x=1": "ｘ＝１", "ｘ＝１": "x=1"}[gold]
+    row = {"dataset": dataset, "answer": [gold]}
+    assert outcome("ocrbench", "lmms-eval", said, **row) == ("wrong" if dataset == "HME100k" else "correct")
+    assert outcome("ocrbench", "lmms-eval", gold, **row) == "correct"
+    assert outcome("ocrbench", "paper", said, **row) == "wrong"

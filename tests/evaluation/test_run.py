@@ -183,7 +183,7 @@ def test_a_folder_is_resumed_returned_or_refused(folder, tmp_path, monkeypatch, 
     assert evaluate(folder, tmp_path) == again and not capsys.readouterr().err
     write_json(path, {**again, "format": 2})
     assert evaluate(folder, tmp_path)["format"] == 2
-    assert "has format 2, this version writes 3" in capsys.readouterr().err
+    assert f"has format 2, this version writes {run.FORMAT}" in capsys.readouterr().err
 
 
 def test_limit_choice_and_training_mode(folder, tmp_path):
@@ -276,3 +276,25 @@ def test_a_protocol_of_judges_needs_one(folder, tmp_path):
     assert BENCHMARKS["hallusionbench"]["official"].judged_only
     with pytest.raises(ValueError, match="hallusionbench: the protocol 'official' is scored by a judge alone"):
         evaluate(folder, tmp_path, benchmarks=["hallusionbench"], protocol="official")
+
+
+def test_masks_alone_are_measured_without_questions(folder, tmp_path):
+    main([str(TINY), "--masks", str(folder / "masks.parquet"), "--output", str(tmp_path)])
+    found = read_metrics(tmp_path / "agevlm-tiny" / "metrics.json")
+    assert found["benchmarks"] == {} and found["grounding"]["n"] == 0
+    assert found["masked"] == metrics_of(folder)["masked"]
+    assert "The rows given by --masks." in (tmp_path / "results.md").read_text()
+
+
+def test_a_model_in_training_is_one_again_after_a_failure(folder, tmp_path, model, processor, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            evaluate_scenes(model, processor, folder / "scenes", "composition", tmp_path, benchmarks=["pope"])
+        assert model.training
+    finally:
+        model.eval()

@@ -6,6 +6,7 @@ The checks of transformers' GenerationTesterMixin, which its source distribution
 import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer, pipeline, set_seed
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from builders import picture, tiny_model
 
@@ -30,6 +31,53 @@ def ask(processor, rows=(0, 1, 2)) -> dict:
 def answer(model, batch: dict, **settings) -> torch.Tensor:
     settings = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **settings}
     return model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+
+
+ROWS = {
+    "short": ("Is there a red apple?", "Yes, there is a red apple on the left of the house, and a car."),
+    "long": ("Is there a red apple? Say yes or no, and tell me where it is and what is beside it, please.", "No"),
+}
+
+
+def collated(processor, names, **settings) -> dict:
+    """A batch of TRL's stock collator, which pads prompts left, appends completions and moves the tokens left."""
+    rows = []
+    for question, said in map(ROWS.get, names):
+        prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        completion = [{"role": "assistant", "content": [{"type": "text", "text": said}]}]
+        rows.append({"images": [picture(96, 50)], "prompt": prompt, "completion": completion})
+    return dict(DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True, **settings)(rows))
+
+
+def losses(model, batch: dict) -> torch.Tensor:
+    """The mean loss of each row's answer `(B,)`."""
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        scores = model(**batch).logits[:, :-1].log_softmax(-1)
+    given = -scores.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    return given.sum(-1) / (labels != -100).sum(-1)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("names", [("short", "long"), ("long", "short"), ("short", "short", "long")], ids="-".join)
+def test_a_row_that_trl_collates_is_what_it_is_alone(model, processor, names, padding_side, monkeypatch):
+    """Tokens that were moved after the processor made `cross_attention_mask` see their picture all the same."""
+    monkeypatch.setattr(processor.tokenizer, "padding_side", padding_side)
+    together = losses(model, collated(processor, names))
+    alone = torch.cat([losses(model, collated(processor, [name])) for name in names])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert together.unique().numel() == 2  # of two different rows
+
+
+def test_a_mask_that_was_left_behind_by_its_tokens_is_refused(model, processor):
+    """TRL cuts the moved tokens to `max_length`: the mask of the prompts is then as long as the text."""
+    batch = collated(processor, ("short", "long"))
+    length = batch["cross_attention_mask"].shape[1]
+    cut = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
+    pictures = {name: batch[name] for name in ("pixel_values", "image_mask", "visual_token_mask")}
+    with pytest.raises(ValueError, match="Row 0: `cross_attention_mask` hides a picture from its own placeholder"):
+        model(**cut, **pictures, cross_attention_mask=batch["cross_attention_mask"])
+    model(**cut, **pictures)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)

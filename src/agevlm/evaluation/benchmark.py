@@ -15,6 +15,8 @@ import numpy as np
 
 from agevlm.stats import Measure, ResultKey, interval, nested, share
 
+from .parsing import LETTERS
+
 
 Row = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -38,6 +40,8 @@ class Source:
         renamed: published column -> ours; the first that is there is taken.
         number: what numbers a row in the published set; None: its place.
         from_name: columns that a file's name without suffix gives.
+        tables: names of VLMEvalKit's files.
+        from_table: a row of them in the published columns. KeyError names a column that is not there.
     """
 
     hub: str
@@ -47,6 +51,8 @@ class Source:
     renamed: Mapping[str, str] = field(default_factory=dict)
     number: Callable[[Row], tuple] | None = None
     from_name: Callable[[str], Mapping[str, Any]] = lambda stem: {}
+    tables: tuple[str, ...] = ()
+    from_table: Callable[[Row], Row] = lambda row: row
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,9 @@ class Benchmark:
     def all_measures(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> dict[ResultKey, Measure]:
         """The benchmark's own measures and the share of answers in which nothing was found."""
         earned = self.credits(rows, parsed) if credits is None else np.asarray(credits, dtype=float)
-        unparsed = np.array([answer is None for answer in parsed], dtype=float)
-        return {**self.measures(rows, parsed, earned), ("unparsed",): share(unparsed)}
+        measures = self.measures(rows, parsed, earned)
+        measures.setdefault(("unparsed",), share(np.array([answer is None for answer in parsed], dtype=float)))
+        return measures
 
     def score(self, rows: Sequence[Row], parsed: Answers, credits: Credits = None) -> Metrics:
         """Metrics over rows: `headline` (the name of the metric to compare), `n`, and those of the benchmark."""
@@ -164,6 +171,22 @@ def check_fields(benchmark: Benchmark, columns: Sequence[str], where: str) -> No
             f"{where}: {benchmark.name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}. Rename "
             "or add them."
         )
+
+
+def check_row(benchmark: Benchmark, row: Row, where: str) -> None:
+    """Raises ValueError if a field that `benchmark` needs is empty, or its right answer is none that it knows."""
+    for name in benchmark.fields:
+        if row.get(name, "") is None:
+            raise ValueError(f"{where}, row {row['id']}, field {name}: null; fill it in, or leave the row out")
+    found, known = benchmark.gold(row), benchmark.labels(row)
+    if not found.strip() or (known and found.lower() not in {label.lower() for label in known}):
+        wanted = f"one of {', '.join(known)}" if known else "a text"
+        raise ValueError(f"{where}, row {row['id']}: the right answer is {found!r}, not {wanted}; correct the row")
+
+
+def table_options(row: Row) -> list[str]:
+    """The options of a row of VLMEvalKit's, which are in the columns A, B, ..."""
+    return [row[letter] for letter in LETTERS if row.get(letter)]
 
 
 def verdict(benchmark: Benchmark, row: Row, parsed: str | None) -> str:

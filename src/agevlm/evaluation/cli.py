@@ -19,12 +19,18 @@ def evaluate(argv: list[str] | None = None) -> None:
     agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
     agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
     agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
+    agevlm eval MODEL... --masks FILE --output DIR                      # where it looks, without questions
     accelerate launch -m agevlm eval MODEL... --output DIR              # several processes
     """
     parser = VerbParser("eval", evaluate.__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id: ours, or any image-text-to-text")
     known = ", ".join(BENCHMARKS)
-    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME", help=f"all, or out of {known}")
+    parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help=f"all, or out of {known} (default: all; none with --masks and no other rows)",
+    )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
     )
@@ -38,6 +44,9 @@ def evaluate(argv: list[str] | None = None) -> None:
         default=[],
         metavar="DIR|NAME=PLACE",
         help="folder with files in the published columns, for all benchmarks or one; or another Hub id for one",
+    )
+    rows.add_argument(
+        "--images", metavar="DIR", help="folder of the pictures that rows of --data name (default: theirs)"
     )
     rows.add_argument("--masks", metavar="FILE", help="Parquet of image, question, mask: measure looking on it too")
     rows.add_argument("--limit", type=int, help="first rows of each benchmark only")

@@ -12,7 +12,7 @@ import numpy as np
 
 from agevlm.stats import Measure, ResultKey, mean, share
 
-from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always, among, protocols
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, always, among, protocols, table_options
 from .harnesses import cambrian_letter, lmms_letter
 from .parsing import LETTERS, parse_choice
 
@@ -60,10 +60,28 @@ def _lmms_prompt(row: Row) -> str:
     return f"{note}\n\n{row['prompt']}"
 
 
+def _from_table(row: Row) -> Row:
+    """VLMEvalKit calls the side `split` and may have the options in columns."""
+    choices = table_options(row)
+    side = {"type": row["split"]} if "split" in row else {}
+    task = {"task": row["category"]} if "category" in row else {}
+    return {**side, **task, **({"choices": choices} if choices else {}), **row}
+
+
 PAPER = Benchmark(
     name="cvbench",
-    rule="prompt column verbatim; option letter, else option text, unread answers are wrong (judged column: judge)",
-    source=Source("nyu-visionx/CV-Bench", None, ("test",), number=lambda row: (row["idx"],)),
+    rule=(
+        "prompt column verbatim; option letter (VLMEvalKit's and more), else option text, unread answers are wrong "
+        "(judged column: judge)"
+    ),
+    source=Source(
+        "nyu-visionx/CV-Bench",
+        None,
+        ("test",),
+        number=lambda row: (row["idx"],),
+        tables=("CV-Bench-2D.tsv", "CV-Bench-3D.tsv"),
+        from_table=_from_table,
+    ),
     columns=(Column("CV-Bench 2D", ("2D",), 0.01), Column("CV-Bench 3D", ("3D",), 0.01)),
     fields=("id", "image", "type", "task", "question", "choices", "answer", "prompt", "source"),
     headline="overall",

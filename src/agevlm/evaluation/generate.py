@@ -103,7 +103,7 @@ def generate_predictions(
 def _answer(
     model: Any, processor: Any, benchmark: Benchmark, rows: Dataset, limit: int, looks: bool, strict: bool
 ) -> tuple[list[Prediction], list[Look]]:
-    questions, bad = open_rows(rows, with_masks=looks, strict=strict)
+    questions, bad = open_rows(processor, benchmark, rows, with_masks=looks, strict=strict)
     asked = {row["id"]: benchmark.prompt(row) for row in without_pictures(rows)}
     lines = [_line(row_id, asked[row_id], error=error) for row_id, error in bad.items()]
     if not questions:

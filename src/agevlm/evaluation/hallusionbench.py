@@ -1,10 +1,10 @@
 """HallusionBench: statements about an original and an edited figure, and three strictnesses of accuracy.
 
 `aAcc`: over questions. `fAcc`: share of figures all of whose questions are right. `qAcc`: share of questions that are
-right on all their figures. `paper`: VLMEvalKit's reading of the 951 rows with a picture, which the paper's numbers
-fit. `official` (all 1129 rows) and `lmms-eval` (951) are scored by a judge alone, who compares the answer with the
-row's `gt_answer_details`; saying nothing definite ("unclear") is right where a picture is needed and none is there.
-Their rule-based columns are those of `paper`.
+right on all their figures. `average`: the mean of the three, which leaderboards print. `paper`: VLMEvalKit's reading
+of the 951 rows with a picture, which the paper's numbers fit. `official` (all 1129 rows) and `lmms-eval` (951) are
+scored by a judge alone, who compares the answer with the row's `gt_answer_details`; saying nothing definite
+("unclear") is right where a picture is needed and none is there. Their rule-based columns are those of `paper`.
 Deviation: a judge's nonsense is "unjudged" and wrong; officially it is "unclear".
 """
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from agevlm.stats import Measure, ResultKey, all_right, share
+from agevlm.stats import Measure, ResultKey, all_right, mean, share
 
 from .benchmark import RIGHT, YES_NO, Answers, Benchmark, Column, Row, Source, always, among, protocols
 from .parsing import parse_yes_no
@@ -24,7 +24,7 @@ _SET = ("category", "subcategory", "set_id")
 
 
 def gold(row: Row) -> str:
-    return "yes" if str(row["gt_answer"]) == "1" else "no"
+    return {"1": "yes", "0": "no"}.get(str(row["gt_answer"]), str(row["gt_answer"]))
 
 
 def without_figure(row: Row) -> bool:
@@ -37,14 +37,37 @@ def _key(row: Row, field: str) -> tuple:
 
 
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
+    """`aAcc`, `fAcc`, `qAcc` and their `average`, also of each of `categories`; `aAcc` of `subcategories`."""
     kinds = [f"{row['category']} {row['subcategory']}" for row in rows]
+
+    def of(category: str | None) -> dict[ResultKey, Measure]:
+        chosen = [category in (None, row["category"]) for row in rows]
+        pairs = list(zip(rows, chosen, strict=True))
+        figures = [_key(row, "figure_id") if here and not without_figure(row) else None for row, here in pairs]
+        questions = [_key(row, "question_id") if here else None for row, here in pairs]
+        three: dict[ResultKey, Measure] = {
+            ("aAcc",): among(chosen, credits),
+            ("fAcc",): all_right(figures, credits),
+            ("qAcc",): all_right(questions, credits),
+        }
+        return {**three, ("average",): mean(list(three.values()))}
+
+    categories = sorted({row["category"] for row in rows})
     return {
-        ("aAcc",): share(credits),
-        ("fAcc",): all_right([None if without_figure(row) else _key(row, "figure_id") for row in rows], credits),
-        ("qAcc",): all_right([_key(row, "question_id") for row in rows], credits),
+        **of(None),
         ("yes_ratio",): share([answer == "yes" for answer in parsed]),
+        **{("categories", name, *path): measure for name in categories for path, measure in of(name).items()},
         **{("subcategories", kind): among([kind == other for other in kinds], credits) for kind in sorted(set(kinds))},
     }
+
+
+def _from_table(row: Row) -> Row:
+    """VLMEvalKit has the numbers of set, figure and question in its index, and both categories in one column."""
+    category, _, subcategory = row["l2-category"].partition("_")
+    numbers = dict(zip(("set_id", "figure_id", "question_id"), row["index"].split("_")[3:6], strict=False))
+    answer = row["answer"].strip().lower()
+    gt_answer = {"yes": "1", "no": "0"}.get(answer, answer)
+    return {**numbers, **row, "category": category, "subcategory": subcategory, "gt_answer": gt_answer}
 
 
 SOURCE = Source(
@@ -52,6 +75,8 @@ SOURCE = Source(
     None,
     ("image",),
     files=("HallusionBench.json",),
+    tables=("HallusionBench.tsv",),
+    from_table=_from_table,
     number=lambda row: tuple(row[name] for name in ("category", "subcategory", "set_id", "figure_id", "question_id")),
 )
 PAPER = Benchmark(

@@ -33,10 +33,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Question:
-    """A row with its picture and the mask of what to look at, each None where there is none."""
+    """A row with its picture and the mask of what to look at, each None where there is none, and its text in the
+    model's chat format."""
 
     row: Row
     image: Image.Image | None
+    text: str
     mask: Image.Image | None = None
 
 
@@ -51,14 +53,19 @@ def picture_key(row: Row) -> Any:
     return (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else id(image)
 
 
-def open_rows(rows: Iterable[Row], with_masks: bool, strict: bool) -> tuple[list[Question], dict[str, str]]:
-    """Rows with their decoded pictures, and with masks where they have a usable one.
+def open_rows(
+    processor: Any, asked: Any, rows: Iterable[Row], with_masks: bool, strict: bool
+) -> tuple[list[Question], dict[str, str]]:
+    """Rows with their decoded pictures and their texts, and with masks where they have a usable one.
+
+    Args:
+        asked: a `Benchmark` or `Asked`.
 
     Returns:
-        The rows whose picture can be used, and id -> reason of the others.
+        The rows whose picture and text can be used, and id -> reason of the others.
 
     Raises:
-        RowError: if strict, for a bad picture or mask.
+        RowError: if strict, for a bad picture, text or mask.
     """
     pictures: dict[Any, Image.Image | None] = {}
     questions, bad = [], {}
@@ -67,6 +74,7 @@ def open_rows(rows: Iterable[Row], with_masks: bool, strict: bool) -> tuple[list
         try:
             if key not in pictures:
                 pictures[key] = row_image(row)
+            text = _row_text(processor, asked, row, pictures[key] is not None)
         except RowError as error:
             if strict:
                 raise
@@ -78,7 +86,7 @@ def open_rows(rows: Iterable[Row], with_masks: bool, strict: bool) -> tuple[list
         except RowError:
             if strict:
                 raise
-        questions.append(Question(row, pictures[key], mask))
+        questions.append(Question(row, pictures[key], text, mask))
     return questions, bad
 
 
@@ -105,6 +113,13 @@ def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
     return mask
 
 
+def _row_text(processor: Any, asked: Any, row: Row, with_picture: bool) -> str:
+    try:
+        return render(processor, asked.prompt(row), with_picture)
+    except ValueError as error:
+        raise RowError(f"row {row['id']}: {error}") from error
+
+
 def _opened(row: Row, field: str, mode: str) -> Image.Image:
     try:
         return open_image(row[field], f"row {row['id']}, field {field}", mode)
@@ -121,15 +136,13 @@ def encode_questions(
     Args:
         asked: a `Benchmark` or `Asked`.
     """
-    prompts = [asked.prompt(question.row) for question in questions]
-    images = [question.image for question in questions]
-    texts = [render(processor, prompt, image is not None) for prompt, image in zip(prompts, images, strict=True)]
+    images, texts = [question.image for question in questions], [question.text for question in questions]
     guidance: dict[str, Any] = {}
     if any(question.mask is not None for question in questions):
         guidance["guidance_masks"] = [question.mask for question in questions]
         guidance["guidance_spans"] = [
-            None if q.mask is None else processor.message_span(messages(prompt), 0, asked.query(q.row))
-            for q, prompt in zip(questions, prompts, strict=True)
+            None if q.mask is None else processor.message_span(messages(asked.prompt(q.row)), 0, asked.query(q.row))
+            for q in questions
         ]
     batch = encode(model, processor, images, texts, **guidance)
     query, cells = batch.pop("guidance_query_mask", None), batch.pop("guidance_mask", None)

@@ -176,7 +176,7 @@ def measure_looking(
     with bar, torch.inference_mode():
         for start in range(0, len(mine), batch_size):
             chosen = mine[start : start + batch_size]
-            questions, _ = open_rows(rows.select(chosen), with_masks=True, strict=strict)
+            questions, _ = open_rows(processor, asked, rows.select(chosen), with_masks=True, strict=strict)
             questions = [question for question in questions if question.mask is not None]
             if questions:
                 batch, query, cells = encode_questions(model, processor, asked, questions)

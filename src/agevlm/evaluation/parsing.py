@@ -2,8 +2,9 @@
 
 - `parse_yes_no`: VLMEvalKit's strict rule, the likely source of the paper's numbers, quirks included ("Answer:Yes" and
   "**Yes**" are not read).
-- `parse_choice`: an option's letter, else an option's own text. The public harnesses disagree here (a verbose right
-  answer is wrong in one and right in another); this rule reads a letter only where it cannot be an ordinary word.
+- `parse_choice`: an option's letter, else an option's own text. It reads every letter that VLMEvalKit reads and that
+  cannot be an ordinary word, and more: VLMEvalKit leaves verbose answers to its judge
+  (tests/evaluation/test_parsing.py lists the differences).
 """
 
 import re
@@ -21,6 +22,8 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(_NUMBERS.split())}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+_ARTICLE = re.compile(r"(?<![\w.])(?<!(?i:option) )(?<!(?i:choice) )[AI](?= (?!is\b)\w)")
+_SIGNS = re.compile(r"[.()\[\],:;!*#{}]")  # that VLMEvalKit takes for spaces around a letter
 _PERIODS_REMOVED = 32  # VLMEvalKit passes re.UNICODE (32) where `re.sub` takes a count
 
 
@@ -40,10 +43,16 @@ def parse_choice(output: str, choices: Sequence[str]) -> str | None:
     """The letter ("A" is the first of `choices`) that `output` chooses, or None.
 
     In this order: the letter after the last "answer", "answer is" or "answer:"; the only letter in brackets; a letter
-    that opens the output, before a punctuation mark or the end; the only option whose text occurs as whole words.
+    that opens the output, before a punctuation mark or the end; the only upper-case letter, among the last four words;
+    the only option whose text occurs as whole words.
     """
     letters, output = LETTERS[: len(choices)], " ".join(output.split())  # long runs of spaces would cost their square
-    return _announced_letter(output, letters) or _marked_letter(output, letters) or option_in_text(output, choices)
+    return (
+        _announced_letter(output, letters)
+        or _marked_letter(output, letters)
+        or _lone_letter(output, letters)
+        or option_in_text(output, choices)
+    )
 
 
 def _announced_letter(output: str, letters: str) -> str | None:
@@ -59,6 +68,15 @@ def _marked_letter(output: str, letters: str) -> str | None:
         return bracketed.pop() if len(bracketed) == 1 else None
     opening = re.match(rf"[\s*]*([{letters}{letters.lower()}])[\s*]*(?:[.):,](?!\w)|$)", output)
     return opening.group(1).upper() if opening else None
+
+
+def _lone_letter(output: str, letters: str) -> str | None:
+    """VLMEvalKit's rule: its signs are taken out, one letter alone is among the words, and it stands near the end. An
+    article and the pronoun "I" are words, no letters."""
+    words = _SIGNS.sub(" ", _ARTICLE.sub("-", output)).split()
+    found = {word for word in words if word in letters}
+    letter = found.pop() if len(found) == 1 else ""
+    return letter if letter in words[-4:] and words.index(letter) >= len(words) - 4 else None
 
 
 def option_in_text(output: str, choices: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ from .harnesses import first_word, pope_official, whole_answer
 from .parsing import parse_yes_no
 
 
+ASK = " Please answer yes or no."
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -43,14 +44,15 @@ def measures(
             ("unparsed",): among(chosen, unparsed),
         }
 
-    # The public files have one category per row, or several joined by commas where duplicates were merged.
+    # The public files have one category per row, or several joined by commas where duplicates were merged: such a row
+    # counts once for each of them, in the numbers over all rows too.
     names = [row["category"].split(",") for row in rows]
     categories = {}
     for name in sorted({name for listed in names for name in listed}):
         chosen = np.array([name in listed for listed in names], dtype=float)
         categories[name] = {("n",): count(chosen), **of(chosen)}
     return {
-        **of(np.ones(len(rows))),
+        **of(np.array([len(listed) for listed in names], dtype=float)),
         ("mean_category_f1",): mean([category["f1",] for category in categories.values()]),
         **{("categories", name, *path): m for name, category in categories.items() for path, m in category.items()},
     }
@@ -67,12 +69,14 @@ PAPER = Benchmark(
         renamed={"text": "question", "label": "answer"},
         number=lambda row: (row["category"], row["question_id"]),
         from_name=lambda stem: {"category": stem.removeprefix("coco_pope_")},
+        tables=("POPE.tsv",),
+        from_table=lambda row: {**row, "question": row["question"].removesuffix(ASK)},
     ),
     columns=(Column("POPE", ("f1",)),),
     shown=("f1", "accuracy", "yes_ratio"),
     fields=("id", "image", "question", "answer", "category"),
     headline="f1",
-    prompt=lambda row: row["question"] + " Please answer yes or no.",
+    prompt=lambda row: row["question"] + ASK,
     query=lambda row: row["question"],
     gold=gold,
     parse=lambda row, output: parse_yes_no(output),

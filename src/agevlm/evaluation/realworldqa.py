@@ -1,7 +1,7 @@
 """RealWorldQA: free questions, some with lettered options inside the question. There is no official scorer.
 
-`paper`: with options ("A. text" lines) the option's letter, else its text; without, the whole output must equal the
-gold answer after normalisation (case, punctuation, article, number words); it is not enough that it contains it.
+`paper`: where the gold answer is a letter, the option's letter, else its text; otherwise the whole output must equal
+the gold answer after normalisation (case, punctuation, article, number words); it is not enough that it contains it.
 """
 
 import re
@@ -12,19 +12,32 @@ import numpy as np
 
 from agevlm.stats import Measure, ResultKey, share
 
-from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, among, protocols
+from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, among, protocols, table_options
 from .harnesses import cambrian_word, lmms_choice
 from .parsing import LETTERS, number_value, parse_choice, simplify
 
 
-_OPTION = re.compile(r"^([A-J])[.)] +(.+)$", flags=re.MULTILINE)
+_ASKED = "Question: "  # how VLMEvalKit's prompt begins
+_OPTION = re.compile(r"^[ \t]*([A-J])(?:[.):,][ \t]*|[ \t]+)(\S.*)$", flags=re.MULTILINE)
 
 
 def options(row: Row) -> list[str]:
-    """The options' texts, in order; empty for an open question."""
-    found = _OPTION.findall(row["question"])
-    in_order = "".join(letter for letter, _ in found) == LETTERS[: len(found)]
-    return [text.strip() for _, text in found] if len(found) > 1 and in_order else []
+    """The options' texts, in order; empty for an open question.
+
+    A gold answer of one letter, and nothing else, makes a choice question, however its list is typed. An option that
+    cannot be found is "" and can be chosen by its letter.
+    """
+    answer = gold(row)
+    if len(answer) != 1 or answer not in LETTERS:
+        return []
+    texts = dict(_OPTION.findall(row["question"]))
+    return [texts.get(letter, "").strip() for letter in LETTERS[: LETTERS.index(max(answer, *texts)) + 1]]
+
+
+def gold(row: Row) -> str:
+    """The gold answer, the letter of an option in upper case."""
+    answer = row["answer"].strip()
+    return answer.upper() if len(answer) == 1 else answer
 
 
 def _normalize(text: str) -> str:
@@ -38,7 +51,7 @@ def parse(row: Row, output: str) -> str | None:
 
 
 def right_answer(row: Row) -> str:
-    return row["answer"].strip() if options(row) else _normalize(row["answer"])
+    return gold(row) if options(row) else _normalize(row["answer"])
 
 
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
@@ -70,16 +83,29 @@ def _same(row: Row, parsed: str | None) -> bool:
     return parsed is not None and parsed.lower() == row["answer"].strip().lower()
 
 
+def _from_table(row: Row) -> Row:
+    """VLMEvalKit has the options in columns and writes them into its prompt."""
+    listed = [f"{letter}. {text}\n" for letter, text in zip(LETTERS, table_options(row), strict=False)]
+    if not listed:
+        return row
+    choose = "Please select the correct answer from the options above. \n"
+    return {**row, "question": "".join([f"{_ASKED}{row['question']}\nOptions:\n", *listed, choose])}
+
+
 PAPER = Benchmark(
     name="realworldqa",
-    rule="question verbatim; option letter or text, open answers by normalised equality (judged column: judge)",
-    source=Source("xai-org/RealworldQA", None, ("test",)),
+    rule=(
+        "question verbatim; option letter (VLMEvalKit's and more) or text, open answers by normalised equality "
+        "(judged column: judge)"
+    ),
+    source=Source("xai-org/RealworldQA", None, ("test",), tables=("RealWorldQA.tsv",), from_table=_from_table),
     columns=(Column("RealWorldQA", ("accuracy",), 0.01),),
     fields=("id", "image", "question", "answer"),
     headline="accuracy",
     prompt=lambda row: row["question"],
-    query=lambda row: row["question"].split("\n", 1)[0],  # options and instructions stand on lines of their own
-    gold=lambda row: row["answer"],
+    # Options and instructions stand on lines of their own.
+    query=lambda row: row["question"].split("\n", 1)[0].removeprefix(_ASKED),
+    gold=gold,
     parse=parse,
     is_correct=lambda row, parsed: parsed == right_answer(row),
     measures=measures,

@@ -38,8 +38,9 @@ from .tables import html_page, markdown_page, summary_table
 
 RESULT = "metrics.json"
 # Raise when fields of metrics.json change. Since 3 looking is measured in the pass that answers, in other batches: its
-# values may differ from those of 2 in the last digits.
-FORMAT = 3
+# values may differ from those of 2 in the last digits. Since 4 HallusionBench has its average and its categories, and
+# rows of POPE that stand for several categories count once for each.
+FORMAT = 4
 
 
 def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
@@ -71,13 +72,16 @@ def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchma
     return {b.name: prepare(b, load_benchmark(scenes_dir, split, b.name), where) for b in benchmarks}
 
 
-def load_published(benchmarks: Sequence[Benchmark], places: Mapping[str, str]) -> dict[str, Dataset]:
-    """Rows by benchmark, each from its place: a file, a folder or a Hub id; without one from the Hub."""
+def load_published(
+    benchmarks: Sequence[Benchmark], places: Mapping[str, str], images: str | Path | None = None
+) -> dict[str, Dataset]:
+    """Rows by benchmark, each from its place: a file, a folder or a Hub id; without one from the Hub. `images`: folder
+    of the pictures that rows name."""
     data = {}
     for benchmark in benchmarks:
         place = places.get(benchmark.name)
         local = place is not None and Path(place).exists()
-        data[benchmark.name] = load_local(benchmark, str(place)) if local else load_hub(benchmark, place)
+        data[benchmark.name] = load_local(benchmark, str(place), images) if local else load_hub(benchmark, place)
     return data
 
 
@@ -121,6 +125,7 @@ def evaluate(
     Args:
         model: a torch module with `generate`, `device` and `dtype`, taking `processor`'s inputs. Where it looks is
             measured if it has cross-attention maps (ours), on the rows that have a mask.
+        benchmarks: none of them where looking is measured on `masked` alone.
         data: rows by benchmark.
         source: where the rows come from, for the record: `data` and `split`.
         name: of the model, for the record.
@@ -154,7 +159,7 @@ def evaluate(
         **identity,
         **source,
         "benchmarks": sorted(data),
-        "protocol": benchmarks[0].protocol,
+        "protocol": benchmarks[0].protocol if benchmarks else PROTOCOLS[0],
         "max_new_tokens": max_new_tokens,
         "judge": judge.digest if judge is not None else None,
         "rows": {name: rows_digest(rows) for name, rows in data.items()},
@@ -174,36 +179,40 @@ def evaluate(
         raise ValueError(f"{name or 'the model'} has no cross-attention maps: looking cannot be measured")
     layers = list(model.config.cross_attention_layers) if looks else []
     start, was_training = time.monotonic(), model.training
-    model.eval()
     settings: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "progress": progress}
     answers: dict[str, Any] = {"identity": identity, "max_new_tokens": max_new_tokens, "looks": looks}
     results: Metrics = {}
     pooled: list[Look] = []
     marked = 0
-    for benchmark in benchmarks:
-        rows, folder = data[benchmark.name], output / benchmark.name
-        predictions, records = generate_predictions(model, processor, benchmark, rows, folder, **answers, **settings)
-        result, judged = score_predictions(benchmark, rows, predictions, judge, progress)
-        if judge is not None and is_main():
-            write_lines(folder / "judged.jsonl", judged)
-        with_mask = len(marked_rows(rows)) if looks else 0
-        grounding = summarize(records, with_mask, layers) if looks else {"n": 0, "skipped": 0}
-        results[benchmark.name] = {**result, "grounding": grounding}
-        pooled, marked = pooled + records, marked + with_mask
-    metrics: Metrics = {
-        "format": FORMAT,
-        "model": name,
-        "weights": weights,
-        **source,
-        "protocol": benchmarks[0].protocol,
-        "judge": judge.name if judge is not None else None,
-        "identity": whole,
-        "benchmarks": results,
-        "grounding": summarize(pooled, marked, layers),
-    }
-    if masked is not None:
-        metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
-    model.train(was_training)
+    model.eval()
+    try:
+        for benchmark in benchmarks:
+            rows, folder = data[benchmark.name], output / benchmark.name
+            predictions, records = generate_predictions(
+                model, processor, benchmark, rows, folder, **answers, **settings
+            )
+            result, judged = score_predictions(benchmark, rows, predictions, judge, progress)
+            if judge is not None and is_main():
+                write_lines(folder / "judged.jsonl", judged)
+            with_mask = len(marked_rows(rows)) if looks else 0
+            grounding = summarize(records, with_mask, layers) if looks else {"n": 0, "skipped": 0}
+            results[benchmark.name] = {**result, "grounding": grounding}
+            pooled, marked = pooled + records, marked + with_mask
+        metrics: Metrics = {
+            "format": FORMAT,
+            "model": name,
+            "weights": weights,
+            **source,
+            "protocol": whole["protocol"],
+            "judge": judge.name if judge is not None else None,
+            "identity": whole,
+            "benchmarks": results,
+            "grounding": summarize(pooled, marked, layers),
+        }
+        if masked is not None:
+            metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
+    finally:
+        model.train(was_training)
     metrics["seconds"] = round(time.monotonic() - start, 1)
     metrics["versions"] = {package: version(package) for package in ("agevlm", "torch", "transformers")}
     if is_main():
@@ -300,8 +309,8 @@ def _read_finished(path: Path, identity: dict) -> Metrics | None:
     check_same(path.parent, found.get("identity", {}), identity)
     if found.get("format") != FORMAT and is_main():
         print(
-            f"{path} has format {found.get('format')}, this version writes {FORMAT}: attention measured again may "
-            "differ in the last digits; delete the folder to measure it again.",
+            f"{path} has format {found.get('format')}, this version writes {FORMAT}: it has other metrics, and "
+            "attention measured again may differ in the last digits; delete the folder to measure it again.",
             file=sys.stderr,
         )
     return found
@@ -351,12 +360,14 @@ def run_verb(arguments: argparse.Namespace) -> None:
         raise ValueError("an adapter belongs to one model; call eval once per model")
     if arguments.scenes and arguments.data:
         raise ValueError("--scenes and --data are two places for the same rows; give one")
-    benchmarks, output = choose(arguments.benchmarks, arguments.protocol), Path(arguments.output)
+    masks_alone = arguments.masks and not (arguments.benchmarks or arguments.data or arguments.scenes)
+    benchmarks = [] if masks_alone else choose(arguments.benchmarks or ["all"], arguments.protocol)
+    output = Path(arguments.output)
     if arguments.scenes:
         data = load_scenes(arguments.scenes, arguments.split, benchmarks)
         source = {"data": "scenes", "split": arguments.split}
     else:
-        data = load_published(benchmarks, parse_places(arguments.data))
+        data = load_published(benchmarks, parse_places(arguments.data), arguments.images)
         source = {"data": " ".join(arguments.data) or "Hub", "split": "test"}
     masked = load_masked(arguments.masks) if arguments.masks else None
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
