@@ -15,7 +15,11 @@ def find_files(pattern: str) -> list[str]:
 
 
 def load_table(
-    name: str, split: str | None = None, revision: str | None = None, usual: Sequence[str] = ("train",)
+    name: str,
+    split: str | None = None,
+    revision: str | None = None,
+    usual: Sequence[str] = ("train",),
+    config: str | None = None,
 ) -> Dataset:
     """A data set, memory-mapped, its pictures left undecoded.
 
@@ -23,6 +27,7 @@ def load_table(
         name: Parquet file, folder with Parquet files or of `save_to_disk`, or repository.
         split: of a repository, or of a folder with a card. Default: the first of `usual` that is there, or the only
             one.
+        config: of a repository that has several.
 
     Raises:
         ValueError: there is none of that name, or it has several splits.
@@ -39,7 +44,7 @@ def load_table(
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
             found = load_dataset("parquet", data_files={"train": files})
         else:
-            found = load_dataset(name, revision=revision)
+            found = load_dataset(name, config, revision=revision)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name} is neither a file or folder of rows nor a data set of the Hub: {error}") from error
     if not isinstance(found, Dataset):
