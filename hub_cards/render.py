@@ -125,8 +125,18 @@ def _facts(facts: Mapping[str, Any], parent: Mapping[str, Any], bases: list[str]
         ("rows with a mask", data.get("guided_rows")),
         ("data fingerprint", data.get("fingerprint")),
         ("recipe hash", facts.get("recipe_hash")),
+        ("language before -> after", _language(facts.get("language") or {})),
     ]
     return [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in rows if value is not None]
+
+
+def _language(language: Mapping[str, Any]) -> str | None:
+    """The perplexity of a held text before and after the stage."""
+    if not language:
+        return None
+    values = [language.get(when) or {} for when in ("before", "after")]
+    ends = " -> ".join(_number(value.get("perplexity", "not measured")) for value in values)
+    return f"perplexity {ends} ({language.get('text')})"
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:

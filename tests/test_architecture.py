@@ -24,7 +24,7 @@ FLOORS = (
     {"modeling_agevlm", "processing"},
     {"models"},
     {"data"},
-    {"hub_cards", "conversion"},
+    {"hub_cards", "conversion", "language"},
     {"training", "evaluation", "analysis", "grounding"},
     {"reproduction", "serving"},
     {"cli", "env", "__init__"},

@@ -10,6 +10,7 @@
   counted in the log. So is, in `unguided_rows.jsonl`, one whose mask cannot guide; it trains without. More bad rows
   than good ones are no accident: the run stops.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
+- `MeasureLanguage` measures the perplexity of a held text before the first step and after the last one.
 
 FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
 as many again backward where a gradient passes through (everywhere but in frozen stages of the tower), and again where
@@ -39,9 +40,11 @@ from trl import SFTTrainer
 from agevlm.data.rows import open_row
 from agevlm.drawing import outline, overlay, panels, peak_of
 from agevlm.images import save_image
+from agevlm.language import HeldText, perplexity
 from agevlm.store import read_lines, write_json, write_lines
 from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_rows
 from agevlm.training.freezing import part_of
+from agevlm.training.lineage import write_lineage
 
 
 USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
@@ -392,3 +395,30 @@ class Probes(TrainerCallback):
                 import trackio
 
                 trackio.log({"probes": trackio.Image(str(path)), "train/global_step": step})
+
+
+class MeasureLanguage(TrainerCallback):
+    """Measures how well the model predicts a held text, as `before` and `after` of its trainer's lineage.
+
+    All processes compute (parameters may be sharded). A run that goes on keeps the number measured before.
+
+    Args:
+        trainer: a `StageTrainer`, whose lineage has a field `language`.
+    """
+
+    def __init__(self, trainer: Any, held: HeldText):
+        self.trainer, self.held = trainer, held
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.measure(model, "before")
+            if args.should_save:
+                write_lineage(args.output_dir, self.trainer.lineage)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.measure(model, "after")
+
+    def measure(self, model: nn.Module, when: str) -> None:
+        tokenizer = self.trainer.processing_class.tokenizer
+        with self.trainer.compute_loss_context_manager():
+            self.trainer.lineage["language"][when] = perplexity(model, tokenizer, self.held)

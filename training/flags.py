@@ -47,6 +47,13 @@ class StageArguments:
     freeze_self_attention: bool = field(
         default=False, metadata={"help": "Stage 4: keep the language model's self-attention frozen."}
     )
+    language: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the perplexity of this text before and after the stage: a file, a Hub set (ID or "
+            "ID:CONFIG), or a folder of scenes. Default: no measurement."
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print configuration, trainable parameters, counts and steps, and stop."}
     )

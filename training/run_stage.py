@@ -17,9 +17,11 @@ from agevlm.data.masks import join_masks, load_masks, share_of_masks
 from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
+from agevlm.language import HeldText, read_held_text
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import as_json, check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
+from agevlm.training.callbacks import MeasureLanguage
 from agevlm.training.checkpoints import (
     publish_files,
     remove_checkpoints,
@@ -79,6 +81,7 @@ def run_stage(
     model: PreTrainedModel | None = None,
     processor: AgeVlmProcessor | None = None,
     eval_data: Dataset | None = None,
+    language: str | Path | None = None,
     args: AgeVlmSFTConfig | None = None,
     adapters: AdapterArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -95,6 +98,8 @@ def run_stage(
         init_from, revision: Hub repository or folder to start from.
         model, processor: to start from objects instead. The model is trained in place.
         eval_data: rows for `eval_strategy`.
+        language: place of a held text (`agevlm.language.read_held_text`) whose perplexity is measured before the first
+            step and after the last one, for lineage and card.
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
         callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
@@ -102,8 +107,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, guidance without a mask, or a folder that belongs to something
-            else; the message says which fields differ.
+        ValueError: nothing to start from, no data, no held text, guidance without a mask, or a folder that belongs to
+            something else; the message says which fields differ.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -135,16 +140,21 @@ def run_stage(
 
     if is_twin:
         recipe = recipe.override(variant=TWIN)  # from here on its weights say of which size it is
+    held = None if language is None else read_held_text(language, processor)
     lora = adapters.lora(model.config, recipe.frozen)
     lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
     if earlier is not None and earlier["status"] == "finished":
         console.print(f"{recipe.name}: {output_dir} is finished (recipe {lineage['recipe_hash']}), nothing to do.")
+        if held is not None and "language" not in earlier:
+            console.print(f"{recipe.name}: its language ability was not measured; a run in another folder would.")
         publish_stage(output_dir, args, init_from, console)
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
     checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
+    if held is not None:
+        lineage["language"] = _language(held, output_dir, earlier if checkpoint is not None else None)
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
@@ -167,6 +177,8 @@ def run_stage(
         callbacks=list(callbacks),
         peft_config=lora,
     )
+    if held is not None:
+        trainer.add_callback(MeasureLanguage(trainer, held))
     if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:
@@ -252,6 +264,18 @@ def _lineage(
         "versions": library_versions(),
         "metrics": {},
     }
+
+
+def _language(held: HeldText, output_dir: Path, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the lineage says of the language ability: `before` is that of an interrupted run.
+
+    Raises:
+        ValueError: the interrupted run has measured another text.
+    """
+    there = (earlier or {}).get("language")
+    if there is not None:
+        check_same(output_dir, {name: there[name] for name in held.stated}, held.stated, "held text")
+    return {**held.stated, "before": (there or {}).get("before"), "after": None}
 
 
 def _earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -92,6 +92,7 @@ def main(argv: list[str]) -> StageResult:
         masks=arguments.masks or (),
         init_from=arguments.init_from,
         revision=arguments.revision,
+        language=arguments.language,
         args=training,
         adapters=adapters,
         resume=arguments.resume,

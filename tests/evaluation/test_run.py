@@ -20,6 +20,7 @@ from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import choose, compare_folders, evaluate_scenes, load_scenes, stored_fingerprint
 from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
+from agevlm.language import perplexity, read_held_text
 from agevlm.models import weights_digest
 from agevlm.store import read_lines, write_json
 from builders import save_tiny, tiny_model, tiny_processor
@@ -270,6 +271,21 @@ def test_a_stock_model_is_evaluated_but_for_the_maps_that_it_does_not_have(folde
         evaluate_scenes(subject.model, subject.processor, folder / "scenes", "composition", tmp_path / "masked",
                         benchmarks=["pope"], max_new_tokens=1, masked=load_masked(folder / "masks.parquet"),
                         progress=False)  # fmt: skip
+
+
+def test_language_ability_stands_beside_the_answers(folder, tmp_path):
+    (tmp_path / "held.txt").write_text("A red apple on the left. " * 20, encoding="utf-8")
+    rest = ["--scenes", str(folder / "scenes"), "--benchmarks", "pope", "--limit", "2", "--max-new-tokens", "1"]
+    call = [str(TINY), str(folder / "random"), *rest, "--output", str(tmp_path / "out")]
+    main([*call, "--language", str(tmp_path / "held.txt")])
+    found = read_metrics(tmp_path / "out" / "random" / "metrics.json")
+    held = read_held_text(tmp_path / "held.txt", tiny_processor())
+    assert found["language"] == {**held.stated, **perplexity(tiny_model(), tiny_processor().tokenizer, held)}
+    assert "language" not in metrics_of(folder)
+    for page in ((tmp_path / "out" / "results.md").read_text(encoding="utf-8"), results_page([found])):
+        assert f"{found['language']['perplexity']:.4g}" in page and "held.txt" in page
+    with pytest.raises(ValueError, match=r"holds another run \(language\.text: 'held\.txt' there, None asked"):
+        main(call)
 
 
 def test_a_protocol_of_judges_needs_one(folder, tmp_path):

@@ -60,13 +60,18 @@ def split_files(
 
 
 def load_table(
-    name: str, split: str | None = None, revision: str | None = None, usual: Sequence[str] = ("train",)
+    name: str,
+    split: str | None = None,
+    revision: str | None = None,
+    usual: Sequence[str] = ("train",),
+    config: str | None = None,
 ) -> Dataset:
     """A data set, memory-mapped, its pictures left undecoded.
 
     Args:
         name: Parquet file, folder with Parquet files or of `save_to_disk`, or repository.
         split: of a repository or a folder. Default: the first of `usual` that is there, or the only one.
+        config: of a repository that has several.
 
     Raises:
         ValueError: there is none of that name, or it has several splits.
@@ -83,7 +88,7 @@ def load_table(
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
             found = load_dataset("parquet", data_files={split or "train": list(map(str, files))})
         else:
-            found = load_dataset(name, revision=revision)
+            found = load_dataset(name, config, revision=revision)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name} is neither a file or folder of rows nor a data set of the Hub: {error}") from error
     if not isinstance(found, Dataset):

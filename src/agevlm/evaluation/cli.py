@@ -49,6 +49,11 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--images", metavar="DIR", help="folder of the pictures that rows of --data name (default: theirs)"
     )
     rows.add_argument("--masks", metavar="FILE", help="Parquet of image, question, mask: measure looking on it too")
+    rows.add_argument(
+        "--language",
+        metavar="TEXT",
+        help="file of text, Hub set (ID or ID:CONFIG) or folder of scenes: measure the perplexity of it too",
+    )
     rows.add_argument("--limit", type=int, help="first rows of each benchmark only")
     rows.add_argument("--strict", action="store_true", help="stop at a bad row instead of skipping it")
     loading = parser.add_argument_group("models")

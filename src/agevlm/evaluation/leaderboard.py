@@ -15,7 +15,7 @@ from agevlm.store import write_text
 
 from .benchmark import Column, Metrics
 from .run import BENCHMARKS
-from .tables import benchmark_lines, grounding_lines, lookup, markdown_table
+from .tables import benchmark_lines, grounding_lines, language_lines, lookup, markdown_table
 
 
 # Columns of Table 2, in its order
@@ -123,6 +123,8 @@ def results_page(results: Sequence[Metrics]) -> str:
         looked = grounding_lines({model: metrics["grounding"] for model, metrics in models.items()})
         if looked:
             parts += ["**Where they look**, over all rows with a mask (0 to 1)\n", markdown_table(looked)]
+    if language := language_lines({metrics["model"]: metrics for metrics in results}):
+        parts += ["## Language ability\n", markdown_table(language)]
     versions = sorted({f"{name} {value}" for metrics in results for name, value in metrics["versions"].items()})
     return "\n".join([*parts, f"Versions: {', '.join(versions) or 'none'}.\n"])
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.hub_cards import weights_fingerprint
+from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
 from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, read_json, read_lines, write_json, write_lines, write_text
@@ -114,6 +115,7 @@ def evaluate(
     weights: str | None = None,
     judge: Judge | None = None,
     masked: Dataset | None = None,
+    language: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
@@ -133,6 +135,7 @@ def evaluate(
             result is its own.
         judge: reads every output a second time.
         masked: more rows to measure looking on (`looking.load_masked`).
+        language: place of a held text to measure the perplexity of (`language.read_held_text`).
         limit: first rows of each benchmark only.
         max_new_tokens: longest answer; None: the protocol's.
         strict: stop at a bad row instead of counting it as skipped.
@@ -165,6 +168,9 @@ def evaluate(
         "rows": {name: rows_digest(rows) for name, rows in data.items()},
         "masked": rows_digest(masked) if masked is not None else None,
     }
+    held = None if language is None else read_held_text(language, processor)
+    if held is not None:  # folders of before know nothing of it
+        whole["language"] = held.stated
     finished = _read_finished(output / RESULT, whole)
     PartialState().wait_for_everyone()
     if finished is not None:
@@ -211,6 +217,8 @@ def evaluate(
         }
         if masked is not None:
             metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
+        if held is not None:
+            metrics["language"] = {**held.stated, **perplexity(model, processor.tokenizer, held)}
     finally:
         model.train(was_training)
     metrics["seconds"] = round(time.monotonic() - start, 1)
@@ -392,6 +400,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
             weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
             judge=judge,
             masked=masked,
+            language=arguments.language,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,

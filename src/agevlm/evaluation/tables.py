@@ -100,6 +100,15 @@ def grounding_lines(found: Mapping[str, Metrics]) -> Lines:
     return lines
 
 
+def language_lines(results: Results) -> Lines:
+    """How well models predict a held text; empty if nothing was measured."""
+    found = {model: metrics["language"] for model, metrics in results.items() if "language" in metrics}
+    lines = [["", *found], ["text", *(f"{m['text']} ({m['tokens']:,} tokens)" for m in found.values())]]
+    for name in ("perplexity", "bits_per_byte"):
+        lines.append([name.replace("_", " "), *(f"{m[name]:.4g}" for m in found.values())])
+    return lines if found else []
+
+
 def comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> Lines:
     """Paired differences of two models."""
     lines = [["benchmark", "second − first", "metric", "difference [95 %]", "p (bootstrap)", "only first, only second "
@@ -135,6 +144,9 @@ def sections(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> Iter
     masked = grounding_lines({model: metrics.get("masked", {}) for model, metrics in results.items()})
     if masked:
         yield "Where they look, rows of their own", "The rows given by --masks.", masked
+    language = language_lines(results)
+    if language:
+        yield "Language ability", "Text without pictures; perplexities compare models with one tokenizer.", language
     if comparisons:
         note = "Paired over the same rows; p is the chance of such a difference between equals."
         yield "Differences", note, comparison_lines(comparisons)
@@ -210,6 +222,9 @@ def summary_table(results: Results) -> ConsoleTable:
         values = [lookup(metrics, ("grounding", metric, "mean")) for metrics in results.values()]
         cells = ["–" if value is None else f"{value:.3f}" for value in values]
         lines.append([metric.replace("_", " "), *cells, f"{first['grounding']['uniform'][metric]:.3f} (uniform)"])
+    if any("language" in metrics for metrics in results.values()):
+        values = [lookup(metrics, ("language", "perplexity")) for metrics in results.values()]
+        lines.append(["text perplexity", *("–" if value is None else f"{value:.4g}" for value in values), ""])
     table = ConsoleTable(title=Text(_title(results)))  # names and answers are text, not markup
     for place, head in enumerate(["", *results, "without looking"]):
         table.add_column(Text(head), justify="right" if 0 < place <= len(results) else "left")

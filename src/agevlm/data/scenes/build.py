@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from tqdm import tqdm
 
 from agevlm.data.masks import join_masks, masks_of, share_of_masks
@@ -85,6 +86,27 @@ def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:
         if value not in known:
             raise ValueError(f"{what} is {value!r}; use one of {', '.join(known)}")
     return _read(Path(folder) / "benchmarks" / split / f"{benchmark}.parquet")
+
+
+def load_told(folder: str | Path, split: str) -> Dataset:
+    """The pictures of a split in words, each with a question: `id`, `image` (null), `question`, `answer`, `kind`.
+
+    They come from the rows of HallusionBench, which hold a description of the picture. `answer` is Yes or No, `kind`
+    what was edited in the second picture of a set.
+    """
+    rows = load_benchmark(folder, split, "hallusionbench").remove_columns(["image", "mask"])
+    told = [
+        {
+            "id": row["id"].replace("hallusionbench", "told"),
+            "image": None,
+            "question": f"Scene: {row['gt_answer_details']} {row['question']} Please answer yes or no.",
+            "answer": "Yes" if row["gt_answer"] == "1" else "No",
+            "kind": row["subcategory"],
+        }
+        for row in rows
+    ]
+    texts = {name: Value("string") for name in ("id", "question", "answer", "kind")}
+    return Dataset.from_list(told, features=Features({**texts, "image": ImageFeature()}))
 
 
 def text_corpus(
