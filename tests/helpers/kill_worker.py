@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from training_worker import make_rows
 from transformers import TrainerState
+from workers import same_weights
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.training.checkpoints import STAGING
@@ -113,8 +113,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
                 assert status == 0, (folder / "output.txt").read_text()[-3000:]
                 # A machine that was busy before may be idle now, and most kills would come too late.
                 lengths[stage, variant] = min(lengths[stage, variant], time.monotonic() - begun)
-        first, second = (load_file(path / "model.safetensors") for path in (killed, alone))
-        same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
+        same = same_weights(killed, alone)
         number += 1
         if left and (stage, variant) in unhurt:
             unhurt.remove((stage, variant))

@@ -128,6 +128,21 @@ class CountSteps(TrainerCallback):
         self.steps += 1
 
 
+class Stop(BaseException):
+    """Ends a run as a kill would, as far as its folder goes."""
+
+
+class StopAt(TrainerCallback):
+    """Raises `Stop` behind a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stop
+
+
 class KillAtStep(TrainerCallback):
     """Kills this process in the middle of a run, with no chance to clean up."""
 

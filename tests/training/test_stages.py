@@ -3,10 +3,6 @@
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ import training_worker
 from rich.console import Console
 from training_worker import CountSteps, make_rows, run_small_stage
 from transformers import AutoProcessor
+from workers import run_worker, same_weights
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.training import stages
@@ -205,14 +202,6 @@ def test_nothing_to_start_from_and_no_data_are_refused(tmp_path):
 # ---- Interrupted runs ----
 
 
-def killed_run(folder, *flags):
-    worker = Path(training_worker.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(worker.parent)}
-    command = [sys.executable, str(worker), "stage", str(folder), *flags]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     ("flags", "left", "steps"),
     [
@@ -221,7 +210,7 @@ def killed_run(folder, *flags):
     ],
 )
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left, steps):
-    killed_run(tmp_path / "run", *flags)
+    run_worker(training_worker, "stage", tmp_path / "run", *flags, killed=True)
     found = set(os.listdir(tmp_path / "run"))
     assert left | {"agevlm_stage.json"} <= found
     assert {name for name in found if name.startswith("checkpoint-")} == left - {STAGING}
@@ -232,9 +221,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, f
     assert count.steps == steps
     whole = run_small_stage(tmp_path / "whole")
     assert resumed.status == "trained"
-    first, second = weights(tmp_path / "run"), weights(tmp_path / "whole")
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
     assert STAGING not in os.listdir(tmp_path / "run")
 
@@ -272,5 +259,4 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path):
     run_small_stage(killed, callbacks=[count], resume=False)
     assert count.steps == 6
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    first, second = weights(killed), weights(tmp_path / "whole")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(killed, tmp_path / "whole")
