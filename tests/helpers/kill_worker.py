@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from training_worker import make_rows
+from training_worker import make_rows, quick
 from transformers import TrainerState
 from workers import same_weights
 
@@ -35,9 +35,7 @@ KILLS_PER_RUN = 4
 
 
 def run(stage: str, variant: str, folder: Path) -> None:
-    recipe = STAGES[stage](size="tiny", variant=variant).override(
-        global_batch_size=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1, disable_tqdm=True
-    )
+    recipe = quick(STAGES[stage](size="tiny", variant=variant), save_steps=2, logging_steps=1)
     rows = make_rows("gigtgiiggitgigti")
     run_stage(recipe, folder, data=rows, model=tiny_model(), processor=tiny_processor())
 

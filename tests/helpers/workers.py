@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch
 from safetensors.torch import load_file
+
+from builders import same
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -29,4 +30,4 @@ def run_worker(
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same tensors, bit for bit."""
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return same(first, second)

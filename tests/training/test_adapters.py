@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_worker import CountSteps, Stop, StopAt, make_rows
+from training_worker import CountSteps, Stop, StopAt, make_rows, quick
 from transformers import AutoModel
 from workers import same_weights
 
@@ -23,9 +23,9 @@ FLAGS = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 
 
 def small_recipe(**changes) -> StageRecipe:
-    changes = {"save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "max_steps": 4, **changes}
     recipe = stage4_instruct.recipe(size="tiny", variant="agevlm-lm")
-    return recipe.override(global_batch_size=2, per_device_train_batch_size=2, learning_rate=1e-2, **changes)
+    changes = {"save_steps": 2, "logging_steps": 1, "max_steps": 4, **changes}
+    return quick(recipe, learning_rate=1e-2, **changes)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_worker
 from rich.console import Console
-from training_worker import CountSteps, make_rows, run_small_stage
+from training_worker import CountSteps, make_rows, quick, run_small_stage
 from transformers import AutoProcessor
 from workers import run_worker, same_weights
 
@@ -55,9 +55,7 @@ MOVES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
-    recipe = STAGES[stage](size="tiny", variant="agevlm-lm").override(
-        global_batch_size=4, per_device_train_batch_size=4, weight_decay=0.0, max_steps=2, disable_tqdm=True
-    )
+    recipe = quick(STAGES[stage](size="tiny", variant="agevlm-lm"), 4, weight_decay=0.0, max_steps=2)
     model, before = tiny_model(), dict(tiny_model().named_parameters())
     run_stage(recipe, tmp_path / "run", data=make_rows(), model=model, processor=tiny_processor())
     after = weights(tmp_path / "run")
@@ -143,9 +141,7 @@ def test_a_finished_folder_is_complete_and_the_next_stage_starts_from_it(tmp_pat
     assert STAGING not in os.listdir(tmp_path / "first")
     AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
 
-    recipe = stage4_instruct.recipe(size="tiny").override(
-        global_batch_size=4, per_device_train_batch_size=4, max_steps=1, disable_tqdm=True
-    )
+    recipe = quick(stage4_instruct.recipe(size="tiny"), 4, max_steps=1)
     second = run_stage(recipe, tmp_path / "second", data=make_rows(), init_from=tmp_path / "first")
     assert second.lineage["parent"] == {"init_from": "first", "revision": None, "repo": None}
     card = (tmp_path / "second" / "README.md").read_text()
@@ -171,9 +167,7 @@ def test_the_folder_of_another_recipe_is_refused_by_naming_what_changed(tmp_path
     ) as error:
         run_small_stage(tmp_path / "run", max_steps=2, learning_rate=0.5)
     assert "max_steps" not in str(error.value)
-    recipe = stage3_ground.recipe(size="tiny").override(
-        max_steps=2, global_batch_size=2, per_device_train_batch_size=2
-    )
+    recipe = quick(stage3_ground.recipe(size="tiny"), max_steps=2)
     with pytest.raises(ValueError, match=r"data\.rows: 12 there, 8 asked"):
         run_stage(recipe, tmp_path / "run", data=make_rows(), model=tiny_model(), processor=tiny_processor())
     with pytest.raises(ValueError, match=r"parent_weights"):
