@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_worker import make_rows
+from training_worker import make_rows, quick
 
 from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -93,9 +93,7 @@ def test_it_is_not_saved_on_of_other_models(tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, {"use_peft": True}], ids=["whole", "adapters"])
 def test_it_does_not_pass_through_training(folder, tmp_path, flags):
-    recipe = stage4_instruct.recipe(size="tiny").override(
-        max_steps=2, save_steps=1, global_batch_size=2, per_device_train_batch_size=2, disable_tqdm=True
-    )
+    recipe = quick(stage4_instruct.recipe(size="tiny"), max_steps=2, save_steps=1)
     own = code_named(folder)
     out, adapters = tmp_path / "out", AdapterArguments(**flags)
     run_stage(recipe, out, data=make_rows("gt"), init_from=hostile(folder), adapters=adapters)

@@ -11,7 +11,7 @@ from builders_grounding import sam as save_sam
 from hub_server import HubServer, connect
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from training_worker import make_rows
+from training_worker import make_rows, quick
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
@@ -388,9 +388,7 @@ def test_four_bits_need_their_library(folder, monkeypatch):
 
 
 def test_a_resumed_run_looks_at_its_checkpoint(folder, tmp_path):
-    recipe = stage1_align.recipe(size="tiny").override(
-        max_steps=2, save_steps=1, global_batch_size=2, per_device_train_batch_size=2, disable_tqdm=True
-    )
+    recipe = quick(stage1_align.recipe(size="tiny"), max_steps=2, save_steps=1)
     out, rows = tmp_path / "out", make_rows("gt")
     run_stage(recipe, out, data=rows, init_from=folder)
     # As if it had been killed behind its first checkpoint

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.masks import in_subset, masks_of, share_of_masks
+from agevlm.data.masks import in_subset, mask_numbers, masks_of, share_of_masks
 from agevlm.data.rows import GUIDANCE
 from agevlm.data.tables import find_files
 from agevlm.store import digest
@@ -71,7 +71,8 @@ def open_shards(
         if reader.has_guidance:
             raise ValueError(f"{files[0]} has a column guidance already. Leave the separate masks out.")
         share = share_of_masks(mask_fraction, reader.num_rows, len(masks))
-        columns[MASK] = reader.join(masks, share, seed)
+        ids = (column.combine_chunks() for column in reader.column("id"))
+        columns[MASK] = mask_numbers(ids, list(masks["id"]), share, seed)
     elif reader.has_guidance:
         columns[MASK] = reader.guided(mask_fraction, seed)
     if lengths:
@@ -213,31 +214,9 @@ class ShardReader:
 
     # ---- Columns of the index ----
 
-    def _column(self, name: str) -> list[pa.ChunkedArray]:
+    def column(self, name: str) -> list[pa.ChunkedArray]:
         """One column of all rows, a chunked array per file."""
         return [self._open(file).read(columns=[name]).column(name.split(".")[0]) for file in self.files]
-
-    def join(self, masks: Dataset, fraction: float, seed: int) -> np.ndarray:
-        """Number of each row's mask, -1 where it has none or does not belong to the subset: int32 (rows,)."""
-        ids = list(masks["id"])
-        place = {row_id: number for number, row_id in enumerate(ids)}
-        if len(place) != len(ids):
-            raise ValueError("masks have an id more than once; ids must be unique")
-        found = set(ids)
-        numbers = []
-        wanted = pa.array(ids)
-        for column in self._column("id"):
-            index = column.combine_chunks().cast(wanted.type)
-            number = pc.index_in(index, value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False)
-            numbers.append(number)
-            found.difference_update(ids[n] for n in np.unique(number) if n >= 0)
-        if found:
-            raise ValueError(
-                f"{len(found)} of {len(ids)} masks fit no row, e.g. id {min(found)!r}; join the masks of the same set"
-            )
-        kept = np.array([in_subset(row_id, fraction, seed) for row_id in ids], dtype=bool)
-        joined = np.concatenate(numbers).astype(np.int32)
-        return np.where((joined >= 0) & kept[joined], joined, -1).astype(np.int32)
 
     def guided(self, fraction: float, seed: int) -> np.ndarray:
         """0 for rows with guidance of their own that belong to the subset, else -1: int32 (rows,)."""
@@ -256,7 +235,7 @@ class ShardReader:
     def lengths(self) -> np.ndarray:
         """Characters of all messages of each row: int32 (rows,)."""
         lengths = []
-        for column in self._column("messages"):
+        for column in self.column("messages"):
             for chunk in column.chunks:
                 contents = chunk.flatten().field("content")
                 ends = np.cumsum(np.concatenate([[0], pc.utf8_length(contents).to_numpy(zero_copy_only=False)]))

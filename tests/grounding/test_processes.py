@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
+from workers import TORCHRUN
 
 from agevlm.grounding import cli as ground
 from agevlm.grounding.journal import Journals
@@ -23,8 +23,7 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path, 
         return [rows, str(tmp_path / out), "--backend", "exact", "--masks", masks, *more]
 
     def launch(out, *more):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        return [*launcher, "-m", "agevlm", "ground", *command(out, *more)]
+        return [*TORCHRUN, "-m", "agevlm", "ground", *command(out, *more)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     ground.ground(command("one"))

@@ -2,6 +2,7 @@
 
 import functools
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +31,16 @@ CORPUS = [
     "system user assistant",
 ]
 IMAGE_SIZE = 96  # a grid of 3 x 3 visual tokens
+IMAGE, QUESTION = "<|image|>", "Is there a red apple in the image?"
+TEXT_KEYS = {"input_ids", "attention_mask"}
+IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
+CHAT = [
+    {"role": "system", "content": "A blue car"},
+    {"role": "user", "content": IMAGE + QUESTION},
+    {"role": "assistant", "content": "No"},
+    {"role": "user", "content": "And now? " + QUESTION},
+    {"role": "assistant", "content": "Yes\n\nThere is."},
+]
 
 
 def train_tokenizer(texts: list[str], special_tokens: list[str]) -> Tokenizer:
@@ -129,6 +140,11 @@ def tiny_batch(model: AgeVlmForConditionalGeneration) -> dict[str, torch.Tensor]
     }
 
 
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two batches, or two sets of weights, are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def picture(width: int = IMAGE_SIZE, height: int = IMAGE_SIZE, seed: int = 0) -> Image.Image:
     """A picture of random noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,15 +168,14 @@ def stored(image: Image.Image) -> dict:
 
 def row(row_id: str = "row-0", images: int = 1, guided: bool = False, seed: int = 0) -> dict:
     """A valid row: one question and answer about `images` pictures."""
-    question = "Is there a red apple in the image?"
     return {
         "id": row_id,
         "images": [picture(seed=seed + index) for index in range(images)],
         "messages": [
-            {"role": "user", "content": "<|image|>" * images + question},
+            {"role": "user", "content": IMAGE * images + QUESTION},
             {"role": "assistant", "content": "Yes"},
         ],
-        "guidance": {"query": question, "message_index": 0, "mask": mask(), "source": "test", "score": 1.0}
+        "guidance": {"query": QUESTION, "message_index": 0, "mask": mask(), "source": "test", "score": 1.0}
         if guided
         else None,
     }

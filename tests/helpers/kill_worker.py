@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from training_worker import make_rows
+from training_worker import make_rows, quick
 from transformers import TrainerState
+from workers import same_weights
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.training.checkpoints import STAGING
@@ -35,9 +35,7 @@ KILLS_PER_RUN = 4
 
 
 def run(stage: str, variant: str, folder: Path) -> None:
-    recipe = STAGES[stage](size="tiny", variant=variant).override(
-        global_batch_size=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1, disable_tqdm=True
-    )
+    recipe = quick(STAGES[stage](size="tiny", variant=variant), save_steps=2, logging_steps=1)
     rows = make_rows("gigtgiiggitgigti")
     run_stage(recipe, folder, data=rows, model=tiny_model(), processor=tiny_processor())
 
@@ -113,8 +111,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
                 assert status == 0, (folder / "output.txt").read_text()[-3000:]
                 # A machine that was busy before may be idle now, and most kills would come too late.
                 lengths[stage, variant] = min(lengths[stage, variant], time.monotonic() - begun)
-        first, second = (load_file(path / "model.safetensors") for path in (killed, alone))
-        same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
+        same = same_weights(killed, alone)
         number += 1
         if left and (stage, variant) in unhurt:
             unhurt.remove((stage, variant))

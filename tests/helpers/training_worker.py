@@ -21,6 +21,7 @@ from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import stage3_ground
+from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import mask, row, tiny_model, tiny_processor
 
@@ -128,6 +129,21 @@ class CountSteps(TrainerCallback):
         self.steps += 1
 
 
+class Stop(BaseException):
+    """Ends a run as a kill would, as far as its folder goes."""
+
+
+class StopAt(TrainerCallback):
+    """Raises `Stop` behind a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stop
+
+
 class KillAtStep(TrainerCallback):
     """Kills this process in the middle of a run, with no chance to clean up."""
 
@@ -151,12 +167,15 @@ def kill_while_saving(step: int) -> None:
     AgeVlmSFTTrainer._save_optimizer_and_scheduler = save
 
 
+def quick(recipe: StageRecipe, rows: int = 2, **changes) -> StageRecipe:
+    """The recipe with `rows` in a step, all at once, and no progress bar."""
+    return recipe.override(global_batch_size=rows, per_device_train_batch_size=rows, disable_tqdm=True, **changes)
+
+
 def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **changes) -> StageResult:
     """Stage 3 on a tiny model: 6 steps, a checkpoint every 2."""
-    changes = {"save_steps": 2, "logging_steps": 1, "disable_tqdm": True, **changes}
-    recipe = stage3_ground.recipe(size="tiny").override(global_batch_size=2, per_device_train_batch_size=2, **changes)
     return run_stage(
-        recipe,
+        quick(stage3_ground.recipe(size="tiny"), **{"save_steps": 2, "logging_steps": 1, **changes}),
         output_dir,
         data=make_rows("gigtgiiggitg"),
         model=tiny_model(),
@@ -209,9 +228,9 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
             seen.extend(f"row-{number}" for number in inputs.pop("row_numbers").tolist())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    recipe = stage3_ground.recipe(size="tiny").override(
-        global_batch_size=2, per_device_train_batch_size=2, num_train_epochs=2, save_steps=3, disable_tqdm=True,
-        logging_steps=1, dataloader_num_workers=workers, spread_guided_rows=True,
+    recipe = quick(
+        stage3_ground.recipe(size="tiny"), num_train_epochs=2, save_steps=3, logging_steps=1,
+        dataloader_num_workers=workers, spread_guided_rows=True,
     )  # fmt: skip
     with patch("agevlm.training.run_stage.AgeVlmSFTTrainer", Trainer):
         result = run_stage(

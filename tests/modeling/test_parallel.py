@@ -1,14 +1,10 @@
 """Tensor-parallel and FSDP plans on two processes, and `device_map`, against the model in one piece."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import parallel_worker
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from workers import TORCHRUN, run_worker
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from builders import tiny_batch, tiny_model
@@ -45,13 +41,7 @@ def sharded(tmp_path_factory) -> dict[str, list[dict]]:
         model.save_pretrained(folder / kind)
         pictures = tiny_batch(model)
         torch.save([pictures, pictures if kind == "tp" else {**TEXT, **BLANK}], folder / kind / "batches.pt")
-    worker = Path(parallel_worker.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
-    run = subprocess.run(
-        [*command, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_worker(parallel_worker, folder, launcher=TORCHRUN)
     return {kind: [torch.load(folder / kind / f"rank-{rank}.pt") for rank in range(2)] for kind in ("tp", "fsdp")}
 
 

@@ -7,20 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from builders import mask, picture, tiny_processor
-
-
-IMAGE = "<|image|>"
-IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
-TEXT_KEYS = {"input_ids", "attention_mask"}
-QUESTION = "Is there a red apple in the image?"
-CHAT = [
-    {"role": "system", "content": "A blue car"},
-    {"role": "user", "content": IMAGE + QUESTION},
-    {"role": "assistant", "content": "No"},
-    {"role": "user", "content": "And now? " + QUESTION},
-    {"role": "assistant", "content": "Yes\n\nThere is."},
-]
+from builders import CHAT, IMAGE, IMAGE_KEYS, QUESTION, TEXT_KEYS, mask, picture, tiny_processor
 
 
 def selected(processor, batch, row: int = 0) -> str:

@@ -13,20 +13,19 @@ from transformers.trainer_utils import align_special_tokens
 
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
-from builders import mask, picture, tiny_model, tiny_processor, tiny_tokenizer
-
-
-IMAGE = "<|image|>"
-IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
-TEXT_KEYS = {"input_ids", "attention_mask"}
-QUESTION = "Is there a red apple in the image?"
-CHAT = [
-    {"role": "system", "content": "A blue car"},
-    {"role": "user", "content": IMAGE + QUESTION},
-    {"role": "assistant", "content": "No"},
-    {"role": "user", "content": "And now? " + QUESTION},
-    {"role": "assistant", "content": "Yes\n\nThere is."},
-]
+from builders import (
+    CHAT,
+    IMAGE,
+    IMAGE_KEYS,
+    QUESTION,
+    TEXT_KEYS,
+    mask,
+    picture,
+    same,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 
 
 def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -36,10 +35,6 @@ def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
     return tokenizer
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Rows and pictures

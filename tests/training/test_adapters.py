@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_worker import CountSteps, make_rows
+from training_worker import CountSteps, Stop, StopAt, make_rows, quick
 from transformers import AutoModel
+from workers import same_weights
 
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.freezing import part_of
@@ -22,9 +23,9 @@ FLAGS = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 
 
 def small_recipe(**changes) -> StageRecipe:
-    changes = {"save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "max_steps": 4, **changes}
     recipe = stage4_instruct.recipe(size="tiny", variant="agevlm-lm")
-    return recipe.override(global_batch_size=2, per_device_train_batch_size=2, learning_rate=1e-2, **changes)
+    changes = {"save_steps": 2, "logging_steps": 1, "max_steps": 4, **changes}
+    return quick(recipe, learning_rate=1e-2, **changes)
 
 
 @pytest.fixture
@@ -38,21 +39,6 @@ def run_adapters(start, output_dir, flags=FLAGS, callbacks=(), **changes):
     return run_stage(
         recipe, output_dir, data=make_rows("gt"), init_from=start, adapters=adapters, callbacks=list(callbacks)
     )
-
-
-class Stop(BaseException):
-    """Ends a run as a kill would, as far as its folder goes."""
-
-
-class StopAfter(CountSteps):
-    def __init__(self, step):
-        super().__init__()
-        self.last = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        super().on_step_end(args, state, control, **kwargs)
-        if state.global_step == self.last:
-            raise Stop
 
 
 def test_the_finished_folder_is_a_whole_model_with_the_adapters_merged(start, tmp_path):
@@ -83,12 +69,11 @@ def test_the_finished_folder_is_a_whole_model_with_the_adapters_merged(start, tm
 def test_a_stopped_run_goes_on_to_the_weights_of_a_whole_one(start, tmp_path):
     run_adapters(start, tmp_path / "whole")
     with pytest.raises(Stop):
-        run_adapters(start, tmp_path / "run", callbacks=[StopAfter(3)])
+        run_adapters(start, tmp_path / "run", callbacks=[StopAt(3)])
     count = CountSteps()
     run_adapters(start, tmp_path / "run", callbacks=[count])
     assert count.steps == 2
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_other_adapters_are_another_recipe(start, tmp_path):

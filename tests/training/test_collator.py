@@ -12,12 +12,9 @@ from PIL import Image
 from transformers.utils import chat_template_utils
 
 from agevlm.training.collator import AgeVlmDataCollator
-from builders import mask, picture, row, tiny_model, tiny_processor
+from builders import IMAGE, IMAGE_KEYS, QUESTION, mask, picture, row, same, tiny_model, tiny_processor
 
 
-IMAGE = "<|image|>"
-QUESTION = "Is there a red apple in the image?"
-IMAGE_KEYS = {"pixel_values", "image_mask", "visual_token_mask", "cross_attention_mask"}
 GUIDANCE_KEYS = {"guidance_query_mask", "guidance_mask"}
 
 
@@ -128,7 +125,7 @@ def test_masks_may_be_encoded(collator):
     for kind in ("1", "L", "RGB"):
         stored = {"bytes": encoded(plain["guidance"]["mask"].convert(kind), "PNG"), "path": None}
         batch = collator([guide(conversation(), mask=stored)])
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert same(batch, expected)
 
 
 def test_masks_with_soft_edges_are_cut_at_one_half(collator):
@@ -136,7 +133,7 @@ def test_masks_with_soft_edges_are_cut_at_one_half(collator):
     expected = collator([guide(conversation(), mask=soft)])
     soft.paste(100, (25, 0, 50, 30))
     batch = collator([guide(conversation(), mask=soft)])
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert same(batch, expected)
 
 
 def test_long_texts_are_cut(collator):
@@ -173,10 +170,6 @@ def test_lengths_are_rounded_up_to_a_multiple(collator, multiple):
         assert not batch[name][:, length:].any(), name
     cut = AgeVlmDataCollator(collator.processor, max_length=length, pad_to_multiple_of=length - 1)(rows)
     assert same(cut, plain)  # never above `max_length`
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def late_row() -> dict:
@@ -304,10 +297,7 @@ def test_pixels_sent_as_bytes_are_normalized_to_the_bit(processor):
 def test_collator_travels_to_workers_of_any_kind(processor):
     collator = AgeVlmDataCollator(processor, max_length=64, pixels_as_bytes=True)
     rows = [row("row-0", guided=True)]
-    batch, again = collator(rows), pickle.loads(pickle.dumps(collator))(rows)
-    assert batch.keys() == again.keys()
-    for name in batch:
-        assert torch.equal(batch[name], again[name])
+    assert same(collator(rows), pickle.loads(pickle.dumps(collator))(rows))
 
 
 def test_a_guided_row_is_rendered_decoded_and_turned_once(processor, monkeypatch):
@@ -338,4 +328,4 @@ def test_a_guided_row_is_rendered_decoded_and_turned_once(processor, monkeypatch
     assert calls == {"_render_with_assistant_indices": 1, "open": 2, "getexif": 2}
     monkeypatch.undo()
     upright = AgeVlmDataCollator(processor)([row("a", guided=True)])
-    assert all(torch.equal(batch[name], upright[name]) for name in upright) and "guidance_mask" in batch
+    assert same(batch, upright) and "guidance_mask" in batch

@@ -16,7 +16,7 @@ from hub_server import HubServer
 from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training_worker import make_rows
+from training_worker import make_rows, quick
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -164,9 +164,7 @@ def test_the_record_says_what_it_was_made_of(start, llama, tower):
 
 
 def test_stage_1_starts_from_it(start, tmp_path):
-    recipe = stage1_align.recipe(size="tiny").override(
-        global_batch_size=4, per_device_train_batch_size=4, max_steps=2, disable_tqdm=True
-    )
+    recipe = quick(stage1_align.recipe(size="tiny"), 4, max_steps=2)
     result = run_stage(recipe, tmp_path / "run", data=make_rows("iiii"), init_from=start)
     assert result.status == "trained"
     assert result.lineage["parent"]["init_from"] == start.name

@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import kill_worker
 import pytest
+from workers import run_worker
 
 
 @pytest.mark.slow
@@ -15,16 +13,9 @@ import pytest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills need fork")
 def test_twenty_random_kills_change_nothing(tmp_path):
     """Of all four stages, guided and not. After each kill the worker loads every checkpoint that is there."""
-    worker = Path(kill_worker.__file__)
-    run = subprocess.run(
-        [sys.executable, str(worker), str(tmp_path), "20", "0"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    print(run.stdout)
+    printed = run_worker(kill_worker, tmp_path, 20, 0, seconds=1800)
+    results = [json.loads(line) for line in printed.splitlines()]
+    print(printed)
     assert all(result["same"] for result in results)
     assert sum(result["kills"] for result in results) >= 20
     stages = {(result["stage"], result["variant"]) for result in results if result["kills"]}

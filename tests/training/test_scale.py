@@ -14,8 +14,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from scale_worker import DIVISIONS, run_scaled_stage, save_start
-from training_worker import step_gradients
-from transformers import AutoModel, TrainerCallback
+from training_worker import Stop, StopAt, step_gradients
+from transformers import AutoModel
+from workers import TORCHRUN, run_worker, same_weights
 
 import agevlm.training
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -48,24 +49,6 @@ def launch_environment(kind: str, *flags: str) -> dict[str, str]:
 # ---- One process, two processes, shards ----
 
 
-def run_on_two_processes(kind: str, folder: Path) -> None:
-    worker = Path(scale_worker.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*command, str(worker), kind, str(folder)],
-        env={
-            **launch_environment(kind, "--num_processes", "2"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(worker.parent),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -79,7 +62,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path, kind):
     """Loss, guidance and gradient norm of each step, and the weights at the end."""
     start = tmp_path / "start"
     save_start(start)
-    run_on_two_processes(kind, tmp_path)
+    environment = launch_environment(kind, "--num_processes", "2")
+    run_worker(scale_worker, kind, tmp_path, launcher=TORCHRUN, **environment)
     for batch, kinds in DIVISIONS.items():
         folder = tmp_path / f"{kind}-{batch}"
         alone = run_scaled_stage(tmp_path / f"alone-{batch}", start, kinds)
@@ -101,22 +85,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path, kind):
 
 def test_rates_of_parts_survive_an_interruption(tmp_path):
     """The stages of this file have three rates; their optimizer's groups come back as they were."""
-
-    class Stop(BaseException):
-        pass
-
-    class StopAfterThree(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise Stop
-
     save_start(tmp_path / "start")
     whole = run_scaled_stage(tmp_path / "whole", tmp_path / "start", save_steps=2)
     with pytest.raises(Stop):
-        run_scaled_stage(tmp_path / "run", tmp_path / "start", callbacks=[StopAfterThree()], save_steps=2)
+        run_scaled_stage(tmp_path / "run", tmp_path / "start", callbacks=[StopAt(3)], save_steps=2)
     resumed = run_scaled_stage(tmp_path / "run", tmp_path / "start", save_steps=2)
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
 
 

@@ -3,17 +3,14 @@
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import training_worker
 from rich.console import Console
-from training_worker import CountSteps, make_rows, run_small_stage
+from training_worker import CountSteps, make_rows, quick, run_small_stage
 from transformers import AutoProcessor
+from workers import run_worker, same_weights
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.training import stages
@@ -58,9 +55,7 @@ MOVES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
-    recipe = STAGES[stage](size="tiny", variant="agevlm-lm").override(
-        global_batch_size=4, per_device_train_batch_size=4, weight_decay=0.0, max_steps=2, disable_tqdm=True
-    )
+    recipe = quick(STAGES[stage](size="tiny", variant="agevlm-lm"), 4, weight_decay=0.0, max_steps=2)
     model, before = tiny_model(), dict(tiny_model().named_parameters())
     run_stage(recipe, tmp_path / "run", data=make_rows(), model=model, processor=tiny_processor())
     after = weights(tmp_path / "run")
@@ -146,9 +141,7 @@ def test_a_finished_folder_is_complete_and_the_next_stage_starts_from_it(tmp_pat
     assert STAGING not in os.listdir(tmp_path / "first")
     AutoProcessor.from_pretrained(tmp_path / "first", trust_remote_code=True)
 
-    recipe = stage4_instruct.recipe(size="tiny").override(
-        global_batch_size=4, per_device_train_batch_size=4, max_steps=1, disable_tqdm=True
-    )
+    recipe = quick(stage4_instruct.recipe(size="tiny"), 4, max_steps=1)
     second = run_stage(recipe, tmp_path / "second", data=make_rows(), init_from=tmp_path / "first")
     assert second.lineage["parent"] == {"init_from": "first", "revision": None, "repo": None}
     card = (tmp_path / "second" / "README.md").read_text()
@@ -174,9 +167,7 @@ def test_the_folder_of_another_recipe_is_refused_by_naming_what_changed(tmp_path
     ) as error:
         run_small_stage(tmp_path / "run", max_steps=2, learning_rate=0.5)
     assert "max_steps" not in str(error.value)
-    recipe = stage3_ground.recipe(size="tiny").override(
-        max_steps=2, global_batch_size=2, per_device_train_batch_size=2
-    )
+    recipe = quick(stage3_ground.recipe(size="tiny"), max_steps=2)
     with pytest.raises(ValueError, match=r"data\.rows: 12 there, 8 asked"):
         run_stage(recipe, tmp_path / "run", data=make_rows(), model=tiny_model(), processor=tiny_processor())
     with pytest.raises(ValueError, match=r"parent_weights"):
@@ -205,14 +196,6 @@ def test_nothing_to_start_from_and_no_data_are_refused(tmp_path):
 # ---- Interrupted runs ----
 
 
-def killed_run(folder, *flags):
-    worker = Path(training_worker.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(worker.parent)}
-    command = [sys.executable, str(worker), "stage", str(folder), *flags]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     ("flags", "left", "steps"),
     [
@@ -221,7 +204,7 @@ def killed_run(folder, *flags):
     ],
 )
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left, steps):
-    killed_run(tmp_path / "run", *flags)
+    run_worker(training_worker, "stage", tmp_path / "run", *flags, killed=True)
     found = set(os.listdir(tmp_path / "run"))
     assert left | {"agevlm_stage.json"} <= found
     assert {name for name in found if name.startswith("checkpoint-")} == left - {STAGING}
@@ -232,9 +215,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, f
     assert count.steps == steps
     whole = run_small_stage(tmp_path / "whole")
     assert resumed.status == "trained"
-    first, second = weights(tmp_path / "run"), weights(tmp_path / "whole")
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
     assert STAGING not in os.listdir(tmp_path / "run")
 
@@ -272,5 +253,4 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path):
     run_small_stage(killed, callbacks=[count], resume=False)
     assert count.steps == 6
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    first, second = weights(killed), weights(tmp_path / "whole")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(killed, tmp_path / "whole")

@@ -1,21 +1,17 @@
 """Rows in Parquet shards: what is read, and runs on them that are killed and go on."""
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import training_worker
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from training_worker import make_rows, run_streamed_stage, write_shards
 from transformers.trainer_utils import get_last_checkpoint
+from workers import run_worker, same_weights
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
 from agevlm.training import streaming
@@ -183,30 +179,18 @@ def test_masks_must_fit(folder):
 # ---- Runs ----
 
 
-def run_killed(folder: Path, data: Path, kill_at: int, workers: int) -> None:
-    script = Path(__file__).parents[1] / "helpers" / "training_worker.py"
-    command = [
-        sys.executable, str(script), "streamed", str(folder), "--data", str(data),
-        "--kill_at_step", str(kill_at), "--workers", str(workers),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
-
-
 def test_killed_runs_see_the_rows_and_end_with_the_weights_of_the_uninterrupted_one(tmp_path, folder):
     """20 rows, 2 a step, 2 epochs, a checkpoint every 3 steps; killed in the second epoch, with workers before."""
     through = run_streamed_stage(tmp_path / "through", folder)
-    run_killed(tmp_path / "killed", folder, kill_at=14, workers=2)
+    flags = ("--data", folder, "--kill_at_step", 14, "--workers", 2)
+    run_worker(training_worker, "streamed", tmp_path / "killed", *flags, killed=True)
     assert get_last_checkpoint(tmp_path / "killed").endswith("checkpoint-12")
     resumed = run_streamed_stage(tmp_path / "killed", folder)
 
     assert len(through.rows) == 40 and sorted(through.rows[:20]) == sorted(through.rows[20:])
     assert through.rows[:20] != through.rows[20:]
     assert resumed.rows == through.rows[24:]
-    weights = [load_file(tmp_path / run / "model.safetensors") for run in ("through", "killed")]
-    assert weights[0].keys() == weights[1].keys()
-    for name in weights[0]:
-        assert torch.equal(weights[0][name], weights[1][name])
+    assert same_weights(tmp_path / "through", tmp_path / "killed")
 
 
 def test_a_set_that_cannot_go_on_where_it_stopped_is_refused(tmp_path):

@@ -1,10 +1,5 @@
 """The guidance trainer: exactly stock SFT at weight 0, the plain objective otherwise, however a step is divided."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import training_worker
@@ -20,6 +15,7 @@ from training_worker import (
     step_gradients,
 )
 from trl import SFTConfig, SFTTrainer
+from workers import TORCHRUN, run_worker
 
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.freezing import part_of, set_trainable
@@ -107,17 +103,7 @@ def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, batch_siz
 
 
 def test_two_processes_give_the_gradients_of_one_batch(tmp_path):
-    worker = Path(training_worker.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
-    run = subprocess.run(
-        [*command, str(worker), "gradients", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_worker(training_worker, "gradients", tmp_path, launcher=TORCHRUN)
     for kinds in TWO_PROCESS_KINDS:
         single = step_gradients(tmp_path, batch_size=8, kinds=kinds)
         for rank in range(2):

@@ -4,10 +4,13 @@ A share is decided by a hash of the row's id: it needs no list, holds for any or
 contain smaller ones.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, concatenate_datasets
 
 from agevlm.store import digest
@@ -69,6 +72,31 @@ def masks_of(folder: str | Path, part: str) -> Dataset | None:
     return None if found is None else Dataset.from_parquet(found)
 
 
+def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """Number of each row's mask, -1 where it has none or does not belong to the subset: int32 (rows,).
+
+    Args:
+        row_ids: ids of the rows, in parts.
+
+    Raises:
+        ValueError: repeated ids of masks, or masks that fit no row.
+    """
+    _check_unique("masks", mask_ids)
+    wanted, unknown = pa.array(mask_ids, pa.string()), set(mask_ids)
+    parts = []
+    for ids in row_ids:
+        parts.append(pc.index_in(ids.cast(wanted.type), value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False))
+        unknown.difference_update(mask_ids[number] for number in np.unique(parts[-1]) if number >= 0)
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(mask_ids)} masks fit no row, e.g. id {min(unknown)!r}; join the masks of the "
+            "same data set"
+        )
+    kept = np.array([*(in_subset(row_id, fraction, seed) for row_id in mask_ids), False])  # -1 is the last
+    numbers = np.concatenate(parts).astype(np.int32)
+    return np.where(kept[numbers], numbers, np.int32(-1))
+
+
 def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int = 0) -> Dataset:
     """`rows` with a column `guidance`: {query, message_index, mask, source, score}, null where a row has none.
 
@@ -85,32 +113,23 @@ def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int =
     _check_columns("masks", masks, ["id", *GUIDANCE])
     if "guidance" in rows.column_names:
         raise ValueError("rows already have a column guidance; remove it before joining masks")
-    row_ids, mask_ids = list(rows["id"]), list(masks["id"])
-    place = _positions("masks", mask_ids)
-    unknown = place.keys() - _positions("rows", row_ids).keys()
-    if unknown:
-        raise ValueError(f"{len(unknown)} of {len(place)} masks fit no row, e.g. id {min(unknown)!r}; "
-                         "join the masks of the same data set")  # fmt: skip
-    taken = [place.get(i) if i in place and in_subset(i, fraction, seed) else None for i in row_ids]
+    row_ids = list(rows["id"])
+    _check_unique("rows", row_ids)
+    numbers = mask_numbers([pa.array(row_ids, pa.string())], list(masks["id"]), fraction, seed)
     features = Features({"guidance": {field: masks.features[field] for field in GUIDANCE}})
     guidance = pa.nulls(len(rows), features.arrow_schema.field("guidance").type)
-    if place and len(rows):
-        guidance = _struct(_table(masks).take(pa.array([t or 0 for t in taken], pa.int64())), taken, features)
+    if len(masks) and len(rows):
+        table = masks.select_columns(list(GUIDANCE)).with_format("arrow")[:].take(pa.array(numbers.clip(0)))
+        guidance = _struct(table, pa.array(numbers < 0), features)
     fingerprint = digest(f"{rows._fingerprint}{masks._fingerprint}{fraction}{seed}", size=8)
     joined = Dataset(pa.table([guidance], schema=features.arrow_schema), fingerprint=fingerprint)
     return concatenate_datasets([rows, joined], axis=1)
 
 
-def _table(masks: Dataset) -> pa.Table:
-    """The guidance columns as Arrow, in the data set's own order."""
-    return masks.select_columns(list(GUIDANCE)).with_format("arrow")[:]
-
-
-def _struct(table: pa.Table, taken: list[int | None], features: Features) -> pa.Array:
+def _struct(table: pa.Table, missing: pa.Array, features: Features) -> pa.Array:
     kind = features.arrow_schema.field("guidance").type
     columns = [table.column(field.name).combine_chunks().cast(field.type) for field in kind]
-    mask = pa.array([t is None for t in taken])
-    return pa.StructArray.from_arrays(columns, fields=list(kind), mask=mask)
+    return pa.StructArray.from_arrays(columns, fields=list(kind), mask=missing)
 
 
 def _check_columns(what: str, data: Dataset, wanted: list[str]) -> None:
@@ -119,9 +138,7 @@ def _check_columns(what: str, data: Dataset, wanted: list[str]) -> None:
         raise ValueError(f"{what} lack the column {', '.join(missing)}; they have {', '.join(data.column_names)}")
 
 
-def _positions(what: str, ids: list[str]) -> dict[str, int]:
-    positions = {row_id: index for index, row_id in enumerate(ids)}
-    if len(positions) != len(ids):
-        twice = next(row_id for index, row_id in enumerate(ids) if positions[row_id] != index)
+def _check_unique(what: str, ids: Sequence[str]) -> None:
+    if len(set(ids)) != len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
         raise ValueError(f"{what} have the id {twice!r} more than once; ids must be unique")
-    return positions
