@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: docs install paper quickstart test test-slow test-upstream test-versions check clean typecheck
+.PHONY: docs install paper quickstart test test-ground test-slow test-upstream test-versions check clean typecheck
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,17 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# The tests of what needs torchvision (SAM 2, SAM 3, the faster image backend), on a CPU. They have an environment of their
+# own: torchvision's wheels fit the package index's own torch, which `===` asks for (a CPU build is 2.13.0+cpu).
+GROUND ?= .venv-ground
+INDEX_TORCH = $(shell sed -n 's/^torch==/torch===/p' constraints.txt)
+test-ground:
+	$(PYTHON) -m venv $(GROUND)
+	if $(GROUND)/bin/pip install -q -c constraints.txt $(INDEX_TORCH) torchvision -e ".[dev,ground]"; then \
+		CUDA_VISIBLE_DEVICES= $(GROUND)/bin/python -m pytest -q -rs -n 2 \
+			tests/grounding tests/processing/test_image_backends.py tests/test_remote_code.py; \
+	else echo "skipped: torchvision and the torch that it needs cannot be installed here"; fi
 
 # transformers' own common tests on our classes; TRANSFORMERS_TESTS is the folder `tests` of its sources
 # (tests/upstream/test_modeling_upstream.py says how to get them). Its markers are not ours: no --strict-markers.

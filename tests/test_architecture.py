@@ -166,6 +166,17 @@ def test_no_second_atomic_write():
             assert not is_store_work(call), f"{place} calls {ast.unparse(call.func)}: use agevlm.store"
 
 
+def test_no_second_opener_of_tables():
+    """`agevlm.data.tables` alone lets `datasets` open files, whose names it reads as patterns. The evaluation's sets
+    of the Hub have configurations besides."""
+    readers = {"load_dataset", "load_from_disk", "from_parquet", "from_json"}
+    others = ("src/agevlm/data/tables.py", "src/agevlm/evaluation/sources.py", "bench", "examples")
+    for path, place, call in calls():
+        if not any(path.is_relative_to(ROOT / other) for other in others):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            assert name not in readers, f"{place} calls {name}: use agevlm.data.tables"
+
+
 HELPS = """
 import contextlib, io, sys
 from agevlm import cli

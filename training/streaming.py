@@ -90,7 +90,7 @@ def load_shards(
     Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`). Without `masks`, those of the
     folder are joined (`masks_of`).
     """
-    files = find_files(f"{folder}/{part}/train-*.parquet") or find_files(f"{folder}/data/train-*.parquet")
+    files = find_files(folder, f"{part}/train-*.parquet") or find_files(folder, "data/train-*.parquet")
     if not files:
         return None
     masks = masks_of(folder, part) if masks is None else masks

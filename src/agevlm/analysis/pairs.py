@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside, undecoded
+from agevlm.data.tables import read_files
 from agevlm.images import open_image
 
 
@@ -108,12 +109,12 @@ def load_pairs(
 
 
 def _open(path: Path) -> Dataset:
-    readers = {".parquet": Dataset.from_parquet, ".json": Dataset.from_json, ".jsonl": Dataset.from_json}
-    if path.suffix not in readers:
-        raise ValueError(f"{path} is neither a folder of scenes nor a file of type {', '.join(readers)}")
+    suffixes = (".parquet", ".json", ".jsonl")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} is neither a folder of scenes nor a file of type {', '.join(suffixes)}")
     if not path.is_file():
         raise ValueError(f"there is no {path}; give a folder of scenes (`agevlm data scenes`) or a file of rows")
-    return readers[path.suffix](str(path))
+    return read_files([path])
 
 
 def _pair(row: Mapping[str, Any], name: str, column: str | None, root: Path) -> Pair:

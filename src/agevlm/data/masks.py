@@ -17,7 +17,7 @@ from agevlm.store import digest
 
 from .duplicates import hash64
 from .rows import GUIDANCE, MASK_FEATURES
-from .tables import find_files, load_table
+from .tables import find_files, load_table, read_files
 
 
 KEPT = "kept"  # the split of `agevlm ground` that holds its good masks
@@ -68,8 +68,8 @@ def masks_of(folder: str | Path, part: str) -> Dataset | None:
     """The masks that lie in a data set's own folder (or URL), None without: `masks/PART*.parquet`,
     `masks/train-*.parquet`, or what `agevlm ground --output FOLDER/masks` has kept."""
     places = (f"{part}*", "train-*", f"data/{KEPT}")
-    found = next((files for place in places if (files := find_files(f"{folder}/masks/{place}.parquet"))), None)
-    return None if found is None else Dataset.from_parquet(found)
+    found = next((files for place in places if (files := find_files(folder, f"masks/{place}.parquet"))), None)
+    return None if found is None else read_files(found)
 
 
 def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction: float, seed: int) -> np.ndarray:

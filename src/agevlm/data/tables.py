@@ -1,5 +1,7 @@
 """Opens a table of rows or masks: a Parquet file, a folder of them or of `save_to_disk`, or a set of the Hub."""
 
+import glob
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -8,7 +10,8 @@ from typing import Any
 
 import fsspec
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS, sanitize_patterns
+from huggingface_hub import DatasetCard
 
 
 IN_ROOT, BELOW = ("data/*", "*"), ("data/*/*", "*/*", "*/*/*")  # where a folder's files are looked for, in turn
@@ -18,10 +21,23 @@ _SPLIT = {
 }
 
 
-def find_files(pattern: str) -> list[str]:
-    """Files that fit a pattern with `*`, a path or an fsspec URL (`hf://datasets/...`), sorted."""
-    filesystem, path = fsspec.core.url_to_fs(pattern)
-    return [filesystem.unstrip_protocol(name) if "://" in pattern else name for name in sorted(filesystem.glob(path))]
+def exactly(path: str | Path) -> str:
+    """A path or fsspec URL as the pattern that fits it alone: `datasets` and fsspec read `[1]` as a set of letters."""
+    return glob.escape(str(path) if "://" in str(path) else os.path.abspath(path))
+
+
+def find_files(folder: str | Path, pattern: str) -> list[str]:
+    """Files in a folder or fsspec URL (`hf://datasets/...`) that fit a pattern with `*`, sorted."""
+    filesystem, path = fsspec.core.url_to_fs(f"{exactly(folder)}/{pattern}")
+    found = sorted(filesystem.glob(path))
+    return [filesystem.unstrip_protocol(name) for name in found] if "://" in str(folder) else found
+
+
+def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
+    """The rows of Parquet, or of `.json` and `.jsonl` files; `options` of `Dataset.from_parquet` or `from_json`."""
+    is_json = Path(paths[0]).suffix in (".json", ".jsonl")
+    reader = Dataset.from_json if is_json else Dataset.from_parquet
+    return reader([exactly(path) for path in paths], **options)
 
 
 def split_files(
@@ -79,17 +95,19 @@ def load_table(
     path = Path(name)
     try:
         if path.is_file():
-            found: Any = load_dataset("parquet", data_files={"train": str(path)})
+            found: Any = {"train": read_files([path])}
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = load_from_disk(name)
         elif path.is_dir() and not (path / "README.md").is_file():
             files = split_files(path, [".parquet"], split=split)
             if not files:
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
-            found = load_dataset("parquet", data_files={split or "train": list(map(str, files))})
+            found = {split or "train": read_files(files)}
+        elif path.is_dir() and (patterns := _patterns(path, config)):
+            found = load_dataset("parquet", data_files=patterns)
         else:
             found = load_dataset(name, config, revision=revision)
-    except (FileNotFoundError, ConnectionError) as error:
+    except OSError as error:  # whatever the disk, the network or the Hub says
         raise ValueError(f"{name} is neither a file or folder of rows nor a data set of the Hub: {error}") from error
     if not isinstance(found, Dataset):
         names = [*(name for name in usual if name in found), *(found if len(found) == 1 else usual)]
@@ -98,3 +116,14 @@ def load_table(
             raise ValueError(f"{name} has no split {chosen!r}; use one of {', '.join(found)}")
         found = found[chosen]
     return found.with_format(None)
+
+
+def _patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """Split -> patterns of its Parquet files, where the folder's card tells them for `config`, or for the one there
+    is; else nothing. `datasets` itself would take the folder's name for a part of the patterns."""
+    listed = DatasetCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict().get("configs") or []
+    named = [entry for entry in listed if "data_files" in entry and config in (None, entry.get("config_name"))]
+    found = sanitize_patterns(named[0]["data_files"]) if len(named) == 1 else {}
+    if not all(pattern.endswith(".parquet") for patterns in found.values() for pattern in patterns):
+        return {}
+    return {str(split): [f"{exactly(folder)}/{pattern}" for pattern in patterns] for split, patterns in found.items()}

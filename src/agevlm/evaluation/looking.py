@@ -23,6 +23,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from agevlm.data.rows import undecoded
+from agevlm.data.tables import read_files
 from agevlm.stats import auroc
 
 from .benchmark import Metrics
@@ -43,7 +44,7 @@ def load_masked(path: str | Path) -> Dataset:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; give a Parquet file of image, question, mask")
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    rows = read_files([path], keep_in_memory=True)
     missing = [name for name in ("image", "question", "mask") if name not in rows.column_names]
     if missing or not len(rows):
         raise ValueError(f"{path}: lacks {', '.join(missing) or 'rows'}; it has {', '.join(rows.column_names)}")

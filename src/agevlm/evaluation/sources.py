@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_datase
 from datasets import Image as ImageFeature
 
 from agevlm.data.rows import resolve_inside, undecoded
+from agevlm.data.tables import read_files
 
 from .benchmark import Benchmark, check_fields, check_row
 from .inputs import without_pictures
@@ -113,7 +114,7 @@ def _with_ids(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
 def _read(path: Path, benchmark: Benchmark, images: str | Path | None) -> Dataset:
     try:
         if path.suffix == ".parquet":
-            return Dataset.from_parquet(str(path), keep_in_memory=True)
+            return read_files([path], keep_in_memory=True)
         rows = _read_tsv(path, benchmark) if path.suffix == ".tsv" else _read_json(path)
         if not rows:
             raise ValueError("it holds no rows")

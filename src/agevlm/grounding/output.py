@@ -17,6 +17,7 @@ from datasets import Dataset, Features, List, Value
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from agevlm.data.rows import MASK_FEATURES
+from agevlm.data.tables import read_files
 from agevlm.store import replacing, write_json, write_text
 
 from .filters import KEPT, NOT_NEEDED, Filters
@@ -176,4 +177,4 @@ def read_masks(path: Path | str, split: str = "kept") -> Dataset:
     file = path / "data" / f"{split}.parquet"
     if pq.read_metadata(file).num_rows == 0:  # which `datasets` takes for a mistake
         return Dataset(OUTPUT_FEATURES.arrow_schema.empty_table())
-    return Dataset.from_parquet(str(file), features=OUTPUT_FEATURES)
+    return read_files([file], features=OUTPUT_FEATURES)

@@ -17,6 +17,7 @@ from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.masks import join_masks
 from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.words import plural
+from agevlm.data.tables import read_files
 from agevlm.store import new_folder
 from agevlm.training.init import build, plan_parts
 from agevlm.training.parts import make_small
@@ -88,8 +89,7 @@ def rows_of(scenes: Path, run: Run) -> Dataset:
     part, fraction = run.recipe.data, run.recipe.mask_fraction
     if run.query == "text":
         return load_rows(scenes, part, mask_fraction=fraction)
-    rows = Dataset.from_parquet(str(scenes / part / "train.parquet"))
-    masks = Dataset.from_parquet(str(scenes / "masks" / f"{part}.parquet"))
+    rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
     features = masks.features
     words = vocabulary(scenes)
     queries = [things_named(query, words) for query in masks["query"]]

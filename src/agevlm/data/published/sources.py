@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from PIL import Image
 
 from agevlm.data.duplicates import hash64
-from agevlm.data.tables import BELOW, IN_ROOT, split_files
+from agevlm.data.tables import BELOW, IN_ROOT, load_table, split_files
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
@@ -170,21 +170,14 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
         return _open_folder(path, roots, work)
     if not HUB_ID.fullmatch(str(name)):
         raise ValueError(f"{name} does not exist; give a file, a folder, or the id of a data set of the Hub")
-    try:
-        dataset = load_dataset(str(name), split="train")
-    except Exception as error:  # whatever the Hub, the network or the loader says
-        raise ValueError(
-            f"{name} is neither a file or folder nor a data set of the Hub with a split train ({error})"
-        ) from error
-    return DatasetSource(dataset, PictureStore(roots or [], work), path.name)
+    return DatasetSource(load_table(str(name), "train"), PictureStore(roots or [], work), path.name)
 
 
 def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
     if (path / "dataset_dict.json").is_file():
         path = path / "train"
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        dataset = load_from_disk(str(path))
-        return DatasetSource(dataset, PictureStore([path] if roots is None else roots, work), path.name)
+        return DatasetSource(load_table(str(path)), PictureStore([path] if roots is None else roots, work), path.name)
     if parquet := split_files(path, _PARQUET, IN_ROOT):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
     found = split_files(path, _JSON, ("*", "jsons/*"))
