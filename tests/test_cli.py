@@ -11,6 +11,7 @@ import pytest
 
 from agevlm import cli
 from agevlm.arguments import VerbParser
+from agevlm.store import locked
 from agevlm.training import flags as training_flags
 
 
@@ -207,3 +208,18 @@ def test_env_names_what_a_bug_report_needs():
     assert result.returncode == 0
     for package in ("agevlm", "torch", "transformers", "trl"):
         assert package in result.stdout
+
+
+WRITERS = {
+    "train": "train stage1_align --data D --init_from M --output_dir {}",
+    "attention": "analyze attention M I Q --output {}",
+    "similarity": "analyze similarity M D --output {}",
+    "padding": "analyze padding M D --output {}",
+}
+
+
+@pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
+def test_two_commands_do_not_write_one_folder(command, tmp_path):
+    words = command.format(tmp_path / "out").split()
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match=r"another run is writing to .*out; wait for it"):
+        cli.dispatch(words)

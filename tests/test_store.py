@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,26 @@ def test_two_writers_of_one_folder(tmp_path):
 
 
 # ---- What a folder holds ----
+
+
+def test_a_locked_folder_is_refused_to_others_and_free_afterwards(tmp_path):
+    folder = tmp_path / "run"
+    refused = pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(folder))}; wait")
+    with store.locked(folder, wait=False), refused, store.locked(folder, wait=False):
+        pass
+    with store.locked(folder, wait=False), store.locked(tmp_path / "other", wait=False):
+        assert folder.is_dir()
+
+
+@pytest.mark.parametrize("context", ["replacing", "new_folder"])
+def test_other_users_can_read_what_a_library_has_closed_to_them(tmp_path, context):
+    with getattr(store, context)(tmp_path / "result") as temporary:
+        file = temporary / "model.safetensors" if temporary.is_dir() else temporary
+        file.write_bytes(b"")
+        file.chmod(0o600)
+    (tmp_path / "plain").write_bytes(b"")
+    found = [path for path in (tmp_path / "result", *tmp_path.rglob("model.safetensors")) if path.is_file()]
+    assert [path.stat().st_mode for path in found] == [(tmp_path / "plain").stat().st_mode]
 
 
 def test_a_folder_is_claimed_once(tmp_path):

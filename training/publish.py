@@ -19,6 +19,7 @@ command again, the end of the next stage, and `agevlm push` finish it.
 import argparse
 import errno
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,17 +33,28 @@ from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
 from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
+from agevlm.hub_cards.facts import ATTENTION_FILE, LOSS_FILE, STATE_FILE
 from agevlm.store import read_json, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import PUSH_FILE, read_lineage, write_lineage
+from agevlm.training.lineage import INIT_FILE, LINEAGE_FILE, PUSH_FILE, read_lineage, write_lineage
 
 
-# What a checkpoint is made of. Optimizer states, pickles and whatever else lies in the folder stay here.
-PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.md", "*.txt", "*.model", "*.png", ".eval_results/*.yaml")
+INDEX_FILE = "model.safetensors.index.json"
+CODE = ("compatibility", "configuration", "cross_attention", "guidance", "image_processing", "modeling", "processing")
+# What we and transformers write into a checkpoint. Whatever else lies in the folder stays here.
+PUBLISHED = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", INDEX_FILE, "config.json", "generation_config.json"),
+    *("adapter_model.safetensors", "adapter_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "processor_config.json"),
+    *("preprocessor_config.json", *(f"{name}_agevlm.py" for name in CODE), "modeling_mobilevlm.py", "README.md"),
+    *(LINEAGE_FILE, INIT_FILE, STATE_FILE, "agevlm_conversion.json", EVALUATION_FILE, ".eval_results/*.yaml"),
+    *(LOSS_FILE, ATTENTION_FILE),
+)
 # What would be wrong beside another checkpoint's files.
 RESULTS = (EVALUATION_FILE, ".eval_results/*.yaml")
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.png", *RESULTS)
-INDEX_FILE = "model.safetensors.index.json"
+_TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )[^\s'\"]+")
 WAITS = (5.0, 30.0)  # seconds before the second and the third try
 SILENCE = 300.0  # seconds without a byte; huggingface_hub itself waits without end
 
@@ -154,11 +166,7 @@ def _publish(api: HfApi, folder: Path, lineage: dict[str, Any], record: dict[str
 def published_files(folder: Path) -> dict[str, Path]:
     """The files of a checkpoint that go to the Hub, by their names there. Results of other weights stay here."""
     found = sorted(path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file())
-    kept = {
-        path.relative_to(folder).as_posix(): path
-        for path in found
-        if path.name != PUSH_FILE and (path.parent != folder or not path.name.startswith("."))
-    }
+    kept = {path.relative_to(folder).as_posix(): path for path in found}
     if evaluation_fits(folder) is False:
         kept = {name: path for name, path in kept.items() if not any(fnmatch(name, result) for result in RESULTS)}
     return kept
@@ -312,7 +320,7 @@ def explain(error: BaseException, repo_id: str) -> str:
             return reason
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "there is no space left on this machine"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return _TOKEN.sub("(token)", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def run_verb(options: argparse.Namespace) -> None:

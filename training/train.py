@@ -5,11 +5,14 @@ The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb an
 
 import gc
 import inspect
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl import TrlParser
 
+from agevlm.store import locked
 from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
@@ -85,19 +88,22 @@ def end_processes() -> None:
 def main(argv: list[str]) -> StageResult:
     """Parse `argv` and run the stage it names."""
     recipe, arguments, training, adapters = parse(argv)
-    result = run_stage(
-        recipe,
-        str(training.output_dir),
-        data=arguments.data,
-        masks=arguments.masks or (),
-        init_from=arguments.init_from,
-        revision=arguments.revision,
-        language=arguments.language,
-        args=training,
-        adapters=adapters,
-        resume=arguments.resume,
-        dry_run=arguments.dry_run,
-    )
+    output_dir = Path(str(training.output_dir))
+    writes = training.process_index == 0 and not arguments.dry_run
+    with locked(output_dir, wait=False) if writes else nullcontext():
+        result = run_stage(
+            recipe,
+            str(output_dir),
+            data=arguments.data,
+            masks=arguments.masks or (),
+            init_from=arguments.init_from,
+            revision=arguments.revision,
+            language=arguments.language,
+            args=training,
+            adapters=adapters,
+            resume=arguments.resume,
+            dry_run=arguments.dry_run,
+        )
     end_processes()
     return result
 

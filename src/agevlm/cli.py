@@ -6,6 +6,7 @@ is frozen by `tests/test_cli.py`.
 
 import difflib
 import errno
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -127,13 +128,23 @@ def one_line(error: OSError) -> str:
 
 
 def main() -> None:
-    """Entry point. A user's mistake prints as one line with status 2, not as a traceback."""
+    """Entry point. A user's mistake prints as one line with status 2, not as a traceback. SIGTERM (a time limit, a
+    container that stops) ends a verb as Ctrl-C does: its clean-up runs."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         dispatch(sys.argv[1:])
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print("agevlm: interrupted; the same command goes on or begins again", file=sys.stderr)
+        sys.exit(128 + number)
     except ValueError as error:
         sys.exit(_refuse(str(error)))
     except OSError as error:
         sys.exit(_refuse(one_line(error)))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _refuse(message: str) -> int:

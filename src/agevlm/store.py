@@ -16,11 +16,21 @@ from pathlib import Path
 from typing import Any, Self
 
 
+_UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(_UMASK)
+
+
 # ---- Whole or absent ----
 
 
 def publish(source: Path, target: Path) -> None:
-    """Renames a finished file, or a finished folder whose place is free, to `target` in one step."""
+    """Renames a finished file, or a finished folder whose place is free, to `target` in one step.
+
+    Files that a library has closed to other users (safetensors) get the permissions that this process gives its own.
+    """
+    for path in source.rglob("*") if source.is_dir() else [source]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
     os.replace(source, target)
 
 
@@ -61,12 +71,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """A folder, made if missing, that one process at a time works in; the others wait."""
+def locked(folder: Path, wait: bool = True) -> Iterator[Path]:
+    """A folder, made if missing, that one process at a time works in; the others wait.
+
+    Raises:
+        ValueError: another process works in it, and `wait` is False.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)
+        if wait:
+            fcntl.flock(place, fcntl.LOCK_EX)
+        else:
+            _lock(place, folder)
         yield folder
     finally:
         os.close(place)

@@ -22,7 +22,7 @@ from agevlm.evaluation.tables import summary_table
 from agevlm.hub_cards import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import weights_digest
-from agevlm.store import read_lines, write_json
+from agevlm.store import locked, read_lines, write_json
 from builders import save_tiny, tiny_model, tiny_processor
 from vlms import llava
 
@@ -292,6 +292,11 @@ def test_a_protocol_of_judges_needs_one(folder, tmp_path):
     assert BENCHMARKS["hallusionbench"]["official"].judged_only
     with pytest.raises(ValueError, match="hallusionbench: the protocol 'official' is scored by a judge alone"):
         evaluate(folder, tmp_path, benchmarks=["hallusionbench"], protocol="official")
+
+
+def test_a_second_run_into_a_folder_is_refused(folder, tmp_path):
+    with locked(tmp_path / "agevlm-tiny"), pytest.raises(ValueError, match=r"another run is writing to .*agevlm-tiny"):
+        main([str(TINY), "--masks", str(folder / "masks.parquet"), "--output", str(tmp_path)])
 
 
 def test_masks_alone_are_measured_without_questions(folder, tmp_path):

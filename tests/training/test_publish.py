@@ -98,7 +98,16 @@ def check_published(hub: HubServer, folder: Path, name: str = "org/m", tag: str 
 
 
 def test_a_push_is_one_private_commit_with_card_and_tag_and_nothing_else(hub, stage):
-    for name in ("optimizer.pt", "training_args.bin", ".env", "notes.log"):
+    foreign = ("optimizer.pt", "training_args.bin", ".env", "notes.log", "credentials.json", "notes.txt", "photo.png")
+    foreign += (
+        "my_script.py",
+        "my_agevlm.py",
+        "stopped-before-step-3.json",
+        "NOTES.md",
+        "other.safetensors",
+        "x.model",
+    )
+    for name in foreign:
         (stage / name).write_text(TOKEN)
     (stage / "checkpoint-2").mkdir()
     (stage / "checkpoint-2" / "config.json").write_text("{}")
@@ -108,7 +117,7 @@ def test_a_push_is_one_private_commit_with_card_and_tag_and_nothing_else(hub, st
     assert (record["status"], record["tag"], record["tries"]) == ("pushed", "stage1-align", 1)
     assert record["commit"] == hub.commits("org/m")[0].oid
     shown = hub.files("org/m")
-    assert not any(name.endswith((".pt", ".bin", ".log", ".env")) or "/" in name for name in shown)
+    assert not any(name in foreign or "/" in name for name in shown)
     assert publish.PUSH_FILE not in shown
     card = shown["README.md"].decode()
     assert 'repo = "org/m"' in card and 'revision="stage1-align"' in card and "![Loss over steps](loss.png)" in card
@@ -500,3 +509,20 @@ def test_trainers_own_push_goes_the_same_way(hub, tmp_path):
     with pytest.raises(ValueError, match="blocking=False"):
         trainer.push_to_hub(blocking=False)
     trainer.release_model()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Illegal header value b'Bearer {}'",
+        'headers: {{"authorization": "Bearer {}"}}',
+        "cannot log in as {}",
+        "https://user:{}@host/x",
+        "{}",
+    ],
+)
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError])
+def test_no_error_is_passed_on_with_a_token_in_it(text, kind):
+    token = "hf_" + "aB3" * 11
+    reason = publish.explain(kind(text.format(token)), "org/m")
+    assert token not in reason and token[3:] not in reason and "(token)" in reason and kind.__name__ in reason

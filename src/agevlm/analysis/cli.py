@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agevlm.arguments import VerbParser, at_least
+from agevlm.store import locked
 
 
 def attention(argv: list[str] | None = None) -> None:
@@ -27,7 +28,8 @@ def attention(argv: list[str] | None = None) -> None:
 
     from .attention import run_verb
 
-    run_verb(arguments)
+    with locked(Path(arguments.output), wait=False):
+        run_verb(arguments)
 
 
 def similarity(argv: list[str] | None = None) -> None:
@@ -42,7 +44,8 @@ def similarity(argv: list[str] | None = None) -> None:
 
     from .similarity import run_verb
 
-    run_verb(arguments)
+    with locked(Path(arguments.output), wait=False):
+        run_verb(arguments)
 
 
 def padding(argv: list[str] | None = None) -> None:
@@ -53,7 +56,8 @@ def padding(argv: list[str] | None = None) -> None:
 
     from .padding import run_verb
 
-    run_verb(arguments)
+    with locked(Path(arguments.output), wait=False):
+        run_verb(arguments)
 
 
 def architecture(argv: list[str] | None = None) -> None:

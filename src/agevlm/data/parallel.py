@@ -1,7 +1,10 @@
 """Runs a function over jobs in processes of their own, in the order of the jobs."""
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +31,7 @@ def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> It
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
     # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
-    with ProcessPoolExecutor(workers, context, setup, arguments) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (setup, *arguments)) as pool:
         try:
             yield pool.map
         except BrokenProcessPool as error:
@@ -38,6 +41,19 @@ def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> It
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start(setup: Callable[..., None], *arguments: Any) -> None:
+    """In a worker: ends it when its parent ends, however that was killed, and prepares its jobs."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    setup(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # workers have one
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def run_jobs(

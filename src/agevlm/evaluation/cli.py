@@ -29,7 +29,7 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks and no other rows)",
+        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows)",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"

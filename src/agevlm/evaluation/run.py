@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from agevlm.hub_cards import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
 from agevlm.stats import mcnemar, paired_difference
-from agevlm.store import check_same, digest, read_json, read_lines, write_json, write_lines, write_text
+from agevlm.store import check_same, digest, locked, read_json, read_lines, write_json, write_lines, write_text
 
 from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
 from .generate import PREDICTIONS, Prediction, generate_predictions
@@ -368,8 +369,8 @@ def run_verb(arguments: argparse.Namespace) -> None:
         raise ValueError("an adapter belongs to one model; call eval once per model")
     if arguments.scenes and arguments.data:
         raise ValueError("--scenes and --data are two places for the same rows; give one")
-    masks_alone = arguments.masks and not (arguments.benchmarks or arguments.data or arguments.scenes)
-    benchmarks = [] if masks_alone else choose(arguments.benchmarks or ["all"], arguments.protocol)
+    asks = arguments.benchmarks or arguments.data or arguments.scenes or not (arguments.masks or arguments.language)
+    benchmarks = choose(arguments.benchmarks or ["all"], arguments.protocol) if asks else []
     output = Path(arguments.output)
     if arguments.scenes:
         data = load_scenes(arguments.scenes, arguments.split, benchmarks)
@@ -389,23 +390,24 @@ def run_verb(arguments: argparse.Namespace) -> None:
             four_bit=arguments.four_bit,
             trust_remote_code=arguments.trust_remote_code,
         )
-        results[name] = evaluate(
-            model,
-            processor,
-            benchmarks,
-            data,
-            output / name,
-            source=source,
-            name=name,
-            weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
-            judge=judge,
-            masked=masked,
-            language=arguments.language,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            strict=arguments.strict,
-        )
+        with locked(output / name, wait=False) if is_main() else nullcontext():
+            results[name] = evaluate(
+                model,
+                processor,
+                benchmarks,
+                data,
+                output / name,
+                source=source,
+                name=name,
+                weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
+                judge=judge,
+                masked=masked,
+                language=arguments.language,
+                limit=arguments.limit,
+                batch_size=arguments.batch_size,
+                max_new_tokens=arguments.max_new_tokens,
+                strict=arguments.strict,
+            )
     if not is_main():
         return
     comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []

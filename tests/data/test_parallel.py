@@ -1,0 +1,55 @@
+"""Processes end with the command that started them, however that ends, and leave no folder behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_workers_end_with_their_command(tmp_path, number, status):
+    out = tmp_path / "scenes"
+    command = [sys.executable, "-m", "agevlm", "data", "scenes", str(out), "--captions", "50000", "--num-proc", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        partial = tmp_path / ".scenes.incomplete"
+        wait_until(lambda: len(children(process.pid)) >= 3 and any(partial.rglob("*.parquet")))  # two and a tracker
+        workers = children(process.pid)
+        process.send_signal(number)
+        assert process.wait(60) == status
+        wait_until(lambda: not any(runs(worker) for worker in workers))
+        assert not out.exists()
+        if number != signal.SIGKILL:
+            assert not partial.exists()
+            assert "agevlm: interrupted" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        for worker in workers if "workers" in locals() else []:
+            if runs(worker):
+                os.kill(worker, signal.SIGKILL)
