@@ -5,7 +5,7 @@ from pathlib import Path
 from agevlm.arguments import VerbParser
 
 from .benchmark import PROTOCOLS
-from .registry import BENCHMARKS
+from .registry import BENCHMARKS, TEXT_ONLY
 
 
 DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
@@ -24,12 +24,12 @@ def evaluate(argv: list[str] | None = None) -> None:
     """
     parser = VerbParser("eval", evaluate.__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id: ours, or any image-text-to-text")
-    known = ", ".join(BENCHMARKS)
+    known, told = ", ".join(BENCHMARKS), ", ".join(TEXT_ONLY)
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks and no other rows)",
+        help=f"all, or out of {known} (default: all; none with --masks and no other rows); text alone: {told}",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
