@@ -20,6 +20,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
     agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
     agevlm eval MODEL... --masks FILE --output DIR                      # where it looks, without questions
+    agevlm eval MODEL... --language TEXT --output DIR                   # perplexity of a text, without questions
     accelerate launch -m agevlm eval MODEL... --output DIR              # several processes
     """
     parser = VerbParser("eval", evaluate.__doc__)
@@ -29,7 +30,8 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks and no other rows); text alone: {told}",
+        help=f"all, or out of {known} (default: all; none with --masks or --language and no other rows); of text "
+        f"alone: {told}",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"

@@ -375,8 +375,9 @@ def run_verb(arguments: argparse.Namespace) -> None:
         raise ValueError("an adapter belongs to one model; call eval once per model")
     if arguments.scenes and arguments.data:
         raise ValueError("--scenes and --data are two places for the same rows; give one")
-    masks_alone = arguments.masks and not (arguments.benchmarks or arguments.data or arguments.scenes)
-    benchmarks = [] if masks_alone else choose(arguments.benchmarks or ["all"], arguments.protocol)
+    others = arguments.masks or arguments.language
+    others_alone = others and not (arguments.benchmarks or arguments.data or arguments.scenes)
+    benchmarks = [] if others_alone else choose(arguments.benchmarks or ["all"], arguments.protocol)
     output = Path(arguments.output)
     if arguments.scenes:
         data = load_scenes(arguments.scenes, arguments.split, benchmarks)
