@@ -286,6 +286,9 @@ def test_language_ability_stands_beside_the_answers(folder, tmp_path):
         assert f"{found['language']['perplexity']:.4g}" in page and "held.txt" in page
     with pytest.raises(ValueError, match=r"holds another run \(language\.text: 'held\.txt' there, None asked"):
         main(call)
+    main([str(folder / "random"), "--language", str(tmp_path / "held.txt"), "--output", str(tmp_path / "alone")])
+    alone = read_metrics(tmp_path / "alone" / "random" / "metrics.json")
+    assert alone["benchmarks"] == {} and alone["language"] == found["language"]
 
 
 def test_a_protocol_of_judges_needs_one(folder, tmp_path):

@@ -12,8 +12,8 @@ from public_data import public_file
 
 from agevlm.evaluation.benchmark import check_row, verdict
 from agevlm.evaluation.inputs import RowError, row_image
-from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import choose, load_published, parse_places
+from agevlm.evaluation.registry import BENCHMARKS, EVERY
+from agevlm.evaluation.run import load_published, parse_places
 from agevlm.evaluation.sources import load_hub, load_local
 from builders import picture, stored
 
@@ -238,4 +238,4 @@ def test_an_empty_folder_says_what_belongs_there(tmp_path):
     with pytest.raises(ValueError, match="unknown benchmark mmlu"):
         parse_places(["mmlu=somewhere"])
     assert parse_places([str(tmp_path), "pope=lmms-lab/POPE"])["pope"] == "lmms-lab/POPE"
-    assert set(parse_places([str(tmp_path)])) == {b.name for b in choose(["all"])}
+    assert set(parse_places([str(tmp_path)])) == set(EVERY)

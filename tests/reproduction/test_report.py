@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.data.scenes.build import build_scenes
+from agevlm.evaluation import told
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import load_scenes
 from agevlm.reproduction import report
@@ -42,8 +43,10 @@ from agevlm.reproduction.prepare import SPLIT
 from agevlm.reproduction.scores import (
     ACCURACY,
     EVENLY,
+    LANGUAGE,
     MASS,
     TABLE_2,
+    TASKS,
     UNREAD,
     Number,
     Scores,
@@ -108,6 +111,29 @@ def test_numbers_are_read_from_the_files(scenes, tmp_path):
     assert scores.best_blind("POPE, says yes") is None
     assert scores.difference("ca-baseline", "agevlm", MASS)["seeds"] == {"0": pytest.approx(15)}
     assert [claim.verdict for claim in claims(scores, {}, {})][:2] == [FAILS, HOLDS]
+
+
+def test_language_ability_is_shown_where_it_was_measured(scenes, tmp_path):
+    (rows,) = load_scenes(scenes, SPLIT, [told.PAPER]).values()
+    stages = [(run.recipe, tmp_path / run.name) for run in chain(ROWS["agevlm"], "tiny", 0)]
+    measured = {0: Trained(write_measured(tmp_path / "new", scenes, 0.4), stages, 0)}
+    before = {0: Trained(write_measured(tmp_path / "old", scenes, 0.2), [], 0)}
+    lines = [{"id": row["id"], "parsed": told.gold(row), "verdict": "correct"} for row in rows]
+    write_lines(tmp_path / "new" / LANGUAGE / "told" / "predictions.jsonl", lines)
+    for stage, (_, folder) in enumerate(stages, start=1):
+        found = {"before": {"perplexity": 2.5}, "after": {"perplexity": 2.5 if stage < 4 else 3.0}}
+        write_json(folder / "agevlm_stage.json", {"language": found})
+    found = {"agevlm": measured, "ca-baseline": before}
+    scores = read_scores(found, scenes)
+    title = TASKS[-1].title
+    assert scores.numbers["agevlm"][title].over_seeds.value() == 100 and title not in scores.numbers["ca-baseline"]
+    assert 0 < scores.best_blind(title)[1] < 100
+    material = report.Material(found, scores, {}, [], list(found))
+    assert report.number_lines([title], material)[1][:3] == [title, "100.0 [100.0, 100.0]", "–"]
+    assert report.language_lines(material) == [
+        ["", "start", "stage 1", "stage 2", "stage 3", "stage 4", "seeds"],
+        ["AGE-VLM", "2.500", "2.500", "2.500", "2.500", "3.000", "1"],
+    ]
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------

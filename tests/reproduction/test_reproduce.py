@@ -24,7 +24,7 @@ from agevlm.reproduction.matrix import (
 )
 from agevlm.reproduction.prepare import draw_scenes, rows_of, save_start, things_named, vocabulary
 from agevlm.reproduction.reproduce import Step, execute
-from agevlm.reproduction.scores import TABLE_2
+from agevlm.reproduction.scores import TABLE_2, TASKS
 from agevlm.training.lineage import read_lineage
 
 
@@ -244,10 +244,11 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     assert files <= {path.name for path in (output / "seed-0" / "stage4-agevlm").iterdir()}
     report = report_of(output)
     assert set(report["numbers"]) == set(QUICKSTART)
+    assert all(TASKS[-1].title in numbers for numbers in report["numbers"].values())
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):
         assert all(ROWS[name].title in shown for name in QUICKSTART)
-        assert "not run" in shown
+        assert "not run" in shown and "Language ability" in shown
         assert "similarity of 8 pairs, padding of 3 pictures" in shown
     assert page.count("<svg") == 2  # two steps a stage log guidance, and no loss
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from agevlm.arguments import VerbParser
 
 from .benchmark import PROTOCOLS
-from .registry import BENCHMARKS
+from .registry import BENCHMARKS, TEXT_ONLY
 
 
 DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
@@ -20,16 +20,17 @@ def evaluate(argv: list[str] | None = None) -> None:
     agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
     agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
     agevlm eval MODEL... --masks FILE --output DIR                      # where it looks, without questions
+    agevlm eval MODEL... --language TEXT --output DIR                   # perplexity of a text, without questions
     accelerate launch -m agevlm eval MODEL... --output DIR              # several processes
     """
     parser = VerbParser("eval", evaluate.__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id: ours, or any image-text-to-text")
-    known = ", ".join(BENCHMARKS)
+    known, told = ", ".join(BENCHMARKS), ", ".join(TEXT_ONLY)
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows)",
+        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows); of text alone: {told}",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"

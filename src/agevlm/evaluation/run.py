@@ -20,7 +20,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
-from agevlm.data.scenes.build import load_benchmark
+from agevlm.data.scenes.build import load_benchmark, load_told
 from agevlm.hub_cards import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
@@ -33,7 +33,7 @@ from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
 from .looking import MASKED, Look, load_masked, marked_rows, measure_looking, summarize
 from .processes import current_device, is_main
-from .registry import BENCHMARKS
+from .registry import BENCHMARKS, EVERY, TEXT_ONLY
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
@@ -46,7 +46,7 @@ FORMAT = 4
 
 
 def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
-    """Benchmarks by name under one protocol; ["all"] is those that have it.
+    """Benchmarks by name under one protocol; ["all"] is those of pictures that have it.
 
     Raises:
         ValueError: an unknown name or protocol, or a benchmark that has no such protocol.
@@ -55,23 +55,30 @@ def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
         raise ValueError(f"unknown protocol {protocol!r}; use {', '.join(PROTOCOLS)}")
     if list(names) == ["all"]:
         return [known[protocol] for known in BENCHMARKS.values() if protocol in known]
-    unknown = [name for name in names if name not in BENCHMARKS]
+    unknown = [name for name in names if name not in EVERY]
     if unknown or not names:
-        known = ", ".join(BENCHMARKS)
+        known = ", ".join(EVERY)
         raise ValueError(f"unknown benchmark {', '.join(unknown) or '(none given)'}; use {known}, or all alone")
-    without = [name for name in names if protocol not in BENCHMARKS[name]]
+    without = [name for name in names if protocol not in EVERY[name]]
     if without:
         raise ValueError(
             f"{without[0]} has no protocol {protocol!r}: that harness does not score it; it has "
-            f"{', '.join(BENCHMARKS[without[0]])}"
+            f"{', '.join(EVERY[without[0]])}"
         )
-    return [BENCHMARKS[name][protocol] for name in names]
+    return [EVERY[name][protocol] for name in names]
 
 
 def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchmark]) -> dict[str, Dataset]:
     """Rows of a folder made by `agevlm data scenes`, by benchmark."""
     where = f"{scenes_dir}, split {split}"
-    return {b.name: prepare(b, load_benchmark(scenes_dir, split, b.name), where) for b in benchmarks}
+    return {
+        b.name: prepare(
+            b,
+            load_told(scenes_dir, split) if b.name in TEXT_ONLY else load_benchmark(scenes_dir, split, b.name),
+            where,
+        )
+        for b in benchmarks
+    }
 
 
 def load_published(
@@ -354,9 +361,9 @@ def parse_places(values: Sequence[str]) -> dict[str, str]:
         if not equals:
             if not Path(value).is_dir():
                 raise ValueError(f"--data {value}: no such folder; give a folder, or NAME=PLACE for one benchmark")
-            places = {**dict.fromkeys(BENCHMARKS, value), **places}
-        elif name not in BENCHMARKS:
-            raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(BENCHMARKS)}")
+            places = {**dict.fromkeys(EVERY, value), **places}
+        elif name not in EVERY:
+            raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(EVERY)}")
         else:
             places[name] = place
     return places

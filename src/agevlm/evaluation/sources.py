@@ -33,9 +33,15 @@ PATHS = ("image", "image_path", "filename")
 
 
 def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
-    """Rows of the published data set (`path`: of another one in the same columns)."""
+    """Rows of the published data set (`path`: of another one in the same columns).
+
+    Raises:
+        ValueError: there is none, or a column is missing.
+    """
     source = benchmark.source
     place = path or source.hub
+    if not place:
+        raise ValueError(f"{benchmark.name} has no published set; use --scenes DIR or --data {benchmark.name}=FILE")
     parts = [load_dataset(place, source.config, split=split) for split in source.splits]
     return prepare(benchmark, concatenate_datasets(parts), place)
 

@@ -176,6 +176,26 @@ ENRICHMENTS: dict[str, Callable[[Any], float | None]] = {
 }
 
 
+def language_lines(material: Material) -> Lines:
+    """The perplexity of answers in words at the start and after each stage, of rows that measured it."""
+    stages = sorted(
+        {recipe.stage for runs in material.found.values() for run in runs.values() for recipe, _ in run.stages}
+    )
+    lines = [["", "start", *(f"stage {stage}" for stage in stages), "seeds"]]
+    for name, runs in material.found.items():
+        values: dict[int, list[float | None]] = {}  # by stage; the start is 0
+        for run in runs.values():
+            for place, (recipe, folder) in enumerate(run.stages):
+                measured = (read_lineage(folder) or {}).get("language") or {}
+                if place == 0:
+                    values.setdefault(0, []).append((measured.get("before") or {}).get("perplexity"))
+                values.setdefault(recipe.stage, []).append((measured.get("after") or {}).get("perplexity"))
+        if any(value is not None for found in values.values() for value in found):
+            cells = [_spread(values.get(stage, []), 3) for stage in (0, *stages)]
+            lines.append([ROWS[name].title, *cells, str(len(runs))])
+    return lines
+
+
 def example_lines(material: Material) -> Lines:
     lines = [["question", "truth", *(ROWS[name].title for name in material.main)]]
     for example in material.examples:
@@ -239,6 +259,12 @@ SECTIONS = (
         "Single tasks",
         "As above. An answer that the strict parsers cannot read counts as wrong.",
         partial(number_lines, [*(answer.title for answer in TASKS), UNREAD]),
+    ),
+    Section(
+        "Language ability",
+        "Perplexity of the answers to 200 yes/no questions about scenes in words, mean over seeds (lowest to "
+        "highest). A guess has 2. Stages 1 to 3 leave a cross-attention model's answers to text alone as they were.",
+        language_lines,
     ),
     Section(
         "Where they look",

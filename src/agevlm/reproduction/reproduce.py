@@ -32,7 +32,7 @@ from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import write_similarity
 from agevlm.analysis.subjects import Subject
 from agevlm.data.scenes.build import load_benchmark
-from agevlm.evaluation import pope
+from agevlm.evaluation import pope, told
 from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
@@ -43,7 +43,7 @@ from agevlm.training.run_stage import run_stage
 from .matrix import ROWS, SIZES, Row, Run, chain, choose_rows, unique
 from .prepare import SPLIT, draw_scenes, prepare_parts, rows_of, save_start
 from .report import write_report
-from .scores import PADDING, SIMILARITY, Trained
+from .scores import LANGUAGE, PADDING, SIMILARITY, Trained
 
 
 MAX_NEW_TOKENS = 32
@@ -75,7 +75,7 @@ class Place:
         return lineage is not None and lineage["status"] == "finished"
 
     def is_measured(self, seed: int, row: Row) -> bool:
-        files = (f"evaluation/{RESULT}", SIMILARITY, PADDING)
+        files = (f"evaluation/{RESULT}", f"{LANGUAGE}/{RESULT}", SIMILARITY, PADDING)
         return all((self.measured(seed, row) / name).is_file() for name in files)
 
 
@@ -100,26 +100,29 @@ def train_step(place: Place, seed: int, run: Run) -> None:
     twin = {} if run.start.twin == "no" else {"variant": "twin", "mask_fraction": 0.0}
     with locked(place.folder(seed, run)) as folder:
         rows = rows_of(place.scenes, run)
-        run_stage(run.recipe.override(**twin), folder, data=rows, init_from=origin, console=Console(quiet=True))
+        recipe, quiet_console = run.recipe.override(**twin), Console(quiet=True)
+        run_stage(recipe, folder, data=rows, init_from=origin, language=place.scenes, console=quiet_console)
 
 
 def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
-    """Benchmarks and looking, similarity, padding of a row's model, which its last run has trained."""
+    """Benchmarks and looking, questions in words, similarity, padding of a row's model, which its last run trained."""
     checkpoint, size = str(place.folder(seed, run)), SIZES[place.size]
     subject = Subject(*load(checkpoint))
     with locked(place.measured(seed, row)) as folder:
-        evaluate_scenes(
-            subject.model,
-            subject.processor,
-            place.scenes,
-            SPLIT,
-            folder / "evaluation",
-            name=row.title,
-            weights=stored_fingerprint(checkpoint),
-            batch_size=50,
-            max_new_tokens=MAX_NEW_TOKENS,
-            progress=False,
-        )
+        for part, benchmarks in (("evaluation", ["all"]), (LANGUAGE, [told.PAPER.name])):
+            evaluate_scenes(
+                subject.model,
+                subject.processor,
+                place.scenes,
+                SPLIT,
+                folder / part,
+                benchmarks=benchmarks,
+                name=row.title,
+                weights=stored_fingerprint(checkpoint),
+                batch_size=50,
+                max_new_tokens=MAX_NEW_TOKENS,
+                progress=False,
+            )
         if not (folder / SIMILARITY).is_file():
             pairs, left_out = load_pairs(place.scenes, size.pairs, distinct=True)
             settings: dict[str, Any] = {"seeds": MISMATCHED_SEEDS, "batch_size": 50, "progress": False}

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from agevlm.evaluation import leaderboard
-from agevlm.evaluation.benchmark import units_of
+from agevlm.evaluation import leaderboard, told
+from agevlm.evaluation.benchmark import Benchmark, Row, units_of
+from agevlm.evaluation.generate import PREDICTIONS
 from agevlm.evaluation.inputs import without_pictures
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import RESULT, load_scenes
@@ -36,6 +37,7 @@ class Trained:
 
 
 SIMILARITY, PADDING = "similarity/similarity.json", "padding.json"  # in the folder of measurements
+LANGUAGE = "language"  # folder of the questions in words
 Found = Mapping[str, Mapping[int, Trained]]  # row -> seed -> what lies there
 # Our row -> the paper's. Our twin stands for ConvLLaVA: one ConvNeXt tower, visual tokens in front of the text.
 _PAPERS = {BASELINE: "CA-Baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "ConvLLaVA"}
@@ -96,6 +98,7 @@ TASKS = (
     Answer("CV-Bench, counting", "cvbench", ("tasks", "Count")),
     Answer("CV-Bench, position", "cvbench", ("tasks", "Relation")),
     Answer("CV-Bench, in front", "cvbench", ("tasks", "Depth")),
+    Answer("yes/no in words, no picture", told.PAPER.name, ("accuracy",)),
 )
 ANSWERS = (*TABLE_2, *TASKS)
 LOOKS = (
@@ -187,24 +190,35 @@ def read_scores(found: Found, scenes: Path) -> Scores:
     for benchmark in benchmarks:
         rows = list(without_pictures(data[benchmark.name]))
         units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
-        lines = {model: read_lines(at / benchmark.name / "predictions.jsonl") for model, at in folders.items()}
-        kept = [i for i in range(len(rows)) if all(line[i]["verdict"] != "skipped" for line in lines.values())]
-        usable = [rows[index] for index in kept]
+        lines = {model: read_lines(at / benchmark.name / PREDICTIONS) for model, at in folders.items()}
+        usable, answers = _read_answers(scores, benchmark, rows, lines)
         asked += [units[row["id"]] for row in usable]
-        made = {}
-        for model, line in lines.items():
-            parsed = [line[index]["parsed"] for index in kept]
-            made[model] = benchmark.all_measures(usable, parsed)
+        for model, parsed in answers.items():
             unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
-        guesses = benchmark.constants(usable)
-        for answer in (answer for answer in ANSWERS if answer.benchmark == benchmark.name):
-            blind = {name: lookup(guess, answer.path) for name, guess in guesses.items()} if answer.is_race else {}
-            scores.blind[answer.title] = {name: value for name, value in blind.items() if value is not None}
-            measures = {model: measure[answer.path] for model, measure in made.items() if answer.path in measure}
-            _add(scores, answer.title, measures, [units[row["id"]] for row in usable])
+    in_words = {model: at.parent / LANGUAGE / told.PAPER.name / PREDICTIONS for model, at in folders.items()}
+    lines = {model: read_lines(file) for model, file in in_words.items() if file.is_file()}  # folders of before: none
+    if lines:
+        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[told.PAPER.name]), lines)
     _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
     _read_looks(scores, folders, units)
     return scores
+
+
+def _read_answers(
+    scores: Scores, benchmark: Benchmark, rows: Sequence[Row], lines: Mapping[Model, Sequence[Any]]
+) -> tuple[list[Row], dict[Model, list[str | None]]]:
+    """The numbers of one benchmark; the rows that no model skipped, and what each model answered to them."""
+    kept = [i for i in range(len(rows)) if all(line[i]["verdict"] != "skipped" for line in lines.values())]
+    usable = [rows[index] for index in kept]
+    answers = {model: [line[index]["parsed"] for index in kept] for model, line in lines.items()}
+    made = {model: benchmark.all_measures(usable, parsed) for model, parsed in answers.items()}
+    guesses, units = benchmark.constants(usable), [benchmark.unit(row) for row in usable]
+    for answer in (answer for answer in ANSWERS if answer.benchmark == benchmark.name):
+        blind = {name: lookup(guess, answer.path) for name, guess in guesses.items()} if answer.is_race else {}
+        scores.blind[answer.title] = {name: value for name, value in blind.items() if value is not None}
+        measures = {model: measure[answer.path] for model, measure in made.items() if answer.path in measure}
+        _add(scores, answer.title, measures, units)
+    return usable, answers
 
 
 def _add(scores: Scores, title: str, measures: Mapping[Model, Measure], units: Sequence[Any]) -> None:

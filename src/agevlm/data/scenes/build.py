@@ -89,10 +89,11 @@ def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:
 
 
 def load_told(folder: str | Path, split: str) -> Dataset:
-    """The pictures of a split in words, each with a question: `id`, `image` (null), `question`, `answer`, `kind`.
+    """The pictures of a split in words, each with a question: `id`, `image` (null), `question`, `answer`, `kind`,
+    `set`.
 
     They come from the rows of HallusionBench, which hold a description of the picture. `answer` is Yes or No, `kind`
-    what was edited in the second picture of a set.
+    what was edited in the second picture of a `set`.
     """
     rows = load_benchmark(folder, split, "hallusionbench").remove_columns(["image", "mask"])
     told = [
@@ -102,10 +103,11 @@ def load_told(folder: str | Path, split: str) -> Dataset:
             "question": f"Scene: {row['gt_answer_details']} {row['question']} Please answer yes or no.",
             "answer": "Yes" if row["gt_answer"] == "1" else "No",
             "kind": row["subcategory"],
+            "set": f"{row['subcategory']}-{row['set_id']}",
         }
         for row in rows
     ]
-    texts = {name: Value("string") for name in ("id", "question", "answer", "kind")}
+    texts = {name: Value("string") for name in ("id", "question", "answer", "kind", "set")}
     return Dataset.from_list(told, features=Features({**texts, "image": ImageFeature()}))
 
 
