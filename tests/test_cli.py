@@ -69,7 +69,7 @@ NEW_OUTPUT = (
     "init", "parts", "data scenes", "data cutouts", "data cambrian", "ground", "ground export", "ground import",
     "convert", "export",
 )  # fmt: skip
-ADDED = {"init": {"cross-attention-position"}, "eval": {"language"}, "serve": {"open-addresses"}}
+ADDED = {"init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"}}
 
 
 def run(*args: str) -> subprocess.CompletedProcess:

@@ -30,7 +30,8 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows); of text alone: {told}",
+        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows); of text alone: "
+        f"{told}",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
