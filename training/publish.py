@@ -1,8 +1,5 @@
 """Finished checkpoints on the Hub: complete in one commit, or not there at all.
 
-    agevlm push runs/agevlm/stage1_align org/agevlm
-    agevlm train stage1_align ... --push_to_hub --hub_model_id org/agevlm     # the same, after the stage's last save
-
 The flags are transformers' own, what they do is not. Trainer's push asks the Hub before training (which then ends the
 run), writes into the finished folder file by file, and pickles the training arguments, token included, next to the
 weights that it uploads. And `upload_folder` (huggingface_hub 2.4 with hf_xet) divides a commit of more than 20 files

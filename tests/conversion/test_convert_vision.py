@@ -1,13 +1,15 @@
 """Published ConvNeXts become the tower's: by name and shape at full width, by value against timm and open_clip.
 
 timm and open_clip are not needed to use the converter. Tests that take a model from them are skipped without them
-(`pip install timm open_clip_torch`); the names they are checked for are written down here, so that the others are not.
+(`pip install timm open_clip_torch`); the names they are checked for are written down in
+`published_towers.py`, so that the others are not.
 """
 
 from collections.abc import Mapping
 
 import pytest
 import torch
+from published_towers import Shapes, random_weights, timm_shapes
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import ConvNextModel
@@ -18,39 +20,6 @@ from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 
 LARGE = {"depths": [3, 3, 27, 3], "widths": [192, 384, 768, 1536]}
 TINY = {"depths": [1, 2, 3, 1], "widths": [8, 16, 24, 32]}
-Shapes = dict[str, tuple[int, ...]]
-
-
-def timm_shapes(depths: list[int], widths: list[int], embedding: int = 768) -> Shapes:
-    """What timm's `convnext_*_mlp` of a CLIP holds, written down from its published checkpoints."""
-    shapes: Shapes = {
-        "stem.0.weight": (widths[0], 3, 4, 4),
-        "stem.0.bias": (widths[0],),
-        "stem.1.weight": (widths[0],),
-        "stem.1.bias": (widths[0],),
-    }
-    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-        if stage:
-            before = widths[stage - 1]
-            shapes |= {f"stages.{stage}.downsample.0.{kind}": (before,) for kind in ("weight", "bias")}
-            shapes[f"stages.{stage}.downsample.1.weight"] = (width, before, 2, 2)
-            shapes[f"stages.{stage}.downsample.1.bias"] = (width,)
-        for block in range(depth):
-            at = f"stages.{stage}.blocks.{block}"
-            shapes[f"{at}.gamma"] = (width,)
-            shapes[f"{at}.conv_dw.weight"] = (width, 1, 7, 7)
-            shapes |= {f"{at}.{name}": (width,) for name in ("conv_dw.bias", "norm.weight", "norm.bias")}
-            shapes[f"{at}.mlp.fc1.weight"], shapes[f"{at}.mlp.fc1.bias"] = (4 * width, width), (4 * width,)
-            shapes[f"{at}.mlp.fc2.weight"], shapes[f"{at}.mlp.fc2.bias"] = (width, 4 * width), (width,)
-    last = widths[-1]
-    return shapes | {
-        "head.norm.weight": (last,),
-        "head.norm.bias": (last,),
-        "head.pre_logits.fc.weight": (last, last),
-        "head.pre_logits.fc.bias": (last,),
-        "head.fc.weight": (embedding, last),
-        "head.fc.bias": (embedding,),
-    }
 
 
 def open_clip_shapes(depths: list[int], widths: list[int], embedding: int = 768) -> Shapes:
@@ -84,12 +53,6 @@ LEFT_OUT = {
     "open_clip": {"pooled norm and head": 5, "text tower": 6},
     "transformers": {"pooled norm and head": 2},
 }
-
-
-def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights under which every tensor shows: LayerScale as published starts at 1e-6 and hides its block."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def reference_map(weights: Mapping[str, torch.Tensor], depths: list[int], picture: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,10 @@
 import io
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from agevlm.data.rows import resolve_inside, validate_row
+from agevlm.data.rows import ROW_FEATURES, resolve_inside, undecoded, validate_row
 
 
 def jpeg(size=(40, 30)) -> bytes:
@@ -92,3 +93,12 @@ def test_paths_cannot_leave_their_root(tmp_path):
     for path in ("../secret", "a/../../secret", str(outside), "link/file"):
         with pytest.raises(ValueError, match="leaves its folder"):
             resolve_inside(root, path)
+
+
+def test_rows_are_left_undecoded_without_a_copy(tmp_path):
+    item = {name: row()[name] for name in ROW_FEATURES}
+    Dataset.from_list([item], features=ROW_FEATURES).to_parquet(tmp_path / "rows.parquet")
+    rows = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    bare = undecoded(rows.select([0]))
+    assert bare[0] == item and bare.cache_files == rows.cache_files
+    assert undecoded(bare) is bare

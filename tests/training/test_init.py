@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from published_towers import random_weights, timm_shapes
 from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,25 +43,6 @@ from builders import picture, tiny_tokenizer
 DEPTHS, WIDTHS = [1, 1, 1, 1], [8, 16, 16, 32]
 
 
-def timm_weights(depths: list[int], widths: list[int]) -> dict[str, torch.Size]:
-    """Names and shapes of timm's ConvNeXt (`tests/conversion/test_convert_vision.py` proves them)."""
-    shapes: dict = {"stem.0.weight": [widths[0], 3, 4, 4]}
-    shapes |= {f"stem.{name}": [widths[0]] for name in ("0.bias", "1.weight", "1.bias")}
-    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-        if stage:
-            before = widths[stage - 1]
-            shapes |= {f"stages.{stage}.downsample.0.{kind}": [before] for kind in ("weight", "bias")}
-            shapes[f"stages.{stage}.downsample.1.weight"] = [width, before, 2, 2]
-            shapes[f"stages.{stage}.downsample.1.bias"] = [width]
-        for block in range(depth):
-            at = f"stages.{stage}.blocks.{block}"
-            shapes |= {f"{at}.{name}": [width] for name in ("gamma", "conv_dw.bias", "norm.weight", "norm.bias")}
-            shapes |= {f"{at}.conv_dw.weight": [width, 1, 7, 7], f"{at}.mlp.fc2.bias": [width]}
-            shapes |= {f"{at}.mlp.fc1.weight": [4 * width, width], f"{at}.mlp.fc1.bias": [4 * width]}
-            shapes |= {f"{at}.mlp.fc2.weight": [width, 4 * width]}
-    return shapes | {"head.norm.weight": [widths[-1]], "head.norm.bias": [widths[-1]]}
-
-
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """A tiny Llama that knows nothing of pictures, with its tokenizer."""
     tokenizer = tokenizer or tiny_tokenizer()
@@ -83,10 +65,8 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -
 
 
 def save_tower(file: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    shapes = timm_weights(DEPTHS, WIDTHS)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}, file)
+    save_file(random_weights(timm_shapes(DEPTHS, WIDTHS)), file)
     return file
 
 
@@ -154,7 +134,7 @@ def test_the_record_says_what_it_was_made_of(start, llama, tower):
     assert record["language_model"]["source"] == llama.name
     assert record["vision_tower"]["source"] == tower.name
     assert record["vision_tower"]["layout"] == "timm"
-    assert record["vision_tower"]["left_out"] == {"pooled norm and head": 2}
+    assert record["vision_tower"]["left_out"] == {"pooled norm and head": 6}
     assert (record["image_size"], record["visual_tokens"], record["cross_attention_layers"]) == (96, 9, [2])
     assert {"torch", "transformers"} <= record["versions"].keys()
     model = AgeVlmForConditionalGeneration.from_pretrained(start)
@@ -233,7 +213,7 @@ def save_large_parts(folder: Path) -> tuple[Path, Path]:
     (llama / "config.json").write_text(json.dumps(text))
     (llama / "model.safetensors").touch()
     header, end = {}, 0
-    for name, shape in timm_weights([3, 3, 27, 3], [192, 384, 768, 1536]).items():
+    for name, shape in timm_shapes([3, 3, 27, 3], [192, 384, 768, 1536]).items():
         size = 4 * torch.Size(shape).numel()
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
         end += size
@@ -297,11 +277,11 @@ def test_towers_that_do_not_fit_are_refused(llama, tmp_path):
     out = tmp_path / "start"
     save_file({"layer1.0.conv1.weight": torch.zeros(2)}, tmp_path / "resnet.safetensors")
     refuse(out, flags(llama, tmp_path / "resnet.safetensors"), r"no known layout.*layer1\.0\.conv1\.weight")
-    five = {name: torch.zeros(shape) for name, shape in timm_weights([1] * 5, [8] * 5).items()}
+    five = {name: torch.zeros(shape) for name, shape in timm_shapes([1] * 5, [8] * 5).items()}
     save_file(five, tmp_path / "five.safetensors")
     refuse(out, flags(llama, tmp_path / "five.safetensors"), "one cell of 64 pixels")
     incomplete = {
-        name: torch.zeros(shape) for name, shape in timm_weights(DEPTHS, WIDTHS).items() if "gamma" not in name
+        name: torch.zeros(shape) for name, shape in timm_shapes(DEPTHS, WIDTHS).items() if "gamma" not in name
     }
     save_file(incomplete, tmp_path / "incomplete.safetensors")
     refuse(out, flags(llama, tmp_path / "incomplete.safetensors"), r"missing: .*layer_scale_parameter")

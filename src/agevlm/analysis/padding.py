@@ -1,7 +1,5 @@
 """How much attention goes to padding, and what other ways of making a picture square change (paper appendix C).
 
-    agevlm analyze padding MODEL DATA --output DIR
-
 Every picture that is not square is shown four ways: as the model's own processor does it (`own`), and made square
 beforehand, so that no processor can know: `pad` (centred on the processor's mean color), `stretch`, `crop`. For each,
 and per layer, the look of the question's tokens gives

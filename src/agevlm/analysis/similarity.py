@@ -1,7 +1,5 @@
 """Do hidden states tell a picture's own text from another's? (paper section 3.1, figure 2)
 
-    agevlm analyze similarity MODEL DATA --output DIR
-
 Every picture goes through the model with its own text and, per seed, with the text of another picture; both times
 image and text states of that one pass are compared. The paper gives one cosine per pair and neither the reduction over
 tokens nor the reason for hidden states; so here:

@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from agevlm.images import open_image
+from agevlm.store import digest
 
 
 IMAGE_PLACEHOLDER = "<|image|>"
@@ -42,17 +43,21 @@ def resolve_inside(root: str | Path, path: str | Path) -> Path:
 
 def undecoded(rows: Dataset) -> Dataset:
     """The rows with pictures and masks as they are stored, {bytes, path}: `open_image` decodes and turns them."""
-    for name, feature in rows.features.items():
-        if (stored := _undecoded(feature)) != feature:
-            rows = rows.cast_column(name, stored)
-    return rows
+    features = Features(_undecoded(dict(rows.features)))
+    if features == rows.features:
+        return rows
+    info = rows.info.copy()
+    info.features = features
+    fingerprint = digest(f"{rows._fingerprint} undecoded", size=8)
+    # Not `cast`: it would write a copy of every row where pictures stand in lists; what is stored is the same
+    return Dataset(rows.data, info, rows.split, rows._indices, fingerprint)
 
 
 def _undecoded(feature: Any) -> Any:
     if isinstance(feature, ImageFeature):
         return ImageFeature(decode=False)
     if isinstance(feature, List):
-        return List(_undecoded(feature.feature))
+        return List(_undecoded(feature.feature), length=feature.length)
     return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
 
 

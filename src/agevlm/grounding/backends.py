@@ -10,10 +10,11 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
+from agevlm.data.rows import undecoded
+
 from .choices import GROUNDERS, ONE_STEP, SEGMENTERS, Published, names
 from .masks import mask_box, read_mask
 from .regions import NO_REGION, Backend, Grounding
-from .rows import Undecoded
 
 
 class TwoSteps:
@@ -69,9 +70,9 @@ class Exact:
         """
         place = {row_id: index for index, row_id in enumerate(data["id"])}
         if "mask" in data.column_names:
-            return cls(place, Undecoded(data, ["mask"]))
+            return cls(place, undecoded(data.select_columns("mask")))
         if "guidance" in data.column_names:
-            return cls(place, Undecoded(data, ["guidance"]))
+            return cls(place, undecoded(data.select_columns("guidance")))
         raise ValueError(
             f"there are no masks in the columns {', '.join(data.column_names)}; name a data set with id and mask "
             "(--masks)"

@@ -14,18 +14,17 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from tqdm import tqdm
 
-from agevlm.data.rows import MASK_FEATURES
+from agevlm.data.rows import MASK_FEATURES, undecoded
 from agevlm.store import replacing, write_json
 
 from .masks import from_segmentation, mask_box, read_mask, to_png, to_rle
-from .rows import Undecoded
 
 
 def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
     """Writes one annotation for every mask; returns how many."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for row in tqdm(Undecoded(masks), desc="export", unit="mask", disable=not progress):
+    for row in tqdm(undecoded(masks), desc="export", unit="mask", disable=not progress):
         if row["mask"] is None:
             continue
         mask = read_mask(row["mask"], row["id"])

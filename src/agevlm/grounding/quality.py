@@ -8,12 +8,12 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from agevlm.data.rows import undecoded
 from agevlm.data.tables import load_table
 
 from .masks import boundary_f, iou, read_mask
 from .output import SUMMARY, read_masks
 from .regions import Grid
-from .rows import Undecoded
 
 
 METRICS = ("iou", "boundary_f", "grid_iou")
@@ -66,7 +66,7 @@ def _by_id(data: Dataset) -> dict[str, Any]:
         raise ValueError(
             f"a set of masks lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}"
         )
-    column = Undecoded(data, ["mask"])
+    column = undecoded(data.select_columns("mask"))
     return {row_id: (column, index) for index, row_id in enumerate(data["id"]) if column[index]["mask"] is not None}
 
 

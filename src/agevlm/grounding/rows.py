@@ -14,27 +14,10 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.rows import IMAGE_PLACEHOLDER
+from agevlm.data.rows import IMAGE_PLACEHOLDER, undecoded
 from agevlm.images import open_header, open_image
 
 from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY
-
-
-class Undecoded(Sequence[dict[str, Any]]):
-    """Rows of a data set with their pictures as {bytes, path}, decoded by nobody.
-
-    Args:
-        columns: the ones to read (default: all).
-    """
-
-    def __init__(self, data: Dataset, columns: list[str] | None = None):
-        self.data = (data.select_columns(columns) if columns else data).with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.data[index : index + 1].to_pylist()[0]
 
 
 def choose_rows(ids: Sequence[str], attempt: int | None, seed: int) -> np.ndarray:
@@ -106,7 +89,7 @@ class Items(TorchDataset):
                 f"the data set lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}. Rows are "
                 "described in data/rows.py"
             )
-        self.data = Undecoded(data, ["id", "images", "messages"])
+        self.data = undecoded(data.select_columns(["id", "images", "messages"]))
         self.places, self.query_source, self.decode = places, query_source, decode
 
     def __len__(self) -> int:

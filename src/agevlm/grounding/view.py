@@ -14,13 +14,13 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 
 from agevlm.data.masks import subset_hash
+from agevlm.data.rows import undecoded
 from agevlm.drawing import outline
 from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 
 from .output import SPLITS, SUMMARY, environment, read_masks
 from .regions import Grid
-from .rows import Undecoded
 
 
 SIDE = 240
@@ -39,12 +39,12 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         masks = read_masks(run, split)
         ids = list(masks["id"])
         first = heapq.nsmallest(count, range(len(ids)), key=lambda index: subset_hash(ids[index]))
-        chosen.extend(Undecoded(masks.select(sorted(first))))
+        chosen.extend(undecoded(masks.select(sorted(first))))
     pictures = {}
     if rows is not None:
         wanted = {row["id"] for row in chosen}
         places = [index for index, row_id in enumerate(rows["id"]) if row_id in wanted]
-        for row in Undecoded(rows.select(places), ["id", "images"]):
+        for row in undecoded(rows.select(places).select_columns(["id", "images"])):
             pictures[row["id"]] = row["images"][0] if row["images"] else None
     summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     page = (

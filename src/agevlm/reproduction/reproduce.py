@@ -1,10 +1,5 @@
 """`agevlm reproduce`: rows of the matrix on scenes, at equal compute and seeds, and one report (sections 3 to 5).
 
-    agevlm quickstart                                  # the paper's three variants into runs/quickstart
-    agevlm reproduce --dry-run                         # the matrix and its runs
-    agevlm reproduce --seeds 0 1 2 --only main
-    agevlm reproduce --only guidance normalization     # more rows into the same folder
-
 Work is a graph of steps (a stage run, the measuring of a row), each of which does nothing where its result lies. A
 step that fails is named, what needs it is left out, the rest goes on. The report holds whatever is finished in the
 folder, and lists what is not. The quickstart is a choice of rows: both verbs go on in each other's folders.

@@ -6,10 +6,11 @@ import itertools
 import json
 import re
 import sys
-import threading
 import urllib.error
 import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,17 +62,12 @@ def test_two_users_at_once_get_their_own_answers(server, example, tmp_path):
     with Image.open(example) as image:
         image.convert("RGB").transpose(Image.Transpose.ROTATE_180).save(turned)
     users = [(example, QUESTION), (turned, OTHER)]
-    answers: dict[int, list[str]] = {}
 
-    def use(index: int) -> None:
-        path, question = users[index]
-        answers[index] = call(server.address, upload(server.address, path.name, path.read_bytes()), question)
+    def use(path: Path, question: str) -> list[str]:
+        return call(server.address, upload(server.address, path.name, path.read_bytes()), question)
 
-    threads = [threading.Thread(target=use, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(use, *zip(*users, strict=True)))
     for index, (path, question) in enumerate(users):
         with Image.open(path) as image:
             expected = alone(server, image.convert("RGB"), question)
@@ -87,17 +83,8 @@ def test_one_model_asked_from_several_threads(example):
     answerers = {"model": Answerer(Subject(*load(example.parents[2] / "checkpoints" / "agevlm-tiny")))}
     images = [picture(seed=seed) for seed in range(3)]
     alone = [[*ask(answerers, image, QUESTION, 3)][-1]["model"] for image in images]
-    together = {}
-    threads = [
-        threading.Thread(
-            target=lambda i=i, image=image: together.update({i: [*ask(answerers, image, QUESTION, 3)][-1]})
-        )
-        for i, image in enumerate(images)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda image: [*ask(answerers, image, QUESTION, 3)][-1], images))
     for index, result in enumerate(alone):
         assert together[index]["model"].tokens == result.tokens
         assert (together[index]["model"].token_weights == result.token_weights).all()
