@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from training_worker import make_rows
-from transformers import TrainerCallback
+from training_worker import Stop, StopAt, make_rows, quick
 
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.language import perplexity, read_held_text
@@ -24,9 +23,7 @@ def held(tmp_path):
 
 
 def run(stage, output, held, callbacks=(), variant="agevlm", start=None, **changes):
-    changes = {"max_steps": 4, "save_steps": 2, "disable_tqdm": True, **changes}
-    recipe = STAGES[stage](size="tiny", variant=variant)
-    recipe = recipe.override(global_batch_size=4, per_device_train_batch_size=4, **changes)
+    recipe = quick(STAGES[stage](size="tiny", variant=variant), rows=4, max_steps=4, save_steps=2, **changes)
     model, processor = start or (tiny_model(), tiny_processor())
     return run_stage(
         recipe, output, data=make_rows(), model=model, processor=processor, language=held, callbacks=callbacks
@@ -60,13 +57,8 @@ def test_measuring_changes_nothing_else(tmp_path, held):
 
 
 def test_an_interrupted_run_keeps_the_number_measured_before(tmp_path, held, monkeypatch):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run("stage4_instruct", tmp_path / "run", held, [Stop()])
+    with pytest.raises(Stop):
+        run("stage4_instruct", tmp_path / "run", held, [StopAt(3)])
     first = json.loads((tmp_path / "run" / "agevlm_stage.json").read_text())["language"]
     assert first["before"]["perplexity"] > 1 and first["after"] is None
     other = tmp_path / "other.txt"
