@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, validate_row
 from agevlm.data.tables import load_table
 from agevlm.grounding import cli as ground
 from agevlm.grounding.coco import read_coco
@@ -136,6 +136,29 @@ def test_files_of_another_form_are_named_with_the_field(tmp_path, images, annota
     with pytest.raises(ValueError, match=f"c.json.*{message}"):
         read_coco(tmp_path / "c.json", tmp_path / "masks.parquet")
     assert not (tmp_path / "masks.parquet").exists()
+
+
+def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
+    picture = Image.new("RGB", (10, 8))
+
+    def row(name, place):
+        picture.save(tmp_path / "p.png")
+        images = [{"bytes": (tmp_path / "p.png").read_bytes(), "path": place}]
+        turns = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": f"A cat {name}."}]
+        return {"id": name, "images": images, "messages": turns}
+
+    rows = Dataset.from_list([row("r1", "coco/a"), row("r2", "coco/a"), row("r3", "b")], features=ROW_FEATURES)
+    write_json(tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": PIECE}]})
+    assert read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows) == 2
+    joined = join_masks(rows, load_table(str(tmp_path / "masks.parquet")))
+    assert [found and found["query"] for found in joined["guidance"]] == ["A cat r1.", "A cat r2.", None]
+    for found in joined:
+        validate_row(found)
+    with pytest.raises(ValueError, match="no file_name, such as 'a', is a picture of the 1 rows, as 'b'"):
+        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows.select([2]))
+    other = Dataset.from_list([row("r1", "coco/a"), row("r2", "vg/a")], features=ROW_FEATURES)
+    with pytest.raises(ValueError, match="'a' may be 'coco/a' or 'vg/a'"):
+        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", other)
 
 
 def test_quality_is_the_mean_of_its_parts_and_refuses_strangers():

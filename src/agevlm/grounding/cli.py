@@ -196,15 +196,22 @@ def export_coco(argv: list[str] | None = None) -> None:
 
 
 def import_coco(argv: list[str] | None = None) -> None:
-    """Read COCO annotations as masks: one for each picture, the union of all."""
+    """Read COCO annotations as masks: one for each picture, the union of all.
+
+    agevlm ground import coco.json --rows mydata --output MASKS.parquet
+    """
     parser = VerbParser("ground import", import_coco.__doc__)
     parser.add_argument("coco", type=Path, help="JSON file with images and annotations")
+    parser.add_argument("--rows", help="data set that shows the pictures: its rows' ids and texts go with the masks")
+    parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text of a row (default: caption)")
     parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
 
+    from agevlm.data.tables import load_table
     from agevlm.grounding.coco import read_coco
 
-    print(f"{read_coco(options.coco, options.output)} masks: {options.output}")
+    rows = load_table(options.rows) if options.rows else None
+    print(f"{read_coco(options.coco, options.output, rows, options.query)} masks: {options.output}")
 
 
 def _add_model(parser: VerbParser, purpose: str) -> None:

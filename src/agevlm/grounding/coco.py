@@ -5,7 +5,7 @@ A picture is one row: its annotations are written with the row's id as `file_nam
 
 import sys
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from agevlm.images import MAX_PIXELS
 from agevlm.store import read_json, replacing, write_json
 
 from .masks import from_segmentation, mask_box, read_mask, to_png, to_rle
-from .rows import Undecoded
+from .rows import Undecoded, find_query
 
 
 def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
@@ -50,12 +50,18 @@ def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
     return len(annotations)
 
 
-def read_coco(path: Path, out: Path) -> int:
+def read_coco(path: Path, out: Path, rows: Dataset | None = None, source: str = "caption") -> int:
     """Writes the masks of a file as Parquet (columns of `MASK_FEATURES`; query and message_index where the file has
     them, else null); returns how many. Pictures whose annotations cover nothing have no mask.
 
+    Args:
+        rows: rows that show the pictures. Their ids take the place of the file's names, and their texts are the
+            queries where the file has none.
+        source: of the query, see `find_query`.
+
     Raises:
-        ValueError: the file is no COCO file; the message names the picture and what is wrong with it.
+        ValueError: the file is no COCO file; the message names the picture and what is wrong with it. Or its pictures
+            are those of no row.
     """
     content = read_json(path)
     images, annotations = (_objects(content, name, path) for name in ("images", "annotations"))
@@ -71,17 +77,53 @@ def read_coco(path: Path, out: Path) -> int:
     names = [_field(image, "file_name", str, path) for image in by_id.values()]
     if len(set(names)) != len(images):
         raise ValueError(f"{path}: images repeat an id or a file_name; masks are joined by it, make it unique")
+    shown = None if rows is None else _rows_by_picture(rows, names, source, path)
     schema = MASK_FEATURES.arrow_schema
-    written = 0
+    written, empty = 0, 0
     with replacing(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for image_id, image in tqdm(by_id.items(), desc="import", unit="picture"):
-            row = _row(image, grouped[image_id], path) if image_id in grouped else None
-            if row is not None:
-                writer.write_table(pa.Table.from_pylist([row], schema=schema))
-                written += 1
-    if empty := len(grouped) - written:
+        for image_id in tqdm(grouped, desc="import", unit="picture"):
+            row = _row(by_id[image_id], grouped[image_id], path)
+            if row is None:
+                empty += 1
+                continue
+            found = [row] if shown is None else [{**row, **_asked(row, text)} for text in shown.get(row["id"], [])]
+            if found:
+                writer.write_table(pa.Table.from_pylist(found, schema=schema))
+            written += len(found)
+    if empty:
         print(f"{empty} pictures have annotations that cover nothing; they get no mask", file=sys.stderr)
     return written
+
+
+def _rows_by_picture(rows: Dataset, names: list[str], source: str, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Id, query and message_index of the rows that show each picture, by its name in the file: the path that a row
+    has for its first picture, or the end of it."""
+    wanted, found = set(names), defaultdict(list)
+    seen: dict[str, str] = {}
+    place = ""
+    for row in Undecoded(rows, ["id", "images", "messages"]):
+        place = (row["images"] or [{}])[0].get("path") or ""
+        parts = PurePosixPath(place).parts
+        name = next((end for end in ("/".join(parts[at:]) for at in range(len(parts))) if end in wanted), None)
+        query = find_query(row["messages"] or [], source)
+        if name is None or query is None:
+            continue
+        if seen.setdefault(name, place) != place:
+            raise ValueError(
+                f"{path}: {name!r} may be {seen[name]!r} or {place!r}; give the file_name as rows have it"
+            )
+        found[name].append({"id": row["id"], "query": query[1], "message_index": query[2]})
+    if not found:
+        raise ValueError(
+            f"{path}: no file_name, such as {next(iter(names), None)!r}, is a picture of the {len(rows)} rows, as "
+            f"{place!r}; give the file_name as rows have it"
+        )
+    return found
+
+
+def _asked(row: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """A row's id, with its text where the mask has none."""
+    return text if row["query"] is None or row["message_index"] is None else {"id": text["id"]}
 
 
 def _objects(content: Any, name: str, path: Path) -> list[dict[str, Any]]:
