@@ -91,6 +91,20 @@ def open_stored(image: Any, where: str, max_pixels: int = MAX_PIXELS, decode: bo
     return _checked(opened, where, max_pixels, decode)
 
 
+def stored_bytes(image: Any) -> bytes:
+    """What decides a stored picture or mask: the bytes of its file, whatever its name; its pixels where it is opened.
+
+    Args:
+        image: as `open_image` takes it, or None.
+    """
+    source = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
+    if isinstance(source, Image.Image):
+        return repr((source.mode, source.size)).encode() + source.tobytes()
+    if isinstance(source, (str, Path)):
+        return Path(source).read_bytes() if os.path.isfile(source) else str(source).encode()
+    return b"" if source is None else bytes(source)
+
+
 @contextmanager
 def _decoding(where: str) -> Iterator[None]:
     """Turns whatever Pillow and its plugins raise into a ValueError that names the place."""

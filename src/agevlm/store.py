@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -141,14 +141,25 @@ def changed_fields(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
     ]
 
 
-def check_same(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run") -> None:
-    """Raises ValueError, naming `place` and all that differs, if the work recorded there is not the one asked for."""
-    if changed := changed_fields(there, as_json(asked)):
+def check_same(
+    place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run", added: Collection[str] = ()
+) -> None:
+    """Compares the work recorded at `place` with the one asked for.
+
+    Args:
+        added: fields that earlier versions did not record. A record without them is taken at its word.
+
+    Raises:
+        ValueError: they differ; the message names `place` and all that differs.
+    """
+    asked = as_json(asked)
+    known = {name: asked[name] for name in added if name in asked and name not in there}
+    if changed := changed_fields({**there, **known}, asked):
         raise ValueError(f"{place} holds another {what} ({'; '.join(changed)}); choose another folder or delete it")
 
 
-def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
-    """Writes what the folder of `file` is for, or finds the same there.
+def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Collection[str] = ()) -> bool:
+    """Writes what the folder of `file` is for, or finds the same there (`check_same`).
 
     Returns:
         Whether it was there: the work can be resumed.
@@ -157,7 +168,7 @@ def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
         ValueError: the folder is for something else.
     """
     if file.is_file():
-        check_same(file.parent, read_json(file), identity, what)
+        check_same(file.parent, read_json(file), identity, what, added)
         return True
     write_json(file, identity)
     return False

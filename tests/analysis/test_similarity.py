@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Image, Value
 from agevlm.analysis import similarity
 from agevlm.analysis.cli import similarity as main
 from agevlm.analysis.pairs import Pair, load_pairs
+from agevlm.analysis.resume import Parts
 from agevlm.analysis.similarity import (
     HIDDEN,
     QUERY_KEY,
@@ -206,6 +207,16 @@ def _stop_after(monkeypatch, batches):
 
     monkeypatch.setattr(similarity, "score_batch", counted)
     return calls
+
+
+def test_a_picture_edited_in_its_file_is_another_run(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"one")
+    arguments = (tmp_path, "similarity", ours().model, [Pair("a", tmp_path / "a.bin", "text")])
+    Parts(*arguments)
+    Parts(*arguments)
+    (tmp_path / "a.bin").write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"parts holds another run \(pairs: "):
+        Parts(*arguments)
 
 
 def test_an_interrupted_run_goes_on_and_says_the_same(tmp_path, monkeypatch):

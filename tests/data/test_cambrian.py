@@ -177,6 +177,43 @@ def test_found_done_or_refused(tmp_path):
     assert not list(tmp_path.glob(".a.partial")) and not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("damage", ["deleted", "cut", "other rows"])
+def test_a_shard_that_is_not_whole_is_named(tmp_path, damage):
+    source, out = write_rows(tmp_path, 8), tmp_path / "out"
+    convert(source, out, rows_per_shard=3, progress=False)
+    shard, other = out / "train-00001-of-00003.parquet", out / "train-00002-of-00003.parquet"
+    if damage == "deleted":
+        shard.unlink()
+    else:
+        shard.write_bytes(other.read_bytes() if damage == "other rows" else shard.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"out has \d rows, its summary" if damage == "other rows" else shard.name):
+        convert(source, out, rows_per_shard=3, progress=False)
+
+
+def test_rows_of_the_same_size_are_another_conversion(tmp_path):
+    source, out = write_rows(tmp_path, 8), tmp_path / "out"
+    convert(source, out, progress=False)
+    source.write_text(source.read_text().replace("A ", "B ", 1))
+    with pytest.raises(ValueError, match=r"out holds another conversion \(content: "):
+        convert(source, out, progress=False)
+
+
+def test_strict_leaves_what_another_call_has_begun(tmp_path, monkeypatch):
+    source, partial = write_rows(tmp_path, 8), tmp_path / ".out.partial"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("agevlm.data.published.convert._finish", interrupt)
+        convert(source, tmp_path / "out", progress=False)
+    there = digests(partial / "work")
+    with pytest.raises(ValueError, match="holds another conversion"):
+        convert(source, tmp_path / "out", strict=True, limit=5, progress=False)
+    assert digests(partial / "work") == there
+    convert(source, tmp_path / "out", progress=False)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_two_at_once_are_refused(tmp_path):
     from filelock import FileLock
 

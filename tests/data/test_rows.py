@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from agevlm.data.rows import ROW_FEATURES, resolve_inside, undecoded, validate_row
+from agevlm.data.rows import ROW_FEATURES, content_digest, resolve_inside, undecoded, validate_row
 
 
 def jpeg(size=(40, 30)) -> bytes:
@@ -40,6 +40,25 @@ def guidance(**changes) -> dict:
 
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
+
+
+def test_the_digest_of_content_changes_with_every_byte_and_with_no_name(tmp_path):
+    def digest_of(picture, text="a", name="x.png", **more):
+        row = {
+            "id": "1",
+            "images": [{"bytes": picture, "path": name}],
+            "messages": [{"role": "user", "content": text}],
+        }
+        return content_digest(Dataset.from_list([{**row, **more}], features=ROW_FEATURES), ["images", "messages"])
+
+    here = digest_of(b"picture")
+    assert digest_of(b"picture", name="y.png") == here
+    (tmp_path / "z.png").write_bytes(b"picture")
+    assert digest_of(None, name=str(tmp_path / "z.png")) == here
+    assert digest_of(b"picture", id="2") == here
+    others = [digest_of(b"picturE"), digest_of(b"picture", "b"), digest_of(b"picture", images=[])]
+    (tmp_path / "z.png").write_bytes(b"pictur3")
+    assert len({here, *others, digest_of(None, name=str(tmp_path / "z.png"))}) == 5
 
 
 def test_valid_rows_pass():

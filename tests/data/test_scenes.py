@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -93,6 +94,14 @@ def test_identical_folder_is_reused_and_any_other_is_refused(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="holds no scenes"):
         build_scenes(tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["captions/train", "masks/instructions", "benchmarks/name/pope"])
+def test_a_file_that_is_missing_is_named(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / f"out/{name}.parquet").unlink()
+    with pytest.raises(ValueError, match=f"{name}.parquet is missing"):
+        build_scenes(tmp_path / "out", **SMALL)
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):

@@ -2,12 +2,15 @@
 differences, the results page; what it resumes and refuses.
 """
 
+import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hub_server import HubServer, connect
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from rich.console import Console
 
 from agevlm.data.scenes.build import build_scenes, load_benchmark
@@ -185,6 +188,35 @@ def test_a_folder_is_resumed_returned_or_refused(folder, tmp_path, monkeypatch, 
     write_json(path, {**again, "format": 2})
     assert evaluate(folder, tmp_path)["format"] == 2
     assert f"has format 2, this version writes {run.FORMAT}" in capsys.readouterr().err
+
+
+def painted(rows, column):
+    """The rows with other pictures or masks of the same size under the same ids."""
+
+    def turned(cell):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(cell["bytes"])).rotate(180).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    cells = [cell and turned(cell) for cell in rows.with_format("arrow")[:][column].to_pylist()]
+    feature = rows.features[column]
+    return rows.remove_columns(column).add_column(column, pa.array(cells, feature.pa_type), feature=feature)
+
+
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_other_pictures_and_masks_are_another_run(folder, tmp_path, monkeypatch, column):
+    """Under the same ids, sizes and questions: of the benchmark, and of `--masks`."""
+    masked = load_masked(folder / "masks.parquet").select(range(3))
+    first = evaluate(folder, tmp_path, benchmarks=["pope"], masked=masked)
+    assert evaluate(folder, tmp_path, benchmarks=["pope"], masked=masked) == first
+    with pytest.raises(ValueError, match=r"holds another run \(masked_pictures: "):
+        evaluate(folder, tmp_path, benchmarks=["pope"], masked=painted(masked, column))
+    monkeypatch.setattr(run, "load_benchmark", lambda *place: painted(load_benchmark(*place), column))
+    with pytest.raises(ValueError, match=r"holds another run \(pictures.pope: "):
+        evaluate(folder, tmp_path, benchmarks=["pope"], masked=masked)
+    (tmp_path / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"pope holds another run \(pictures: "):
+        evaluate(folder, tmp_path, benchmarks=["pope"], masked=masked)
 
 
 def test_limit_choice_and_training_mode(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Masks: polygons of every kind, boxes, morphology, comparisons, COCO's run lengths."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -113,7 +114,20 @@ def test_run_lengths_give_the_mask_back(mask):
         ({"counts": [1]}, "list of polygons"),
         ({"size": [3, 3], "counts": [9]}, "3 x 3"),
         ({"size": [4, 5], "counts": [9]}, "add up"),
-        ({"size": [4, 5], "counts": [-5, 25]}, "add up"),
+        ({"size": [4, 5], "counts": [-5, 25]}, "whole numbers"),
+        ({"size": [4, 5], "counts": [0.5, 19.5]}, "whole numbers"),
+        ({"size": [4, 5], "counts": 20}, "whole numbers"),
+        ({"size": 4, "counts": [20]}, "height, width"),
+        ({"size": [4, 5], "counts": "09"}, "add up to 9"),
+        ({"size": [4, 5], "counts": "d"}, "end within a number"),
+        ({"size": [4, 5], "counts": "0 1"}, "no run lengths"),
+        ({"size": [4, 5], "counts": "\u00e9"}, "no run lengths"),
+        ({"size": [4, 5], "counts": "o" * 40}, "no run lengths"),
+        ([[1, 1], [4, 1], [4, 3]], "a list of points"),
+        ([1, 1, 4, 1, 4, 3], "flat list of numbers"),
+        ([[1, 1, 4, 1, 4, math.nan]], "flat list of numbers"),
+        ([[{"x": 1, "y": 1}]], "flat list of numbers"),
+        (None, "list of polygons"),
     ],
 )
 def test_a_segmentation_that_does_not_fit_is_refused(segmentation, told):

@@ -23,6 +23,7 @@ from agevlm.grounding.journal import BatchJournal, Journals, read
 from agevlm.grounding.masks import iou, mask_box, to_png
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 from agevlm.grounding.regions import Grounding
+from agevlm.grounding.rows import Undecoded
 from agevlm.grounding.runner import ground
 from agevlm.images import open_image
 from agevlm.processing import AgeVlmImageProcessorPil
@@ -349,6 +350,30 @@ def test_a_split_without_rows_is_no_obstacle(tmp_path, filters, split):
     found = load_dataset(str(tmp_path / "out"))
     assert {name: data.num_rows for name, data in found.items()} == {split: 4}
     assert [len(read_masks(tmp_path / "out", name)) for name in ("kept", "rejected")].count(0) == 1
+
+
+OTHERS = {
+    "caption": lambda old: row(old["id"], old["images"][0], "a red mango"),
+    "picture": lambda old: {**old, "images": [png((12, 12), "L")]},
+}
+
+
+@pytest.mark.parametrize("what", [*OTHERS, "settings"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_content_under_the_same_ids_is_another_run(tmp_path, what, finished):
+    rows, masks = _many(3)
+    settings = {"settings": {"max_new_tokens": 3}}
+    run(rows, tmp_path, exact(masks), **settings)
+    if not finished:
+        (tmp_path / "summary.json").unlink()
+        next((tmp_path / "journal").iterdir()).unlink()
+    other = rows_of([OTHERS[what](old) for old in Undecoded(rows)]) if what in OTHERS else rows
+    asked = settings if what in OTHERS else {"settings": {"max_new_tokens": 4}}
+    with pytest.raises(
+        ValueError, match="content: " if what in OTHERS else "settings.max_new_tokens: 3 there, 4 asked"
+    ):
+        run(other, tmp_path, exact(masks), **asked)
+    assert run(rows, tmp_path, exact(masks), **settings)["attempted"] == 3
 
 
 def test_other_filters_write_anew_without_the_backend_and_another_run_is_refused(tmp_path):

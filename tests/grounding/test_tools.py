@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, validate_row
 from agevlm.data.tables import load_table
 from agevlm.grounding import cli as ground
 from agevlm.grounding.coco import read_coco
@@ -18,6 +18,7 @@ from agevlm.grounding.output import read_masks
 from agevlm.grounding.quality import compare, load_masks, measure_quality
 from agevlm.grounding.rows import find_query
 from agevlm.processing import AgeVlmImageProcessorPil
+from agevlm.store import write_json
 
 
 GRID = AgeVlmImageProcessorPil(size={"height": 96, "width": 96})
@@ -93,12 +94,71 @@ def test_other_tools_annotations_are_united_and_bad_ones_named(tmp_path):
     assert mask.shape == (8, 10) and mask[:4, :4].all() and mask[:, 9].all() and mask.sum() == 16 + 8
     annotations[1]["segmentation"]["size"] = [8, 11]
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    with pytest.raises(ValueError, match="image 7: a segmentation of 11 x 8 on a picture of 10 x 8"):
+    with pytest.raises(ValueError, match="image 7, annotation 2: a segmentation of 11 x 8 on a picture of 10 x 8"):
         read_coco(path, tmp_path / "other.parquet")
     assert not (tmp_path / "other.parquet").exists()
     path.write_text("[]")
     with pytest.raises(ValueError, match="no COCO file"):
         read_coco(path, tmp_path / "other.parquet")
+
+
+PIECE = [[0, 0, 3, 0, 3, 3, 0, 3]]
+IMAGE = {"id": 7, "file_name": "a", "width": 10, "height": 8}
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[], [[1, 1, 2, 2]], [[90, 90, 99, 90, 99, 99]], {"size": [8, 10], "counts": [80]}]
+)
+def test_annotations_of_no_area_give_no_mask_and_are_counted(tmp_path, segmentation, capsys):
+    write_json(
+        tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": segmentation}]}
+    )
+    assert read_coco(tmp_path / "c.json", tmp_path / "masks.parquet") == 0
+    assert "1 pictures have annotations that cover nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images, annotation, message", [
+    ([IMAGE], {"image_id": 9}, "1 image_id of annotations are the id of no image, e.g. 9"),
+    ([IMAGE], {"image_id": "7"}, "e.g. '7'; its images have ids as 7"),
+    (["a.png"], {}, "images hold 'a.png', expected objects"),
+    ({"7": IMAGE}, {}, "needs the lists"),
+    ([{**IMAGE, "id": None}], {}, "the field id of .* is None"),
+    ([{**IMAGE, "width": "10"}], {}, "the field width of .* is '10'"),
+    ([{**IMAGE, "width": 10**7, "height": 10**7}], {}, "10000000 x 10000000 pixels"),
+    ([{**IMAGE, "width": -1, "height": -1}], {}, "-1 x -1 pixels"),
+    ([IMAGE, {**IMAGE, "id": 8}], {}, "repeat an id or a file_name"),
+    ([IMAGE], {"message_index": "x"}, "the field message_index of .* is 'x'"),
+    ([IMAGE], {"segmentation": {"size": [8, 10], "counts": "0"}}, "image 7, annotation None: run lengths"),
+])  # fmt: skip
+def test_files_of_another_form_are_named_with_the_field(tmp_path, images, annotation, message):
+    annotation = {"image_id": 7, "segmentation": PIECE, **annotation}
+    write_json(tmp_path / "c.json", {"images": images, "annotations": [annotation]})
+    with pytest.raises(ValueError, match=f"c.json.*{message}"):
+        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet")
+    assert not (tmp_path / "masks.parquet").exists()
+
+
+def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
+    picture = Image.new("RGB", (10, 8))
+
+    def row(name, place):
+        picture.save(tmp_path / "p.png")
+        images = [{"bytes": (tmp_path / "p.png").read_bytes(), "path": place}]
+        turns = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": f"A cat {name}."}]
+        return {"id": name, "images": images, "messages": turns}
+
+    rows = Dataset.from_list([row("r1", "coco/a"), row("r2", "coco/a"), row("r3", "b")], features=ROW_FEATURES)
+    write_json(tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": PIECE}]})
+    assert read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows) == 2
+    joined = join_masks(rows, load_table(str(tmp_path / "masks.parquet")))
+    assert [found and found["query"] for found in joined["guidance"]] == ["A cat r1.", "A cat r2.", None]
+    for found in joined:
+        validate_row(found)
+    with pytest.raises(ValueError, match="no file_name, such as 'a', is a picture of the 1 rows, as 'b'"):
+        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows.select([2]))
+    other = Dataset.from_list([row("r1", "coco/a"), row("r2", "vg/a")], features=ROW_FEATURES)
+    with pytest.raises(ValueError, match="'a' may be 'coco/a' or 'vg/a'"):
+        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", other)
 
 
 def test_quality_is_the_mean_of_its_parts_and_refuses_strangers():

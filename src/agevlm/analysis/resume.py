@@ -6,16 +6,16 @@ with the reason, unless strict.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from agevlm.images import stored_bytes
 from agevlm.models import weights_digest
 from agevlm.store import claim, digest, replacing
 
@@ -129,9 +129,9 @@ def failures(pairs: Sequence[Pair], rows: Iterable[Row]) -> list[dict[str, str]]
 
 
 def _pairs_digest(pairs: Sequence[Pair]) -> str:
-    def piece(source: Any) -> bytes | str:
-        if isinstance(source, Image.Image):
-            return digest((repr((source.mode, source.size)), source.tobytes()))
-        return digest(source if isinstance(source, bytes) else str(source))
+    def pieces(pair: Pair) -> Iterator[bytes | str]:
+        yield from (pair.id, pair.text)
+        for image in (pair.picture, pair.outline):
+            yield "None" if image is None else stored_bytes(image)
 
-    return digest(piece(source) for pair in pairs for source in (pair.id, pair.text, pair.picture, pair.outline))
+    return digest(digest(piece) for pair in pairs for piece in pieces(pair))

@@ -5,7 +5,8 @@ picture's place; `guidance` (or null) says which text (`query`, inside message `
 part (`mask`) of the first picture.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from agevlm.images import open_image
+from agevlm.images import open_image, stored_bytes
 from agevlm.store import digest
 
 
@@ -59,6 +60,37 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
     return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
+
+
+def content_digest(rows: Dataset, columns: Sequence[str]) -> str:
+    """A digest of all that columns of texts, pictures and masks hold; columns that are not there count as such.
+
+    Files of pictures count by their bytes. Nothing is decoded.
+    """
+    there = [name for name in columns if name in rows.column_names]
+
+    def pieces() -> Iterator[str | bytes]:
+        yield json.dumps(there)
+        for batch in rows.select_columns(there).with_format("arrow").iter(batch_size=64) if there else ():
+            for name in there:
+                for value in batch[name].to_pylist():
+                    yield from _content(value)
+
+    return digest(pieces())
+
+
+def _content(value: Any) -> Iterator[str | bytes]:
+    """Text and bytes of a value, each with its length, so that none can pass for two."""
+    if isinstance(value, Mapping) and "bytes" in value:
+        stored = stored_bytes(value)
+        yield f"{len(stored)} bytes"
+        yield stored
+    elif isinstance(value, (Mapping, list)):
+        yield json.dumps(list(value) if isinstance(value, Mapping) else len(value))
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _content(part)
+    else:
+        yield json.dumps(value, default=str)
 
 
 def validate_row(row: Mapping[str, Any], where: str = "row") -> None:

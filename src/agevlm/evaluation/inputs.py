@@ -18,6 +18,9 @@ from agevlm.models import encode, messages, render
 from .benchmark import Row
 
 
+PICTURES = ("image", "mask")  # columns
+
+
 class RowError(ValueError):
     """A row that cannot be used; the message names it."""
 
@@ -44,7 +47,7 @@ class Question:
 
 def without_pictures(rows: Dataset) -> Iterator[Row]:
     """The rows without their `image` and `mask` columns: scoring needs neither."""
-    return iter(rows.remove_columns([name for name in ("image", "mask") if name in rows.column_names]))
+    return iter(rows.remove_columns([name for name in PICTURES if name in rows.column_names]))
 
 
 def picture_key(row: Row) -> Any:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from rich.console import Console
 
+from agevlm.data.rows import content_digest
 from agevlm.data.scenes.build import load_benchmark, load_told
 from agevlm.hub_cards import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
@@ -29,6 +30,7 @@ from agevlm.store import check_same, digest, locked, read_json, read_lines, writ
 
 from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
 from .generate import PREDICTIONS, Prediction, generate_predictions
+from .inputs import PICTURES
 from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
 from .looking import MASKED, Look, load_masked, marked_rows, measure_looking, summarize
@@ -166,6 +168,7 @@ def evaluate(
         "images": digest(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)),
         "limit": limit,
     }
+    pictures = {name: content_digest(rows, PICTURES) for name, rows in data.items()}
     whole = {
         **identity,
         **source,
@@ -175,6 +178,8 @@ def evaluate(
         "judge": judge.digest if judge is not None else None,
         "rows": {name: rows_digest(rows) for name, rows in data.items()},
         "masked": rows_digest(masked) if masked is not None else None,
+        "pictures": pictures,
+        "masked_pictures": content_digest(masked, PICTURES) if masked is not None else None,
     }
     held = None if language is None else read_held_text(language, processor)
     if held is not None:  # folders of before know nothing of it
@@ -194,7 +199,7 @@ def evaluate(
     layers = list(model.config.cross_attention_layers) if looks else []
     start, was_training = time.monotonic(), model.training
     settings: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "progress": progress}
-    answers: dict[str, Any] = {"identity": identity, "max_new_tokens": max_new_tokens, "looks": looks}
+    answers: dict[str, Any] = {"max_new_tokens": max_new_tokens, "looks": looks}
     results: Metrics = {}
     pooled: list[Look] = []
     marked = 0
@@ -202,6 +207,7 @@ def evaluate(
     try:
         for benchmark in benchmarks:
             rows, folder = data[benchmark.name], output / benchmark.name
+            answers["identity"] = {**identity, "pictures": pictures[benchmark.name]}
             predictions, records = generate_predictions(
                 model, processor, benchmark, rows, folder, **answers, **settings
             )
@@ -322,7 +328,7 @@ def _read_finished(path: Path, identity: dict) -> Metrics | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    check_same(path.parent, found.get("identity", {}), identity)
+    check_same(path.parent, found.get("identity", {}), identity, added=("pictures", "masked_pictures"))
     if found.get("format") != FORMAT and is_main():
         print(
             f"{path} has format {found.get('format')}, this version writes {FORMAT}: it has other metrics, and "

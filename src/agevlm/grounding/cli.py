@@ -60,6 +60,7 @@ def ground(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
+    from agevlm.data.rows import content_digest
     from agevlm.data.tables import load_table
     from agevlm.grounding.backends import Exact, load_backend
     from agevlm.grounding.runner import ground as make_masks
@@ -70,9 +71,20 @@ def ground(argv: list[str] | None = None) -> None:
     with state.main_process_first():  # one writes the cache, the others find it
         rows = load_table(options.dataset, options.split)
 
+    settings = {
+        "grounder": _weights(options.grounder),
+        "grounder_revision": options.grounder_revision,
+        "segmenter": _weights(options.segmenter),
+        "segmenter_revision": options.segmenter_revision,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    if options.backend == "exact":
+        masks = load_table(options.masks) if options.masks else rows
+        settings = {"masks": content_digest(masks, ["id", "mask", "guidance"])}
+
     def make_backend() -> Any:
         if options.backend == "exact":
-            return Exact.of(load_table(options.masks) if options.masks else rows)
+            return Exact.of(masks)
         return load_backend(
             options.backend,
             grounder=options.grounder,
@@ -98,6 +110,7 @@ def ground(argv: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         num_workers=options.workers,
         strict=options.strict,
+        settings=settings,
     )
     if summary is not None:
         reasons = ", ".join(f"{name} {count:,}" for name, count in summary["status"].items())
@@ -108,6 +121,13 @@ def ground(argv: list[str] | None = None) -> None:
             print(f"{options.keep - summary['kept']:,} fewer than asked for: raise --attempt", file=sys.stderr)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _weights(name: str | None) -> str | None:
+    """What a model is known by: the fingerprint of a folder's weights, else its name."""
+    from agevlm.hub_cards import weights_fingerprint
+
+    return weights_fingerprint(name) if name is not None and Path(name).is_dir() else name
 
 
 def _grid(checkpoint: str | None) -> Any:
@@ -176,15 +196,22 @@ def export_coco(argv: list[str] | None = None) -> None:
 
 
 def import_coco(argv: list[str] | None = None) -> None:
-    """Read COCO annotations as masks: one for each picture, the union of all."""
+    """Read COCO annotations as masks: one for each picture, the union of all.
+
+    agevlm ground import coco.json --rows mydata --output MASKS.parquet
+    """
     parser = VerbParser("ground import", import_coco.__doc__)
     parser.add_argument("coco", type=Path, help="JSON file with images and annotations")
+    parser.add_argument("--rows", help="data set that shows the pictures: its rows' ids and texts go with the masks")
+    parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text of a row (default: caption)")
     parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
 
+    from agevlm.data.tables import load_table
     from agevlm.grounding.coco import read_coco
 
-    print(f"{read_coco(options.coco, options.output)} masks: {options.output}")
+    rows = load_table(options.rows) if options.rows else None
+    print(f"{read_coco(options.coco, options.output, rows, options.query)} masks: {options.output}")
 
 
 def _add_model(parser: VerbParser, purpose: str) -> None:

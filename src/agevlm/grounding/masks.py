@@ -5,6 +5,7 @@ excluded. Polygons are flat lists [x0, y0, x1, y1, ...]; an instance is a list o
 """
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,20 +140,58 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         ValueError: it is none of them, or does not fit the size.
     """
     if isinstance(segmentation, list):
+        for piece in segmentation:
+            if not isinstance(piece, list) or not all(_is_number(value) for value in piece):
+                raise ValueError(f"a polygon is a flat list of numbers [x0, y0, x1, y1, ...], got {piece!r:.80}")
+        if segmentation and all(len(piece) == 2 for piece in segmentation):
+            raise ValueError(
+                f"a list of points; write one flat list [x0, y0, x1, y1, ...] in a list: {segmentation!r:.80}"
+            )
         return draw_polygons(segmentation, size)
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         raise ValueError(f"a segmentation is a list of polygons or {{size, counts}}, got {segmentation!r:.80}")
-    height, width = segmentation["size"]
-    if (width, height) != size:
-        raise ValueError(f"a segmentation of {width} x {height} on a picture of {size[0]} x {size[1]}; use one size")
+    (width, height), stored = size, segmentation["size"]
+    if not isinstance(stored, list) or len(stored) != 2:
+        raise ValueError(f"the size of a segmentation is [height, width], got {stored!r:.80}")
+    if stored != [height, width]:
+        raise ValueError(
+            f"a segmentation of {stored[1]} x {stored[0]} on a picture of {width} x {height}; use one size"
+        )
     counts = segmentation["counts"]
-    if isinstance(counts, list):
-        if sum(counts) != width * height or min(counts, default=0) < 0:
-            raise ValueError(f"run lengths that add up to {sum(counts)}, not to {width} x {height} pixels")
-        runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return runs.reshape(width, height).T
-    encoded = counts.encode("ascii") if isinstance(counts, str) else counts
-    return _pycocotools().decode({"size": [height, width], "counts": encoded}).astype(bool)
+    runs = _run_lengths(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise ValueError(f"counts are run lengths, whole numbers or COCO's text of them, got {counts!r:.80}")
+    if sum(runs) != width * height:
+        raise ValueError(f"run lengths that add up to {sum(runs)}, not to {width} x {height} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's text of run lengths: 5 bits a letter, the lowest first, bit 6 while more follow; from the fourth run on
+    the difference to the run before the last.
+
+    Raises:
+        ValueError: a letter that the text cannot hold, or an end within a number.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError(f"counts are no run lengths: {text!r:.80}")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (1 << shift) if code & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError(f"counts end within a number: {text!r:.80}")
+    return runs
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pycocotools() -> Any:

@@ -6,16 +6,18 @@ also with another number of processes. The main process writes the output when a
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from agevlm.data.rows import content_digest
 from agevlm.store import check_same, digest, read_json, write_json
 
 from .choices import QUERY_SOURCES
@@ -47,6 +49,7 @@ def ground(
     num_workers: int = 0,
     strict: bool = False,
     progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Grounds `rows` and writes `out`, or goes on where it was stopped.
 
@@ -57,6 +60,7 @@ def ground(
         attempt: how many rows to try, by a hash of their ids (None: all).
         num_workers: processes that read and decode ahead.
         strict: stop at a row that cannot be used instead of recording it.
+        settings: what else decides the backend's masks.
 
     Returns:
         The content of `summary.json`; None in all processes but the main one.
@@ -82,6 +86,8 @@ def ground(
     }
     places = choose_rows(ids, attempt, filters.seed)
     del ids
+    content = [content_digest(rows.select(places), ["images", "messages"]) if state.is_main_process else None]
+    manifest |= {"content": broadcast_object_list(content)[0], "settings": dict(settings or {})}
     found = _read_manifest(out, manifest)
     schema = JOURNAL_FEATURES.arrow_schema
     done = Journals(out / JOURNALS, schema).indices if found else np.zeros(0, np.int64)
@@ -131,8 +137,9 @@ def _read_manifest(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None
             raise ValueError(f"{out} is in use and holds no run of `agevlm ground`; choose another folder")
         return None
     found = read_json(path)
-    # A moved data set is the same one: its ids say so. Revisions are known once the backend is there.
-    check_same(out, {**found, "dataset": None, "revisions": None}, {**manifest, "dataset": None})
+    # A moved data set is the same one: its content says so. Revisions are known once the backend is there.
+    asked = {**manifest, "dataset": None}
+    check_same(out, {**found, "dataset": None, "revisions": None}, asked, added=("content", "settings"))
     return found
 
 

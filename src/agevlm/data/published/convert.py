@@ -38,7 +38,7 @@ from .records import DROPPED, REMARKED, REPAIRED, BadRow
 from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
 
 
-FORMAT = 1  # raise when the same arguments would give other rows
+FORMAT = 2  # raise when the same arguments would give other rows
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
 
 
@@ -60,7 +60,7 @@ def convert(
         images: folders and archives of the pictures. Default: beside the JSON file.
         workers: processes; with more than one, a script must guard its main part (`__main__`).
         limit: convert the first rows only.
-        strict: stop at the first row that would be dropped, and leave nothing.
+        strict: stop at the first row that would be dropped, and leave nothing that this call has begun.
         rows_per_shard: rows of the source per shard.
 
     Returns:
@@ -79,6 +79,7 @@ def convert(
     identity = _identity(opened, limit, rows_per_shard)
     if out.exists() and any(out.iterdir()):
         return _finished(out, identity)
+    is_new = not (partial / "work" / "plan.json").exists()
     (partial / "work").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(partial / "work" / "lock", timeout=0):
@@ -90,7 +91,7 @@ def convert(
     except Timeout:
         raise ValueError(f"another process is converting into {out}; wait for it, or choose another folder") from None
     except ValueError:
-        if strict:
+        if strict and is_new:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return summary
@@ -268,12 +269,13 @@ def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) 
 
 
 def _identity(source: Source, limit: int | None, rows_per_shard: int) -> dict[str, Any]:
-    """What decides the result, without the names of this machine's folders."""
+    """What decides the result: the rows by content, the pictures by the names of their folders."""
     roots = "\n".join(map(str, source.store.folders + source.store.named))
     return {
         "format": FORMAT,
         "source": source.name,
         "size": source.size,
+        "content": source.digest(),
         "images": digest(roots, size=8),
         "limit": limit,
         "rows_per_shard": rows_per_shard,
@@ -285,4 +287,22 @@ def _finished(out: Path, identity: dict) -> dict[str, Any]:
     if "conversion" not in summary:
         raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
     check_same(out, summary["conversion"], identity, "conversion")
+    return check_whole(out, summary)
+
+
+def check_whole(out: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished conversion.
+
+    Raises:
+        ValueError: a shard is missing, cut off, or of other rows.
+    """
+    rows = 0
+    for index in range(summary["shards"]):
+        shard = _shard(out, index, summary["shards"])
+        try:
+            rows += pq.read_metadata(shard).num_rows
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{shard} is missing or damaged ({error}); delete {out} to convert again") from error
+    if rows != summary["rows"]:
+        raise ValueError(f"{out} has {rows} rows, its summary {summary['rows']}; delete it to convert again")
     return summary

@@ -11,9 +11,9 @@ import datasets
 from filelock import FileLock
 from tqdm import tqdm
 
-from agevlm.store import digest
+from agevlm.store import digest, read_json
 
-from .convert import convert
+from .convert import FORMAT, check_whole, convert
 from .sources import DatasetSource, Source, open_source
 
 
@@ -39,7 +39,7 @@ def prepare(data: str | Path, part: str) -> str:
     target.parent.mkdir(exist_ok=True)
     with FileLock(target.with_suffix(".lock")):  # the other processes wait and find it done
         is_new = not target.exists()
-        summary = convert(source, target)
+        summary = convert(source, target) if is_new else check_whole(target, read_json(target / "summary.json"))
     if is_new:
         dropped = ", ".join(f"{kind} {count:,}" for kind, count in summary["dropped"].items()) or "none"
         tqdm.write(f"{data}: {summary['rows']:,} rows to train on; dropped: {dropped}. List: {target}/bad_rows.jsonl")
@@ -52,4 +52,4 @@ def _identity(source: Source) -> str:
         facts = [source.name, source.dataset._fingerprint]
     else:
         facts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in source.paths]
-    return digest("\n".join(facts), size=8)
+    return digest("\n".join([f"format {FORMAT}", *facts]), size=8)

@@ -16,7 +16,9 @@ from datasets import Dataset
 from PIL import Image
 
 from agevlm.data.duplicates import hash64
+from agevlm.data.rows import content_digest
 from agevlm.data.tables import BELOW, IN_ROOT, load_table, split_files
+from agevlm.store import digest
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
@@ -84,6 +86,10 @@ class JsonSource:
         self.path, self.paths, self.store = path, [path], store
         self.name, self.size = path.name, path.stat().st_size
 
+    def digest(self) -> str:
+        """Of the rows as they are stored."""
+        return _files_digest(self.paths)
+
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         return plan_chunks(self.path, size, limit)
 
@@ -99,6 +105,10 @@ class ParquetSource:
     def __init__(self, files: Sequence[Path], store: PictureStore, name: str):
         self.paths, self.store, self.name = list(files), store, name
         self.size = sum(path.stat().st_size for path in files)
+
+    def digest(self) -> str:
+        """Of the rows and pictures as they are stored."""
+        return _files_digest(self.paths)
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         """A chunk for each file; `offset` is the file's number."""
@@ -130,6 +140,10 @@ class DatasetSource:
         self.dataset, self.store, self.name = dataset.with_format("arrow"), store, name
         self.size = len(dataset)
 
+    def digest(self) -> str:
+        """Of the rows and pictures as they are stored."""
+        return content_digest(self.dataset, self.dataset.column_names)
+
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         total = self.size if limit is None else min(limit, self.size)
         return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
@@ -139,6 +153,16 @@ class DatasetSource:
             stop = min(start + 16, chunk.first + chunk.count)
             for number, record in enumerate(self.dataset[start:stop].to_pylist()):
                 yield start + number + 1, record
+
+
+def _files_digest(paths: Sequence[Path]) -> str:
+    def pieces() -> Iterator[bytes]:
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(2**22):
+                    yield block
+
+    return digest(pieces())
 
 
 Source = JsonSource | ParquetSource | DatasetSource
