@@ -88,11 +88,11 @@ def run_configuration(
     work = out / "work" / name_of(corruption, fraction, seed)
     settings = {"seed": seed, "disable_tqdm": True}
     recipe = stage3_ground.recipe(size="tiny", variant="agevlm").override(mask_fraction=fraction, **settings)
-    run_stage(recipe, work / "stage3", data=data, init_from=start, console=Console(quiet=True))
+    run_stage(recipe, work / "stage3", data=data, init_from=start, console=Console(quiet=True, markup=False))
     final = work / "stage3"
     if with_stage4:
         recipe = stage4_instruct.recipe(size="tiny", variant="agevlm").override(**settings)
-        run_stage(recipe, work / "stage4", data=scenes, init_from=final, console=Console(quiet=True))
+        run_stage(recipe, work / "stage4", data=scenes, init_from=final, console=Console(quiet=True, markup=False))
         final = work / "stage4"
     model, processor = load(final, ours=True)
     measured = evaluate_scenes(

@@ -177,6 +177,13 @@ def test_no_second_opener_of_tables():
             assert name not in readers, f"{place} calls {name}: use agevlm.data.tables"
 
 
+def test_no_console_reads_names_as_markup():
+    for _, place, call in calls():
+        if ast.unparse(call.func) == "Console":
+            options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert options.get("markup") == "False", f"{place}: a path may hold [brackets]; say markup=False"
+
+
 HELPS = """
 import contextlib, io, sys
 from agevlm import cli

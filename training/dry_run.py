@@ -79,9 +79,7 @@ def print_dry_run(
         **training_identity(args),
         "per_device_train_batch_size": args.per_device_train_batch_size,
     }
-    console.print(
-        f"[bold]{recipe.name}[/bold] (stage {recipe.stage}, {recipe.variant}, size {recipe.size}): {recipe.goal}"
-    )
+    console.print(f"{recipe.name} (stage {recipe.stage}, {recipe.variant}, size {recipe.size}): {recipe.goal}")
     table = Table("setting", "value", "paper", title="Resolved configuration")
     for name, value in resolved.items():
         if value is not None:

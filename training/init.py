@@ -295,7 +295,7 @@ def run_verb(args: argparse.Namespace) -> None:
     """
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output} is there already. Choose a new folder.")
-    console = Console()
+    console = Console(markup=False)
     plan = plan_parts(args)
     shapes = without_weights(plan, args.seed)
     record = describe(plan, shapes, args.dtype, args.seed)

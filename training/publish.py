@@ -241,7 +241,7 @@ def _push_and_tell(folder: Path, repo_id: str, console: Console, **settings: Any
     try:
         record = push(folder, repo_id, **settings)
     except PushError as error:
-        console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+        console.print(str(error), style="yellow", soft_wrap=True)
         return read_record(folder)
     console.print(f"{folder}: on the Hub as {_place(record)}.", soft_wrap=True)
     return record
@@ -269,7 +269,6 @@ def warn_early(args: AgeVlmSFTConfig, console: Console) -> None:
         console.print(
             f"As things are, nothing can be pushed: {reason}. Training goes on; the push is tried after it.",
             style="yellow",
-            markup=False,
             soft_wrap=True,
         )
 

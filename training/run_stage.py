@@ -113,7 +113,7 @@ def run_stage(
     output_dir = Path(output_dir)
     if args is None:
         args = AgeVlmSFTConfig(**recipe.training_arguments(output_dir=str(output_dir)))
-    console = console or Console(quiet=args.process_index > 0)
+    console = console or Console(quiet=args.process_index > 0, markup=False)
     args.output_dir = str(output_dir)
     adapters = adapters or AdapterArguments()
     adapters.check(recipe.name, recipe.trains, init_from, args)
@@ -189,7 +189,6 @@ def run_stage(
                     f"{len(listed.reasons)} rows {listed.what} and were {outcome}: {listed.path(output_dir)} says "
                     "which and why.",
                     style="yellow",
-                    markup=False,
                     soft_wrap=True,
                 )
         guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.reasons)

@@ -104,6 +104,10 @@ def main(argv: list[str]) -> StageResult:
             resume=arguments.resume,
             dry_run=arguments.dry_run,
         )
+    if result.status == "trained" and training.process_index == 0:
+        later = [name for name in STAGES if name > result.lineage["name"]]
+        then = f"agevlm train {later[0]} --init_from {output_dir}" if later else f"agevlm eval {output_dir}"
+        print(f"written to {output_dir}; next: {then} ...")
     end_processes()
     return result
 

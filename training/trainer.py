@@ -202,6 +202,12 @@ class AgeVlmSFTTrainer(StageTrainer):
         is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
         return not is_logged and bool(query_mask.float().mean() > MASS_FROM_SHARE)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. The sums of an evaluation are its own: `predict` logs nothing and leaves its sums behind."""
+        self._guidance_sums.pop("eval", None)
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the guidance metrics since the last call: averages over guided rows (the share: over all)."""
         mode = "train" if self.model.training else "eval"

@@ -67,7 +67,7 @@ def test_all_are_the_benchmarks_of_pictures_and_there_is_no_published_set(scenes
 def test_rows_of_a_file_may_have_any_answer(tmp_path):
     rows = [
         {"id": "a", "question": "What is the capital of France?", "answer": "Paris"},
-        {"id": "b", "question": "Is water wet?", "answer": "yes"},
+        {"id": "b", "question": "Is water wet?", "answer": "Yes."},
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     save_tiny(tmp_path / "ours")

@@ -219,6 +219,18 @@ def test_evaluation_measures_guidance_at_any_weight(tmp_path, weight):
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.parametrize("kinds", ["gi", KINDS])
+def test_a_prediction_changes_no_later_evaluation(tmp_path, kinds):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    noise = ("runtime", "per_second")
+    first, second = [], []
+    for found in (first, second):
+        metrics = trainer.evaluate()
+        found.append({name: value for name, value in metrics.items() if not any(part in name for part in noise)})
+        trainer.predict(make_rows(kinds))
+    assert first == second and "eval_in_mask_mass" in first[0] and "eval_mean_token_accuracy" in first[0]
+
+
 def test_a_window_without_guided_rows_logs_a_share_of_zero_and_no_loss(tmp_path):
     trainer = make_trainer(tmp_path, "itgi", max_steps=1)
     trainer.train()

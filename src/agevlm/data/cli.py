@@ -131,7 +131,7 @@ def check(argv: list[str] | None = None) -> None:
 
     strict, out, checkpoint = (options.pop(name) for name in ("strict", "output", "model"))
     report = examine(options.pop("source"), out=out, checkpoint=checkpoint, **options)
-    print_report(report, Console())
+    print_report(report, Console(markup=False))
     if strict and report["problems"]:
         sys.exit(1)
 

@@ -428,7 +428,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
         write_json(output / "comparison.json", comparisons)
     write_text(output / "results.md", markdown_page(results, comparisons))
     write_text(output / "results.html", html_page(results, comparisons))
-    Console().print(summary_table(results))
+    Console(markup=False).print(summary_table(results))
     print(f"written to {output}")
 
 

@@ -49,7 +49,7 @@ PAPER = Benchmark(
     headline="accuracy",
     prompt=lambda row: row["question"],
     query=lambda row: row["question"],
-    gold=lambda row: row["answer"],
+    gold=lambda row: gold(row) if gold(row) in YES_NO else row["answer"],
     parse=parse,
     is_correct=lambda row, parsed: parsed == gold(row),
     measures=measures,

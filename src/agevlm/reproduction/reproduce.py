@@ -17,9 +17,9 @@ from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from agevlm.analysis.padding import measure_padding
@@ -95,7 +95,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
     twin = {} if run.start.twin == "no" else {"variant": "twin", "mask_fraction": 0.0}
     with locked(place.folder(seed, run)) as folder:
         rows = rows_of(place.scenes, run)
-        recipe, quiet_console = run.recipe.override(**twin), Console(quiet=True)
+        recipe, quiet_console = run.recipe.override(**twin), Console(quiet=True, markup=False)
         run_stage(recipe, folder, data=rows, init_from=origin, language=place.scenes, console=quiet_console)
 
 
@@ -232,7 +232,8 @@ def describe(place: Place, rows: Sequence[Row], seeds: Sequence[int], console: C
     seen: set[str] = set()
     for row in rows:
         names = [run.name for run in chain(row, place.size, seeds[0])]
-        table.add_row(row.name, row.group, row.title, " > ".join(f"[dim]{n}[/dim]" if n in seen else n for n in names))
+        runs = Text(" > ").join(Text(name, "dim" if name in seen else "") for name in names)
+        table.add_row(row.name, row.group, row.title, runs)
         seen.update(names)
     console.print(table)
     steps = sum(SIZES[place.size].steps(run.recipe) for _, run in rest)
@@ -261,7 +262,7 @@ def collect(place: Place) -> dict[str, dict[int, Trained]]:
 def run_verb(args: argparse.Namespace) -> None:
     """`agevlm quickstart` and `agevlm reproduce`, with the arguments of `cli.py`."""
     rows = choose_rows(args.only)
-    console, started = Console(), time.monotonic()
+    console, started = Console(markup=False), time.monotonic()
     if args.dry_run:
         describe(Place(args.output, args.size), rows, args.seeds, console)
         return
@@ -273,7 +274,7 @@ def run_verb(args: argparse.Namespace) -> None:
     quiet()
     draw_scenes(args.output / "scenes", SIZES[args.size], args.cutouts)
     place = Place(args.output, args.size, prepare_parts(args.size, args.parts, args.output, args.cutouts))
-    console.print(f"Pretrained language model and vision tower: {escape(str(place.parts))}")
+    console.print(f"Pretrained language model and vision tower: {place.parts}")
     describe(place, rows, args.seeds, console)
     prepared = time.monotonic()
     steps = make_steps(place, rows, args.seeds)
@@ -282,13 +283,13 @@ def run_verb(args: argparse.Namespace) -> None:
         task = progress.add_task("", total=len(steps))
 
         def tell(line: str) -> None:
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False)
             progress.advance(task)
 
         failed = execute(steps, args.jobs, args.strict, tell)
     seconds = {"scenes and parts": prepared - started, "training and measuring": time.monotonic() - prepared}
     write_report(args.output, args.size, place.scenes, collect(place), failed, seconds)
-    page = escape(str(args.output / "report.html"))
+    page = args.output / "report.html"
     console.print(f"Report: {page} ({(time.monotonic() - started) / 60:.1f} minutes)")
     if failed:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
