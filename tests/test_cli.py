@@ -69,7 +69,10 @@ NEW_OUTPUT = (
     "init", "parts", "data scenes", "data cutouts", "data cambrian", "ground", "ground export", "ground import",
     "convert", "export",
 )  # fmt: skip
-ADDED = {"init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"}}
+ADDED = {
+    "init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"},
+    "ground import": {"rows", "query"},
+}  # fmt: skip
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
