@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,9 +74,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 def locked(folder: Path, wait: bool = True) -> Iterator[Path]:
     """A folder, made if missing, that one process at a time works in; the others wait.
 
+    Without `wait`, folders that were made and stay empty go again: a refused command leaves nothing.
+
     Raises:
         ValueError: another process works in it, and `wait` is False.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
@@ -87,6 +90,9 @@ def locked(folder: Path, wait: bool = True) -> Iterator[Path]:
         yield folder
     finally:
         os.close(place)
+        with suppress(OSError):  # the first that is not empty ends it
+            for empty in made if not wait else ():
+                empty.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

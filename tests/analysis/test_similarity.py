@@ -246,20 +246,23 @@ def test_an_interrupted_run_goes_on_and_says_the_same(tmp_path, monkeypatch):
 
 
 def test_a_pair_that_cannot_be_scored_is_named_and_left_out(tmp_path):
-    """A text without a word, a picture that has gone since it was read, and with --strict a stop at the first."""
+    """A text that spells a control token, a picture that has gone since it was read; --strict stops at the first."""
     gone = tmp_path / "gone.png"
-    bad = [Pair("wordless", picture(), "<|eot_id|>"), Pair("vanished", gone, "a house")]
+    bad = [Pair("control", picture(), "<|eot_id|>"), Pair("vanished", gone, "a house")]
     pairs = [PAIRS[0], bad[0], *PAIRS[1:4], bad[1], PAIRS[4]]
     subject = ours()
     summary, arrays = measure_similarity(subject, pairs, seeds=(0,), batch_size=3, progress=False)
-    assert [row["id"] for row in summary["left_out"]] == ["wordless", "vanished"]
-    assert "without any token" in summary["left_out"][0]["reason"] and "gone.png" in summary["left_out"][1]["reason"]
+    assert [row["id"] for row in summary["left_out"]] == ["control", "vanished"]
+    assert (
+        "a control token of the model" in summary["left_out"][0]["reason"]
+        and "gone.png" in summary["left_out"][1]["reason"]
+    )
     clean, expected = measure_similarity(subject, PAIRS, seeds=(0,), batch_size=3, progress=False)
     assert summary["pairs"] == clean["pairs"] == 5
     np.testing.assert_allclose(arrays["mismatched-0/centroid"], expected["mismatched-0/centroid"], atol=1e-5)
-    with pytest.raises(ValueError, match="row wordless: a text without any token"):
+    with pytest.raises(ValueError, match="row control: the text holds"):
         measure_similarity(subject, pairs, seeds=(0,), strict=True, progress=False)
-    with pytest.raises(ValueError, match="1 of 3 pairs can be scored; the first: a text without"):
+    with pytest.raises(ValueError, match="1 of 3 pairs can be scored; the first: the text holds"):
         measure_similarity(subject, [*bad, PAIRS[0]], seeds=(0,), progress=False)
 
 

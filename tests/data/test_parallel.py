@@ -1,5 +1,6 @@
 """Processes end with the command that started them, however that ends, and leave no folder behind."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -34,7 +35,9 @@ def wait_until(condition, seconds: float = 60) -> None:
 def test_workers_end_with_their_command(tmp_path, number, status):
     out = tmp_path / "scenes"
     command = [sys.executable, "-m", "agevlm", "data", "scenes", str(out), "--captions", "50000", "--num-proc", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background ignores SIGINT, and children inherit that.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     try:
         partial = tmp_path / ".scenes.incomplete"
         wait_until(lambda: len(children(process.pid)) >= 3 and any(partial.rglob("*.parquet")))  # two and a tracker

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import ROW_FEATURES
+from agevlm.data.rows import ROW_FEATURES, undecoded
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.journal import BatchJournal, Journals, read
 from agevlm.grounding.masks import iou, mask_box, to_png
 from agevlm.grounding.output import JOURNAL_FEATURES, read_masks
 from agevlm.grounding.regions import Grounding
-from agevlm.grounding.rows import Undecoded
 from agevlm.grounding.runner import ground
 from agevlm.images import open_image
 from agevlm.processing import AgeVlmImageProcessorPil
@@ -367,7 +366,7 @@ def test_other_content_under_the_same_ids_is_another_run(tmp_path, what, finishe
     if not finished:
         (tmp_path / "summary.json").unlink()
         next((tmp_path / "journal").iterdir()).unlink()
-    other = rows_of([OTHERS[what](old) for old in Undecoded(rows)]) if what in OTHERS else rows
+    other = rows_of([OTHERS[what](old) for old in undecoded(rows)]) if what in OTHERS else rows
     asked = settings if what in OTHERS else {"settings": {"max_new_tokens": 4}}
     with pytest.raises(
         ValueError, match="content: " if what in OTHERS else "settings.max_new_tokens: 3 there, 4 asked"
