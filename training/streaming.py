@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from agevlm.data.masks import in_subset, mask_numbers, masks_of, share_of_masks
-from agevlm.data.rows import GUIDANCE
+from agevlm.data.rows import GUIDANCE, refuse_name
 from agevlm.data.tables import find_files
 from agevlm.store import digest
 
@@ -201,15 +201,10 @@ class ShardReader:
         rows = []
         for position, group, mask in zip(positions, groups, mask_numbers, strict=True):
             row = self._row(int(group), int(position - self.starts[group]))
-            # What lies outside of the shard is not read: a name in it could be any file of this machine.
-            row["images"] = [
-                _bytes_of(image, f"row {row['id']}, images[{index}]") for index, image in enumerate(row["images"])
-            ]
             guidance = None
             if mask >= 0:
                 guidance = row["guidance"] if self.masks is None else _mask_row(self.masks, mask)
-                guidance = {**guidance, "mask": _bytes_of(guidance["mask"], f"row {row['id']}, guidance.mask")}
-            rows.append({**{name: row[name] for name in ROW_COLUMNS}, "guidance": guidance})
+            rows.append(refuse_name({**{name: row[name] for name in ROW_COLUMNS}, "guidance": guidance}))
         return {name: [row[name] for row in rows] for name in (*ROW_COLUMNS, "guidance")}
 
     # ---- Columns of the index ----
@@ -242,16 +237,6 @@ class ShardReader:
                 offsets = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
                 lengths.append(ends[offsets[1:]] - ends[offsets[:-1]])
         return np.concatenate(lengths).astype(np.int32)
-
-
-def _bytes_of(image: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    """A stored picture as the undecoded value of `datasets.Image`."""
-    if image is None or image.get("bytes") is None:
-        name = None if image is None else image.get("path")
-        raise ValueError(
-            f"{where}: the shard holds the name {name!r} but no bytes. Write the shard with its pictures."
-        )
-    return {"bytes": image["bytes"], "path": None}
 
 
 def _mask_row(masks: Dataset, number: int) -> dict[str, Any]:

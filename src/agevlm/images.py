@@ -73,7 +73,12 @@ def open_header(image: Any, where: str) -> Image.Image:
 
 def open_stored(image: Any, where: str, max_pixels: int = MAX_PIXELS, decode: bool = False) -> Image.Image:
     """The picture in the mode of its file, not turned. Raises ValueError as `open_image` does."""
-    source = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
+    source = _source(image)
+    if isinstance(image, Mapping) and source == b"" and image.get("path"):
+        raise ValueError(
+            f"{where}: there are no bytes of the picture, and its name {image['path']!r} is not opened; store "
+            "its bytes in the row"
+        )
     if isinstance(source, Image.Image):
         return _checked(source, where, max_pixels, decode)
     if not isinstance(source, (bytes, bytearray, memoryview, str, Path)):
@@ -97,12 +102,21 @@ def stored_bytes(image: Any) -> bytes:
     Args:
         image: as `open_image` takes it, or None.
     """
-    source = (image.get("bytes") or image.get("path")) if isinstance(image, Mapping) else image
+    source = _source(image)
     if isinstance(source, Image.Image):
         return repr((source.mode, source.size)).encode() + source.tobytes()
+    if isinstance(image, Mapping) and source == b"":
+        return str(image.get("path") or "").encode()
     if isinstance(source, (str, Path)):
         return Path(source).read_bytes() if os.path.isfile(source) else str(source).encode()
     return b"" if source is None else bytes(source)
+
+
+def _source(image: Any) -> Any:
+    """What is opened of a picture: its bytes, even empty ones (`data/rows.refuse_names`), else its path."""
+    if not isinstance(image, Mapping):
+        return image
+    return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
 @contextmanager

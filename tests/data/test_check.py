@@ -12,6 +12,7 @@ from PIL import Image
 from agevlm.data.cli import check as main
 from agevlm.data.published.check import check
 from agevlm.data.published.overlap import SIMILAR_BITS, difference_hash, read_evaluation_pictures
+from agevlm.data.scenes.build import build_scenes
 from builders import tiny_processor
 
 
@@ -135,3 +136,11 @@ def test_names_are_shown_as_they_are(name, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert f"row 1: {name}/gone.jpg is in none of" in text and "image_missing" in text
     assert "rows.jsonl: 0 of 1 rows are good" in text and "give --checkpoint" in text
+
+
+def test_a_folder_of_scenes_is_checked_part_by_part(tmp_path):
+    scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=4, test=0, size=64, progress=False)
+    with pytest.raises(ValueError, match=r"each part of its rows; name one: \S+/captions or \S+/instructions"):
+        check(scenes, progress=False)
+    report = check(scenes / "captions", workers=1, progress=False)
+    assert (report["rows_good"], report["rows_read"]) == (4, 4)

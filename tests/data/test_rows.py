@@ -2,11 +2,15 @@
 
 import io
 
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from agevlm.data.rows import ROW_FEATURES, content_digest, resolve_inside, undecoded, validate_row
+from agevlm.data.rows import ROW_FEATURES, content_digest, refuse_names, resolve_inside, undecoded, validate_row
+from agevlm.data.tables import load_table, read_files
+from agevlm.images import open_image
 
 
 def jpeg(size=(40, 30)) -> bytes:
@@ -121,3 +125,29 @@ def test_rows_are_left_undecoded_without_a_copy(tmp_path):
     bare = undecoded(rows.select([0]))
     assert bare[0] == item and bare.cache_files == rows.cache_files
     assert undecoded(bare) is bare
+
+
+def test_a_parquet_file_names_no_file_of_this_machine(tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    named = {"bytes": None, "path": str(secret)}
+    images = [[], [{"bytes": jpeg(), "path": "a.jpg"}], [named, None], [{"bytes": None, "path": "http://a.b/c.png"}]]
+    features = Features({"images": List(ImageFeature()), "guidance": {"mask": ImageFeature()}})
+    masks = [{"mask": None}, {"mask": named}, {"mask": None}, {"mask": None}]
+    rows = Dataset.from_dict({"images": images, "guidance": masks}, features=features)
+    assert open_image(undecoded(rows)[2]["images"][0], "a script's row").size == (8, 8)
+    pq.write_table(rows.data.table, tmp_path / "rows.parquet")
+    for read in (read_files([tmp_path / "rows.parquet"]), load_table(str(tmp_path / "rows.parquet"))):
+        kept = undecoded(read)
+        assert kept[0]["images"] == [] and kept[2]["images"][1] is None and kept[0]["guidance"]["mask"] is None
+        assert open_image(kept[1]["images"][0], "row").size == (40, 30)
+        for refused in (kept[2]["images"][0], kept[3]["images"][0], kept[1]["guidance"]["mask"]):
+            with pytest.raises(ValueError, match=r"row: there are no bytes.*(secret|http).* is not opened"):
+                open_image(refused, "row")
+        assert refuse_names(read) is read
+
+
+def test_pictures_with_bytes_are_not_copied():
+    images = [[{"bytes": jpeg(), "path": "a.jpg"}]]
+    rows = Dataset.from_dict({"images": images}, Features({"images": List(ImageFeature())}))
+    assert refuse_names(rows) is rows

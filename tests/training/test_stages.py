@@ -4,15 +4,20 @@ import io
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import training_worker
+from PIL import Image
 from rich.console import Console
 from training_worker import CountSteps, make_rows, quick, run_small_stage
 from transformers import AutoProcessor
 from workers import run_worker, same_weights
 
+from agevlm.data.rows import ROW_FEATURES
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.store import read_lines
 from agevlm.training import stages
 from agevlm.training.checkpoints import STAGING
 from agevlm.training.freezing import part_of
@@ -191,6 +196,30 @@ def test_nothing_to_start_from_and_no_data_are_refused(tmp_path):
         run_stage(stage1_align.recipe("tiny"), tmp_path, data=make_rows())
     with pytest.raises(ValueError, match="No data: give `data`"):
         run_stage(stage1_align.recipe("tiny"), tmp_path, model=tiny_model(), processor=tiny_processor())
+
+
+def test_bad_pictures_in_a_folder_of_scenes_are_left_out_and_listed(tmp_path):
+    """A broken one, a name of a file that is there, and an address: nothing outside of the file is read."""
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (32, 32)).save(secret)
+    rows = make_rows("iiiiii").with_format("arrow")[:].to_pylist()
+    bad = [(b"no picture", None), (None, str(secret)), (None, "http://127.0.0.1:9/a.png")]
+    for row, (data, path) in zip(rows, bad, strict=False):
+        row["images"] = [{"bytes": data, "path": path}]
+    rows = [{name: row[name] for name in ROW_FEATURES} for row in rows]
+    (tmp_path / "scenes/captions").mkdir(parents=True)
+    table = pa.Table.from_pylist(rows, schema=ROW_FEATURES.arrow_schema)
+    pq.write_table(table, tmp_path / "scenes/captions/train.parquet")
+    order = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "random"}
+    recipe = quick(stage1_align.recipe(size="tiny"), rows=6, **order)
+    result = run_stage(
+        recipe, tmp_path / "run", data=tmp_path / "scenes", model=tiny_model(), processor=tiny_processor()
+    )
+    listed = {line["id"]: line["reason"] for line in read_lines(tmp_path / "run/skipped_rows.jsonl")}
+    assert listed.keys() == {row["id"] for row in rows[:3]}
+    assert "cannot be decoded" in listed[rows[0]["id"]]
+    assert all(name in listed[row["id"]] for (_, name), row in zip(bad[1:], rows[1:3], strict=True))
+    assert [log["skipped_rows"] for log in result.log_history if "skipped_rows" in log][-1] == 3
 
 
 # ---- Interrupted runs ----

@@ -13,7 +13,7 @@ from training_worker import make_rows, run_streamed_stage, write_shards
 from transformers.trainer_utils import get_last_checkpoint
 from workers import run_worker, same_weights
 
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, open_row
 from agevlm.training import streaming
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.lineage import data_fingerprint
@@ -160,8 +160,9 @@ def test_a_shard_that_names_files_is_refused(tmp_path):
     named = {**row(), "images": [{"bytes": None, "path": "/etc/hostname"}]}
     named.pop("guidance")
     pq.write_table(Dataset.from_list([named], features=ROW_FEATURES).with_format("arrow")[:], tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"row row-0, images\[0\].*no bytes"):
-        open_shards([str(tmp_path / "a.parquet")])[0]
+    (read,) = open_shards([str(tmp_path / "a.parquet")])
+    with pytest.raises(ValueError, match=r"row-0'\), images\[0\].*no bytes.*'/etc/hostname' is not opened"):
+        open_row(read)
 
 
 def test_masks_must_fit(folder):

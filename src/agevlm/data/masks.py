@@ -83,14 +83,16 @@ def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction:
     """
     _check_unique("masks", mask_ids)
     wanted, unknown = pa.array(mask_ids, pa.string()), set(mask_ids)
-    parts = []
+    parts, example = [], None
     for ids in row_ids:
         parts.append(pc.index_in(ids.cast(wanted.type), value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False))
         unknown.difference_update(mask_ids[number] for number in np.unique(parts[-1]) if number >= 0)
+        example = ids[0].as_py() if len(ids) and example is None else example
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(mask_ids)} masks fit no row, e.g. id {min(unknown)!r}; join the masks of the "
-            "same data set"
+            f"{len(unknown)} of {len(mask_ids)} masks fit no row: a mask joins the row of the same id. Ids of such "
+            f"masks look like {min(unknown)!r}, ids of rows like {example!r}; join the masks of the same data set, or "
+            "write the ids of its rows into them"
         )
     kept = np.array([*(in_subset(row_id, fraction, seed) for row_id in mask_ids), False])  # -1 is the last
     numbers = np.concatenate(parts).astype(np.int32)

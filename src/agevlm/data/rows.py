@@ -10,8 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from datasets.table import InMemoryTable
 from PIL import Image
 
 from agevlm.images import open_image, stored_bytes
@@ -60,6 +63,52 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
     return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature
+
+
+def refuse_names(rows: Dataset) -> Dataset:
+    """The rows of a Parquet file. A picture or mask with a name alone gets empty bytes, which `open_image` refuses.
+
+    A name in a file from elsewhere could be any file of this machine, or an address. Rows that a script makes may name
+    files: they do not pass here.
+    """
+    table = rows.data.table
+    for index, name in enumerate(table.column_names):
+        column = table.column(index)
+        if any(map(_names_files, column.chunks)):
+            chunks = [
+                pa.array([refuse_name(value) for value in chunk.to_pylist()], chunk.type)
+                if _names_files(chunk)
+                else chunk
+                for chunk in column.chunks
+            ]
+            table = table.set_column(index, table.schema.field(name), pa.chunked_array(chunks, column.type))
+    if table is rows.data.table:
+        return rows
+    fingerprint = digest(f"{rows._fingerprint} names refused", size=8)
+    return Dataset(InMemoryTable(table), rows.info, rows.split, rows._indices, fingerprint)
+
+
+def refuse_name(value: Any) -> Any:
+    """`refuse_names` for one value of a row: a picture, a list of them, or a mapping that holds some."""
+    if isinstance(value, list):
+        return [refuse_name(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"}:
+        return {**value, "bytes": b""} if value["bytes"] is None and value["path"] is not None else value
+    return {name: refuse_name(part) for name, part in value.items()}
+
+
+def _names_files(values: pa.Array) -> bool:
+    """Whether a picture among stored values has a name and no bytes."""
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return _names_files(values.flatten())
+    if not pa.types.is_struct(values.type):
+        return False
+    parts = dict(zip((field.name for field in values.type), values.flatten(), strict=True))
+    if parts.keys() == {"bytes", "path"}:
+        return bool(pc.any(pc.and_(parts["bytes"].is_null(), parts["path"].is_valid())).as_py())
+    return any(map(_names_files, parts.values()))
 
 
 def content_digest(rows: Dataset, columns: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS, sanitize_patterns
 from huggingface_hub import DatasetCard
 
+from .rows import refuse_names
+
 
 IN_ROOT, BELOW = ("data/*", "*"), ("data/*/*", "*/*", "*/*/*")  # where a folder's files are looked for, in turn
 _SPLIT = {
@@ -34,10 +36,14 @@ def find_files(folder: str | Path, pattern: str) -> list[str]:
 
 
 def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
-    """The rows of Parquet, or of `.json` and `.jsonl` files; `options` of `Dataset.from_parquet` or `from_json`."""
-    is_json = Path(paths[0]).suffix in (".json", ".jsonl")
-    reader = Dataset.from_json if is_json else Dataset.from_parquet
-    return reader([exactly(path) for path in paths], **options)
+    """The rows of Parquet, or of `.json` and `.jsonl` files; `options` of `Dataset.from_parquet` or `from_json`.
+
+    Parquet brings the bytes of its pictures: names are refused.
+    """
+    files = [exactly(path) for path in paths]
+    if Path(paths[0]).suffix in (".json", ".jsonl"):
+        return Dataset.from_json(files, **options)
+    return refuse_names(Dataset.from_parquet(files, **options))
 
 
 def split_files(
@@ -115,6 +121,8 @@ def load_table(
         if chosen not in found:
             raise ValueError(f"{name} has no split {chosen!r}; use one of {', '.join(found)}")
         found = found[chosen]
+    # What `datasets` itself has found in a folder of pictures is named by it, not by a file from elsewhere
+    found = refuse_names(found) if found.info.builder_name == "parquet" else found
     return found.with_format(None)
 
 

@@ -18,7 +18,7 @@ import pyarrow.csv
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 
-from agevlm.data.rows import resolve_inside, undecoded
+from agevlm.data.rows import refuse_names, resolve_inside, undecoded
 from agevlm.data.tables import read_files
 
 from .benchmark import Benchmark, check_fields, check_row
@@ -43,6 +43,7 @@ def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     if not place:
         raise ValueError(f"{benchmark.name} has no published set; use --scenes DIR or --data {benchmark.name}=FILE")
     parts = [load_dataset(place, source.config, split=split) for split in source.splits]
+    parts = [refuse_names(part) if part.info.builder_name == "parquet" else part for part in parts]
     return prepare(benchmark, concatenate_datasets(parts), place)
 
 

@@ -222,7 +222,8 @@ def _image(value: Any, where: str) -> Any:
         return _checked(value, where)
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+    named = isinstance(value, Mapping) and value.get("path")
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) and (value["bytes"] or not named):
         return {"bytes": value["bytes"], "path": value.get("path")}
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value["path"]:
         return _checked(value["path"], where)

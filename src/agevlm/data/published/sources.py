@@ -204,6 +204,9 @@ def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Pat
         return DatasetSource(load_table(str(path)), PictureStore([path] if roots is None else roots, work), path.name)
     if parquet := split_files(path, _PARQUET, IN_ROOT):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
+    parts = [path / part for part in ("captions", "instructions")]
+    if all(any(part.glob("*.parquet")) for part in parts):
+        raise ValueError(f"{path} has a folder for each part of its rows; name one: {' or '.join(map(str, parts))}")
     found = split_files(path, _JSON, ("*", "jsons/*"))
     if not found and (parquet := split_files(path, _PARQUET, BELOW)):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from agevlm.data.masks import join_masks, masks_of, share_of_masks
 from agevlm.data.parallel import worker_map
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES
+from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, refuse_names
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
 from .arguments import SceneArguments
@@ -134,7 +134,7 @@ def _read(path: Path) -> Dataset:
     state = path.stat()
     identity = f"{path.resolve()}/{state.st_mtime_ns}/{state.st_size}"
     # a given fingerprint spares `datasets` from hashing every picture
-    return Dataset(pq.read_table(path), fingerprint=digest(identity, size=8))
+    return refuse_names(Dataset(pq.read_table(path), fingerprint=digest(identity, size=8)))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
