@@ -143,7 +143,7 @@ def check_guided(rows: Any, weight: float) -> None:
         counted, guided = "", rows.column_names is None or "guidance" in rows.column_names
     else:
         known = reader_of(rows) is not None or "guidance" in rows.column_names
-        counted, guided = f"{len(rows)} ", known and guided_flags(rows).any()
+        counted, guided = f"{len(rows)} ", known and bool(guided_flags(rows).any())
     if not guided:
         raise ValueError(
             f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {counted}rows has a mask. Give "
