@@ -83,9 +83,21 @@ def test_a_guided_stage_without_masks_is_refused(folder, dry):
         train(folder, *dry)
 
 
-def test_the_baseline_needs_no_masks(folder):
+def test_the_baseline_needs_no_masks(folder, capsys):
     stage = train(folder, "--variant", "ca-baseline")
+    assert "the masks guide nothing" not in capsys.readouterr().out
+    train(folder, "--variant", "ca-baseline", "--masks", str(folder / "masks"))
+    assert "the masks guide nothing" in capsys.readouterr().out
     assert stage["data"]["guided_rows"] == 0 and "guidance_loss" not in stage["metrics"]
+
+
+def test_a_refused_run_is_refused_again(folder):
+    """No mask can guide: the second call finds the checkpoint of the last step and must not call it finished."""
+    cut = ("--masks", str(folder / "masks"), "--max-length", "8", "--output-dir", str(folder / "refused"))
+    for message in (r"\d+ of \d+ rows with a mask could not be guided", r"None of the \d+ rows with a mask"):
+        with pytest.raises(ValueError, match=message):
+            train(folder, *cut)
+    assert json.loads((folder / "refused" / "agevlm_stage.json").read_text())["status"] != "finished"
 
 
 def test_masks_of_another_set_are_refused(folder, tmp_path):

@@ -7,8 +7,8 @@
   the usual one, and writes down which rows were in it. All processes agree on it: one that stopped alone would leave
   the others waiting.
 - A row that cannot be used is left out (`collator.py`), listed in `skipped_rows.jsonl` in the run's folder, once, and
-  counted in the log. So is, in `unguided_rows.jsonl`, one whose mask cannot guide; it trains without. More bad rows
-  than good ones are no accident: the run stops.
+  counted in the log. So is, in `unguided_rows.jsonl`, one whose mask cannot guide; it trains without,
+  unless it is left out as well. More bad rows than good ones are no accident: the run stops.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
 - `MeasureLanguage` measures the perplexity of a held text before the first step and after the last one.
 
@@ -71,6 +71,7 @@ class ListedRows:
         self.reasons: dict[str, str] = {}  # by id, of all processes; up to date after each log entry
         self.new: list[list[str]] = []  # since then, of this process
         self.counts = torch.zeros(2, dtype=torch.int64)  # rows of this process that could have the fault, that have it
+        self.whole = True  # whether they count from the first step
 
     def path(self, folder: str | Path | None) -> Path:
         """The list of a run."""
@@ -84,6 +85,7 @@ class ListedRows:
     def start(self, args: Any, going_on: bool) -> None:
         """Start from what an interrupted run has listed, or from nothing."""
         self.clear()
+        self.whole = not going_on
         path = self.path(args.output_dir)
         if going_on and path.is_file():
             self.reasons = {line["id"]: line["reason"] for line in read_lines(path)}
@@ -94,7 +96,7 @@ class ListedRows:
         """Exchanges what is new and lists it; all processes call it.
 
         Raises:
-            ValueError: most rows are faulty, in all processes; at the end of training, all are.
+            ValueError: most rows are faulty, in all processes; at the end of a run that was not interrupted, all are.
         """
         known, path = len(self.reasons), self.path(trainer.args.output_dir)
         for row_id, reason in gather_object(self.new):
@@ -103,7 +105,7 @@ class ListedRows:
         if len(self.reasons) > known and trainer.args.should_save:
             write_lines(path, [{"id": row_id, "reason": reason} for row_id, reason in self.reasons.items()])
         rows, faulty = trainer.accelerator.reduce(self.counts.to(trainer.args.device), reduction="sum").tolist()
-        if (rows >= FEWEST_ROWS and 2 * faulty > rows) or (at_end and 0 < rows == faulty):
+        if (rows >= FEWEST_ROWS and 2 * faulty > rows) or (at_end and self.whole and 0 < rows == faulty):
             raise ValueError(
                 f"{faulty} of {rows} rows {self.what}, which is no accident. {path} says why, for example: "
                 f"{next(iter(self.reasons.values()))}"

@@ -31,8 +31,8 @@ class AgeVlmDataCollator:
             them out would leave the others waiting for its share. The trainer turns it on there.
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
-        row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided
-            (`unguided_rows`, a list of [id, reason]), which the trainer wants and takes out.
+        row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided,
+            bad rows included (`unguided_rows`, a list of [id, reason]), which the trainer wants and takes out.
         strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
             the batch says so (`skipped_rows`, a list of [id, reason], there if a row is bad). Losses are sums over
             answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
@@ -98,6 +98,11 @@ class AgeVlmDataCollator:
             [str(row["id"]), self._why_unguided(row)]
             for row, guided in zip(opened, guided_rows(batch).tolist(), strict=True)
             if row is not None and row["guidance"] is not None and not guided
+        ]
+        unguided += [
+            [str(rows[place].get("id")), skipped[place]]
+            for place in sorted(skipped)
+            if rows[place].get("guidance") is not None
         ]
         if unguided and self.row_ids:
             batch[UNGUIDED_ROWS] = unguided

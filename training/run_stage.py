@@ -123,6 +123,8 @@ def run_stage(
     rows = _load_data(recipe, args, data, masks)
     if rows is not None and not is_twin:
         check_guided(rows, args.guidance_weight)
+    if masks and args.guidance_weight == 0:
+        console.print(f"{recipe.name}: the masks guide nothing, `guidance_weight` is 0.", style="yellow")
     if model is None and init_from is not None and not dry_run:
         if is_twin:
             model, processor = load_twin(init_from, revision or "main", recipe, console)
@@ -183,15 +185,20 @@ def run_stage(
         trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        for listed, outcome in ((trainer.skipped, "left out"), (trainer.unguided, "trained on without guidance")):
+        for listed, outcome in ((trainer.skipped, "were left out"), (trainer.unguided, "guided nothing")):
             if listed.reasons:
                 console.print(
-                    f"{len(listed.reasons)} rows {listed.what} and were {outcome}: {listed.path(output_dir)} says "
+                    f"{len(listed.reasons)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
                     "which and why.",
                     style="yellow",
                     soft_wrap=True,
                 )
         guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.reasons)
+        if trainer.unguided.reasons and not guiding:
+            raise ValueError(
+                f"None of the {len(trainer.unguided.reasons)} rows with a mask could be guided: "
+                f"{trainer.unguided.path(output_dir)} says why."
+            )
         lineage = trainer.lineage = {
             **lineage,
             "data": {**lineage["data"], "guided_rows": guiding},

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 
 from agevlm.training.config import AgeVlmSFTConfig
@@ -131,21 +131,25 @@ def check_guided(rows: Any, weight: float) -> None:
     """Refuse a run that is to be guided and has no mask.
 
     Args:
-        rows: training rows; an `IterableDataset`, whose rows nobody knows, passes.
+        rows: training rows; of an `IterableDataset` only the columns are known, so the trainer looks again at the end.
         weight: of the guidance loss; 0 asks for none.
 
     Raises:
         ValueError: no row has a mask.
     """
-    if weight == 0 or not isinstance(rows, Dataset):
+    if weight == 0 or not isinstance(rows, Dataset | IterableDataset):
         return
-    known = reader_of(rows) is not None or "guidance" in rows.column_names
-    if not known or not guided_flags(rows).any():
+    if isinstance(rows, IterableDataset):
+        counted, guided = "", rows.column_names is None or "guidance" in rows.column_names
+    else:
+        known = reader_of(rows) is not None or "guidance" in rows.column_names
+        counted, guided = f"{len(rows)} ", known and bool(guided_flags(rows).any())
+    if not guided:
         raise ValueError(
-            f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {len(rows)} rows has a mask. Give "
+            f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {counted}rows has a mask. Give "
             "masks: --masks MASKS of `agevlm ground`, files in DATA/masks, or a column `guidance` "
-            "(`agevlm.data.masks.join_masks`). To train without guidance: --variant ca-baseline, or "
-            "`guidance_weight=0`."
+            "(`agevlm.data.masks.join_masks`); and use a share of them above 0 (--mask-fraction). To train without "
+            "guidance: --variant ca-baseline, or `guidance_weight=0`."
         )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
@@ -225,6 +226,17 @@ class AgeVlmSFTTrainer(StageTrainer):
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+
+    def record_rows(self, at_end: bool = False) -> None:
+        """See `WatchedTrainer`; rows that could not be looked through before must have had a mask."""
+        super().record_rows(at_end)
+        rows = self.accelerator.reduce(self.unguided.counts[0].to(self.args.device), reduction="sum")
+        looked_through = isinstance(self.train_dataset, Dataset) or not self.unguided.whole
+        if at_end and self.args.guidance_weight > 0 and not looked_through and not rows:
+            raise ValueError(
+                f"Guidance was asked for (`guidance_weight` {self.args.guidance_weight:g}) and no row that was "
+                "trained on has a mask. Give rows with `guidance`, or set `guidance_weight=0`."
+            )
 
     def _probe_rows(self) -> list[dict[str, Any]]:
         guided = guided_flags(self.train_dataset).nonzero()[0][:PROBES]

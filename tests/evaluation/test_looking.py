@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agevlm.data.rows import undecoded
-from agevlm.evaluation.looking import center_prior, mass_and_pointing, measure_looking
+from agevlm.evaluation.looking import center_prior, load_masked, mass_and_pointing, measure_looking
 from agevlm.evaluation.pope import PAPER as pope
 from builders import stored, tiny_processor
 
@@ -177,3 +177,8 @@ def test_mass_is_a_share_and_splits_between_mask_and_rest(weights, inside):
         assert pointing != pointing_rest
     else:
         assert not (mass or rest or pointing or pointing_rest)
+
+
+def test_a_folder_in_place_of_a_file_of_masks_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is no file; give a Parquet file of image, question, mask"):
+        load_masked(tmp_path)

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from agevlm.training.callbacks import DivergedError, Flops, measured_peak
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.freezing import set_trainable
+from agevlm.training.sampling import check_guided
 from builders import picture, row, tiny_model, tiny_processor
 
 
@@ -241,6 +242,33 @@ def test_a_run_in_which_no_mask_can_guide_stops(tmp_path):
         trained(tmp_path / "strict", rows, strict=True)
     unasked = trained(tmp_path / "unasked", rows, strict=True, guidance_weight=0.0)
     assert "unguided_rows" not in unasked.state.log_history[-1]
+
+
+def test_a_mask_whose_query_is_not_in_its_text_guides_nothing(tmp_path):
+    item = row("row-2", guided=True)
+    rows = rows_of({**item, "id": "other", "guidance": {**item["guidance"], "query": "zebra"}}).select([2])
+    with pytest.raises(ValueError, match=r"rows with a mask could not be guided.*'zebra' is not in"):
+        trained(tmp_path, concatenate_datasets([rows, make_rows("ii")]))
+
+
+def test_the_end_of_a_run_that_went_on_says_nothing_about_its_start(tmp_path):
+    trainer = make_trainer(tmp_path, "gi")
+    trainer.unguided.start(trainer.args, going_on=True)
+    trainer.unguided.add([["a", "cut off"]], 1)
+    trainer.record_rows(at_end=True)
+    trainer.unguided.start(trainer.args, going_on=False)
+    trainer.unguided.add([["a", "cut off"]], 1)
+    with pytest.raises(ValueError, match="1 of 1 rows with a mask"):
+        trainer.record_rows(at_end=True)
+
+
+def test_a_stream_of_rows_without_masks_is_refused(tmp_path):
+    rows = make_rows("ii")
+    with pytest.raises(ValueError, match="none of the rows has a mask"):
+        check_guided(rows.remove_columns("guidance").to_iterable_dataset(), 1.0)
+    check_guided(rows.to_iterable_dataset(), 1.0)
+    with pytest.raises(ValueError, match="no row that was trained on has a mask"):
+        trained(tmp_path, rows.to_iterable_dataset(), max_steps=2)
 
 
 def batch_of(rows):

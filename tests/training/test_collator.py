@@ -224,6 +224,9 @@ def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(collator, case)
     expected, batch = lenient(good), lenient([good[0], bad, good[1]])
     ((name, reason),) = batch.pop("skipped_rows")
     assert name == bad["id"] and re.search(message, reason, re.DOTALL)
+    # Its mask, if it has one, guides nothing
+    masked = bad.get("guidance") is not None
+    assert batch.pop("unguided_rows", None) == ([[name, reason]] if masked else None)
     assert batch.pop("row_ids") == ["good", bad["id"], "text"] and expected.pop("row_ids") == ["good", "text"]
     assert batch.keys() == expected.keys()
     for key, value in expected.items():

@@ -43,7 +43,7 @@ def load_masked(path: str | Path) -> Dataset:
         ValueError: no such file, a missing column, no rows.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; give a Parquet file of image, question, mask")
+        raise ValueError(f"{path} is no file; give a Parquet file of image, question, mask")
     rows = read_files([path], keep_in_memory=True)
     missing = [name for name in ("image", "question", "mask") if name not in rows.column_names]
     if missing or not len(rows):
