@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from agevlm.cli import dispatch
 from agevlm.data.masks import load_masks
-from agevlm.data.scenes.build import build_scenes
+from agevlm.data.scenes.build import build_scenes, load_rows
 from builders import save_tiny
 
 
@@ -75,6 +75,16 @@ def test_masks_may_lie_in_the_data_or_in_several_sets(folder):
         shutil.rmtree(folder / "scenes" / "masks")
     assert several["data"]["guided_rows"] == beside["data"]["guided_rows"] == len(everything)
     assert several["metrics"]["loss"] == beside["metrics"]["loss"]
+
+
+def test_two_sets_of_masks_in_one_folder_are_refused(folder, tmp_path):
+    scenes = tmp_path / "scenes"
+    shutil.copytree(folder / "scenes", scenes)
+    shutil.copytree(folder / "masks", scenes / "masks")
+    load_masks([folder / "masks"]).to_parquet(scenes / "masks" / "captions.parquet")
+    with pytest.raises(ValueError, match=r"several sets of masks .*captions.*kept.*; say which one by --masks"):
+        load_rows(scenes, "captions")
+    assert len(load_rows(scenes, "captions", masks=load_masks([folder / "masks"]))) == 12
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])

@@ -65,11 +65,23 @@ def load_masks(places: Sequence[str | Path]) -> Dataset:
 
 
 def masks_of(folder: str | Path, part: str) -> Dataset | None:
-    """The masks that lie in a data set's own folder (or URL), None without: `masks/PART*.parquet`,
-    `masks/train-*.parquet`, or what `agevlm ground --output FOLDER/masks` has kept."""
-    places = (f"{part}*", "train-*", f"data/{KEPT}")
-    found = next((files for place in places if (files := find_files(folder, f"masks/{place}.parquet"))), None)
-    return None if found is None else read_files(found)
+    """The masks that lie in a data set's own folder (or URL), None without; see `mask_files`."""
+    files = mask_files(folder, part)
+    return read_files(files) if files else None
+
+
+def mask_files(folder: str | Path, part: str) -> list[str]:
+    """Where these masks are: `masks/PART*.parquet`, `masks/train-*.parquet`, or what `agevlm ground --output
+    FOLDER/masks` has kept.
+
+    Raises:
+        ValueError: several of them are there.
+    """
+    places = (f"masks/{part}*.parquet", "masks/train-*.parquet", f"masks/data/{KEPT}.parquet")
+    found = {place: files for place in places if (files := find_files(folder, place))}
+    if len(found) > 1:
+        raise ValueError(f"{folder} has several sets of masks ({', '.join(found)}); say which one by --masks")
+    return next(iter(found.values()), [])
 
 
 def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction: float, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from agevlm.data.masks import join_masks, masks_of, share_of_masks
+from agevlm.data.masks import join_masks, mask_files, masks_of, share_of_masks
 from agevlm.data.parallel import worker_map
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, refuse_names
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
@@ -74,7 +74,7 @@ def load_rows(
     rows = _read(Path(folder) / part / "train.parquet")
     drawn = Path(folder) / "masks" / f"{part}.parquet"
     if masks is None:
-        masks = _read(drawn) if drawn.is_file() else masks_of(folder, part)
+        masks = _read(drawn) if mask_files(folder, part) == [str(drawn)] else masks_of(folder, part)
     if masks is None:
         masks = Dataset.from_dict({name: [] for name in MASK_FEATURES}, features=MASK_FEATURES)
     return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(masks)), seed)
