@@ -6,6 +6,7 @@ bounding box prompts SAM. That pipeline reads the first instance only and fails 
 instance gives one box around all its pieces, and the mask is the union over the instances.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ class Part:
         }
 
 
-class Grounder(Part):
+class Grounder(Part, ABC):
     """Texts to groundings. Texts over the limit are refused, the others go to `find` as prompts."""
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Grounding]:
@@ -109,8 +110,9 @@ class Grounder(Part):
         """Tokens of a prompt."""
         return len(self.processor.tokenizer(prompt)["input_ids"])
 
+    @abstractmethod
     def find(self, images: list[Image.Image], prompts: list[str]) -> list[Grounding]:
-        raise NotImplementedError
+        """The regions of each picture that its prompt, which is within `limit`, names."""
 
 
 class Florence2(Grounder):
