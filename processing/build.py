@@ -1,7 +1,8 @@
 """A processor around any tokenizer. Never shipped with a checkpoint.
 
 A language model that stays frozen for three stages must be spoken to in the tokens it knows: tokenizers with ChatML's
-turn tokens (SmolLM2, Qwen) get ChatML's template, all others Llama-3's, whose tokens are added where they are missing.
+turn tokens (SmolLM2, Qwen) get ChatML's template, those with one token a role (our tiny parts) the short one, all
+others Llama-3's, whose tokens are added where they are missing.
 """
 
 from pathlib import Path
@@ -21,6 +22,7 @@ RESERVED = "<|reserved_special_token_"
 class ChatStyle(NamedTuple):
     """The tokens of a chat template, the last of which ends a turn, and the template's file."""
 
+    name: str
     tokens: tuple[str, ...]
     template: str
 
@@ -29,13 +31,17 @@ class ChatStyle(NamedTuple):
         return self.tokens[-1]
 
 
-LLAMA3 = ChatStyle(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chat_template.jinja")
-CHATML = ChatStyle(("<|im_start|>", "<|im_end|>"), "chat_template_chatml.jinja")
+LLAMA3 = ChatStyle("Llama-3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "chat_template.jinja")
+CHATML = ChatStyle("ChatML", ("<|im_start|>", "<|im_end|>"), "chat_template_chatml.jinja")
+SHORT = ChatStyle(
+    "one token a role", ("<|system|>", "<|user|>", "<|assistant|>", "<|eot_id|>"), "chat_template_short.jinja"
+)
 
 
 def chat_style(tokenizer: PreTrainedTokenizerFast) -> ChatStyle:
-    """ChatML where the tokenizer has all of its tokens, else Llama-3's."""
-    return CHATML if set(CHATML.tokens) <= set(tokenizer.get_vocab()) else LLAMA3
+    """ChatML or the short style where the tokenizer has all of its tokens, else Llama-3's."""
+    vocabulary = set(tokenizer.get_vocab())
+    return next((style for style in (CHATML, SHORT) if vocabulary.issuperset(style.tokens)), LLAMA3)
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

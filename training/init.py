@@ -35,7 +35,7 @@ from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
-from agevlm.processing.build import CHATML, IMAGE_TOKEN, build_processor, chat_style
+from agevlm.processing.build import IMAGE_TOKEN, build_processor, chat_style
 from agevlm.store import flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
@@ -247,7 +247,7 @@ def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed
         "image_mean": list(image.image_mean),
         "image_std": list(image.image_std),
         "image_token": {"token": IMAGE_TOKEN, "id": plan.processor.image_token_id},
-        "chat_style": "ChatML" if chat_style(plan.processor.tokenizer) == CHATML else "Llama-3",
+        "chat_style": chat_style(plan.processor.tokenizer).name,
         "cross_attention_layers": model.config.cross_attention_layers,
         "cross_attention_position": model.config.cross_attention_position,
         "dtype": dtype,

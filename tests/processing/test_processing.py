@@ -336,18 +336,34 @@ def test_numpy_is_returned_as_numpy(processor):
     assert all(isinstance(value, np.ndarray) for value in batch.values())
 
 
-def test_chatml_tokenizers_are_spoken_to_in_chatml():
-    """SmolLM2's turn tokens are its own; a frozen language model has never seen Llama-3's."""
+@pytest.mark.parametrize(
+    ("tokens", "rendered"),
+    [
+        (
+            ["<|im_start|>", "<|im_end|>"],  # SmolLM2's; a frozen language model has never seen Llama-3's
+            "<|im_start|>user\n<|image|>Is it?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n",
+        ),
+        (
+            ["<|system|>", "<|user|>", "<|assistant|>"],
+            "<|begin_of_text|><|user|><|image|>Is it?<|assistant|>Yes<|eot_id|>",
+        ),
+    ],
+    ids=["ChatML", "one token a role"],
+)
+def test_tokenizers_with_turn_tokens_are_spoken_to_in_them(tokens, rendered):
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     size = len(tokenizer)
     processor = build_processor(tokenizer, image_size=96)
     assert len(processor.tokenizer) == size  # the placeholder takes a reserved token's place
-    assert processor.tokenizer.eos_token == "<|im_end|>"
+    end = "<|im_end|>" if "<|im_end|>" in tokens else "<|eot_id|>"
+    assert processor.tokenizer.eos_token == end
     messages = [{"role": "user", "content": "<|image|>Is it?"}, {"role": "assistant", "content": "Yes"}]
     text = processor.apply_chat_template(messages)
-    assert text == "<|im_start|>user\n<|image|>Is it?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    assert text == rendered
     assert text.startswith(processor.apply_chat_template(messages[:1], add_generation_prompt=True))
+    parts = [structured(message) for message in [*CHAT, *messages]]
+    assert processor.apply_chat_template(parts) == processor.apply_chat_template([*CHAT, *messages])
     encoded = processor.apply_chat_template(
         messages,
         tokenize=True,
@@ -358,4 +374,4 @@ def test_chatml_tokenizers_are_spoken_to_in_chatml():
     answer = [
         token for token, kept in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if kept
     ]
-    assert processor.tokenizer.decode(answer) == "Yes<|im_end|>"
+    assert processor.tokenizer.decode(answer) == f"Yes{end}"

@@ -38,10 +38,10 @@ _OTHER_MEDIUM = re.compile(
 _MEDIUM_PLACEHOLDER = re.compile(rf"\A<(?:{_MEDIUM})>|\n\s*<(?:{_MEDIUM})>\Z")
 # How base64 of a JPEG, PNG, GIF, WebP or TIFF begins
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
-# Tokens with which a text could end its turn or start another one, in Llama-3's and ChatML's templates
+# Tokens with which a text could end its turn or start another one, in the templates of processing/build.py
 SPECIAL_TOKEN = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|pad|finetune_right_pad_id"
-    r"|reserved_special_token_\d+|im_start|im_end|endoftext)\|>"
+    r"|reserved_special_token_\d+|im_start|im_end|endoftext|system|user|assistant)\|>"
 )
 
 # Kinds of findings. The row is not used:
