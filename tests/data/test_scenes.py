@@ -1,6 +1,7 @@
 """Whole folders: deterministic for any number of processes, complete, never overwritten, with the public columns."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,11 +15,14 @@ from PIL import Image
 
 from agevlm.data.cli import scenes as main
 from agevlm.data.rows import validate_row
+from agevlm.data.scenes.arguments import SceneArguments
 from agevlm.data.scenes.benchmarks import BENCHMARKS
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
+from agevlm.data.scenes.builder import SceneBuilder
 from agevlm.data.scenes.objects import COLORS
 from agevlm.data.scenes.splits import SPLITS, is_held_out_pair
 from agevlm.images import open_image
+from agevlm.training.parts import NAMES
 
 
 SMALL = {"captions": 30, "instructions": 30, "test": 24, "size": 96, "progress": False}
@@ -117,7 +121,8 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
         ({"names": ["hous"] * 6}, "did you mean 'house'"),
         ({"colors": ["gren"]}, "did you mean 'green'"),
         ({"size": 8}, "size is 8"),
-        ({"max_objects": 9}, "max_objects is 9"),
+        ({"max_objects": 11}, "max_objects is 11"),
+        ({"min_objects": 3, "max_objects": 2}, "min_objects is 3; use 1 to max_objects, 2"),
         ({"word_rate": 2}, "word_rate is 2"),
         ({"cutouts": "nowhere"}, "cutouts.json"),
         ({"backgrounds": "nowhere"}, "nowhere does not exist"),
@@ -133,6 +138,21 @@ def test_command_line_gives_the_same_scenes(folder, tmp_path, capsys):
     main([str(tmp_path / "out"), *flags, "--num-proc", "1"])
     assert "contact_sheet.png" in capsys.readouterr().out
     assert (tmp_path / "out/scenes.json").read_text() == (folder / "scenes.json").read_text()
+
+
+def test_clutter(tmp_path):
+    """Six to ten small things of a dozen names: every caption counts right, every benchmark has its questions."""
+    build = {**SMALL, "captions": 30, "instructions": 30, "test": 8, "size": 224, "min_objects": 6, "max_objects": 10}
+    del build["progress"]
+    out = build_scenes(tmp_path / "out", **build, names=NAMES, progress=False)
+    builder = SceneBuilder(SceneArguments(**build, names=NAMES))
+    pictures = [builder.picture(random.Random(n), builder.pools["train"], word_rate=0) for n in range(20)]
+    counts = [len(picture.scene.objects) for picture in pictures]
+    assert 5 < sum(counts) / 20 < 10 and max(counts) <= 10
+    assert all(0.14 <= thing.extent <= 0.24 for picture in pictures for thing in picture.scene.objects)
+    assert len(load_rows(out, "instructions")) == 30 and len(load_benchmark(out, "composition", "pope")) == 8
+    with pytest.raises(ValueError, match="min_objects"):
+        build_scenes(tmp_path / "out", **{**build, "min_objects": 1}, names=NAMES, progress=False)
 
 
 def test_few_names_and_one_object(tmp_path):

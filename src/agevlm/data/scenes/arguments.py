@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+MOST_OBJECTS = 10
+
+
 @dataclass(frozen=True)
 class SceneArguments:
     """Everything that decides the content of a folder of scenes.
@@ -13,7 +16,8 @@ class SceneArguments:
         captions, instructions: numbers of training rows (one picture each).
         test: number of questions of each benchmark in each split (HallusionBench: rounded down to whole sets of 4).
         size: side of the pictures in pixels.
-        max_objects: most objects in a picture, 1 to 4 (questions that need two are given two).
+        min_objects, max_objects: fewest and most objects in a picture, 1 to 10. Questions that need two are given two.
+            More than 4 are small: clutter.
         turns: questions per instruction row.
         cutouts: folder made by `agevlm data cutouts`; None draws icons.
         backgrounds: folder of photographs to paste on; None generates backgrounds.
@@ -28,6 +32,7 @@ class SceneArguments:
     instructions: int = 10_000
     test: int = 500
     size: int = 224
+    min_objects: int = 1
     max_objects: int = 4
     turns: int = 4
     seed: int = 0
@@ -41,8 +46,10 @@ class SceneArguments:
         for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} is {getattr(self, field)}; use at least {least}")
-        if not 1 <= self.max_objects <= 4:
-            raise ValueError(f"max_objects is {self.max_objects}; use 1 to 4")
+        if not 1 <= self.max_objects <= MOST_OBJECTS:
+            raise ValueError(f"max_objects is {self.max_objects}; use 1 to {MOST_OBJECTS}")
+        if not 1 <= self.min_objects <= self.max_objects:
+            raise ValueError(f"min_objects is {self.min_objects}; use 1 to max_objects, {self.max_objects}")
         if not 0 <= self.word_rate <= 1:
             raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
         for field in ("names", "colors"):

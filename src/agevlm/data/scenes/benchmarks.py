@@ -252,7 +252,8 @@ _EDITS = {"recolor": _recolor, "remove": _remove, "replace": _replace, "swap": _
 def _hallusionbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
     kinds = [kind for kind in _EDITS if kind != "recolor" or builder.source.colors]
     kind = kinds[index % len(kinds)]
-    scene = sample_scene(rng, pool, 1, builder.arguments.max_objects, word_rate=0.0)
+    arguments = builder.arguments
+    scene = sample_scene(rng, pool, arguments.min_objects, arguments.max_objects, word_rate=0.0)
     if not _single(scene):
         return None
     edit = _EDITS[kind](rng, scene, pool)

@@ -143,10 +143,13 @@ def _read(path: Path) -> Dataset:
 def _manifest(builder: SceneBuilder) -> dict:
     source, arguments, kinds = builder.source, builder.arguments, builder.source.kinds
     old = {"colors": "colours"}  # as folders have it that were built before
+    options = dataclasses.asdict(arguments)
+    if arguments.min_objects == 1:
+        del options["min_objects"]  # unknown to them
     left_out = ("cutouts", "backgrounds")  # folders count by content, not by path
     manifest = {
         "format": FORMAT,
-        "arguments": {old.get(k, k): v for k, v in dataclasses.asdict(arguments).items() if k not in left_out},
+        "arguments": {old.get(k, k): v for k, v in options.items() if k not in left_out},
         "source": {"kind": source.name, "table": source.digest, "backgrounds": builder.backgrounds_digest},
         "counts": {
             **{part: getattr(arguments, part) for part in PARTS},

@@ -58,7 +58,8 @@ class SceneBuilder:
 
     def picture(self, rng: random.Random, pool: Pool, *, word_rate: float, min_objects: int = 1) -> Picture:
         """A newly sampled scene of `pool`, drawn."""
-        scene = sample_scene(rng, pool, min_objects, max(min_objects, self.arguments.max_objects), word_rate)
+        fewest = max(min_objects, self.arguments.min_objects)
+        scene = sample_scene(rng, pool, fewest, max(fewest, self.arguments.max_objects), word_rate)
         return compose(rng, scene, self.source, self.arguments.size, self.background(rng, pool))
 
     def caption_row(self, index: int) -> tuple[dict, dict]:

@@ -11,6 +11,9 @@ from .words import cell
 
 SEPARATION = 0.15  # least distance of two centers, as a share of the picture, for left/right and above/below
 _OVERLAP_RATE = 0.3
+_LARGEST = (0.62, 0.5, 0.44, 0.4)  # extent of one to four objects; the smallest is _FEW_SMALLEST
+_FEW_SMALLEST = 0.24
+_CLUTTER = (0.14, 0.24)  # smallest and largest extent of more
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,11 @@ def sample_object(rng: random.Random, pool: Pool, name: str, x: float, y: float,
 
 def sample_places(rng: random.Random, count: int) -> list[tuple[float, float, float]]:
     """(x, y, extent) of up to `count` objects that do not hide each other; some overlap a little on purpose."""
-    largest = (0.62, 0.5, 0.44, 0.4)[min(count, 4) - 1]
+    smallest, largest = (_FEW_SMALLEST, _LARGEST[count - 1]) if count <= len(_LARGEST) else _CLUTTER
     places: list[tuple[float, float, float]] = []
     for _ in range(count):
         for _ in range(30):
-            extent = rng.uniform(0.24, largest)
+            extent = rng.uniform(smallest, largest)
             margin = extent * 0.55
             x, y = rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin)
             near = rng.random() < _OVERLAP_RATE

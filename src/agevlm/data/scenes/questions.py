@@ -125,11 +125,12 @@ def count(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
         names = absent_names(scene, pool, rng.sample(pool.names, min(4, len(pool.names))))
         name = names[0] if names else name
     found = scene.find(name)
-    start = rng.randint(max(0, len(found) - 3), min(2, len(found)))
+    right = len(found)
+    start = rng.randint(max(0, right - 3), min(2, right) if right <= 5 else right)
     choices = [str(number) for number in range(start, start + 4)]
     rng.shuffle(choices)  # in ascending order the right one would mostly be among the first two
     query = f"How many {plural(name)} are in the image?"
-    return _multiple_choice("count", query, choices, str(len(found)), found, [(None, name)])
+    return _multiple_choice("count", query, choices, str(right), found, [(None, name)])
 
 
 def _referable(scene: Scene) -> list[int]:
@@ -278,7 +279,7 @@ def presence(rng: random.Random, scene: Scene, pool: Pool) -> Question:
 
 def _surely_absent(rng: random.Random, scene: Scene, pool: Pool) -> Question:
     """Not every way to mislead exists in every scene; something drawn at random is always absent somewhere."""
-    for strategy in (None, *["random"] * 20):
+    for strategy in (None, *["random"] * 20, *["adversarial"] * 20):
         question = absent(rng, scene, pool, strategy)
         if question is not None:
             return question
