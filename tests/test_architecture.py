@@ -1,4 +1,4 @@
-"""The house rules that imports and packaging must keep (docs/design.md, section 1)."""
+"""The house rules that imports and packaging must keep (docs/design.md, package layout)."""
 
 import ast
 import functools

@@ -1,1 +1,1 @@
-"""The embedded data set: drawn scenes with exact masks and questions (docs/design.md, section 4)."""
+"""The embedded data set: drawn scenes with exact masks and questions (docs/design.md, tiny size)."""
