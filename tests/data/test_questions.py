@@ -12,11 +12,20 @@ from agevlm.data.scenes.conversations import (
     question_messages,
     sample_caption,
     tell,
-    text_conversations,
 )
 from agevlm.data.scenes.layout import sample_scene
+from agevlm.data.scenes.lessons import LESSONS, text_conversations
 from agevlm.data.scenes.objects import COLORS
-from agevlm.data.scenes.questions import LETTERS, absent, count, presence, sample_questions
+from agevlm.data.scenes.questions import (
+    LETTERS,
+    absent,
+    count,
+    opened,
+    presence,
+    relation,
+    sample_questions,
+    what_color,
+)
 from agevlm.data.scenes.words import NUMBERS, article, cell, join_phrases, plural, position
 
 
@@ -167,6 +176,33 @@ def test_text_conversations_have_no_pictures_and_are_reproducible(icons):
     assert first == list(text_conversations(random.Random("s"), pool, 200))
     assert all("<|image|>" not in m["content"] for messages in first for m in messages)
     assert all(m["role"] == ("user", "assistant")[i % 2] for messages in first for i, m in enumerate(messages))
+
+
+def test_lessons_ask_for_one_new_thing_after_the_other(icons):
+    """Presence first; options, signs and captions last; questions without options are answered in words."""
+    conversations = list(text_conversations(random.Random("s"), icons.pools["text"], 1000))
+    places = [
+        [any(needle in m["content"] for m in messages) for messages in conversations]
+        for needle in ("What color", "How many", "relative positions", "closer to the camera", "(A)", "The sign says")
+    ]
+    starts = [asked.index(True) for asked in places]
+    assert starts == sorted(starts) and starts[0] > 50 and starts[4] > 500
+    early = conversations[: starts[4]]
+    assert not any(m["content"].strip("()") in LETTERS for messages in early for m in messages)
+    assert not any(m["content"].startswith(("Describe", "Name")) for messages in early for m in messages)
+    assert sum(lesson.share for lesson in LESSONS) == pytest.approx(1)
+
+
+def test_a_question_without_options_says_what_the_right_one_says(icons):
+    for seed in range(200):
+        rng, pool, scene = scene_of(icons, seed, "train")
+        for generate in (count, relation, what_color):
+            question = generate(rng, scene, pool)
+            if question is not None and question.choices:
+                words = opened(question)
+                letter = question.answer.strip("()")
+                assert re.search(rf"(?m)^\(?{letter}[.)] (.*)$", question.prompt).group(1).strip() == words.answer
+                assert words.prompt.startswith(question.query) and "(A)" not in words.prompt and not words.suffixes
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from .arguments import SceneArguments
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
 from .builder import SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
-from .conversations import Message, text_conversations
+from .conversations import Message
+from .lessons import text_conversations
 from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
@@ -118,7 +119,7 @@ def text_corpus(
     colors: Collection[str] | None = None,
     cutouts: str | Path | None = None,
 ) -> Iterator[list[Message]]:
-    """`n` conversations without pictures in the wording of the picture rows, for training a language model alone.
+    """About `n` conversations without pictures, in lessons from easy to hard, for training a language model alone.
 
     `names`, `colors` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
     about it), held-out (color, name) pairs do not.

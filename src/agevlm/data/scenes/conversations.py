@@ -1,14 +1,12 @@
 """Conversations about a scene: captions, question turns, and the same in words for a model without pictures."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agevlm.data.rows import IMAGE_PLACEHOLDER
 
-from .layout import Scene, sample_scene
-from .questions import Question, prompt_of, sample_questions
-from .splits import Pool
+from .layout import Scene
+from .questions import Question, prompt_of
 from .words import NUMBERS, join_phrases, plural, position, sentence, with_article
 
 
@@ -89,10 +87,14 @@ def caption_messages(caption: Caption, prefix: str = IMAGE_PLACEHOLDER) -> list[
     return [_message("user", prefix + caption.prompt), _message("assistant", caption.text)]
 
 
-def question_messages(rng: random.Random, questions: list[Question], prefix: str = IMAGE_PLACEHOLDER) -> list[Message]:
+def question_messages(
+    rng: random.Random, questions: list[Question], prefix: str = IMAGE_PLACEHOLDER, suffixes: bool = True
+) -> list[Message]:
+    """Turns of questions and answers; `suffixes`: now and then with an instruction of the benchmarks."""
     messages = []
     for number, question in enumerate(questions):
-        messages.append(_message("user", (prefix if number == 0 else "") + prompt_of(rng, question)))
+        prompt = prompt_of(rng, question) if suffixes else question.prompt
+        messages.append(_message("user", (prefix if number == 0 else "") + prompt))
         messages.append(_message("assistant", question.answer))
     return messages
 
@@ -107,14 +109,3 @@ def tell(scene: Scene) -> str:
     if scene.word:
         parts.append(f"The sign says {scene.word}.")
     return " ".join(parts) + " "
-
-
-def text_conversations(rng: random.Random, pool: Pool, number: int, turns: int = 4) -> Iterator[list[Message]]:
-    """Text only: scenes described and asked about (60 %), described and captioned (20 %), captions alone (20 %)."""
-    for _ in range(number):
-        scene = sample_scene(rng, pool, 1, 4, word_rate=0.2)
-        draw = rng.random()
-        if draw < 0.6:
-            yield question_messages(rng, sample_questions(rng, scene, pool, turns), tell(scene))
-        else:
-            yield caption_messages(sample_caption(rng, scene), tell(scene) if draw < 0.8 else "")

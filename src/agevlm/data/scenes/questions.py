@@ -6,7 +6,7 @@ the scene's facts alone, so the same questions serve drawn pictures and scenes d
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .layout import Scene, order
 from .splits import Pool
@@ -264,6 +264,18 @@ def how_many_objects(rng: random.Random, scene: Scene, pool: Pool) -> Question |
     rng.shuffle(others)
     everything = tuple(range(total))
     return _free(rng, "How many objects are in the image?", NUMBERS[total], everything, (), others)
+
+
+def opened(question: Question) -> Question:
+    """The question without its options; the answer is what the right one says.
+
+    A relation keeps them without letters: they say along which axis.
+    """
+    if not question.choices:
+        return question
+    answer = question.choices[LETTERS.index(question.answer.strip("()"))]
+    axis = f" {' or '.join(question.choices).capitalize()}?" if question.kind == "relation" else ""
+    return replace(question, prompt=question.query + axis, answer=answer, suffixes=())
 
 
 OTHERS: tuple[Generator, ...] = (

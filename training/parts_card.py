@@ -1,0 +1,106 @@
+"""What the tiny parts know, measured on unseen color and name pairs, and the card that says so."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import ConvNextModel, LlamaForCausalLM
+
+from agevlm.data.scenes.builder import SceneArguments, make_source
+from agevlm.data.scenes.conversations import tell
+from agevlm.data.scenes.layout import sample_scene
+from agevlm.data.scenes.questions import Generator, count, depth, presence, relation, what_color
+from agevlm.data.scenes.splits import make_pools
+from agevlm.processing import AgeVlmProcessor
+from agevlm.store import write_text
+
+from .tower import cell_accuracy
+
+
+SPLIT, SEED = "composition", 7
+KINDS: dict[str, Generator] = {
+    "presence": presence,
+    "color": what_color,
+    "counting": count,
+    "relation": relation,
+    "depth": depth,
+}
+ANSWER_TOKENS = 6
+
+
+@torch.no_grad()
+def told_accuracy(
+    model: LlamaForCausalLM, processor: AgeVlmProcessor, scenes: SceneArguments, questions: int = 500
+) -> dict[str, float]:
+    """Share of questions about scenes in words that the language model answers right, by kind (`KINDS`).
+
+    The scenes hold one to three things, some of them of color and name pairs that no training text had. An answer is
+    right if greedy decoding gives it word by word, and nothing else.
+    """
+    source = make_source(scenes.cutouts, scenes.names, scenes.colors)
+    pool, tokenizer = make_pools(source.kinds, source.colors)[SPLIT], processor.tokenizer
+    found = {}
+    for kind, generate in KINDS.items():
+        rng = Random(f"{SEED}/{kind}")
+        prompts: list[str] = []
+        answers: list[str] = []
+        while len(prompts) < questions:
+            scene = sample_scene(rng, pool, 1, 3, word_rate=0.0)
+            question = generate(rng, scene, pool)
+            if question is not None:
+                turn = [{"role": "user", "content": tell(scene) + question.prompt}]
+                prompts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+                answers.append(question.answer)
+        right = 0
+        for first in range(0, questions, 100):
+            asked = tokenizer(
+                prompts[first : first + 100], return_tensors="pt", padding=True, add_special_tokens=False
+            )
+            ids = model.eval().generate(
+                **asked, max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id
+            )
+            texts = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+            right += sum(text == answer for text, answer in zip(texts, answers[first : first + 100], strict=True))
+        found[kind] = right / questions
+    return found
+
+
+def measure_parts(folder: Path, scenes: SceneArguments, number: int = 500) -> dict[str, dict[str, float]]:
+    """`told` (`told_accuracy`) and `cells` (`cell_accuracy`) of the parts in `folder`.
+
+    Args:
+        scenes: names and colors that the parts were trained on.
+        number: questions of each kind, and pictures.
+    """
+    processor = AgeVlmProcessor.from_pretrained(folder)
+    language_model = LlamaForCausalLM.from_pretrained(folder / "language_model")
+    tower = ConvNextModel.from_pretrained(folder / "vision_tower")
+    return {
+        "told": told_accuracy(language_model, processor, scenes, number),
+        "cells": cell_accuracy(tower, processor, scenes, number),
+    }
+
+
+def write_card(folder: Path, figures: Mapping[str, Mapping[str, float]], made: Mapping[str, Any]) -> None:
+    """`README.md` of the parts: what they are, what they know, the numbers that made them (`made`)."""
+    lines = [
+        "# Pretrained parts of the size tiny",
+        "",
+        "A tokenizer with whole words and one token a role, a Llama that has read scenes in words, and a ConvNeXt",
+        "that has named what each cell of a picture shows. `agevlm init --parts` joins them; they have never met.",
+        "",
+        "Made by `agevlm parts tiny --output OUTPUT` with " + ", ".join(f"{k} {v}" for k, v in made.items()) + ".",
+        "",
+        "On unseen pairs of color and name (`agevlm/training/parts_card.py`):",
+        "",
+        "| the language model, on scenes in words | answers right |",
+        "|---|--:|",
+        *(f"| {kind} | {share:.1%} |" for kind, share in figures["told"].items()),
+        "",
+        "| one cell of the tower, read by a linear classifier | right |",
+        "|---|--:|",
+        *(f"| {key} of the thing | {share:.1%} |" for key, share in figures["cells"].items()),
+    ]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
