@@ -169,7 +169,8 @@ def kill_while_saving(step: int) -> None:
 
 def quick(recipe: StageRecipe, rows: int = 2, **changes) -> StageRecipe:
     """The recipe with `rows` in a step, all at once, and no progress bar."""
-    return recipe.override(global_batch_size=rows, per_device_train_batch_size=rows, disable_tqdm=True, **changes)
+    settings = {"per_device_train_batch_size": rows, "disable_tqdm": True, **changes}
+    return recipe.override(global_batch_size=rows, **settings)
 
 
 def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **changes) -> StageResult:
