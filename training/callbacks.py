@@ -318,7 +318,7 @@ class Flops:
         seen = float((lengths * batch["image_mask"].sum(1)).sum()) if masked else 0.0  # pairs of tokens and pictures
         height, width = batch["pixel_values"].shape[-2:]
         if are_features(batch["pixel_values"]):
-            cells = height  # (cells, width of features); the tower does not run
+            cells = float(height)  # (cells, width of features); the tower does not run
         else:
             cells = height * width / 32**2
             flops += images * sum(cost * height * width / stride**2 for cost, stride in self.tower)

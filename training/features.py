@@ -184,7 +184,7 @@ class FeatureStore:
                 self._files[part] = os.open(path, os.O_RDONLY)
             start = (place - int(self._starts[part])) * self.picture_bytes
             # Not mapped into memory: what is read from a map counts as the process's own.
-            if os.preadv(self._files[part], [value], start) != self.picture_bytes:
+            if os.preadv(self._files[part], [value.data], start) != self.picture_bytes:
                 raise ValueError(f"{path} is damaged: it ends before picture {place}. Delete {path.parent}.")
         return torch.from_numpy(values).view(self.dtype).view(len(places), 1, *self.shape)
 
