@@ -9,7 +9,6 @@ The flags are TRL's (`--use_peft --lora_r 16 ...`, `--load_in_4bit`). What they 
 """
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -57,12 +56,7 @@ class AdapterArguments(ModelConfig):
                 f"`--use_peft`: {stage} keeps the language model frozen, so there is nothing for adapters. They are "
                 "for stage4_instruct."
             )
-        sharded = (
-            args.fsdp
-            or args.deepspeed
-            or any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-        )
-        if self.use_peft and sharded:
+        if self.use_peft and args.is_sharded:
             raise ValueError(
                 "`--use_peft` does not go with FSDP or DeepSpeed: the adapters are merged at the end, which needs "
                 "whole weights. Use training/accelerate/one_gpu.yaml or ddp.yaml."

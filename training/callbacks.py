@@ -43,6 +43,7 @@ from agevlm.images import save_image
 from agevlm.language import HeldText, perplexity
 from agevlm.store import read_lines, write_json, write_lines
 from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_rows
+from agevlm.training.features import are_features
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
 
@@ -316,8 +317,11 @@ class Flops:
         images = float(batch["image_mask"].sum()) if masked else float(len(batch["pixel_values"]))
         seen = float((lengths * batch["image_mask"].sum(1)).sum()) if masked else 0.0  # pairs of tokens and pictures
         height, width = batch["pixel_values"].shape[-2:]
-        cells = height * width / 32**2
-        flops += images * sum(cost * height * width / stride**2 for cost, stride in self.tower)
+        if are_features(batch["pixel_values"]):
+            cells = float(height)  # (cells, width of features); the tower does not run
+        else:
+            cells = height * width / 32**2
+            flops += images * sum(cost * height * width / stride**2 for cost, stride in self.tower)
         flops += images * cells * self.per_cell + self.cross_attention * cells * seen
         return tokens, images, flops
 
@@ -356,7 +360,7 @@ class Probes(TrainerCallback):
 
     def __init__(self, trainer: WatchedTrainer, rows: Sequence[Mapping[str, Any]], every: int):
         self.trainer, self.every = trainer, every
-        self.rows = [open_row(row) for row in rows]
+        self.rows, self.opened = rows, [open_row(row) for row in rows]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
@@ -376,7 +380,7 @@ class Probes(TrainerCallback):
             return
         processor = self.trainer.data_collator.processor.image_processor
         cells_BL = maps_KBL.float().mean(0).cpu().numpy()[:, : math.prod(processor.grid)]  # of the first picture
-        images = [row["images"][0] for row in self.rows]
+        images = [row["images"][0] for row in self.opened]
         heats = [
             processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
             for image, cells in zip(images, cells_BL, strict=True)
@@ -385,7 +389,7 @@ class Probes(TrainerCallback):
         peak = peak_of(heats)
         lines = [
             [("", outline(image, row["guidance"]["mask"])), ("", overlay(image, heat, peak, row["guidance"]["mask"]))]
-            for row, image, heat in zip(self.rows, images, heats, strict=True)
+            for row, image, heat in zip(self.opened, images, heats, strict=True)
         ]
         sheet = panels(lines, side=256, peak=peak)
         save_image(sheet, path)

@@ -9,9 +9,11 @@ from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from agevlm.data.rows import open_row
+from agevlm.images import open_image
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
 from agevlm.processing.processing_agevlm import take_marks
+from agevlm.training.features import FeatureStore
 
 
 ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS = "row_ids", "skipped_rows", "unguided_rows"
@@ -38,6 +40,7 @@ class AgeVlmDataCollator:
             answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
             the batch keeps its number of rows, on which processes must agree. The trainer sets it to
             `AgeVlmSFTConfig.strict`, which is off.
+        features: a store of features, which then stand in the place of `pixel_values`: pictures are not opened.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
@@ -56,6 +59,7 @@ class AgeVlmDataCollator:
     pixels_as_bytes: bool = False
     row_ids: bool = False
     strict: bool = True
+    features: FeatureStore | None = None
 
     @property
     def _pixels(self) -> dict[str, bool]:
@@ -112,7 +116,8 @@ class AgeVlmDataCollator:
 
     def _open(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its pictures and mask decoded, and rendered."""
-        return {**open_row(row), **self._rendered(row["messages"], row.get("guidance"))}
+        picture = open_image if self.features is None else self.features.open
+        return {**open_row(row, picture=picture), **self._rendered(row["messages"], row.get("guidance"))}
 
     def _rendered(self, messages: list[dict], guidance: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the query's
@@ -137,7 +142,8 @@ class AgeVlmDataCollator:
         """Whole tensors of opened rows; None is a row that cannot be used."""
         nothing: dict[str, Any] = {"images": [], "guidance": None}
         opened = [row or {**nothing, **self._rendered([{"role": "user", "content": ""}])} for row in rows]
-        batch = self.processor(
+        processor = self.processor if self.features is None else self.features.reading(self.processor)
+        batch = processor(
             text=[row["text"] for row in opened],
             images=[row["images"] for row in opened],
             guidance_spans=[row["span"] for row in opened],

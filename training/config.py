@@ -9,6 +9,7 @@ Deviations from TRL's defaults, each because of what a row of ours is:
 - `hub_strategy="end"`, and it stays so: what goes to the Hub is complete (`publish.py`).
 """
 
+import os
 from dataclasses import dataclass, field
 
 from transformers.trainer_utils import HubStrategy
@@ -72,6 +73,12 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
                 "so that nobody loads half of one."
             )
         super().__post_init__()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed divide the model, by these arguments or by accelerate's."""
+        by_accelerate = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        return bool(self.fsdp or self.deepspeed) or any(by_accelerate)
 
     @property
     def part_learning_rates(self) -> dict[str, float]:

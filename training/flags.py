@@ -54,6 +54,14 @@ class StageArguments:
             "ID:CONFIG), or a folder of scenes. Default: no measurement."
         },
     )
+    stored_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the vision tower stays frozen: compute its output for each picture once, store it in this "
+            "folder, and read it from there. Same weights, less work. Runs may share the folder. At the paper's size "
+            "a picture takes 1.8 MB in bf16, 2.5 million take 4.4 TB."
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print configuration, trainable parameters, counts and steps, and stop."}
     )

@@ -4,6 +4,7 @@ done."""
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from agevlm.training.checkpoints import (
 )
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.dry_run import print_dry_run
+from agevlm.training.features import use_stored_features, why_not
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
     LINEAGE_FILE,
@@ -82,6 +84,7 @@ def run_stage(
     processor: AgeVlmProcessor | None = None,
     eval_data: Dataset | None = None,
     language: str | Path | None = None,
+    stored_features: str | Path | None = None,
     args: AgeVlmSFTConfig | None = None,
     adapters: AdapterArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -100,6 +103,8 @@ def run_stage(
         eval_data: rows for `eval_strategy`.
         language: place of a held text (`agevlm.language.read_held_text`) whose perplexity is measured before the first
             step and after the last one, for lineage and card.
+        stored_features: folder in which the frozen vision tower's output for each picture is stored, or found, and
+            from which it is read (`features.py`). It changes the speed alone; runs may share the folder.
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
         callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
@@ -107,8 +112,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, no held text, guidance without a mask, or a folder that belongs to
-            something else; the message says which fields differ.
+        ValueError: nothing to start from, no data, no held text, guidance without a mask, stored features of a tower
+            that trains, or a folder that belongs to something else; the message says which fields differ.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -117,6 +122,9 @@ def run_stage(
     args.output_dir = str(output_dir)
     adapters = adapters or AdapterArguments()
     adapters.check(recipe.name, recipe.trains, init_from, args)
+    reason = why_not(recipe, args, adapters.use_peft) if stored_features is not None else None
+    if reason is not None:
+        raise ValueError(f"`--stored-features` {stored_features}: {reason}. Leave it out.")
     is_twin = recipe.variant in TWINS
     if is_twin:
         check_twin(recipe, args, adapters, dry_run)
@@ -173,7 +181,7 @@ def run_stage(
         model=model,
         args=args,
         lineage=lineage,
-        train_dataset=rows,
+        train_dataset=rows if stored_features is None else undecoded(rows),
         eval_dataset=eval_data,
         processing_class=processor,
         callbacks=list(callbacks),
@@ -184,6 +192,8 @@ def run_stage(
     if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:
+        if stored_features is not None:
+            use_stored_features(trainer, stored_features, partial(console.print, soft_wrap=True))
         trainer.train(resume_from_checkpoint=checkpoint)
         for listed, outcome in ((trainer.skipped, "were left out"), (trainer.unguided, "guided nothing")):
             if listed.reasons:

@@ -99,6 +99,7 @@ def main(argv: list[str]) -> StageResult:
             init_from=arguments.init_from,
             revision=arguments.revision,
             language=arguments.language,
+            stored_features=arguments.stored_features,
             args=training,
             adapters=adapters,
             resume=arguments.resume,

@@ -31,6 +31,7 @@ from agevlm.processing import AgeVlmProcessor
 from agevlm.training.callbacks import Probes
 from agevlm.training.collator import AgeVlmDataCollator, guided_rows
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.features import fix_layout
 from agevlm.training.freezing import part_of
 from agevlm.training.losses import guidance_loss, guidance_loss_of_mass, in_mask_mass, pointing_accuracy
 from agevlm.training.publish import push, repository_name
@@ -84,10 +85,15 @@ class AgeVlmSFTTrainer(StageTrainer):
             # TRL keeps what trains beside quantized weights in bfloat16, where a step of 1e-5 is rounded away.
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
+        loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
+        tower = unwrap_peft_model(self.model).base_model.vision_tower
+        self.frozen_tower = None if is_sharded or any(p.requires_grad for p in tower.parameters()) else tower
+        if self.frozen_tower is not None:
+            fix_layout(self.frozen_tower, args.per_device_train_batch_size)
         if isinstance(self.data_collator, AgeVlmDataCollator):
-            # Sharded by accelerate, or on loading (`DistributedConfig`), of which `is_fsdp_enabled` knows nothing
-            loaded_in_shards = (unwrap_peft_model(self.model).fsdp_size or 1) > 1
-            self.data_collator.always_pictures |= self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded_in_shards
+            self.data_collator.always_pictures |= is_sharded
             self.data_collator.pixels_as_bytes = self.data_collator.row_ids = True
             self.data_collator.strict = args.strict
         if args.probe_steps:
@@ -115,8 +121,10 @@ class AgeVlmSFTTrainer(StageTrainer):
         return data_collator
 
     def release_model(self) -> None:
-        """Take the hook and TRL's fused head off the model, so that it can be used or trained again like a new one."""
+        """Take the hook, the tower's layout and TRL's fused head off the model, so that it is like a new one."""
         self._backbone_hook.remove()
+        if self.frozen_tower is not None:
+            del self.frozen_tower.forward
         super().release_model()
 
     # ---- Loss ----

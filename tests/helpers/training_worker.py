@@ -20,8 +20,9 @@ from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.run_stage import StageResult, run_stage
-from agevlm.training.stages import stage3_ground
+from agevlm.training.stages import stage1_align, stage3_ground
 from agevlm.training.stages.recipe import StageRecipe
+from agevlm.training.train import end_processes
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import mask, row, tiny_model, tiny_processor
 
@@ -169,7 +170,8 @@ def kill_while_saving(step: int) -> None:
 
 def quick(recipe: StageRecipe, rows: int = 2, **changes) -> StageRecipe:
     """The recipe with `rows` in a step, all at once, and no progress bar."""
-    return recipe.override(global_batch_size=rows, per_device_train_batch_size=rows, disable_tqdm=True, **changes)
+    settings = {"per_device_train_batch_size": rows, "disable_tqdm": True, **changes}
+    return recipe.override(global_batch_size=rows, **settings)
 
 
 def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **changes) -> StageResult:
@@ -182,6 +184,22 @@ def run_small_stage(output_dir: str | os.PathLike, callbacks=(), resume=True, **
         processor=tiny_processor(),
         callbacks=callbacks,
         resume=resume,
+    )
+
+
+def run_frozen_stage(output_dir: Path, computes: bool, callbacks=()) -> StageResult:
+    """Stage 1 of 6 steps, a checkpoint every 2, on features stored beside the folder or computed."""
+    recipe = stage1_align.recipe(size="tiny").override(
+        global_batch_size=4, per_device_train_batch_size=2, save_steps=2, num_train_epochs=2, disable_tqdm=True
+    )
+    return run_stage(
+        recipe,
+        output_dir,
+        data=make_rows("gigtgiiggitg"),
+        model=tiny_model(),
+        processor=tiny_processor(),
+        stored_features=None if computes else output_dir.parent / "store",
+        callbacks=callbacks,
     )
 
 
@@ -241,9 +259,10 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["gradients", "stage", "streamed"])
+    parser.add_argument("what", choices=["gradients", "stage", "streamed", "features"])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--compute", action="store_true")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--kill_at_step", type=int)
     parser.add_argument("--kill_while_saving", type=int)
@@ -254,6 +273,10 @@ def main() -> None:
             kill_while_saving(arguments.kill_while_saving)
         callbacks = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
         run_small_stage(arguments.output_dir, callbacks)
+    elif arguments.what == "features":
+        kills = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
+        run_frozen_stage(arguments.output_dir, arguments.compute, kills)
+        end_processes()
     elif arguments.what == "streamed":
         kill = [KillAtStep(arguments.kill_at_step)]
         run_streamed_stage(arguments.output_dir, arguments.data, kill, arguments.workers)

@@ -6,7 +6,7 @@ part (`mask`) of the first picture.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,10 @@ def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
     open_row(row, where)
 
 
-def open_row(row: Mapping[str, Any], where: str = "row") -> dict[str, Any]:
-    """The row with its pictures and its mask decoded (`open_image`), once. Raises as `validate_row` does."""
+def open_row(
+    row: Mapping[str, Any], where: str = "row", picture: Callable[[Any, str], Image.Image] = open_image
+) -> dict[str, Any]:
+    """The row with its pictures (by `picture`) and its mask decoded, once. Raises as `validate_row` does."""
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise ValueError(f"{where}: field id is {row.get('id')!r}; give every row a non-empty string id")
     name = f"{where} (id {row['id']!r})"
@@ -163,7 +165,7 @@ def open_row(row: Mapping[str, Any], where: str = "row") -> dict[str, Any]:
             f"{name}: {placeholders} {IMAGE_PLACEHOLDER} in messages but {len(images)} pictures in images; "
             f"write one {IMAGE_PLACEHOLDER} where each picture belongs"
         )
-    opened = [open_image(image, f"{name}, images[{index}]") for index, image in enumerate(images)]
+    opened = [picture(image, f"{name}, images[{index}]") for index, image in enumerate(images)]
     guidance = row.get("guidance")
     if guidance is not None:
         if not isinstance(guidance, Mapping):

@@ -32,6 +32,8 @@ from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.store import locked, write_json
+from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.features import why_not
 from agevlm.training.lineage import read_lineage
 from agevlm.training.run_stage import run_stage
 
@@ -47,11 +49,13 @@ MISMATCHED_SEEDS = (0, 1, 2)  # of the similarity
 
 @dataclass(frozen=True)
 class Place:
-    """Where things lie: everything in `output`, but the pretrained `parts`."""
+    """Where things lie: everything in `output`, but the pretrained `parts` and the stored features (None: there are
+    none)."""
 
     output: Path
     size: str
     parts: Path = Path()
+    stored_features: Path | None = None
 
     @property
     def scenes(self) -> Path:
@@ -96,7 +100,18 @@ def train_step(place: Place, seed: int, run: Run) -> None:
     with locked(place.folder(seed, run)) as folder:
         rows = rows_of(place.scenes, run)
         recipe, quiet_console = run.recipe.override(**twin), Console(quiet=True, markup=False)
-        run_stage(recipe, folder, data=rows, init_from=origin, language=place.scenes, console=quiet_console)
+        args = AgeVlmSFTConfig(**recipe.training_arguments(output_dir=str(folder)))
+        stored = place.stored_features if why_not(recipe, args) is None else None
+        run_stage(
+            recipe,
+            folder,
+            data=rows,
+            init_from=origin,
+            language=place.scenes,
+            stored_features=stored,
+            args=args,
+            console=quiet_console,
+        )
 
 
 def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
@@ -273,7 +288,8 @@ def run_verb(args: argparse.Namespace) -> None:
         )
     quiet()
     draw_scenes(args.output / "scenes", SIZES[args.size], args.cutouts)
-    place = Place(args.output, args.size, prepare_parts(args.size, args.parts, args.output, args.cutouts))
+    parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
+    place = Place(args.output, args.size, parts, args.stored_features)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
     describe(place, rows, args.seeds, console)
     prepared = time.monotonic()
