@@ -29,6 +29,7 @@ from agevlm.training.checkpoints import (
     staging_folder,
 )
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.curve import LearningCurve, read_questions
 from agevlm.training.dry_run import print_dry_run
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import (
@@ -82,6 +83,7 @@ def run_stage(
     processor: AgeVlmProcessor | None = None,
     eval_data: Dataset | None = None,
     language: str | Path | None = None,
+    answers: str | Path | Dataset | None = None,
     args: AgeVlmSFTConfig | None = None,
     adapters: AdapterArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -100,6 +102,8 @@ def run_stage(
         eval_data: rows for `eval_strategy`.
         language: place of a held text (`agevlm.language.read_held_text`) whose perplexity is measured before the first
             step and after the last one, for lineage and card.
+        answers: yes/no questions (`agevlm.training.curve.read_questions`) that are answered before the first step,
+            every `args.answer_steps` and after the last one, for the log.
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
         callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
@@ -107,8 +111,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, no held text, guidance without a mask, or a folder that belongs to
-            something else; the message says which fields differ.
+        ValueError: nothing to start from, no data, no held text, no questions, guidance without a mask, or a folder
+            that belongs to something else; the message says which fields differ.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -143,6 +147,7 @@ def run_stage(
     if is_twin:
         recipe = recipe.override(variant=TWIN)  # from here on its weights say of which size it is
     held = None if language is None else read_held_text(language, processor)
+    questions = None if answers is None else read_questions(answers)
     lora = adapters.lora(model.config, recipe.frozen)
     lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
@@ -150,6 +155,8 @@ def run_stage(
         console.print(f"{recipe.name}: {output_dir} is finished (recipe {lineage['recipe_hash']}), nothing to do.")
         if held is not None and "language" not in earlier:
             console.print(f"{recipe.name}: its language ability was not measured; a run in another folder would.")
+        if questions is not None and "answers" not in earlier:
+            console.print(f"{recipe.name}: it has no learning curve; a run in another folder would.")
         publish_stage(output_dir, args, init_from, console)
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
@@ -157,6 +164,10 @@ def run_stage(
     checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
     if held is not None:
         lineage["language"] = _language(held, output_dir, earlier if checkpoint is not None else None)
+    if questions is not None:
+        if earlier is not None and checkpoint is not None:
+            check_same(output_dir, earlier.get("answers") or {}, questions.stated, "learning curve")
+        lineage["answers"] = questions.stated
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
@@ -181,6 +192,8 @@ def run_stage(
     )
     if held is not None:
         trainer.add_callback(MeasureLanguage(trainer, held))
+    if questions is not None:
+        trainer.add_callback(LearningCurve(trainer, questions, args.answer_steps))
     if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:

@@ -99,6 +99,7 @@ def main(argv: list[str]) -> StageResult:
             init_from=arguments.init_from,
             revision=arguments.revision,
             language=arguments.language,
+            answers=arguments.answers,
             args=training,
             adapters=adapters,
             resume=arguments.resume,
