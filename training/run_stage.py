@@ -151,22 +151,25 @@ def run_stage(
     lora = adapters.lora(model.config, recipe.frozen)
     lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
+    checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
+    before = earlier or {}
+    goes_on = checkpoint is not None or before.get("status") == "finished"
+    if questions is not None and goes_on and "answers" not in before:
+        console.print(f"{recipe.name}: it began without a learning curve; a run in another folder would have one.")
+        questions = None
     if earlier is not None and earlier["status"] == "finished":
         console.print(f"{recipe.name}: {output_dir} is finished (recipe {lineage['recipe_hash']}), nothing to do.")
         if held is not None and "language" not in earlier:
             console.print(f"{recipe.name}: its language ability was not measured; a run in another folder would.")
-        if questions is not None and "answers" not in earlier:
-            console.print(f"{recipe.name}: it has no learning curve; a run in another folder would.")
         publish_stage(output_dir, args, init_from, console)
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
-    checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
     if held is not None:
         lineage["language"] = _language(held, output_dir, earlier if checkpoint is not None else None)
     if questions is not None:
-        if earlier is not None and checkpoint is not None:
-            check_same(output_dir, earlier.get("answers") or {}, questions.stated, "learning curve")
+        if checkpoint is not None:
+            check_same(output_dir, before["answers"], questions.stated, "learning curve")
         lineage["answers"] = questions.stated
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def test_a_curve_changes_nothing_else(tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
-def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path):
+def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path, capsys):
     with pytest.raises(Stop):
         run("stage1_align", tmp_path / "run", questions(), [StopAt(4)])
     with pytest.raises(ValueError, match=r"holds another learning curve \(number: 7 there, 5 asked"):
@@ -137,8 +137,11 @@ def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path):
     assert points(result) == points(run("stage1_align", tmp_path / "whole", questions()))
     with pytest.raises(Stop):
         run("stage1_align", tmp_path / "plain", None, [StopAt(4)])
-    with pytest.raises(ValueError, match=r"holds another learning curve \(rows: None there, 'rows' asked"):
-        run("stage1_align", tmp_path / "plain", questions())
+    for _ in ("goes on", "is done"):
+        later = run("stage1_align", tmp_path / "plain", questions())
+        assert not points(later) and "answers" not in later.lineage
+        said = " ".join(capsys.readouterr().out.split())
+        assert "it began without a learning curve; a run in another folder would have one" in said
 
 
 def test_a_frozen_tower_sees_each_picture_once(tmp_path, monkeypatch):
