@@ -55,7 +55,7 @@ class CurveQuestions:
     @cached_property
     def stated(self) -> dict[str, Any]:
         """What a curve depends on beside the run, JSON-ready."""
-        facts = {"rows": self.name, "number": len(self.rows), "yes": self.yes.float().mean().item()}
+        facts = {"rows": self.name, "number": len(self.rows), "yes": int(self.yes.sum()) / len(self.yes)}
         return {**facts, "digest": content_digest(self.rows, COLUMNS)}
 
 
@@ -149,8 +149,8 @@ class LearningCurve(TrainerCallback):
     def log_point(self, model: nn.Module) -> None:
         said, right = self.answer(model), self.questions.yes
         point = {
-            PRESENCE: (said == right).float().mean().item(),
-            f"{PRESENCE}_yes": said.float().mean().item(),
+            PRESENCE: int((said == right).sum()) / len(said),
+            f"{PRESENCE}_yes": int(said.sum()) / len(said),
             QUESTIONS: self.seen,
         }
         control = self.trainer.control
