@@ -25,15 +25,15 @@ from agevlm.reproduction.charts import (
     timeline,
 )
 from agevlm.reproduction.claims import (
-    BETTER,
     FAILS,
+    HIGHER,
     HOLDS,
+    LOWER,
     NOT_RUN,
     ONE_SEED,
     UNCLEAR,
     UNDECIDED,
-    WORSE,
-    above,
+    against,
     claims,
     reading,
     summary,
@@ -43,6 +43,7 @@ from agevlm.reproduction.prepare import SPLIT
 from agevlm.reproduction.scores import (
     ACCURACY,
     EVENLY,
+    FALSE_YES,
     LANGUAGE,
     MASS,
     TABLE_2,
@@ -110,7 +111,7 @@ def test_numbers_are_read_from_the_files(scenes, tmp_path):
     assert scores.best_blind(ACCURACY)[0] in ("always yes", "always no")
     assert scores.best_blind("POPE, says yes") is None
     assert scores.difference("ca-baseline", "agevlm", MASS)["seeds"] == {"0": pytest.approx(15)}
-    assert [claim.verdict for claim in claims(scores, {}, {})][:2] == [FAILS, HOLDS]
+    assert [claim.verdict for claim in claims(scores, {}, {})][:2] == [UNDECIDED, HOLDS]  # they share one seed
 
 
 def test_language_ability_is_shown_where_it_was_measured(scenes, tmp_path):
@@ -155,8 +156,8 @@ def answers(share_right: float, seed: int, n: int = 400) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "low, high, verdict, found",
-    [((0.5, 0.5), (0.8, 0.8), HOLDS, BETTER), ((0.5, 0.5), (0.5, 0.5), FAILS, UNCLEAR),
-     ((0.8, 0.8), (0.5, 0.5), FAILS, WORSE), ((0.5, 0.9), (0.95, 0.7), FAILS, UNCLEAR),
+    [((0.5, 0.5), (0.8, 0.8), HOLDS, HIGHER), ((0.5, 0.5), (0.5, 0.5), FAILS, UNCLEAR),
+     ((0.8, 0.8), (0.5, 0.5), FAILS, LOWER), ((0.5, 0.9), (0.95, 0.7), FAILS, UNCLEAR),
      ((0.5,), (0.8,), UNDECIDED, ONE_SEED)],
     ids=["better", "equal", "worse", "seeds disagree", "one seed"],
 )  # fmt: skip
@@ -167,19 +168,32 @@ def test_a_comparison_follows_from_the_numbers(low, high, verdict, found):
     difference = scores.difference("ca-baseline", "agevlm", "accuracy")
     assert difference["difference"] == pytest.approx(100 * (np.mean(ours) - np.mean(theirs)))
     assert reading(difference) == found
-    claim = above(scores, "ca-baseline", "agevlm", "accuracy", "A claim")
+    claim = against(scores, "ca-baseline", "agevlm", "accuracy", "A claim")
     assert claim.verdict == verdict
+    lower = against(scores, "ca-baseline", "agevlm", "accuracy", "A claim", wanted=LOWER).verdict
+    assert lower == {HIGHER: FAILS, LOWER: HOLDS, UNCLEAR: FAILS, ONE_SEED: UNDECIDED}[found]
     assert f"{difference['difference']:+.1f} [" in claim.sentence and claim.sentence.endswith(f"{found}.")
     blind = dataclasses.replace(scores, blind={"accuracy": {"always yes": 99.0}})
-    assert above(blind, "ca-baseline", "agevlm", "accuracy", "A claim").verdict == UNDECIDED
-    assert above(scores, "twin", "agevlm", "accuracy", "A claim").verdict == NOT_RUN
+    assert against(blind, "ca-baseline", "agevlm", "accuracy", "A claim").verdict == UNDECIDED
+    assert against(scores, "twin", "agevlm", "accuracy", "A claim").verdict == NOT_RUN
 
 
-@pytest.mark.parametrize("masses, verdict", [((0.2, 0.61), HOLDS), ((0.3, 0.6), FAILS)])
-def test_looking_needs_three_times_the_baselines_mass(masses, verdict):
-    claim = claims(scores_of(*([np.full(50, mass)] for mass in masses), MASS, 10.0), {}, {})[0]
-    assert claim.verdict == verdict
-    assert f"{100 * masses[1]:.1f} %" in claim.sentence and "evenly it would be 10.0 %" in claim.sentence
+def test_looking_and_hallucinating_are_compared_with_the_unguided_row():
+    masses = [[np.full(50, mass) for mass in seeds] for seeds in ((0.2, 0.25), (0.3, 0.5))]
+    scores = scores_of(*masses, MASS, 10.0)
+    assert claims(scores, {}, {})[0].verdict == HOLDS
+    absent, present = np.arange(400) < 200, np.arange(400) >= 200
+    for right, verdict in ((0.8, HOLDS), (0.5, UNDECIDED)):
+        for name, said in (("ca-baseline", 0.4), ("agevlm", 0.1)):
+            numbers = scores.numbers[name]
+            yes = [answers(said, seed) * absent for seed in (0, 1)]
+            numbers[FALSE_YES] = Number({seed: share(part, absent) for seed, part in enumerate(yes)}, np.arange(400))
+            credits = {seed: share(answers(right, 5 + seed)) for seed in (0, 1)}
+            numbers[ACCURACY] = Number(credits, np.arange(400))
+        scores.blind[ACCURACY] = {"always yes": 100 * present.mean()}
+        found = claims(scores, {}, {})[3]
+        assert found.title.startswith("Guidance lowers hallucination") and found.verdict == verdict
+        assert "AGE-VLM minus CA-baseline, POPE, false yes: -" in found.sentence
 
 
 @pytest.mark.parametrize("high, verdict", [((0.8, 0.9), HOLDS), ((0.8, 0.52), FAILS), ((0.4, 0.4), FAILS)])
