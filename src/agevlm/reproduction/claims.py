@@ -69,8 +69,10 @@ def summary(made: Sequence[Claim]) -> str:
 
 def reading(difference: Mapping[str, Any]) -> str:
     """What a difference of `Scores.difference` says: `HIGHER`, `LOWER`, `UNCLEAR` or `ONE_SEED`."""
-    if len(difference["seeds"]) < 2:
-        return ONE_SEED
+    return ONE_SEED if len(difference["seeds"]) < 2 else _direction(difference)
+
+
+def _direction(difference: Mapping[str, Any]) -> str:
     low, high = difference["interval"]
     if low > 0:
         return HIGHER
@@ -97,9 +99,10 @@ def against(
     what = f"{_SHORT[second]} minus {_SHORT[first]}, {number}: {difference_text(difference)} points"
     if not any(scores.is_above_blind(row, able or number) for row in (first, second)):
         return Claim(title, UNDECIDED, f"{what}. Neither is above blind answers, so this decides nothing.")
-    found = reading(difference)
-    verdict = {wanted: HOLDS, ONE_SEED: UNDECIDED}.get(found, FAILS)
-    return Claim(title, verdict, f"{what}: {found}.")
+    found = _direction(difference)
+    if reading(difference) == ONE_SEED:
+        return Claim(title, UNDECIDED, f"{what}: {found} for this seed. It takes two to decide (--seeds 0 1).")
+    return Claim(title, HOLDS if found == wanted else FAILS, f"{what}: {found}.")
 
 
 def _not_run(title: str, *rows: str) -> Claim:
