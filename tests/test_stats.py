@@ -74,12 +74,26 @@ def test_pairs_tell_small_differences_that_intervals_do_not():
     second = first.copy()
     second[1:24:2] = True
     units = np.arange(400)
-    found = paired_difference(share(first), share(second), units)
+    found = paired_difference([share(first)], [share(second)], units)
     assert found["difference"] == pytest.approx(3)
     assert found["interval"][0] > 0 and found["p"] < 0.01
     assert interval(share(first), units)[1] > interval(share(second), units)[0], "apart they cannot be told"
-    same = paired_difference(share(first), share(first), units)
+    same = paired_difference([share(first)], [share(first)], units)
     assert same["difference"] == 0 and same["p"] == 1
+
+
+def test_seeds_that_disagree_widen_a_difference():
+    random, units = np.random.default_rng(0), np.arange(2000)
+
+    def seeds(*shares):
+        return [share(random.random(2000) < part) for part in shares]
+
+    base = seeds(0.5, 0.5, 0.5)
+    steady, mixed = (paired_difference(base, seeds(*shares), units) for shares in ((0.6,) * 3, (0.8, 0.45, 0.55)))
+    assert steady["difference"] == pytest.approx(10, abs=2) and mixed["difference"] == pytest.approx(10, abs=2)
+    assert steady["interval"][0] > 0 > mixed["interval"][0]
+    # The weakest seed three times over is one draw of 27
+    assert mixed["interval"][0] == pytest.approx(-5, abs=4) and mixed["interval"][1] == pytest.approx(30, abs=4)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

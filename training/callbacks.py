@@ -11,6 +11,7 @@
   unless it is left out as well. More bad rows than good ones are no accident: the run stops.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
 - `MeasureLanguage` measures the perplexity of a held text before the first step and after the last one.
+- `LearningCurve` (`curve.py`) answers questions every so many steps.
 
 FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
 as many again backward where a gradient passes through (everywhere but in frozen stages of the tower), and again where
@@ -43,6 +44,7 @@ from agevlm.images import save_image
 from agevlm.language import HeldText, perplexity
 from agevlm.store import read_lines, write_json, write_lines
 from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_rows
+from agevlm.training.curve import answer_turns
 from agevlm.training.features import are_features
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
@@ -132,6 +134,7 @@ class WatchedTrainer(SFTTrainer):
         self._started = time.perf_counter()
         self._waited = 0.0
         self._counted = torch.zeros(3, dtype=torch.float64)  # tokens, images, FLOPs
+        self.turns = 0  # assistant turns of the step, of this process
         self._step: list[tuple[torch.Tensor, list[str]]] = []  # loss and rows of the step's batches
         self._row_ids: deque[list[str]] = deque()
         self._gradient_norm: Any = None
@@ -153,6 +156,7 @@ class WatchedTrainer(SFTTrainer):
         for batch in batch_samples:
             self.skipped.add(batch.pop(SKIPPED_ROWS, []), len(batch["input_ids"]))
             self._count_unguided(batch)
+        self.turns = sum(answer_turns(batch["labels"]) for batch in batch_samples)
         if self._flops is None:
             self._flops = Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
         for batch in batch_samples:

@@ -24,8 +24,8 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     """Arguments of [`AgeVlmSFTTrainer`]: TRL's and those of [`OwnTrainingArguments`].
 
     Raises:
-        ValueError: an unknown guidance loss or normalization, a negative weight or rate, `remove_unused_columns=True`,
-            or another `hub_strategy` than "end".
+        ValueError: an unknown guidance loss or normalization, a negative weight or rate, `answer_steps` below 1,
+            `remove_unused_columns=True`, or another `hub_strategy` than "end".
     """
 
     assistant_only_loss: bool = field(
@@ -47,6 +47,8 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
 
     def __post_init__(self):
         check_loss(self.guidance_loss, self.guidance_normalization)
+        if self.answer_steps < 1:
+            raise ValueError(f"`answer_steps` must be positive, got {self.answer_steps}.")
         if self.guidance_weight < 0:
             raise ValueError(f"`guidance_weight` must be 0 (off) or positive, got {self.guidance_weight}.")
         for part, rate in self.part_learning_rates.items():

@@ -62,6 +62,13 @@ class StageArguments:
             "a picture takes 1.8 MB in bf16, 2.5 million take 4.4 TB."
         },
     )
+    answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Answer these yes/no questions every `answer_steps` steps, for a learning curve in the log: a "
+            "folder of scenes, or a Parquet file or Hub set with columns image, question, answer. Default: no curve."
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print configuration, trainable parameters, counts and steps, and stop."}
     )
@@ -117,6 +124,9 @@ class OwnTrainingArguments:
         metadata={
             "help": "Every so many steps, draw where the model looks on the first 4 rows with a mask. 0: never."
         },
+    )
+    answer_steps: int = field(
+        default=100, metadata={"help": "Steps between two points of the learning curve (`answers`)."}
     )
     strict: bool = field(
         default=False,

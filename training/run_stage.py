@@ -30,6 +30,7 @@ from agevlm.training.checkpoints import (
     staging_folder,
 )
 from agevlm.training.config import AgeVlmSFTConfig
+from agevlm.training.curve import LearningCurve, read_questions
 from agevlm.training.dry_run import print_dry_run
 from agevlm.training.features import use_stored_features, why_not
 from agevlm.training.freezing import set_trainable
@@ -85,6 +86,7 @@ def run_stage(
     eval_data: Dataset | None = None,
     language: str | Path | None = None,
     stored_features: str | Path | None = None,
+    answers: str | Path | Dataset | None = None,
     args: AgeVlmSFTConfig | None = None,
     adapters: AdapterArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -105,6 +107,8 @@ def run_stage(
             step and after the last one, for lineage and card.
         stored_features: folder in which the frozen vision tower's output for each picture is stored, or found, and
             from which it is read (`features.py`). It changes the speed alone; runs may share the folder.
+        answers: yes/no questions (`agevlm.training.curve.read_questions`) that are answered before the first step,
+            every `args.answer_steps` and after the last one, for the log.
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
         callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
@@ -112,8 +116,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, no held text, guidance without a mask, stored features of a tower
-            that trains, or a folder that belongs to something else; the message says which fields differ.
+        ValueError: nothing to start from, no data, no held text, no questions, guidance without a mask, stored features
+            of a tower that trains, or a folder that belongs to something else; the message says which fields differ.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -151,9 +155,16 @@ def run_stage(
     if is_twin:
         recipe = recipe.override(variant=TWIN)  # from here on its weights say of which size it is
     held = None if language is None else read_held_text(language, processor)
+    questions = None if answers is None else read_questions(answers)
     lora = adapters.lora(model.config, recipe.frozen)
     lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
     earlier = _earlier_lineage(output_dir, lineage["recipe"])
+    checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
+    before = earlier or {}
+    goes_on = checkpoint is not None or before.get("status") == "finished"
+    if questions is not None and goes_on and "answers" not in before:
+        console.print(f"{recipe.name}: it began without a learning curve; a run in another folder would have one.")
+        questions = None
     if earlier is not None and earlier["status"] == "finished":
         console.print(f"{recipe.name}: {output_dir} is finished (recipe {lineage['recipe_hash']}), nothing to do.")
         if held is not None and "language" not in earlier:
@@ -162,9 +173,12 @@ def run_stage(
         return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
-    checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
     if held is not None:
         lineage["language"] = _language(held, output_dir, earlier if checkpoint is not None else None)
+    if questions is not None:
+        if checkpoint is not None:
+            check_same(output_dir, before["answers"], questions.stated, "learning curve")
+        lineage["answers"] = questions.stated
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
@@ -189,6 +203,8 @@ def run_stage(
     )
     if held is not None:
         trainer.add_callback(MeasureLanguage(trainer, held))
+    if questions is not None:
+        trainer.add_callback(LearningCurve(trainer, questions, args.answer_steps))
     if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
         trainer.remove_callback(PrinterCallback)
     try:

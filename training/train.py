@@ -100,6 +100,7 @@ def main(argv: list[str]) -> StageResult:
             revision=arguments.revision,
             language=arguments.language,
             stored_features=arguments.stored_features,
+            answers=arguments.answers,
             args=training,
             adapters=adapters,
             resume=arguments.resume,

@@ -3,7 +3,7 @@
 Metrics are ratios of sums over rows, so that one definition gives the value, its interval and paired differences.
 Intervals are percentile bootstraps over units (rows that share a picture or are asked as a set are drawn together).
 Two models answer the same rows, so their difference is resampled in pairs, and McNemar's exact test compares their
-right answers row by row.
+right answers row by row. Where models were trained with several seeds, a difference is resampled over seeds too.
 
 AUROC is the probability that a matched pair scores higher than a mismatched one, ties counting one half: 0.5 means
 that nothing tells them apart, however high both score.
@@ -121,13 +121,21 @@ def _middle(values: np.ndarray) -> list[float]:
     return [float(low), float(high)]
 
 
-def paired_difference(first: Measure, second: Measure, units: np.ndarray) -> dict[str, Any]:
-    """`difference` of two models' measures over the same rows (second - first), its 95 % `interval`, and `p`, the
-    two-sided bootstrap probability of a difference of 0."""
-    differences = second.resampled(units) - first.resampled(units)
+def paired_difference(first: Sequence[Measure], second: Sequence[Measure], units: np.ndarray) -> dict[str, Any]:
+    """`difference` of two models' measures over the same rows (second - first, mean over seeds), its 95 % `interval`,
+    and `p`, the two-sided bootstrap probability of a difference of 0.
+
+    Args:
+        first, second: a measure for each seed, in the same order. Every draw takes as many seeds with replacement, and
+            the same units for all of them.
+    """
+    by_seed = np.array([b.resampled(units) - a.resampled(units) for a, b in zip(first, second, strict=True)])
+    seeds, draws = by_seed.shape
+    chosen = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), size=draws).T
+    differences = (chosen * by_seed).sum(0) / seeds
     below, above = (1 + (differences <= 0).sum()), (1 + (differences >= 0).sum())
     return {
-        "difference": second.value() - first.value(),
+        "difference": mean(second).value() - mean(first).value(),
         "interval": _middle(differences),
         "p": float(min(1.0, 2 * min(below, above) / (1 + len(differences)))),
     }

@@ -25,15 +25,16 @@ def pope_rows(golds, categories=("random", "popular")):
 def test_pope_constants_on_a_balanced_set():
     constants = pope.constants(pope_rows(["yes", "no"] * 50))
     yes, no = constants["always yes"], constants["always no"]
-    assert (yes["accuracy"], yes["recall"], yes["yes_ratio"]) == (50, 100, 100)
+    assert (yes["accuracy"], yes["recall"], yes["yes_ratio"], yes["false_yes"]) == (50, 100, 100, 100)
     assert yes["f1"] == pytest.approx(200 / 3)
-    assert (no["accuracy"], no["f1"], no["recall"], no["yes_ratio"]) == (50, 0, 0, 0)
+    assert (no["accuracy"], no["f1"], no["recall"], no["yes_ratio"], no["false_yes"]) == (50, 0, 0, 0, 0)
 
 
 def test_pope_counts_unread_answers_as_wrong_and_not_yes():
     rows = pope_rows(["yes", "yes", "no", "no"])
     metrics = pope.score(rows, ["yes", None, "no", None])
     assert metrics["accuracy"] == 50
+    assert metrics["false_yes"] == 0 and pope.score(rows, ["yes", None, "yes", None])["false_yes"] == 50
     assert metrics["unparsed"] == 50
     assert metrics["precision"] == 100
     assert metrics["recall"] == 50

@@ -245,11 +245,18 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     report = report_of(output)
     assert set(report["numbers"]) == set(QUICKSTART)
     assert all(TASKS[-1].title in numbers for numbers in report["numbers"].values())
+    for name in QUICKSTART:
+        points = report["curves"][name]["0"]["points"]
+        assert [questions for questions, _ in points] == [0, 64, 128]  # two steps of 16 rows with four turns
+    assert (output / "curves.png").is_file()
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):
         assert all(ROWS[name].title in shown for name in QUICKSTART)
         assert "not run" in shown and "Language ability" in shown
         assert "similarity of 8 pairs, padding of 3 pictures" in shown
+        assert "questions to 75 %" in shown and "What deviates from the paper" in shown
+        assert shown.index("Presence on unseen") < shown.index("Learning curves") < shown.index("Where they look")
+        assert shown.index("answers and attention") < shown.index("Answers above every constant answer")
     assert page.count("<svg") == 2  # two steps a stage log guidance, and no loss
 
     cli.reproduce([*arguments, "--only", "query-things"])

@@ -2,6 +2,7 @@
 
 An answer that is not read counts as wrong and, for precision and recall, as not "yes". Headline: F1 pooled over all
 rows; accuracy stands beside it, and the mean of the categories' F1, which LLaVA's recipe reports.
+`false_yes` is the share of "yes" where the answer is no: hallucination proper.
 Deviation: under `lmms-eval` the yes-ratio is that of the answers; lmms-eval computes it from the gold answers.
 """
 
@@ -31,6 +32,7 @@ def measures(
     said_yes = np.array([answer == "yes" for answer in parsed], dtype=float)
     unparsed = np.array([answer is None for answer in parsed], dtype=float)
     gold_yes = np.array([gold(row) == "yes" for row in rows], dtype=float)
+    absent = 1 - gold_yes
     gold_yes = gold_yes if unread_in_recall else gold_yes * (1 - unparsed)
 
     def of(chosen: np.ndarray) -> dict[ResultKey, Measure]:
@@ -41,6 +43,7 @@ def measures(
             ("recall",): share(true_yes, gold_yes * chosen),
             ("f1",): share(2 * true_yes, (said_yes + gold_yes) * chosen),
             ("yes_ratio",): among(chosen, said_yes),
+            ("false_yes",): among(chosen * absent, said_yes),
             ("unparsed",): among(chosen, unparsed),
         }
 

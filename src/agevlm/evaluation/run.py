@@ -43,8 +43,8 @@ from .tables import html_page, markdown_page, summary_table
 RESULT = "metrics.json"
 # Raise when fields of metrics.json change. Since 3 looking is measured in the pass that answers, in other batches: its
 # values may differ from those of 2 in the last digits. Since 4 HallusionBench has its average and its categories, and
-# rows of POPE that stand for several categories count once for each.
-FORMAT = 4
+# rows of POPE that stand for several categories count once for each. Since 5 POPE has `false_yes`.
+FORMAT = 5
 
 
 def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
@@ -314,7 +314,7 @@ def compare(benchmark: Benchmark, rows: Dataset, first: Sequence[Prediction], se
     return {
         "n": len(usable),
         "metric": benchmark.headline,
-        **paired_difference(one[benchmark.headline,], other[benchmark.headline,], units),
+        **paired_difference([one[benchmark.headline,]], [other[benchmark.headline,]], units),
         "mcnemar": mcnemar(benchmark.credits(usable, parsed[0]), benchmark.credits(usable, parsed[1])),
     }
 

@@ -13,7 +13,7 @@ from .looking import METRICS as GROUNDING_METRICS
 
 Results = Mapping[str, Metrics]  # metrics by model
 Lines = list[list[str]]  # the first is the head
-NO_RACE = ("yes_ratio", "unparsed", "unjudged", "n")  # metrics of which more is not better
+NO_RACE = ("yes_ratio", "false_yes", "unparsed", "unjudged", "n")  # metrics of which more is not better
 
 
 def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

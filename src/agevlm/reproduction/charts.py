@@ -123,7 +123,7 @@ def draw_charts(found: Found, rows: Sequence[str]) -> list[dict[str, Any]]:
     logs: dict[str, list[list[Stage]]] = {}
     for name in rows:
         runs = found[name].values()
-        logs[ROWS[name].title] = [[(recipe, _log(folder)) for recipe, folder in run.stages] for run in runs]
+        logs[ROWS[name].title] = [[(recipe, read_log(folder)) for recipe, folder in run.stages] for run in runs]
     starts = stage_starts(next(iter(logs.values()))[0])
     drawn: list[dict[str, Any]] = []
     for title, read, percent in CURVES:
@@ -133,5 +133,6 @@ def draw_charts(found: Found, rows: Sequence[str]) -> list[dict[str, Any]]:
     return drawn
 
 
-def _log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The trainer's log of a finished stage."""
     return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

@@ -15,10 +15,13 @@ from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.masks import join_masks
+from agevlm.data.scenes.benchmarks import FEATURES, GROUP, benchmark_rows
 from agevlm.data.scenes.build import build_scenes, load_rows
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.data.scenes.words import plural
 from agevlm.data.tables import read_files
-from agevlm.store import new_folder
+from agevlm.evaluation import pope
+from agevlm.store import new_folder, replacing
 from agevlm.training.init import build, plan_parts
 from agevlm.training.parts import make_small
 
@@ -26,6 +29,12 @@ from .matrix import Run, Size, Start, cross_layers
 
 
 SPLIT = "composition"
+CURVE_QUESTIONS, CURVE_SEED = 500, 2000  # the seed of scenes is 0, that of parts 1000
+
+
+def _pictures(size: Size, cutouts: Path | None) -> dict[str, Any]:
+    """What is in the pictures of a size, as arguments of `SceneArguments`."""
+    return {"max_objects": size.max_objects, "names": size.names, "colors": size.colors, "cutouts": cutouts}
 
 
 def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
@@ -36,12 +45,22 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         instructions=size.instructions,
         turns=size.turns,
         test=size.questions,
-        max_objects=size.max_objects,
-        names=size.names,
-        colors=size.colors,
-        cutouts=cutouts,
         num_proc=min(2, os.cpu_count() or 1),
+        **_pictures(size, cutouts),
     )
+
+
+def draw_questions(path: Path, size: Size, cutouts: Path | None) -> None:
+    """The questions of the learning curves, like those that are reported but about other pictures; at once where they
+    are there."""
+    if path.is_file():
+        return
+    builder = SceneBuilder(SceneArguments(seed=CURVE_SEED, **_pictures(size, cutouts)))
+    name = pope.PAPER.name
+    pairs = (benchmark_rows(builder, SPLIT, name, index) for index in range(CURVE_QUESTIONS // GROUP[name]))
+    rows = Dataset.from_list([row for pair in pairs for row in pair], features=FEATURES[name])
+    with replacing(path) as temporary:
+        rows.to_parquet(temporary)
 
 
 def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | None) -> Path:

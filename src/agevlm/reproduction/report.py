@@ -1,13 +1,12 @@
 """What a reproduction found, as `report.html` (one file that needs nothing else), `report.json` and `report.md`.
 
-`SECTIONS` says what the page shows, and `CURVES` in `charts.py` which curves. `report.md` and the pictures that it
-shows are made to be copied.
+`LEAD` and `SECTIONS` say what the page shows above and below the claims, and `CURVES` in `charts.py` which curves of
+training. `report.md` and the pictures that it shows are made to be copied.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from agevlm.analysis.attention import Example, Panel, write_examples
 from agevlm.analysis.figures import save_rows
-from agevlm.data.scenes.build import FORMAT, load_benchmark
+from agevlm.data.scenes.build import load_benchmark
 from agevlm.drawing import panels
 from agevlm.evaluation import pope
 from agevlm.evaluation.tables import markdown_table
@@ -27,12 +26,14 @@ from agevlm.training.lineage import git_commit, library_versions, read_lineage
 
 from .charts import draw_charts
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
-from .matrix import GUIDED, GUIDED_TWICE, MAIN, ROWS, SIZES, TWIN, chain
+from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
+from .matrix import BASELINE, GUIDED, MAIN, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
     ACCURACY,
     ANSWERS,
     EVENLY,
+    FALSE_YES,
     LOOKS,
     MASS,
     PADDING,
@@ -45,6 +46,7 @@ from .scores import (
     layer_title,
     read_scores,
 )
+from .setting import deviation_lines, settings
 
 
 EXAMPLES = 6
@@ -62,8 +64,10 @@ class Material:
         main: the rows that tables and curves compare.
     """
 
+    size: str
     found: Found
     scores: Scores
+    curves: Curves
     files: Mapping[str, Mapping[str, list[Any]]]
     examples: Sequence[Example]
     main: Sequence[str]
@@ -71,10 +75,10 @@ class Material:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page with a picture below it.
+    """A table of the page with a picture above it.
 
     Args:
-        lines: makes the table; where it has a head alone, the section is left out.
+        lines: makes the table; where it has a head alone, the section is left out, or says `otherwise` alone.
         picture: name of a file beside the report, and what draws it (returns whether there was anything to draw).
     """
 
@@ -82,6 +86,7 @@ class Section:
     note: str
     lines: Callable[[Material], Lines]
     picture: tuple[str, Callable[[Material, Path], bool]] | None = None
+    otherwise: str = ""
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -115,6 +120,22 @@ def _text(scores: Scores, name: str, title: str) -> str:
 
 def _seeds(runs: Mapping[int, Any]) -> str:
     return ", ".join(map(str, runs))
+
+
+def presence_lines(material: Material) -> Lines:
+    """One line per row: right answers beside the best constant one, and false yes."""
+    scores = material.scores
+    lines = [["", "presence", "best constant answer", "above it", "over CA-baseline", "false yes", "seeds"]]
+    for name, runs in material.found.items():
+        number, best = scores.numbers[name].get(ACCURACY), scores.best_blind(ACCURACY)
+        if number is not None and best is not None:
+            against = scores.difference(BASELINE, name, ACCURACY) if name != BASELINE else None
+            compared = "" if against is None else f"{difference_text(against)}: {reading(against)}"
+            above = "yes" if scores.is_above_blind(name, ACCURACY) else "no"
+            false_yes, blind = scores.numbers[name][FALSE_YES].text(), f"{best[1]:.1f} ({best[0]})"
+            lines.append([ROWS[name].title, number.text(), blind, above, compared, false_yes, _seeds(runs)])
+    filled = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return [list(line) for line in zip(*filled, strict=True)]
 
 
 def looks_lines(material: Material) -> Lines:
@@ -245,6 +266,39 @@ def draw_looks(material: Material, path: Path) -> bool:
     return bool(looks)
 
 
+LEAD = (
+    Section(
+        "Presence on unseen compositions",
+        "Percent of POPE's questions about pairs of color and thing that no training row shows. Mean over seeds, "
+        "[bootstrap 95 % interval over questions], (lowest to highest seed). “Above it”: the whole interval is above "
+        "the best constant answer. Differences in points: [interval over questions and seeds], (each seed's). “False "
+        "yes”: percent of the questions about absent things that are answered yes, which is hallucination proper.",
+        presence_lines,
+    ),
+    Section(
+        "Learning curves",
+        "Presence against the questions trained on in stage 4, measured on other pictures than those above. Bold: the "
+        "mean over seeds; thin: each seed. Table: the median over seeds (lowest to highest) of the first point that "
+        "reaches a level.",
+        lambda material: curve_lines(material.curves),
+        ("curves.png", lambda m, path: draw_curves({n: m.curves[n] for n in m.main if n in m.curves}, m.found, path)),
+        otherwise="No stage in this folder has a learning curve: it was trained by an earlier version.",
+    ),
+    Section(
+        "Where they look",
+        "On all questions that have a mask; mean over cross layers unless a layer is named. “Points at it”: the most "
+        "attended cell is inside the mask. “Blind”: attention spread evenly, and a Gaussian on the centre.",
+        looks_lines,
+    ),
+    Section(
+        "Tables 3 to 6's analogue: answers and attention",
+        "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
+        "tokens and heads: of the first cross layer, as in the paper, and over all cross layers; of the concatenating "
+        "twin, of the first self-attention layer, as in the paper. Percent: attention inside the outline.",
+        example_lines,
+        ("attention.png", draw_attention),
+    ),
+)
 SECTIONS = (
     Section(
         "Table 2's analogue",
@@ -267,12 +321,6 @@ SECTIONS = (
         language_lines,
     ),
     Section(
-        "Where they look",
-        "On all questions that have a mask; mean over cross layers unless a layer is named. “Points at it”: the most "
-        "attended cell is inside the mask. “Blind”: attention spread evenly, and a Gaussian on the centre.",
-        looks_lines,
-    ),
-    Section(
         "Figure 2's analogue: similarity",
         "Mean over seeds (lowest to highest). Cosines of the headline layer: the last one of a concatenating model, "
         "the last cross block of ours. AUROC 0.5: matched and mismatched pairs cannot be told apart. Paper: ConvLLaVA "
@@ -289,20 +337,18 @@ SECTIONS = (
         partial(file_lines, PADDING, ENRICHMENTS, 2),
     ),
     Section(
-        "Tables 3 to 6's analogue: answers and attention",
-        "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
-        "tokens and heads: of the first cross layer, as in the paper, and over all cross layers; of the concatenating "
-        "twin, of the first self-attention layer, as in the paper. Percent: attention inside the outline.",
-        example_lines,
-        ("attention.png", draw_attention),
-    ),
-    Section(
         "Matrix and ablation",
         "Every row differs from AGE-VLM in what its name says. The difference is paired over the questions and the "
         "seeds that both rows have (each seed's in parentheses). Rows of one seed show what to look at next, not what "
         "is so. Attention is measured over all words of a question, which favors rows that guide all of them.",
         ablation_lines,
         ("looking.png", draw_looks),
+    ),
+    Section(
+        "What deviates from the paper",
+        "Settings of AGE-VLM-LM's stages that decide the result and are not those of the size `paper`. All rows share "
+        "them but for what their names say.",
+        lambda material: deviation_lines(material.size),
     ),
 )
 
@@ -327,33 +373,6 @@ def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path
     )
 
 
-def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, str]:
-    """What the report says about how the numbers came about."""
-    folders = {folder for runs in found.values() for run in runs.values() for _, folder in run.stages}
-    counts = SIZES[size]
-    told = {
-        "size": size,
-        "date": date.today().isoformat(),
-        "scenes": f"format {FORMAT}, split {SPLIT}, {counts.questions:,} questions of each benchmark",
-        "other measurements": f"similarity of {counts.pairs} pairs, padding of {counts.oblong} pictures cut to 16 : 9",
-        "report written at commit": str(git_commit())[:12],
-        "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
-    }
-    for run in chain(ROWS[GUIDED_TWICE], size, 0):
-        recipe, rows = run.recipe, getattr(counts, run.recipe.data)
-        told[recipe.name] = (
-            f"{rows:,} {recipe.data}, {counts.steps(recipe)} steps of {recipe.global_batch_size}, "
-            f"learning rate {recipe.training['learning_rate']:g}, masks on {100 * recipe.mask_fraction:g} %"
-        )
-    told["shared work"] = "stages that begin several rows alike ran once"
-    return told | {f"failed: {name}": reason for name, reason in failed.items()}
-
-
-def _commit(folder: Path) -> str:
-    lineage = read_lineage(folder)
-    return str(lineage["git_commit"])[:12] if lineage is not None else "unknown"
-
-
 def write_report(
     output: Path, size: str, scenes: Path, found: Found, failed: Mapping[str, str], seconds: Mapping[str, float]
 ) -> None:
@@ -372,11 +391,15 @@ def write_report(
     main = [name for name in found if ROWS[name].group == MAIN] or list(found)[:4]
     examples = draw_examples(found, main, scenes, output / "examples")
     files = {name: _read_all(found, name) for name in (SIMILARITY, PADDING)}
-    material = Material(found, read_scores(found, scenes), files, examples, main)
-    made = [section for section in (_made(section, material, output) for section in SECTIONS) if section["lines"][1:]]
+    material = Material(size, found, read_scores(found, scenes), read_curves(found), files, examples, main)
+    lead, made = (
+        [made for made in (_made(section, material, output) for section in sections) if made is not None]
+        for sections in (LEAD, SECTIONS)
+    )
     decided = claims(material.scores, files[SIMILARITY], files[PADDING])
     page: dict[str, Any] = {
         "title": f"AGE-VLM reproduction, size {size}",
+        "lead": lead,
         "summary": summary(decided),
         "claims": [dataclasses.asdict(claim) for claim in decided],
         "sections": made,
@@ -387,8 +410,8 @@ def write_report(
     }
     numbers = {name: {title: n.as_json() for title, n in by.items()} for name, by in material.scores.numbers.items()}
     write_text(output / "report.html", html({**page, "charts": draw_charts(found, main)}, output))
-    write_json(output / "report.json", {**page, "numbers": numbers}, indent=1)
-    write_text(output / "report.md", markdown(page["title"], page["settings"], decided, made))
+    write_json(output / "report.json", {**page, "numbers": numbers, "curves": curves_json(material.curves)}, indent=1)
+    write_text(output / "report.md", markdown(page["title"], page["settings"], lead, decided, made))
 
 
 def _read_all(found: Found, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -398,11 +421,15 @@ def _read_all(found: Found, name: str) -> dict[str, list[dict[str, Any]]]:
     return {row: entries for row, entries in read.items() if entries}
 
 
-def _made(section: Section, material: Material, output: Path) -> dict[str, Any]:
-    """Title, note, lines and the picture's file name (None without one)."""
+def _made(section: Section, material: Material, output: Path) -> dict[str, Any] | None:
+    """Title, note, lines and the picture's file name (None without one); None where there is nothing to say."""
+    lines = section.lines(material)
+    if not lines[1:]:
+        said = {"title": section.title, "note": section.otherwise, "lines": lines[:0], "picture": None}
+        return said if section.otherwise else None
     name, draw = section.picture or ("", lambda *_: False)
     picture = name if draw(material, output / name) else None
-    return {"title": section.title, "note": section.note, "lines": section.lines(material), "picture": picture}
+    return {"title": section.title, "note": section.note, "lines": lines, "picture": picture}
 
 
 def html(page: Mapping[str, Any], output: Path) -> str:
@@ -437,16 +464,28 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def markdown(title: str, told: Mapping[str, str], made: Sequence[Claim], sections: Sequence[Mapping[str, Any]]) -> str:
+def markdown(
+    title: str,
+    told: Mapping[str, str],
+    lead: Sequence[Mapping[str, Any]],
+    made: Sequence[Claim],
+    sections: Sequence[Mapping[str, Any]],
+) -> str:
     """The report as one page of Markdown."""
-    parts = [f"# {title}\n", "Generated by `agevlm reproduce`.\n"]
-    parts.append("".join(f"- {name}: {value}\n" for name, value in told.items()))
+    parts = [f"# {title}\n", "Generated by `agevlm reproduce`.\n", *map(_markdown_section, lead)]
     parts.append("## The paper's claims at this scale\n")
     bold = {HOLDS: f"**{HOLDS}**", FAILS: f"**{FAILS}**"}
     lines = [[claim.title, bold.get(claim.verdict, claim.verdict), claim.sentence] for claim in made]
     parts.append(markdown_table([["claim", "verdict", "numbers"], *lines]))
-    for section in sections:
-        parts += [f"## {section['title']}\n", f"{section['note']}\n", markdown_table(section["lines"])]
-        if section["picture"]:
-            parts.append(f"![{section['title']}]({section['picture']})\n")
+    parts += map(_markdown_section, sections)
+    parts += ["## The run\n", "".join(f"- {name}: {value}\n" for name, value in told.items())]
+    return "\n".join(parts)
+
+
+def _markdown_section(section: Mapping[str, Any]) -> str:
+    parts = [f"## {section['title']}\n", f"{section['note']}\n"]
+    if section["picture"]:
+        parts.append(f"![{section['title']}]({section['picture']})\n")
+    if section["lines"]:
+        parts.append(markdown_table(section["lines"]))
     return "\n".join(parts)

@@ -38,13 +38,14 @@ from agevlm.training.lineage import read_lineage
 from agevlm.training.run_stage import run_stage
 
 from .matrix import ROWS, SIZES, Row, Run, chain, choose_rows, unique
-from .prepare import SPLIT, draw_scenes, prepare_parts, rows_of, save_start
+from .prepare import SPLIT, draw_questions, draw_scenes, prepare_parts, rows_of, save_start
 from .report import write_report
 from .scores import LANGUAGE, PADDING, SIMILARITY, Trained
 
 
 MAX_NEW_TOKENS = 32
 MISMATCHED_SEEDS = (0, 1, 2)  # of the similarity
+CURVE_POINTS = 12  # of a learning curve
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Place:
     @property
     def scenes(self) -> Path:
         return self.output / "scenes"
+
+    @property
+    def curve(self) -> Path:
+        """The questions of the learning curves."""
+        return self.output / "curve.parquet"
 
     def folder(self, seed: int, run: Run) -> Path:
         """Of a stage run."""
@@ -99,18 +105,18 @@ def train_step(place: Place, seed: int, run: Run) -> None:
     twin = {} if run.start.twin == "no" else {"variant": "twin", "mask_fraction": 0.0}
     with locked(place.folder(seed, run)) as folder:
         rows = rows_of(place.scenes, run)
-        recipe, quiet_console = run.recipe.override(**twin), Console(quiet=True, markup=False)
+        recipe = run.recipe.override(**twin, answer_steps=max(1, SIZES[place.size].steps(run.recipe) // CURVE_POINTS))
         args = AgeVlmSFTConfig(**recipe.training_arguments(output_dir=str(folder)))
-        stored = place.stored_features if why_not(recipe, args) is None else None
         run_stage(
             recipe,
             folder,
             data=rows,
             init_from=origin,
             language=place.scenes,
-            stored_features=stored,
+            stored_features=place.stored_features if why_not(recipe, args) is None else None,
+            answers=place.curve if recipe.data == "instructions" else None,
             args=args,
-            console=quiet_console,
+            console=Console(quiet=True, markup=False),
         )
 
 
@@ -287,9 +293,10 @@ def run_verb(args: argparse.Namespace) -> None:
             "--cutouts cutouts."
         )
     quiet()
-    draw_scenes(args.output / "scenes", SIZES[args.size], args.cutouts)
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
     place = Place(args.output, args.size, parts, args.stored_features)
+    draw_scenes(place.scenes, SIZES[args.size], args.cutouts)
+    draw_questions(place.curve, SIZES[args.size], args.cutouts)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
     describe(place, rows, args.seeds, console)
     prepared = time.monotonic()

@@ -1,7 +1,8 @@
 """The numbers of a reproduction: answers and attention, of every measured row, seed and question.
 
-Two kinds of uncertainty stand beside each number and are never mixed: in brackets the bootstrap 95 % interval over the
-questions (of the mean over seeds, each question in all seeds at once), in parentheses the lowest and highest seed.
+Beside each number stand in brackets the bootstrap 95 % interval over the questions (of the mean over seeds, each
+question in all seeds at once), in parentheses the lowest and highest seed. The interval of a difference is over
+questions and seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ class Look:
 
 
 MASS, ACCURACY, UNREAD = "attention inside the mask", "POPE accuracy", "answers not read"
+FALSE_YES = "POPE, false yes"
 EVENLY, BLIND_LOOKS = "evenly", {"evenly": "uniform", "on the centre": "centre"}
 TABLE_2 = (
     Answer("POPE F1", "pope", ("f1",), "POPE"),
@@ -95,6 +97,7 @@ TABLE_2 = (
 )
 TASKS = (
     Answer("POPE, says yes", "pope", ("yes_ratio",), is_race=False),
+    Answer(FALSE_YES, "pope", ("false_yes",), is_race=False),
     Answer("CV-Bench, counting", "cvbench", ("tasks", "Count")),
     Answer("CV-Bench, position", "cvbench", ("tasks", "Relation")),
     Answer("CV-Bench, in front", "cvbench", ("tasks", "Depth")),
@@ -160,14 +163,14 @@ class Scores:
         return best is None or self.numbers[row][title].interval[0] > best[1]
 
     def difference(self, first: str, second: str, title: str) -> dict[str, Any] | None:
-        """`second` - `first` over the seeds that both have: paired over questions, and for each seed."""
+        """`second` - `first` over the seeds that both have: paired over questions and seeds, and for each seed."""
         one, other = (self.numbers.get(name, {}).get(title) for name in (first, second))
         if one is None or other is None:
             return None
         seeds = sorted(set(one.seeds) & set(other.seeds))
         if not seeds:
             return None
-        pair = [mean([number.seeds[seed] for seed in seeds]) for number in (one, other)]
+        pair = [[number.seeds[seed] for seed in seeds] for number in (one, other)]
         by_seed = {str(seed): other.seeds[seed].value() - one.seeds[seed].value() for seed in seeds}
         return {**paired_difference(pair[0], pair[1], one.units), "seeds": by_seed}
 
