@@ -186,17 +186,17 @@ def run_stage(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         for listed, outcome in ((trainer.skipped, "were left out"), (trainer.unguided, "guided nothing")):
-            if listed.reasons:
+            if listed.rows:
                 console.print(
-                    f"{len(listed.reasons)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
+                    f"{len(listed.rows)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
                     "which and why.",
                     style="yellow",
                     soft_wrap=True,
                 )
-        guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.reasons)
-        if trainer.unguided.reasons and not guiding:
+        guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.rows)
+        if trainer.unguided.rows and not guiding:
             raise ValueError(
-                f"None of the {len(trainer.unguided.reasons)} rows with a mask could be guided: "
+                f"None of the {len(trainer.unguided.rows)} rows with a mask could be guided: "
                 f"{trainer.unguided.path(output_dir)} says why."
             )
         lineage = trainer.lineage = {
