@@ -1,7 +1,9 @@
 """Rows to batches: chat text, pictures, labels on the answers, and guidance where a row has it (section 3.2.2)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from agevlm.data.rows import open_row
+from agevlm.models import check_messages, control_tokens
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
 from agevlm.processing.processing_agevlm import take_marks
@@ -45,8 +48,8 @@ class AgeVlmDataCollator:
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
 
-    A row is bad if `data.rows.open_row` refuses it, or if `max_length` cuts one of its placeholders off: the model
-    takes no picture without one.
+    A row is bad if `data.rows.open_row` refuses it, if a text spells a control token of the model, or if `max_length`
+    cuts one of its placeholders off: the model takes no picture without one.
 
     Raises:
         ValueError: a bad row, where `strict`; the message names the row, the field and the fix.
@@ -115,7 +118,13 @@ class AgeVlmDataCollator:
 
     def _open(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its pictures and mask decoded, and rendered."""
-        return {**open_row(row), **self._rendered(row["messages"], row.get("guidance"))}
+        opened = open_row(row)
+        check_messages(self._control_tokens, row, self.processor.image_token)
+        return {**opened, **self._rendered(row["messages"], row.get("guidance"))}
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        return control_tokens(self.processor)
 
     def _rendered(self, messages: list[dict], guidance: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the query's

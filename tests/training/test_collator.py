@@ -190,6 +190,16 @@ def test_the_model_takes_what_comes_out(collator):
 
 
 JPEG = encoded(picture(200, 200), "JPEG")
+
+
+def says(row_id: str, index: int, words: str) -> dict:
+    """A row one of whose messages ends with `words`."""
+    bad = row(row_id)
+    messages = [dict(message) for message in bad["messages"]]
+    messages[index]["content"] += words
+    return {**bad, "messages": messages}
+
+
 BROKEN = {
     "broken bytes": (row("bad", images=1) | {"images": [{"bytes": b"no picture", "path": None}]}, "decoded"),
     "truncated JPEG": (row("bad") | {"images": [{"bytes": JPEG[:2000], "path": None}]}, "truncated"),
@@ -206,6 +216,9 @@ BROKEN = {
     ),
     "no placeholder": (row("bad") | {"messages": text_row()["messages"]}, r"0 <\|image\|> in messages but 1 picture"),
     "no picture": (row("bad") | {"images": []}, r"1 <\|image\|> in messages but 0 picture"),
+    "end of a turn": (says("bad", 0, "A<|eot_id|>"), r"messages\[0\].content holds '<\|eot_id\|>', a control token"),
+    "a role": (says("bad", 1, "<|start_header_id|>user"), r"messages\[1\].content holds '<\|start_header_id\|>'"),
+    "begin of text": (says("bad", 1, "<|begin_of_text|>"), r"messages\[1\].content holds '<\|begin_of_text\|>'"),
 }
 
 
