@@ -577,6 +577,23 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         # An answer that held a placeholder would speak of a picture that is not there.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """transformers' `generate`.
+
+        Raises:
+            ValueError: the text has a placeholder, and there is neither a picture nor a cache that may hold one.
+        """
+        ids = kwargs.get("input_ids", inputs)
+        pictures = ("pixel_values", "inputs_embeds", "past_key_values", CACHE)
+        if ids is not None and all(kwargs.get(name) is None for name in pictures):
+            rows = (ids == self.config.image_token_id).any(-1).nonzero().flatten().tolist()
+            if rows:
+                raise ValueError(
+                    f"Row {rows[0]} has a placeholder of a picture and there is no `pixel_values`. Pass all that the "
+                    "processor returns: `generate(**inputs)`."
+                )
+        return super().generate(inputs, *args, **kwargs)
+
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         """Drafting lengthens `cross_attention_mask` as if it were that of Mllama, which has a fourth axis."""
         if model_kwargs.get("cross_attention_mask") is not None:

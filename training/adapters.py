@@ -125,10 +125,13 @@ def merge(
     model: PeftModel, init_from: str | Path | None, revision: str | None, adapters: AdapterArguments
 ) -> PreTrainedModel:
     """A model without adapters that computes what `model` computes; from `init_from` if that was quantized."""
-    if not adapters.quantized:
-        return model.merge_and_unload()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        assert init_from is not None  # what is quantized was read from somewhere
-        whole, _ = load_start(init_from, revision, adapters, quantized=False)
-        return PeftModel.from_pretrained(whole, folder).merge_and_unload()
+        if adapters.quantized:
+            model.save_pretrained(folder)
+            assert init_from is not None  # what is quantized was read from somewhere
+            whole, _ = load_start(init_from, revision, adapters, quantized=False)
+            model = PeftModel.from_pretrained(whole, folder)
+        merged = model.merge_and_unload()
+    # PEFT unties trained embeddings in the outer configuration alone
+    merged.config.text_config.tie_word_embeddings = merged.config.tie_word_embeddings
+    return merged

@@ -71,7 +71,7 @@ class ListedRows:
         self.clear()
 
     def clear(self) -> None:
-        self.reasons: dict[str, str] = {}  # by id, of all processes; up to date after each log entry
+        self.rows: dict[str, list[str]] = {}  # id and reason by place, of all processes; up to date after each entry
         self.new: list[list[str]] = []  # since then, of this process
         self.counts = torch.zeros(2, dtype=torch.int64)  # rows of this process that could have the fault, that have it
         self.whole = True  # whether they count from the first step
@@ -81,7 +81,7 @@ class ListedRows:
         return Path(str(folder)) / f"{self.kind}.jsonl"
 
     def add(self, faulty: list[list[str]], rows: int) -> None:
-        """The [id, reason] of a batch's faulty rows, among `rows` that could be."""
+        """The [place, id, reason] of a batch's faulty rows, among `rows` that could be."""
         self.new += faulty
         self.counts += torch.tensor([rows, len(faulty)])
 
@@ -91,7 +91,8 @@ class ListedRows:
         self.whole = not going_on
         path = self.path(args.output_dir)
         if going_on and path.is_file():
-            self.reasons = {line["id"]: line["reason"] for line in read_lines(path)}
+            lines = read_lines(path)  # earlier versions wrote no place
+            self.rows = {line.get("place", line["id"]): [line["id"], line["reason"]] for line in lines}
         elif args.should_save:
             path.unlink(missing_ok=True)
 
@@ -101,17 +102,18 @@ class ListedRows:
         Raises:
             ValueError: most rows are faulty, in all processes; at the end of a run that was not interrupted, all are.
         """
-        known, path = len(self.reasons), self.path(trainer.args.output_dir)
-        for row_id, reason in gather_object(self.new):
-            self.reasons.setdefault(row_id, reason)
+        known, path = len(self.rows), self.path(trainer.args.output_dir)
+        for place, *facts in gather_object(self.new):
+            self.rows.setdefault(place, facts)
         self.new = []
-        if len(self.reasons) > known and trainer.args.should_save:
-            write_lines(path, [{"id": row_id, "reason": reason} for row_id, reason in self.reasons.items()])
+        if len(self.rows) > known and trainer.args.should_save:
+            listed = self.rows.items()
+            write_lines(path, [{"place": place, "id": name, "reason": why} for place, (name, why) in listed])
         rows, faulty = trainer.accelerator.reduce(self.counts.to(trainer.args.device), reduction="sum").tolist()
         if (rows >= FEWEST_ROWS and 2 * faulty > rows) or (at_end and self.whole and 0 < rows == faulty):
             raise ValueError(
                 f"{faulty} of {rows} rows {self.what}, which is no accident. {path} says why, for example: "
-                f"{next(iter(self.reasons.values()))}"
+                f"{next(iter(self.rows.values()))[1]}"
             )
 
 
@@ -177,7 +179,7 @@ class WatchedTrainer(SFTTrainer):
         if self.args.guidance_weight == 0:
             return
         if unguided and self.args.strict:
-            raise ValueError(unguided[0][1])
+            raise ValueError(unguided[0][-1])
         self.unguided.add(unguided, int(guided_rows(batch).sum()) + len(unguided))
 
     def _speed(self) -> dict[str, float]:
@@ -212,7 +214,7 @@ class WatchedTrainer(SFTTrainer):
         if self.model.training and "loss" in logs:
             logs.update(self._speed())
         self.record_rows(at_end="train_loss" in logs)
-        logs.update({rows.kind: len(rows.reasons) for rows in (self.skipped, self.unguided) if rows.reasons})
+        logs.update({faulty.kind: len(faulty.rows) for faulty in (self.skipped, self.unguided) if faulty.rows})
         super().log(logs, start_time)
 
     def record_rows(self, at_end: bool = False) -> None:

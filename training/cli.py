@@ -136,9 +136,11 @@ def push(argv: list[str] | None = None) -> None:
     """
     parser = VerbParser("push", push.__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="finished stage, or any AGE-VLM checkpoint")
-    parser.add_argument(
+    repository = parser.add_mutually_exclusive_group()
+    repository.add_argument(
         "repo_id", nargs="?", metavar="REPO_ID", help="made if it is not there; default: that of the last push"
     )
+    repository.add_argument("--hub-model-id", "--hub_model_id", metavar="REPO_ID", help="the same, as `train` has it")
     parser.add_argument("--public", action="store_true", help="a repository that is made is public, not private")
     parser.add_argument("--branch", help="default: main")
     arguments = parser.parse_args(argv)

@@ -1,15 +1,19 @@
 """Rows to batches: chat text, pictures, labels on the answers, and guidance where a row has it (section 3.2.2)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from agevlm.data.rows import open_row
 from agevlm.images import open_image
+from agevlm.models import check_messages, control_tokens
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import scale_and_shift
 from agevlm.processing.processing_agevlm import take_marks
@@ -17,6 +21,7 @@ from agevlm.training.features import FeatureStore
 
 
 ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS = "row_ids", "skipped_rows", "unguided_rows"
+PLACE = "place"  # of a row in its set (`PlacedRows`)
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
 
 
@@ -34,9 +39,10 @@ class AgeVlmDataCollator:
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
         row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided,
-            bad rows included (`unguided_rows`, a list of [id, reason]), which the trainer wants and takes out.
+            bad rows included (`unguided_rows`, a list of [place, id, reason]), which the trainer wants and takes out.
+            The place is that of `PlacedRows`, the id where there is none.
         strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
-            the batch says so (`skipped_rows`, a list of [id, reason], there if a row is bad). Losses are sums over
+            the batch says so (`skipped_rows`, likewise, there if a row is bad). Losses are sums over
             answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
             the batch keeps its number of rows, on which processes must agree. The trainer sets it to
             `AgeVlmSFTConfig.strict`, which is off.
@@ -45,8 +51,8 @@ class AgeVlmDataCollator:
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
     `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
 
-    A row is bad if `data.rows.open_row` refuses it, or if `max_length` cuts one of its placeholders off: the model
-    takes no picture without one.
+    A row is bad if `data.rows.open_row` refuses it, if a text spells a control token of the model, or if `max_length`
+    cuts one of its placeholders off: the model takes no picture without one.
 
     Raises:
         ValueError: a bad row, where `strict`; the message names the row, the field and the fix.
@@ -99,25 +105,31 @@ class AgeVlmDataCollator:
                 name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()
             }
         unguided = [
-            [str(row["id"]), self._why_unguided(row)]
+            _listed(row, self._why_unguided(row))
             for row, guided in zip(opened, guided_rows(batch).tolist(), strict=True)
             if row is not None and row["guidance"] is not None and not guided
         ]
         unguided += [
-            [str(rows[place].get("id")), skipped[place]]
+            _listed(rows[place], skipped[place])
             for place in sorted(skipped)
             if rows[place].get("guidance") is not None
         ]
         if unguided and self.row_ids:
             batch[UNGUIDED_ROWS] = unguided
         if skipped:
-            batch[SKIPPED_ROWS] = [[str(rows[place].get("id")), skipped[place]] for place in sorted(skipped)]
+            batch[SKIPPED_ROWS] = [_listed(rows[place], skipped[place]) for place in sorted(skipped)]
         return {**batch, ROW_IDS: [str(row.get("id")) for row in rows]} if self.row_ids else batch
 
     def _open(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its pictures and mask decoded, and rendered."""
         picture = open_image if self.features is None else self.features.open
-        return {**open_row(row, picture=picture), **self._rendered(row["messages"], row.get("guidance"))}
+        opened = open_row(row, picture=picture)
+        check_messages(self._control_tokens, row, self.processor.image_token)
+        return {**opened, **self._rendered(row["messages"], row.get("guidance"))}
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        return control_tokens(self.processor)
 
     def _rendered(self, messages: list[dict], guidance: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the query's
@@ -195,6 +207,35 @@ class AgeVlmDataCollator:
             for place, placeholders in enumerate(lost.sum(1).tolist())
             if placeholders
         }
+
+
+def _listed(row: Mapping[str, Any], reason: str) -> list[str]:
+    """[place, id, reason] of a row."""
+    row_id = str(row.get("id"))
+    return [row.get(PLACE, row_id), row_id, reason]
+
+
+class PlacedRows(Dataset):
+    """Rows that say which they are: `place`, such as `train[7]`. Ids may be missing, or stand twice.
+
+    Args:
+        rows: any data set with a length.
+        name: of the set.
+    """
+
+    def __init__(self, rows: Any, name: str):
+        self.rows, self.name = rows, name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        many = getattr(self.rows, "__getitems__", None)
+        rows = [self.rows[index] for index in indices] if many is None else many(indices)
+        return [{**row, PLACE: f"{self.name}[{index}]"} for row, index in zip(rows, indices, strict=True)]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
 
 
 def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -327,5 +327,7 @@ def run_verb(options: argparse.Namespace) -> None:
     """
     if not options.folder.is_dir():
         raise ValueError(f"There is no folder {options.folder}.")
-    record = push(options.folder, options.repo_id, private=not options.public, branch=options.branch)
+    record = push(
+        options.folder, options.repo_id or options.hub_model_id, private=not options.public, branch=options.branch
+    )
     print(f"{options.folder}: on the Hub as {_place(record)}")

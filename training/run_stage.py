@@ -116,8 +116,8 @@ def run_stage(
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
-        ValueError: nothing to start from, no data, no held text, no questions, guidance without a mask, stored features
-            of a tower that trains, or a folder that belongs to something else; the message says which fields differ.
+        ValueError: nothing to start from, no data, no held text, no questions, guidance without a mask, stored
+            features of a tower that trains, or a folder that belongs to something else; the message says which fields.
     """
     output_dir = Path(output_dir)
     if args is None:
@@ -212,17 +212,17 @@ def run_stage(
             use_stored_features(trainer, stored_features, partial(console.print, soft_wrap=True))
         trainer.train(resume_from_checkpoint=checkpoint)
         for listed, outcome in ((trainer.skipped, "were left out"), (trainer.unguided, "guided nothing")):
-            if listed.reasons:
+            if listed.rows:
                 console.print(
-                    f"{len(listed.reasons)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
+                    f"{len(listed.rows)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
                     "which and why.",
                     style="yellow",
                     soft_wrap=True,
                 )
-        guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.reasons)
-        if trainer.unguided.reasons and not guiding:
+        guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.rows)
+        if trainer.unguided.rows and not guiding:
             raise ValueError(
-                f"None of the {len(trainer.unguided.reasons)} rows with a mask could be guided: "
+                f"None of the {len(trainer.unguided.rows)} rows with a mask could be guided: "
                 f"{trainer.unguided.path(output_dir)} says why."
             )
         lineage = trainer.lineage = {

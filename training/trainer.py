@@ -29,7 +29,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from agevlm.hub_cards.render import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.callbacks import Probes
-from agevlm.training.collator import AgeVlmDataCollator, guided_rows
+from agevlm.training.collator import AgeVlmDataCollator, PlacedRows, guided_rows
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.features import fix_layout
 from agevlm.training.freezing import part_of
@@ -253,6 +253,14 @@ class AgeVlmSFTTrainer(StageTrainer):
         return [self.train_dataset[int(place)] for place in guided]
 
     # ---- Batches ----
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+        """Trainer's; rows of our collator say which they are. Those of a stream have no place."""
+        rows, order = dataset, sampler_fn
+        if isinstance(self.data_collator, AgeVlmDataCollator) and hasattr(dataset, "__len__"):
+            rows = PlacedRows(dataset, kwargs.get("dataloader_key") or description.lower())
+            order = sampler_fn and (lambda _: sampler_fn(dataset))
+        return super()._get_dataloader(rows, description, batch_size, order, **kwargs)
 
     def _prepare_inputs(self, inputs):
         """Trainer's; pictures that came as bytes are normalized on the device."""

@@ -427,13 +427,26 @@ def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
 
 
-def check_prompt(processor: Any, prompt: str) -> None:
-    """Raises ValueError if a text spells a control token of the model, which would end it or begin another turn."""
+def control_tokens(processor: Any) -> re.Pattern[str]:
+    """Finds the tokens that end a text, begin another turn or stand for a picture, the longest where several fit."""
     added = processor.tokenizer.added_tokens_decoder.values()
-    tokens = [token.content for token in added if token.special] + [getattr(processor, "image_token", None) or ""]
-    spelled = [token for token in tokens if token.strip() and token in prompt]
-    if spelled:
-        raise ValueError(f"the text holds {max(spelled, key=len)!r}, a control token of the model; write it otherwise")
+    tokens = {token.content for token in added if token.special} | {getattr(processor, "image_token", None) or ""}
+    spelled = sorted(filter(str.strip, tokens), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+
+
+def check_text(tokens: re.Pattern[str], text: str, where: str = "the text") -> None:
+    """Raises ValueError if a text spells one of the `control_tokens` of a model."""
+    found = tokens.search(text)
+    if found:
+        raise ValueError(f"{where} holds {found.group()!r}, a control token of the model; write it otherwise")
+
+
+def check_messages(tokens: re.Pattern[str], row: Mapping[str, Any], placeholder: str) -> None:
+    """`check_text` for the messages of a row, in which `placeholder` stands for its pictures."""
+    for index, message in enumerate(row["messages"]):
+        words = message["content"].replace(placeholder, " ")
+        check_text(tokens, words, f"row (id {row['id']!r}): messages[{index}].content")
 
 
 def render(processor: Any, prompt: str, with_picture: bool = True, *, answer_next: bool = True) -> str:
@@ -442,7 +455,7 @@ def render(processor: Any, prompt: str, with_picture: bool = True, *, answer_nex
     Raises:
         ValueError: the prompt spells a control token of the model, such as its place of a picture.
     """
-    check_prompt(processor, prompt)
+    check_text(control_tokens(processor), prompt)
     asked = messages(prompt, with_picture)
     return processor.apply_chat_template(asked, add_generation_prompt=answer_next, tokenize=False)
 

@@ -202,6 +202,13 @@ def test_max_length_counts_a_picture_as_one_token(ours, twin):
         assert ConcatenatingCollator(twin[1], max_length=length)(rows)["input_ids"].shape[1] == mine + CELLS - 1
 
 
+def test_a_text_that_spells_a_control_token_is_named(twin):
+    bad = row("bad")
+    bad = {**bad, "messages": [bad["messages"][0], {"role": "assistant", "content": "No<|eot_id|>"}]}
+    with pytest.raises(ValueError, match=r"id 'bad'.*messages\[1\].content holds '<\|eot_id\|>', a control token"):
+        ConcatenatingCollator(twin[1])([bad])
+
+
 def test_a_bad_row_is_named(twin):
     bad = {**row("bad"), "images": []}
     with pytest.raises(ValueError, match="bad"):

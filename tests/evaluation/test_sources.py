@@ -149,16 +149,27 @@ def test_a_table_of_vlmevalkit_without_a_column_says_how_to_map_it(tmp_path):
         load_local(BENCHMARKS["hallusionbench"]["paper"], tmp_path)
 
 
-def test_a_snapshot_of_the_hub_is_read_as_load_dataset_reads_it(tmp_path, monkeypatch):
+LISTED = """configs:
+- config_name: default
+  data_files:
+  - split: test
+    path: data/test-*
+"""
+
+
+@pytest.mark.parametrize("card", ["license: mit\n", LISTED, None], ids=["card", "files", "no card"])
+@pytest.mark.parametrize("name", ["snap", "snap[1]"])
+def test_a_snapshot_of_the_hub_is_read_as_load_dataset_reads_it(tmp_path, monkeypatch, name, card):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "snap" / "data").mkdir(parents=True)
-    (tmp_path / "snap" / "README.md").write_text("---\nlicense: mit\n---\n")
-    shards = [tmp_path / "snap" / "data" / f"test-{index:05d}-of-00003.parquet" for index in range(3)]
+    (tmp_path / name / "data").mkdir(parents=True)
+    if card is not None:
+        (tmp_path / name / "README.md").write_text(f"---\n{card}---\n")
+    shards = [tmp_path / name / "data" / f"test-{index:05d}-of-00003.parquet" for index in range(3)]
     for index, shard in enumerate(shards):
         row = {"question_id": [index], "question": ["q"], "answer": ["yes"], "category": ["random"]}
         data = Dataset.from_dict({**row, "image": [stored(picture())]}).cast_column("image", ImageFeature())
         data.to_parquet(shard)
-    rows = load_local(POPE, tmp_path / "snap")
+    rows = load_local(POPE, tmp_path / name)
     assert rows["id"] == ["random-0", "random-1", "random-2"] and row_image(rows[2]).size == picture().size
     with pytest.raises(ValueError, match="is a part of a set; give the folder"):
         load_local(POPE, shards[0])

@@ -176,3 +176,12 @@ def test_the_pipeline_answers_batches_of_chats(model, processor):
         tokens = answer(model, dict(batch), max_new_tokens=4, min_new_tokens=0)
         expected = processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
         assert ask_pipeline(one, **settings)[0]["generated_text"] == expected
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_forgotten_picture_is_no_question(model, processor, named):
+    batch = ask(processor)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with pytest.raises(ValueError, match="Row 0 has a placeholder of a picture and there is no `pixel_values`"):
+        model.generate(**{"input_ids" if named else "inputs": ids}, attention_mask=mask)
+    assert answer(model, ask(processor, (1,))).shape == (1, NEW)

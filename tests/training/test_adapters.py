@@ -140,6 +140,16 @@ def test_the_command_line_has_trls_flags():
     assert (adapters.use_peft, adapters.lora_r, adapters.load_in_4bit) == (True, 8, True)
 
 
+def test_trained_embeddings_are_tied_nowhere(start, tmp_path):
+    flags = {**FLAGS, "lora_modules_to_save": ["embed_tokens", "multi_modal_projector"]}
+    run_adapters(start, tmp_path / "run", flags, max_steps=2)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    (embeddings,) = (value for name, value in weights.items() if "embed_tokens" in name)
+    assert not torch.equal(embeddings, weights["lm_head.weight"])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_quantized_training_merges_into_full_precision(start, tmp_path):
     result = run_adapters(start, tmp_path / "run", {**FLAGS, "load_in_4bit": True})

@@ -185,25 +185,44 @@ def test_a_run_that_learns_from_no_row_is_no_success(tmp_path):
 
 def test_a_resumed_run_keeps_the_list_and_a_new_one_begins_another(tmp_path):
     trainer = make_trainer(tmp_path, "gi", max_steps=1)
-    trainer.skipped.add([["a", "broken"], ["a", "broken"]], 20)  # in two epochs
+    trainer.skipped.add([["training[0]", "a", "broken"]] * 2, 20)  # in two epochs
     trainer.record_rows()
-    trainer.skipped.add([["b", "cut off"]], 1)
+    trainer.skipped.add([["training[1]", "a", "cut off"]], 1)
     trainer.record_rows()
     listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
-    assert listed == [{"id": "a", "reason": "broken"}, {"id": "b", "reason": "cut off"}]
+    assert listed == [
+        {"place": "training[0]", "id": "a", "reason": "broken"},
+        {"place": "training[1]", "id": "a", "reason": "cut off"},
+    ]
     with patch.object(SFTTrainer, "train"):
         again = make_trainer(tmp_path, "gi")
         again.train(resume_from_checkpoint="checkpoint-1")
-        assert again.skipped.reasons == {"a": "broken", "b": "cut off"}
+        assert again.skipped.rows == {"training[0]": ["a", "broken"], "training[1]": ["a", "cut off"]}
         again.train()
-    assert not again.skipped.reasons and not (tmp_path / "skipped_rows.jsonl").exists()
+    assert not again.skipped.rows and not (tmp_path / "skipped_rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("ids", [["same"] * 6, [None] * 6], ids=["one id", "no id"])
+def test_rows_are_told_apart_by_their_place(tmp_path, ids):
+    """Two epochs, an evaluation: each bad row is listed once."""
+    rows = make_rows("iiiiii").remove_columns("id").add_column("id", ids)
+    broken = [{**row, "images": [] if place in (1, 4) else row["images"]} for place, row in enumerate(rows)]
+    rows = Dataset.from_list(broken, features=rows.features)
+    rows = concatenate_datasets([rows, make_rows("ggggggggg")])
+    trainer = trained(tmp_path, rows, per_device_train_batch_size=5)
+    bad = range(6) if ids[0] is None else (1, 4)
+    listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
+    assert {line["place"]: line["id"] for line in listed} == {f"training[{place}]": str(ids[0]) for place in bad}
+    assert len(listed) == len(bad) == trainer.state.log_history[-1]["skipped_rows"]
+    trainer.evaluate(rows)
+    assert trainer.skipped.rows.keys() == {f"{name}[{place}]" for name in ("training", "eval") for place in bad}
 
 
 def test_rows_of_which_most_are_bad_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path, "gi")
-    trainer.skipped.add([["a", "broken"]] * 20, 40)
+    trainer.skipped.add([["training[0]", "a", "broken"]] * 20, 40)
     trainer.record_rows()
-    trainer.skipped.add([["a", "broken"]], 0)
+    trainer.skipped.add([["training[0]", "a", "broken"]], 0)
     with pytest.raises(ValueError, match=r"21 of 40 rows could not be used.*skipped_rows\.jsonl.*broken"):
         trainer.record_rows()
 
@@ -254,10 +273,10 @@ def test_a_mask_whose_query_is_not_in_its_text_guides_nothing(tmp_path):
 def test_the_end_of_a_run_that_went_on_says_nothing_about_its_start(tmp_path):
     trainer = make_trainer(tmp_path, "gi")
     trainer.unguided.start(trainer.args, going_on=True)
-    trainer.unguided.add([["a", "cut off"]], 1)
+    trainer.unguided.add([["training[0]", "a", "cut off"]], 1)
     trainer.record_rows(at_end=True)
     trainer.unguided.start(trainer.args, going_on=False)
-    trainer.unguided.add([["a", "cut off"]], 1)
+    trainer.unguided.add([["training[0]", "a", "cut off"]], 1)
     with pytest.raises(ValueError, match="1 of 1 rows with a mask"):
         trainer.record_rows(at_end=True)
 

@@ -190,6 +190,16 @@ def test_the_model_takes_what_comes_out(collator):
 
 
 JPEG = encoded(picture(200, 200), "JPEG")
+
+
+def says(row_id: str, index: int, words: str) -> dict:
+    """A row one of whose messages ends with `words`."""
+    bad = row(row_id)
+    messages = [dict(message) for message in bad["messages"]]
+    messages[index]["content"] += words
+    return {**bad, "messages": messages}
+
+
 BROKEN = {
     "broken bytes": (row("bad", images=1) | {"images": [{"bytes": b"no picture", "path": None}]}, "decoded"),
     "truncated JPEG": (row("bad") | {"images": [{"bytes": JPEG[:2000], "path": None}]}, "truncated"),
@@ -206,6 +216,9 @@ BROKEN = {
     ),
     "no placeholder": (row("bad") | {"messages": text_row()["messages"]}, r"0 <\|image\|> in messages but 1 picture"),
     "no picture": (row("bad") | {"images": []}, r"1 <\|image\|> in messages but 0 picture"),
+    "end of a turn": (says("bad", 0, "A<|eot_id|>"), r"messages\[0\].content holds '<\|eot_id\|>', a control token"),
+    "a role": (says("bad", 1, "<|start_header_id|>user"), r"messages\[1\].content holds '<\|start_header_id\|>'"),
+    "begin of text": (says("bad", 1, "<|begin_of_text|>"), r"messages\[1\].content holds '<\|begin_of_text\|>'"),
 }
 
 
@@ -222,11 +235,11 @@ def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(collator, case)
     good = [guide(row("good"), query="red apple", message_index=0), text_row()]
     lenient = AgeVlmDataCollator(collator.processor, max_length=40, row_ids=True, strict=False)
     expected, batch = lenient(good), lenient([good[0], bad, good[1]])
-    ((name, reason),) = batch.pop("skipped_rows")
-    assert name == bad["id"] and re.search(message, reason, re.DOTALL)
+    ((place, name, reason),) = batch.pop("skipped_rows")
+    assert place == name == bad["id"] and re.search(message, reason, re.DOTALL)
     # Its mask, if it has one, guides nothing
     masked = bad.get("guidance") is not None
-    assert batch.pop("unguided_rows", None) == ([[name, reason]] if masked else None)
+    assert batch.pop("unguided_rows", None) == ([[place, name, reason]] if masked else None)
     assert batch.pop("row_ids") == ["good", bad["id"], "text"] and expected.pop("row_ids") == ["good", "text"]
     assert batch.keys() == expected.keys()
     for key, value in expected.items():
@@ -253,15 +266,15 @@ def test_a_row_that_cannot_be_guided_is_named_with_the_reason(case):
     processor = tiny_processor(geometry="crop" if case == "cropped off" else "pad")
     collator = AgeVlmDataCollator(processor, max_length=40, row_ids=True)
     batch = collator([guide(row("good"), message_index=0), bad])
-    ((name, reason),) = batch["unguided_rows"]
-    assert name == bad["id"] and message in reason and f"row {name}" in reason
+    ((place, name, reason),) = batch["unguided_rows"]
+    assert place == name == bad["id"] and message in reason and f"row {name}" in reason
     assert (batch["labels"][1] != -100).any() or case == "cut off"  # it is trained on all the same
 
 
 def test_a_batch_without_any_good_row_teaches_nothing(collator):
     lenient = AgeVlmDataCollator(collator.processor, max_length=40, strict=False)
     batch = lenient([late_row(), BROKEN["broken bytes"][0]])
-    assert [name for name, _ in batch.pop("skipped_rows")] == ["late", "bad"]
+    assert [name for _, name, _ in batch.pop("skipped_rows")] == ["late", "bad"]
     assert batch.keys() == {"input_ids", "attention_mask", "labels"} and (batch["labels"] == -100).all()
     assert tiny_model()(**batch).logits.isfinite().all()
 

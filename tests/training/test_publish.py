@@ -150,7 +150,7 @@ def test_the_namespace_of_the_token_and_what_the_command_line_says(hub, stage, c
     main([str(stage), "m", "--public"])
     assert not hub.repos["model", "tester/m"].private
     assert f"on the Hub as {hub.address}/tester/m, tag stage1-align" in capsys.readouterr().out
-    main([str(stage), "org/m", "--branch", "draft"])
+    main([str(stage), "--hub_model_id", "org/m", "--branch", "draft"])
     assert "model.safetensors" not in hub.files("org/m") and "model.safetensors" in hub.files("org/m", "draft")
     with pytest.raises(ValueError, match="There is no folder"):
         main([str(stage / "nowhere")])

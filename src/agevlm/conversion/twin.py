@@ -39,6 +39,7 @@ from agevlm.conversion.prompt import LlavaImageProcessor
 from agevlm.data.rows import IMAGE_PLACEHOLDER, validate_row
 from agevlm.images import open_image
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.models import check_messages, control_tokens
 from agevlm.processing import AgeVlmProcessor
 
 
@@ -174,8 +175,10 @@ class ConcatenatingCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokens = control_tokens(self.processor)
         for row in rows:
             validate_row(row)
+            check_messages(tokens, row, IMAGE_PLACEHOLDER)
         length = self.max_length
         if length is not None:
             side = self.processor.image_processor.crop_size["height"] // self.processor.patch_size

@@ -5,12 +5,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS, sanitize_patterns
+from datasets.data_files import (
+    NON_WORDS_CHARS,
+    SPLIT_KEYWORDS,
+    get_data_patterns,
+    resolve_pattern,
+    sanitize_patterns,
+)
 from huggingface_hub import DatasetCard
 
 from .rows import refuse_names
@@ -105,12 +112,12 @@ def load_table(
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = load_from_disk(name)
         elif path.is_dir() and not (path / "README.md").is_file():
-            files = split_files(path, [".parquet"], split=split)
-            if not files:
+            there = split_files(path, [".parquet"], split=split)
+            if not there:
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
-            found = {split or "train": read_files(files)}
-        elif path.is_dir() and (patterns := _patterns(path, config)):
-            found = load_dataset("parquet", data_files=patterns)
+            found = {split or "train": read_files(there)}
+        elif path.is_dir():
+            found = load_snapshot(path, config)
         else:
             found = load_dataset(name, config, revision=revision)
     except OSError as error:  # whatever the disk, the network or the Hub says
@@ -126,12 +133,31 @@ def load_table(
     return found.with_format(None)
 
 
-def _patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
-    """Split -> patterns of its Parquet files, where the folder's card tells them for `config`, or for the one there
-    is; else nothing. `datasets` itself would take the folder's name for a part of the patterns."""
-    listed = DatasetCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict().get("configs") or []
+def load_snapshot(folder: Path, config: str | None, split: str | None = None) -> Any:
+    """`load_dataset` for a folder of any name, whose name `datasets` would take for a part of the patterns."""
+    files = _files(folder, config)
+    if files:
+        return load_dataset("parquet", data_files=files, split=split)
+    return load_dataset(str(folder), config, split=split)
+
+
+def _files(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """Split -> its Parquet files as patterns, as the folder's card tells them for `config` or for the one there is, or
+    as `datasets` tells them by their names; nothing where that is not clear, or other files are among them."""
+    place, card = exactly(folder), folder / "README.md"
+    told = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
+    listed = told.get("configs") or []
     named = [entry for entry in listed if "data_files" in entry and config in (None, entry.get("config_name"))]
-    found = sanitize_patterns(named[0]["data_files"]) if len(named) == 1 else {}
-    if not all(pattern.endswith(".parquet") for patterns in found.values() for pattern in patterns):
+    patterns: dict[Any, list[str]] = {}
+    if not listed:
+        with suppress(FileNotFoundError):  # it has none
+            patterns = get_data_patterns(place)
+    elif len(named) == 1:
+        patterns = sanitize_patterns(named[0]["data_files"])
+    files = {
+        str(split): [name for pattern in given for name in resolve_pattern(pattern, place)]
+        for split, given in patterns.items()
+    }
+    if not all(name.endswith(".parquet") for names in files.values() for name in names):
         return {}
-    return {str(split): [f"{exactly(folder)}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
+    return {split: [exactly(name) for name in names] for split, names in files.items()}

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_datase
 from datasets import Image as ImageFeature
 
 from agevlm.data.rows import refuse_names, resolve_inside, undecoded
-from agevlm.data.tables import read_files
+from agevlm.data.tables import load_snapshot, read_files
 
 from .benchmark import Benchmark, check_fields, check_row
 from .inputs import without_pictures
@@ -42,7 +42,13 @@ def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     place = path or source.hub
     if not place:
         raise ValueError(f"{benchmark.name} has no published set; use --scenes DIR or --data {benchmark.name}=FILE")
-    parts = [load_dataset(place, source.config, split=split) for split in source.splits]
+    folder = Path(place)
+    parts = [
+        load_snapshot(folder, source.config, split)
+        if folder.is_dir()
+        else load_dataset(place, source.config, split=split)
+        for split in source.splits
+    ]
     parts = [refuse_names(part) if part.info.builder_name == "parquet" else part for part in parts]
     return prepare(benchmark, concatenate_datasets(parts), place)
 

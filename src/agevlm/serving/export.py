@@ -1,5 +1,11 @@
 """`agevlm export`: a checkpoint as ONNX or torch.export graphs, with its processor."""
 
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
 from agevlm.arguments import VerbParser
 from agevlm.store import new_folder
 
@@ -36,14 +42,16 @@ def main(argv: list[str] | None = None) -> None:
 
     model, processor = load(options.checkpoint, ours=True, dtype=torch.float32, device_map=None)
     size = processor.image_processor.size
+    print(f"{options.checkpoint}: its graphs are being traced, which takes a minute or more", flush=True)
     try:
-        exported = export(
-            model,
-            image_size=(size["height"], size["width"]),
-            images=options.images,
-            export_format=options.format,
-            int8=options.int8,
-        )
+        with quiet():
+            exported = export(
+                model,
+                image_size=(size["height"], size["width"]),
+                images=options.images,
+                export_format=options.format,
+                int8=options.int8,
+            )
     except ImportError as error:
         raise ValueError(f"{error} All of it: pip install agevlm[export].") from error
     output = options.output.absolute()
@@ -52,3 +60,19 @@ def main(argv: list[str] | None = None) -> None:
         processor.save_pretrained(made)
     for file in sorted(output.iterdir()):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' warnings of what they are and lack, which read like failures. Errors pass."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

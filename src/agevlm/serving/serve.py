@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: the server's packages are not installed, or there is no AGE-VLM checkpoint of that name.
     """
     parser = VerbParser("serve", __doc__)
-    parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM; also the model's name in requests")
+    parser.add_argument("checkpoint", help="folder or Hub repository of an AGE-VLM; its last part is the model's name")
     parser.add_argument("--host", default="localhost", help="any other opens it to the network (default: localhost)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_addresses: bool = False):
     """The FastAPI application of transformers' server, with `checkpoint` loaded (`NAME@REVISION` for one of the Hub).
 
-    It answers a ValueError, such as that of a picture that cannot be opened, with status 400 and its sentence.
+    Requests may name it as given, or by the last part of its name alone. It answers a ValueError, such as that of a
+    picture that cannot be opened, with status 400 and its sentence, in OpenAI's form.
 
     Args:
         open_addresses: whether a request may name a file or an address as its picture, not only bring a data URL.
@@ -61,21 +62,39 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState, Modality
 
-    from agevlm.models import load_model, load_processor, model_type
+    from agevlm.models import check_text, control_tokens, load_model, load_processor, model_type
     from agevlm.processing import AgeVlmProcessor
 
-    class DataUrlProcessor(AgeVlmProcessor):
+    place = Path(checkpoint)
+    name = place.resolve().name if place.is_dir() else checkpoint.partition("@")[0].rpartition("/")[2]
+
+    def as_given(asked):
+        return checkpoint if asked == name else asked
+
+    class CheckedProcessor(AgeVlmProcessor):
         def __call__(self, images=None, **kwargs):
             # The one place that all pictures of a request pass, those of its `chat_template_kwargs` too.
-            return super().__call__(images=open_data_urls(images), **kwargs)
+            return super().__call__(images=images if open_addresses else open_data_urls(images), **kwargs)
+
+        def apply_chat_template(self, conversation, **kwargs):
+            tokens = control_tokens(self)
+            for message in conversation:
+                for part in message["content"]:
+                    check_text(tokens, part.get("text", ""), "a message of the request")
+            return super().apply_chat_template(conversation, **kwargs)
 
     class AgeVlmModelManager(ModelManager):
         """The questions that transformers answers by class name, for one checkpoint and no other."""
 
         @staticmethod
         def process_model_name(model_id):
+            model_id = as_given(model_id)
             # a folder's name may have an @ of its own
             return f"{model_id}@main" if Path(model_id).is_dir() else ModelManager.process_model_name(model_id)
+
+        def list_models(self, cache_dir=None):
+            (served,) = super().list_models(cache_dir)
+            return [{**served, "id": called} for called in dict.fromkeys((name, checkpoint))]
 
         def _load_processor(self, model_id_and_revision, gguf_file=None):
             # The first step of loading. transformers pins requests for answers, but not those to `/load_model`.
@@ -84,9 +103,7 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
             model_id, revision = model_id_and_revision.rsplit("@", 1)
             model_type(model_id, revision, ours=True)
             loaded = load_processor(model_id, ours=True, revision=revision)
-            if open_addresses:
-                return loaded
-            return DataUrlProcessor(
+            return CheckedProcessor(
                 loaded.image_processor, loaded.tokenizer, loaded.chat_template, image_token=loaded.image_token
             )
 
@@ -98,13 +115,27 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
         def get_model_modality(model, processor=None):
             return Modality.VLM
 
+    def handling(kind):
+        class Handler(kind):
+            async def handle_request(self, body, request_id):
+                try:
+                    return await super().handle_request(body, request_id)
+                except (AttributeError, IndexError, KeyError, TypeError) as error:  # transformers checks no types
+                    raise ValueError(f"the request lacks a field or has one of another type ({error!r})") from error
+
+            def _resolve_model(self, body):
+                body["model"] = as_given(body.get("model"))
+                return super()._resolve_model(body)
+
+        return Handler(model_manager=manager, generation_state=state)
+
     manager = AgeVlmModelManager(device=device, dtype=dtype, force_model=checkpoint)
     state = GenerationState()
     app = build_server(
         manager,
-        ChatCompletionHandler(model_manager=manager, generation_state=state),
-        completion_handler=CompletionHandler(model_manager=manager, generation_state=state),
-        response_handler=ResponseHandler(model_manager=manager, generation_state=state),
+        handling(ChatCompletionHandler),
+        completion_handler=handling(CompletionHandler),
+        response_handler=handling(ResponseHandler),
         transcription_handler=None,
         systemone_handler=None,
         generation_state=state,
@@ -112,7 +143,11 @@ def build_app(checkpoint: str, device: str = "auto", dtype: str = "auto", open_a
     # What no AGE-VLM can answer. `systemone` would open the files and addresses of a request before it fails.
     others = ("/v1/audio/transcriptions", "/v1/systemone")
     app.router.routes[:] = [route for route in app.router.routes if route.path not in others]
-    app.add_exception_handler(ValueError, lambda _, error: JSONResponse({"detail": str(error)}, status_code=400))
+
+    def refuse(_, error):
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+    app.add_exception_handler(ValueError, refuse)
     return app
 
 

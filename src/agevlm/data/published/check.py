@@ -269,7 +269,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             shown = f"row {example['row']}: {example['detail']}"[:60]
             cells = (kind, f"{found['rows']:,}", found["meaning"], shown)
             table.add_row(Text(severity, style), *map(Text, cells))
-    console.print(table)
+    console.print(table if table.rows else title)
     tokens = report["tokens"]
     if tokens is None:
         console.print("Lengths were not measured: give --checkpoint.")
