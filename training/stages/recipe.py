@@ -40,7 +40,8 @@ PAPER_TRAINING = {
     "save_total_limit": 2,
     "loss_spike": 10.0,
 }
-# Small data sets have few masks: with the paper's fractions a stage would see a handful.
+# Small data sets have few masks: with the paper's fractions a stage would see a handful. At size tiny the tower stays
+# frozen throughout: it is trained on the same kind of pictures, and its output can be stored (`features.py`).
 SMALLER: dict[str, dict[str, Any]] = {
     "small": {
         "global_batch_size": 32,
@@ -54,10 +55,11 @@ SMALLER: dict[str, dict[str, Any]] = {
         "loss_spike": None,
     },
     "tiny": {
-        "global_batch_size": 16,
+        "global_batch_size": 32,
         "mask_fraction": 1.0,
         "learning_rate": 3e-3,
-        "per_device_train_batch_size": 16,
+        "weight_decay": 0.05,
+        "per_device_train_batch_size": 32,
         "bf16": False,
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,

@@ -29,5 +29,11 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
         paper_rows=CAMBRIAN_INSTRUCTIONS,
         mask_fraction=INSTRUCTION_MASKS / CAMBRIAN_INSTRUCTIONS,
         # At the other stages' rate the whole model moves so fast that the grounded attention is lost (docs/LOG.md).
-        smaller={"tiny": {"learning_rate": 3e-4}, "small": {"learning_rate": 3e-5}},
+        smaller={
+            "tiny": {
+                "trains": ("projector", "cross_attention", "language_model"),
+                "learning_rate": 1e-3,
+            },
+            "small": {"learning_rate": 3e-5},
+        },
     )

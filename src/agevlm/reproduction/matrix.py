@@ -48,14 +48,14 @@ class Size:
     def steps(self, recipe: StageRecipe) -> int:
         """Optimizer steps of a stage."""
         rows = getattr(self, recipe.data)
-        return math.ceil(rows / recipe.global_batch_size) * int(recipe.training["num_train_epochs"])
+        return round(math.ceil(rows / recipe.global_batch_size) * recipe.training["num_train_epochs"])
 
 
 SIZES = {
     "tiny": Size(
-        captions=4_000,
-        instructions=4_000,
-        turns=4,
+        captions=3_200,
+        instructions=9_600,
+        turns=8,
         questions=600,
         max_objects=3,
         names=NAMES,
@@ -216,8 +216,9 @@ def _addressed(row: Row, size: str) -> list[tuple[str, StageRecipe, Query]]:
     for stage in row.stages:
         guided = stage in row.guided
         recipe = STAGES[stage](size=size, variant=_variant(stage, row.guided))
-        longer = 1 + sum(_heir(missing, row.stages) == stage for missing in STAGES if missing not in row.stages)
-        recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * longer)
+        inherited = [STAGES[s](size=size) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
+        steps = sum(map(SIZES[size].steps, [recipe, *inherited])) / SIZES[size].steps(recipe)
+        recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
             recipe = recipe.override(**row.settings)
         query: Query = row.query if guided else "text"
