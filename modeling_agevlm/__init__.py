@@ -1,6 +1,6 @@
 """The model, registered with the Auto classes.
 
-Only `configuration_agevlm.py` and `modeling_agevlm.py` travel with a checkpoint; this file does not.
+The files `*_agevlm.py` travel with a checkpoint; this file does not.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText

@@ -129,10 +129,10 @@ def _overlap(cells: int, start: float, end: float, length: int) -> np.ndarray:
 
 def _interpolation(cells: int, start: float, end: float, length: int) -> np.ndarray:
     """Along one axis, the weight of every cell in every pixel: float32 `(length, cells)`, 0 outside of the grid."""
-    centres = (np.arange(length) + 0.5 - start) / (end - start) * cells
-    place = (centres - 0.5).clip(0, cells - 1)
+    centers = (np.arange(length) + 0.5 - start) / (end - start) * cells
+    place = (centers - 0.5).clip(0, cells - 1)
     weights = (1 - np.abs(place[:, None] - np.arange(cells))).clip(0)
-    return (weights * ((centres >= 0) & (centres <= cells))[:, None]).astype(np.float32)
+    return (weights * ((centers >= 0) & (centers <= cells))[:, None]).astype(np.float32)
 
 
 def cells_of(subject: Subject, image: Image.Image, encoded: Encoded) -> Cells:

@@ -85,7 +85,7 @@ def grounding_lines(found: Mapping[str, Metrics]) -> Lines:
     if not found:
         return []
     first = next(iter(found.values()))
-    lines = [["", *found, "uniform", "centre prior"]]
+    lines = [["", *found, "uniform", "center prior"]]
     for metric in GROUNDING_METRICS:
         blind = [f"{first[baseline][metric]:.3f}" for baseline in ("uniform", "centre")]
         name = metric.replace("_", " ")
