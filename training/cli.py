@@ -117,7 +117,7 @@ def parts(argv: list[str] | None = None) -> None:
     parser.add_argument("size", choices=["tiny", "small"])
     parser.add_output("folder to make: the processor, `language_model/`, `vision_tower/`")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
-    parser.add_argument("--conversations", type=int, default=100_000, help="tiny: texts for the language model")
+    parser.add_argument("--conversations", type=int, default=60_000, help="tiny: texts for the language model")
     parser.add_argument("--scenes", type=int, default=40_000, help="pictures for the tower")
     parser.add_argument("--seed", type=int, default=1000, help="apart from the seeds that the quickstart uses")
     arguments = parser.parse_args(argv)

@@ -50,6 +50,7 @@ from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 from agevlm.store import new_folder
 
+from .parts_card import measure_parts, write_card
 from .tower import train_cells
 
 
@@ -219,7 +220,11 @@ def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: i
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
         tower = pool.submit(train_vision_tower, config, processor, pictures, scenes, work / "tower")
         language = pool.submit(train_language_model, config, processor, conversations, seed, work / "language")
-        _save(folder, processor, language.result(), tower.result())
+        made = (processor, language.result(), tower.result())
+    with new_folder(folder) as temporary:
+        _save(temporary, *made)
+        numbers = {"conversations": conversations, "scenes": scenes, "seed": seed}
+        write_card(temporary, measure_parts(temporary, pictures), numbers)
 
 
 def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) -> None:
@@ -234,15 +239,15 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
         image_token_id=processor.image_token_id,
     )
     pictures = SceneArguments(size=IMAGE_SIZE, seed=seed, cutouts=str(cutouts))
-    _save(folder, processor, language_model, train_vision_tower(config, processor, pictures, scenes, work / "tower"))
+    tower = train_vision_tower(config, processor, pictures, scenes, work / "tower")
+    with new_folder(folder) as temporary:
+        _save(temporary, processor, language_model, tower)
 
 
 def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:
-    """All three into a temporary folder, renamed when complete."""
-    with new_folder(folder) as temporary:
-        processor.save_pretrained(temporary)
-        language_model.save_pretrained(temporary / "language_model")
-        tower.save_pretrained(temporary / "vision_tower")
+    processor.save_pretrained(folder)
+    language_model.save_pretrained(folder / "language_model")
+    tower.save_pretrained(folder / "vision_tower")
 
 
 def run_verb(args: argparse.Namespace) -> None:
