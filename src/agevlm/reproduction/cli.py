@@ -62,12 +62,6 @@ def _add_run(parser: VerbParser, output: Path) -> None:
     )
     parser.add_argument("--parts", type=Path, help="pretrained tower and language model (default for tiny: ours)")
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
-    parser.add_argument(
-        "--stored-features",
-        type=Path,
-        metavar="DIR",
-        help="where the tower stays frozen, read its output from this folder, shared by all rows and seeds",
-    )
 
 
 def _run(arguments: argparse.Namespace) -> None:

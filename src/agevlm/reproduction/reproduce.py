@@ -50,17 +50,20 @@ CURVE_POINTS = 12  # of a learning curve
 
 @dataclass(frozen=True)
 class Place:
-    """Where things lie: everything in `output`, but the pretrained `parts` and the stored features (None: there are
-    none)."""
+    """Where things lie: everything in `output`, but the pretrained `parts`."""
 
     output: Path
     size: str
     parts: Path = Path()
-    stored_features: Path | None = None
 
     @property
     def scenes(self) -> Path:
         return self.output / "scenes"
+
+    @property
+    def features(self) -> Path:
+        """The frozen tower's output for each picture, shared by all rows and seeds."""
+        return self.output / "features"
 
     @property
     def curve(self) -> Path:
@@ -113,7 +116,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             data=rows,
             init_from=origin,
             language=place.scenes,
-            stored_features=place.stored_features if why_not(recipe, args) is None else None,
+            stored_features=place.features if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
             console=Console(quiet=True, markup=False),
@@ -294,7 +297,7 @@ def run_verb(args: argparse.Namespace) -> None:
         )
     quiet()
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
-    place = Place(args.output, args.size, parts, args.stored_features)
+    place = Place(args.output, args.size, parts)
     draw_scenes(place.scenes, SIZES[args.size], args.cutouts)
     draw_questions(place.curve, SIZES[args.size], args.cutouts)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
