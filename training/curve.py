@@ -7,8 +7,6 @@ No where the answer begins: one forward pass, no text is generated. What is trai
 Choose other questions than those that are reported: whoever watches a curve chooses by it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import unwrap_peft_model
 
 from agevlm.data.rows import content_digest, undecoded
 from agevlm.data.scenes.build import load_benchmark
@@ -30,7 +27,6 @@ from agevlm.models import encode, messages, render
 
 YES, NO = "Yes", "No"
 BATCH = 100  # questions at once
-SMALLEST = 32  # side in pixels of the smallest picture that a tower takes
 COLUMNS = ("image", "question", "answer")
 QUESTIONS, PRESENCE = "questions", "presence"  # in the log; the first also in the state of a checkpoint
 
@@ -118,10 +114,11 @@ def answer_turns(labels: torch.Tensor) -> int:
 class LearningCurve(TrainerCallback):
     """Answers the questions before the first step, every so many steps and behind the last one.
 
-    All processes compute (parameters may be sharded). While the tower is frozen, its features are computed once.
+    All processes compute (parameters may be sharded). A tower that the trainer knows to be frozen sees the pictures
+    once.
 
     Args:
-        trainer: a `WatchedTrainer`, which counts the `turns` of a step.
+        trainer: a `StageTrainer`, which counts the `turns` of a step.
         every: optimizer steps between two points.
 
     Raises:
@@ -132,7 +129,7 @@ class LearningCurve(TrainerCallback):
         self.trainer, self.questions, self.every = trainer, questions, every
         self.tokens = list(answer_tokens(trainer.processing_class))
         self.seen = 0
-        self.kept: dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}  # batches with their features
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}  # batches with features
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.seen = state.stateful_callbacks.get(QUESTIONS, 0)
@@ -164,47 +161,27 @@ class LearningCurve(TrainerCallback):
         was_training, said = model.training, []
         model.eval()
         for start in range(0, len(self.questions.rows), BATCH):
-            with self._batch(model, start) as batch, self.trainer.compute_loss_context_manager():
-                logits = model(**batch, logits_to_keep=1).logits[:, -1]
+            with self.trainer.compute_loss_context_manager():
+                logits = model(**self._batch(model, start), logits_to_keep=1).logits[:, -1]
             said.append((logits[:, self.tokens[0]] > logits[:, self.tokens[1]]).cpu())
         model.train(was_training)
         return torch.cat(said)
 
-    @contextmanager
-    def _batch(self, model: nn.Module, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The model's inputs for the questions from `start` on. Inside, a frozen tower gives the features that it
-        gave the first time, and the pictures are cut to the least."""
-        tower = unwrap_peft_model(model).model.vision_tower
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            yield self._encoded(model, start)
-            return
+    def _batch(self, model: Any, start: int) -> dict[str, torch.Tensor]:
+        """The model's inputs for the questions from `start` on, with features in the place of pictures where the tower
+        is frozen (`features.py`). They are kept."""
         if start in self.kept:
-            batch, features = self.kept[start]
-
-            def give(module: nn.Module, inputs: tuple, output: Any) -> None:
-                output.last_hidden_state = features.to(output.last_hidden_state)
-
-            hook = tower.register_forward_hook(give)
-        else:
-            batch = self._encoded(model, start)
-            small = {**batch, "pixel_values": batch["pixel_values"][..., :SMALLEST, :SMALLEST].clone()}
-
-            def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
-                self.kept[start] = small, output.last_hidden_state.cpu()
-
-            hook = tower.register_forward_hook(keep)
-        try:
-            yield batch
-        finally:
-            hook.remove()
-
-    def _encoded(self, model: nn.Module, start: int) -> dict[str, torch.Tensor]:
+            return {name: value.to(model.device) for name, value in self.kept[start].items()}
         processor, name = self.trainer.processing_class, self.questions.name
-        rows: list[Mapping[str, Any]] = self.questions.rows.select(
-            range(start, min(start + BATCH, len(self.questions.rows)))
-        ).to_list()
+        rows = self.questions.rows.select(range(start, min(start + BATCH, len(self.questions.rows)))).to_list()
         images = [
             open_image(row["image"], f"{name}, row {start + index}, field image") for index, row in enumerate(rows)
         ]
         texts = [render(processor, row["question"] + YES_NO_SUFFIXES[0]) for row in rows]
-        return encode(model, processor, images, texts)
+        batch = encode(model, processor, images, texts)
+        tower = self.trainer.frozen_tower
+        if tower is not None:
+            features = tower(batch["pixel_values"].flatten(0, 1)).last_hidden_state
+            batch["pixel_values"] = features[:, None, None]
+            self.kept[start] = {name: value.cpu() for name, value in batch.items()}
+        return batch

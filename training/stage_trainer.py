@@ -38,6 +38,7 @@ class StageTrainer(WatchedTrainer):
 
     args: AgeVlmSFTConfig
     model: PreTrainedModel
+    frozen_tower: nn.Module | None = None  # a tower that takes features for pictures (`features.py`)
 
     def __init__(self, model: PreTrainedModel, args: AgeVlmSFTConfig, lineage: dict | None = None, **kwargs):
         self.lineage = lineage or {}
