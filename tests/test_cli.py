@@ -72,7 +72,6 @@ NEW_OUTPUT = (
 ADDED = {
     "init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"},
     "ground import": {"rows", "query"}, "data scenes": {"min-objects"}, "push": {"hub-model-id", "hub_model_id"},
-    "quickstart": {"stored-features"}, "reproduce": {"stored-features"},
 }  # fmt: skip
 
 
