@@ -270,15 +270,15 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     assert lineages[0]["data"]["fingerprint"] != lineages[1]["data"]["fingerprint"]  # other words are guided
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_tower_share_its_features(minute, tmp_path):
     """Over seeds; the twin opens its pictures."""
-    plain = Place(tmp_path / "out", "tiny", PARTS)
-    place = dataclasses.replace(plain, stored_features=tmp_path / "features")
+    place = Place(tmp_path / "out", "tiny", PARTS)
     draw_scenes(place.scenes, SIZES["tiny"], None)
     sizes = []
     for seed in (0, 1):
         train_step(place, seed, chain(ROWS["agevlm"], "tiny", seed)[0])
-        sizes.append([(path.name, path.stat().st_size) for path in sorted((tmp_path / "features").rglob("*.bin"))])
+        sizes.append([(path.name, path.stat().st_size) for path in sorted(place.features.rglob("*.bin"))])
     assert sizes[0] == sizes[1] and len(sizes[0]) == 2
     train_step(place, 0, chain(ROWS["twin"], "tiny", 0)[0])
 
