@@ -17,6 +17,7 @@ nothing in memory but 24 bytes a picture.
 """
 
 import copy
+import io
 import json
 import os
 import platform
@@ -115,9 +116,6 @@ class FeatureStore:
         identity: JSON-ready, all that decides the bits.
         shape: (cells, width) of a picture's features.
         dtype: in which they are stored.
-
-    Raises:
-        ValueError: the folder holds something else.
     """
 
     def __init__(self, root: str | Path, identity: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype):
@@ -132,13 +130,17 @@ class FeatureStore:
     def refresh(self) -> None:
         """Find what is stored by now."""
         self._parts = sorted(path.parent for path in self.folder.glob(f"*/{PICTURES}"))
-        known = [np.fromfile(part / PICTURES, PICTURE, (part / PICTURES).stat().st_size // PICTURE.itemsize)
-                 for part in self._parts]  # fmt: skip
+        known = []
+        for part in self._parts:
+            whole = (part / PICTURES).stat().st_size // PICTURE.itemsize
+            known.append(np.fromfile(part / PICTURES, PICTURE, whole))
         self._starts = np.cumsum([0, *map(len, known)])
         pictures = np.concatenate([np.zeros(0, PICTURE), *known])
         self._order = np.argsort(pictures["digest"][:, 0], kind="stable")
-        self._digests, self._sizes = pictures["digest"][self._order], pictures["size"]
-        self._files: dict[int, int] = {}
+        self._sizes = pictures["size"]
+        # Two arrays, because a search copies a column of one.
+        self._firsts, self._seconds = np.ascontiguousarray(pictures["digest"][self._order].T)
+        self._files: dict[int, io.FileIO] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -150,8 +152,9 @@ class FeatureStore:
 
     def find(self, key: np.ndarray) -> int | None:
         """The place of a picture, None where its features are not stored."""
-        found = int(np.searchsorted(self._digests[:, 0], key[0]))
-        return int(self._order[found]) if (self._digests[found : found + 1] == key).all(1).any() else None
+        found = int(np.searchsorted(self._firsts, key[0]))
+        known = found < len(self) and (self._firsts[found], self._seconds[found]) == tuple(key)
+        return int(self._order[found]) if known else None
 
     def open(self, image: Any, where: str) -> StoredPicture:
         """In the place of `open_image`.
@@ -181,11 +184,11 @@ class FeatureStore:
             part = int(np.searchsorted(self._starts, place, side="right")) - 1
             path = self._parts[part] / FEATURES
             if part not in self._files:
-                self._files[part] = os.open(path, os.O_RDONLY)
+                self._files[part] = path.open("rb", buffering=0)
             start = (place - int(self._starts[part])) * self.picture_bytes
             # Not mapped into memory: what is read from a map counts as the process's own.
-            if os.preadv(self._files[part], [value.data], start) != self.picture_bytes:
-                raise ValueError(f"{path} is damaged: it ends before picture {place}. Delete {path.parent}.")
+            if os.preadv(self._files[part].fileno(), [value.data], start) != self.picture_bytes:
+                raise ValueError(f"{path} is damaged: it ends before picture {place}. Delete {self.folder}.")
         return torch.from_numpy(values).view(self.dtype).view(len(places), 1, *self.shape)
 
     def reading(self, processor: AgeVlmProcessor) -> AgeVlmProcessor:
@@ -199,7 +202,7 @@ class FeatureStore:
     def fill(
         self,
         rows: Any,
-        process: Callable[[list[Image.Image]], torch.Tensor],
+        images: Any,
         compute: Callable[[torch.Tensor], torch.Tensor],
         batch_size: int,
         workers: int,
@@ -210,8 +213,8 @@ class FeatureStore:
         Pictures that cannot be opened are passed over: whoever trains on their row says so.
 
         Args:
-            process: pictures to tensors, in a worker.
-            compute: those `(m, 3, height, width)` to features `(m, L, C)`.
+            images: the image processor.
+            compute: its pixels `(m, 3, height, width)` uint8 to features `(m, L, C)`.
             share: number of this process, and of all.
         """
         number, processes = share
@@ -228,8 +231,13 @@ class FeatureStore:
                 Journal(files[1], lambda _: whole * self.picture_bytes) as features,
             ):
                 self.refresh()
-                collate = _Missing(self, process)
-                loader = DataLoader(mine, batch_size, num_workers=workers, collate_fn=collate)  # type: ignore[arg-type]
+                loader: DataLoader = DataLoader(
+                    mine,  # type: ignore[arg-type]
+                    batch_size,
+                    num_workers=workers,
+                    collate_fn=_Missing(self, images),
+                    generator=torch.Generator(),  # the process's own goes on to dropout as it would without a store
+                )
                 for records, values in _blocks(self._computed(loader, compute)):
                     features.write(values.view(torch.uint8).numpy().tobytes())
                     pictures.write(records.tobytes())
@@ -238,11 +246,9 @@ class FeatureStore:
         """Each picture once: (record, features), a few at a time."""
         seen: set[bytes] = set()
         for records, pixels in loader:
-            fresh = []
-            for index, record in enumerate(records):
-                if record["digest"].tobytes() not in seen:
-                    seen.add(record["digest"].tobytes())
-                    fresh.append(index)
+            places = {record["digest"].tobytes(): place for place, record in enumerate(records)}
+            fresh = [place for key, place in places.items() if key not in seen]
+            seen |= places.keys()
             if fresh:
                 yield records[fresh], compute(pixels[fresh]).to(self.dtype).cpu()
 
@@ -264,8 +270,8 @@ def _blocks(pieces: Iterator[tuple[np.ndarray, torch.Tensor]]) -> Iterator[tuple
 class _Missing:
     """Opens the pictures of rows that a store does not have: (records, pixels)."""
 
-    def __init__(self, store: FeatureStore, process: Callable[[list[Image.Image]], torch.Tensor]):
-        self.store, self.process = store, process
+    def __init__(self, store: FeatureStore, images: Any):
+        self.store, self.images = store, images
 
     def __call__(self, rows: list[dict[str, Any]]) -> tuple[np.ndarray, torch.Tensor | None]:
         opened, records = [], []
@@ -277,7 +283,10 @@ class _Missing:
                         picture = open_image(image, "a picture")
                         opened.append(picture)
                         records.append((key, (picture.height, picture.width)))
-        return np.array(records, PICTURE), self.process(opened) if opened else None
+        return np.array(records, PICTURE), self._pixels(opened) if opened else None
+
+    def _pixels(self, opened: list[Image.Image]) -> torch.Tensor:
+        return self.images(opened, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
 
 
 class _FeatureProcessor:
@@ -322,14 +331,13 @@ def use_stored_features(trainer: Any, root: str | Path, say: Callable[[str], Non
         "images": {"backend": type(usual).__name__, **json.loads(usual.to_json_string())},
         "pictures_per_call": args.per_device_train_batch_size,
         "libraries": {library.__name__: library.__version__ for library in (torch, transformers, PIL)},
-        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if args.device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     shape = (usual.grid[0] * usual.grid[1], tower.config.hidden_sizes[-1])
     # Under autocast the projector would round to that type what it is given; nothing else reads it.
     store = FeatureStore(root, identity, shape, mixed or tower.dtype)
-
-    def process(images: list[Image.Image]) -> torch.Tensor:
-        return usual(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
 
     def compute(pixels: torch.Tensor) -> torch.Tensor:
         with trainer.accelerator.autocast():
@@ -351,7 +359,7 @@ def use_stored_features(trainer: Any, root: str | Path, say: Callable[[str], Non
                 f"({store.picture_bytes:,} bytes a picture). Choose a larger disk, or leave `--stored-features` out."
             )
         share = (args.process_index, args.world_size)
-        store.fill(rows, process, compute, args.per_device_train_batch_size, args.dataloader_num_workers, share)
+        store.fill(rows, usual, compute, args.per_device_train_batch_size, args.dataloader_num_workers, share)
         trainer.accelerator.wait_for_everyone()
         store.refresh()
         if args.should_save:

@@ -23,7 +23,7 @@ from agevlm.reproduction.matrix import (
     unique,
 )
 from agevlm.reproduction.prepare import draw_scenes, rows_of, save_start, things_named, vocabulary
-from agevlm.reproduction.reproduce import Step, execute
+from agevlm.reproduction.reproduce import Place, Step, execute, train_step
 from agevlm.reproduction.scores import TABLE_2, TASKS
 from agevlm.training.lineage import read_lineage
 
@@ -268,6 +268,19 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
         read_lineage(output / "seed-0" / chain(ROWS[n], "tiny", 0)[2].name) for n in ("agevlm", "query-things")
     ]
     assert lineages[0]["data"]["fingerprint"] != lineages[1]["data"]["fingerprint"]  # other words are guided
+
+
+@pytest.mark.slow
+def test_runs_with_the_same_tower_share_its_features(minute, tmp_path):
+    """Over seeds; the twin opens its pictures."""
+    place = Place(tmp_path / "out", "tiny", PARTS)
+    draw_scenes(place.scenes, SIZES["tiny"], None)
+    sizes = []
+    for seed in (0, 1):
+        train_step(place, seed, chain(ROWS["agevlm"], "tiny", seed)[0])
+        sizes.append([(path.name, path.stat().st_size) for path in sorted(place.features.rglob("*.bin"))])
+    assert sizes[0] == sizes[1] and len(sizes[0]) == 2
+    train_step(place, 0, chain(ROWS["twin"], "tiny", 0)[0])
 
 
 @pytest.mark.slow
