@@ -56,7 +56,7 @@ check: install
 
 # checkpoints/agevlm-tiny: four stages from checkpoints/tiny-parts, each of which goes on where it was killed
 CHECKPOINT = build/checkpoint
-STAGE = $(BIN)/agevlm train --size tiny --variant agevlm-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/scenes \
+FLAGS = --size tiny --variant agevlm-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/scenes \
 	--stored-features $(CHECKPOINT)/features
 checkpoint: install
 	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/scenes --seed 7 --captions 6400 --instructions 25600 --turns 8 --test 600 \
@@ -64,10 +64,10 @@ checkpoint: install
 		--names apple bicycle bird car cat clock fish flower house key star tree
 	test -d $(CHECKPOINT)/start || $(BIN)/agevlm init --output $(CHECKPOINT)/start --parts checkpoints/tiny-parts \
 		--cross-attention-layers 1 4
-	$(STAGE) stage1_align --init-from $(CHECKPOINT)/start --output-dir $(CHECKPOINT)/stage1
-	$(STAGE) stage2_adapt_vision --init-from $(CHECKPOINT)/stage1 --output-dir $(CHECKPOINT)/stage2
-	$(STAGE) stage3_ground --init-from $(CHECKPOINT)/stage2 --output-dir $(CHECKPOINT)/stage3
-	$(STAGE) stage4_instruct --init-from $(CHECKPOINT)/stage3 --output-dir $(CHECKPOINT)/agevlm-tiny
+	$(BIN)/agevlm train stage1_align $(FLAGS) --init-from $(CHECKPOINT)/start --output-dir $(CHECKPOINT)/stage1
+	$(BIN)/agevlm train stage2_adapt_vision $(FLAGS) --init-from $(CHECKPOINT)/stage1 --output-dir $(CHECKPOINT)/stage2
+	$(BIN)/agevlm train stage3_ground $(FLAGS) --init-from $(CHECKPOINT)/stage2 --output-dir $(CHECKPOINT)/stage3
+	$(BIN)/agevlm train stage4_instruct $(FLAGS) --init-from $(CHECKPOINT)/stage3 --output-dir $(CHECKPOINT)/agevlm-tiny
 	$(BIN)/agevlm eval $(CHECKPOINT)/agevlm-tiny --scenes $(CHECKPOINT)/scenes --output $(CHECKPOINT)/results
 
 # The API reference, from the docstrings: build/api/index.html
