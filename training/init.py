@@ -194,14 +194,21 @@ def without_weights(plan: Plan, seed: int) -> AgeVlmForConditionalGeneration:
         return join_parts(plan, language_model, ConvNextModel(plan.conversion.config), seed)
 
 
-def build(plan: Plan, seed: int) -> AgeVlmForConditionalGeneration:
+def build(plan: Plan, seed: int, from_scratch: bool = False) -> AgeVlmForConditionalGeneration:
     """The model of a plan in float32, its weights fetched if need be.
+
+    Args:
+        from_scratch: draw the language model's weights from `seed` in place of reading them.
 
     Raises:
         ValueError: weights that are damaged, not finite or not those of their configuration; see also `join_parts`.
     """
-    folder = fetch(plan.language_source)[0].parent
-    language_model = load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
+    if from_scratch:
+        set_seed(seed)
+        language_model = LlamaForCausalLM(plan.language_config)
+    else:
+        folder = fetch(plan.language_source)[0].parent
+        language_model = load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
     tower = load_tower(plan.conversion, fetch(plan.vision_source))
     check_weights(tower, {"missing_keys": (), "unexpected_keys": ()}, plan.vision_source.name)
     return join_parts(plan, language_model, tower, seed)

@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.processing import AgeVlmProcessor
 from agevlm.reproduction import cli, reproduce
 from agevlm.reproduction.matrix import (
     QUICKSTART,
@@ -25,6 +27,7 @@ from agevlm.reproduction.matrix import (
 from agevlm.reproduction.prepare import draw_scenes, rows_of, save_start, things_named, vocabulary
 from agevlm.reproduction.reproduce import Place, Step, execute, train_step
 from agevlm.reproduction.scores import TABLE_2, TASKS
+from agevlm.training.freezing import part_of
 from agevlm.training.lineage import read_lineage
 
 
@@ -83,6 +86,23 @@ def test_a_row_differs_from_agevlm_in_what_it_says_alone():
             assert told(name)[stage - 1] == (recipe.override(**changes.get(stage, {})), query, start)
     assert [query for _, query, _ in told("query-things")] == ["text", "text", "things", "text"]
     assert [recipe for recipe, _, _ in told("query-things")] == [recipe for recipe, _, _ in ours]
+
+
+def test_from_scratch_means_another_language_model_that_trains_throughout(tmp_path):
+    """The tower, the projector and the cross blocks are those of the row that starts from pretrained parts."""
+    for run in chain(ROWS["scratch-agevlm"], "clutter", 0):
+        assert run.recipe.trains[-1] == "language_model" and "vision_all" not in run.recipe.trains
+    models = []
+    for name in ("agevlm", "scratch-agevlm"):
+        folder = tmp_path / ROWS[name].start.name
+        save_start(PARTS, folder, 3, SIZES["clutter"], ROWS[name].start)
+        models.append(load_file(folder / "model.safetensors"))
+        assert AgeVlmProcessor.from_pretrained(folder).image_processor.grid == (10, 10)
+    same = {key: models[0][key].equal(models[1][key]) for key in models[0]}
+    assert models[0].keys() == models[1].keys() and len(models) == 2
+    assert all(equal for key, equal in same.items() if part_of(key) != "language_model")
+    matrices = [key for key in same if part_of(key) == "language_model" and models[0][key].dim() > 1]
+    assert len(matrices) > 20 and not any(same[key] for key in matrices)
 
 
 def test_shared_beginnings_are_shared_and_nothing_else():

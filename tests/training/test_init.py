@@ -30,7 +30,7 @@ from transformers import (
 
 from agevlm import TINY_PARTS
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
-from agevlm.reproduction.matrix import Start
+from agevlm.reproduction.matrix import SIZES, Start
 from agevlm.reproduction.prepare import save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
@@ -169,7 +169,7 @@ def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp
 @pytest.mark.parametrize("position", ["after_layer", "after_self_attention"])
 def test_parts_are_what_the_quickstart_starts_from(tmp_path, position):
     start = Start(position=position)
-    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, cross_attention_layers=(1, 4), start=start)
+    save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, size=SIZES["tiny"], start=start)
     places = ["--cross-attention-layers", "1", "4", "--cross-attention-position", position]
     main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
     assert AutoConfig.from_pretrained(tmp_path / "init").cross_attention_position == position

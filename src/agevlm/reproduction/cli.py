@@ -7,9 +7,10 @@ from pathlib import Path
 from agevlm.arguments import VerbParser, at_least
 
 
-SIZES = ("tiny", "small")
+SIZES = ("tiny", "clutter", "small")
 SIZE_HELP = (
-    "tiny (default): drawn icons, 10 minutes a seed on 2 CPU cores; small: SmolLM2-135M and cut-out pictures, hours"
+    "tiny (default): drawn icons, 10 minutes a seed on 2 CPU cores; clutter: the same with four to six small things "
+    "in a picture; small: SmolLM2-135M and cut-out pictures, hours"
 )
 
 

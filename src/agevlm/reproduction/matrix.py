@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -26,19 +26,23 @@ Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things"]
 Twin = Literal["no", "equal", "small"]
 Position = Literal["after_layer", "after_self_attention"]
+Language = Literal["pretrained", "scratch"]
 
 
 @dataclass(frozen=True)
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, what is in the
-    pictures (None: everything there is), where the cross blocks sit (None: every fourth layer), and the pairs of the
-    similarity and pictures of the padding (`oblong`)."""
+    pictures (None: everything there is), their side in pixels, the size of the stages' recipes, where the cross blocks
+    sit (None: every fourth layer), and the pairs of the similarity and pictures of the padding (`oblong`)."""
 
     captions: int
     instructions: int
     turns: int
     questions: int
     max_objects: int
+    recipes: str
+    min_objects: int = 1
+    image_size: int = 224
     names: tuple[str, ...] | None = None
     colors: tuple[str, ...] | None = None
     cross_attention_layers: tuple[int, ...] | None = None
@@ -51,18 +55,22 @@ class Size:
         return round(math.ceil(rows / recipe.global_batch_size) * recipe.training["num_train_epochs"])
 
 
+_TINY = Size(
+    captions=3_200,
+    instructions=9_600,
+    turns=8,
+    questions=600,
+    max_objects=3,
+    recipes="tiny",
+    names=NAMES,
+    colors=COLORS,
+    cross_attention_layers=(1, 4),
+)
 SIZES = {
-    "tiny": Size(
-        captions=3_200,
-        instructions=9_600,
-        turns=8,
-        questions=600,
-        max_objects=3,
-        names=NAMES,
-        colors=COLORS,
-        cross_attention_layers=(1, 4),
-    ),
-    "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4),
+    "tiny": _TINY,
+    # Four to six small things, so that looking at things is not yet looking at the right one
+    "clutter": replace(_TINY, min_objects=4, max_objects=6, image_size=320),
+    "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
 }
 
 
@@ -74,18 +82,21 @@ class Start:
         layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
         twin: the concatenating twin of that model, of equal size or without layers for the cross blocks.
         position: where a cross block stands (`AgeVlmConfig.cross_attention_position`).
+        language: the pretrained language model, or one drawn at random, which then trains in all stages.
     """
 
     layers: Layers = "default"
     twin: Twin = "no"
     position: Position = "after_layer"
+    language: Language = "pretrained"
 
     @property
     def name(self) -> str:
         """Its folder."""
         twin = {"no": "", "equal": "-twin", "small": "-small-twin"}[self.twin]
         inside = "" if self.position == "after_layer" else "-inside"
-        return f"start{twin}{inside}" + ("" if self.layers == "default" else f"-{self.layers}")
+        scratch = "" if self.language == "pretrained" else "-scratch"
+        return f"start{twin}{inside}{scratch}" + ("" if self.layers == "default" else f"-{self.layers}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Run:
 
 BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
 QUICKSTART = (BASELINE, GUIDED, GUIDED_TWICE)
-MAIN = "Main"
+MAIN, SCRATCH = "Main", "From scratch"
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
     row.name: row
@@ -161,6 +172,9 @@ ROWS = {
             "Cross layers",
             start=Start(position="after_self_attention"),
         ),
+        Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=Start(language="scratch")),
+        Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=Start(language="scratch")),
+        Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=Start(language="scratch")),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
@@ -215,15 +229,18 @@ def _addressed(row: Row, size: str) -> list[tuple[str, StageRecipe, Query]]:
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
-        recipe = STAGES[stage](size=size, variant=_variant(stage, row.guided))
-        inherited = [STAGES[s](size=size) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
+        recipes = SIZES[size].recipes
+        recipe = STAGES[stage](size=recipes, variant=_variant(stage, row.guided))
+        if row.start.language == "scratch":
+            recipe = recipe.override(trains=tuple(dict.fromkeys([*recipe.trains, "language_model"])))
+        inherited = [STAGES[s](size=recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
         steps = sum(map(SIZES[size].steps, [recipe, *inherited])) / SIZES[size].steps(recipe)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
             recipe = recipe.override(**row.settings)
         query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
-        identity.append([dataclasses.asdict(dataclasses.replace(recipe, variant="", goal="")), query])
+        identity.append([dataclasses.asdict(replace(recipe, variant="", goal="")), query])
         made.append((json.dumps(identity, sort_keys=True), recipe, query))
     return made
 

@@ -34,7 +34,14 @@ CURVE_QUESTIONS, CURVE_SEED = 500, 2000  # the seed of scenes is 0, that of part
 
 def _pictures(size: Size, cutouts: Path | None) -> dict[str, Any]:
     """What is in the pictures of a size, as arguments of `SceneArguments`."""
-    return {"max_objects": size.max_objects, "names": size.names, "colors": size.colors, "cutouts": cutouts}
+    return {
+        "size": size.image_size,
+        "min_objects": size.min_objects,
+        "max_objects": size.max_objects,
+        "names": size.names,
+        "colors": size.colors,
+        "cutouts": cutouts,
+    }
 
 
 def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
@@ -71,7 +78,7 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     """
     if parts is not None:
         return parts
-    if size == "tiny":
+    if size != "small":
         return TINY_PARTS
     folder = output / "parts"
     if not folder.exists():
@@ -81,20 +88,22 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     return folder
 
 
-def save_start(
-    parts: Path, folder: Path, seed: int, cross_attention_layers: Sequence[int] | None, start: Start
-) -> None:
+def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -> None:
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
         return
-    arguments = Namespace(
-        parts=parts, image_size=None, cross_attention_layers=None, cross_attention_position=start.position
+    plan = plan_parts(
+        Namespace(
+            parts=parts,
+            image_size=size.image_size,
+            cross_attention_layers=None,
+            cross_attention_position=start.position,
+        )
     )
-    plan = plan_parts(arguments)
     depth = plan.language_config.num_hidden_layers
-    default = cross_attention_layers or spread_cross_attention_layers(depth)
+    default = size.cross_attention_layers or spread_cross_attention_layers(depth)
     plan = replace(plan, cross_attention_layers=cross_layers(start.layers, default, depth))
-    model: Any = build(plan, seed)
+    model: Any = build(plan, seed, from_scratch=start.language == "scratch")
     processor: Any = plan.processor
     if start.twin != "no":
         model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")

@@ -104,7 +104,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
     origin = place.output / f"seed-{seed}" / run.origin
     if run.parent is None:
         with locked(origin):
-            save_start(place.parts, origin, seed, SIZES[place.size].cross_attention_layers, run.start)
+            save_start(place.parts, origin, seed, SIZES[place.size], run.start)
     twin = {} if run.start.twin == "no" else {"variant": "twin", "mask_fraction": 0.0}
     with locked(place.folder(seed, run)) as folder:
         rows = rows_of(place.scenes, run)
