@@ -192,6 +192,11 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device; free some space"),
         (FileNotFoundError("there is no a.json"), "there is no a.json"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused; check the connection"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "a file cannot be written: No space left"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+            "a file cannot be wri",
+        ),
         (ConnectionError("the Hub did not answer"), "the Hub did not answer; check the connection"),
     ],
 )

@@ -117,11 +117,20 @@ class ListedRows:
             )
 
 
-class StopBeforeStep(TrainerCallback):
-    """Lets a [`WatchedTrainer`] look at a step's loss and gradient before the optimizer uses them."""
+class Watch(TrainerCallback):
+    """Lets a [`WatchedTrainer`] look at a step's loss and gradient before the optimizer uses them; and lets a run that
+    goes on from a checkpoint log what the interrupted one would have: a checkpoint comes with a log entry, from which
+    tokens are counted on."""
 
     def __init__(self, trainer: "WatchedTrainer"):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.trainer._total_train_tokens = int(counted[-1]) if counted else 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_step()
@@ -144,7 +153,7 @@ class WatchedTrainer(SFTTrainer):
         self.skipped = ListedRows(SKIPPED_ROWS, "could not be used")
         self.unguided = ListedRows(UNGUIDED_ROWS, "with a mask could not be guided")
         super().__init__(model=model, args=args, **kwargs)
-        self.add_callback(StopBeforeStep(self))
+        self.add_callback(Watch(self))
 
     # ---- Speed ----
 

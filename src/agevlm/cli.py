@@ -6,6 +6,8 @@ is frozen by `tests/test_cli.py`.
 
 import difflib
 import errno
+import os
+import re
 import signal
 import sys
 import textwrap
@@ -56,6 +58,7 @@ _FIXES = {
     errno.EACCES: "change the permissions, or choose another path",
     errno.EPERM: "change the permissions, or choose another path",
     errno.EROFS: "the disk is read-only; choose a path on another one",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`), or choose a path on another disk",
     errno.ENOSPC: "free some space, or choose a path on another disk",
     errno.EDQUOT: "free some space, or choose a path on another disk",
 }
@@ -116,6 +119,16 @@ def dispatch(words: list[str]) -> None:
     raise ValueError(f"there is no verb {asked!r}; {hint}")
 
 
+def system_error(error: Exception) -> OSError | None:
+    """The system error that safetensors or torch met while writing; neither says of which file."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number:
+        return OSError(int(number[1]), f"a file cannot be written: {os.strerror(int(number[1]))}")
+    if "inline_container" in str(error):  # torch's archives, which know no reason
+        return OSError(errno.ENOSPC, "a file cannot be written to its end")
+    return None
+
+
 def one_line(error: OSError) -> str:
     """A system error with its path and what to do about it."""
     if error.errno is None or error.strerror is None:
@@ -141,6 +154,11 @@ def main() -> None:
         sys.exit(_refuse(str(error)))
     except OSError as error:
         sys.exit(_refuse(one_line(error)))
+    except Exception as error:
+        behind = system_error(error)
+        if behind is None:
+            raise
+        sys.exit(_refuse(one_line(behind)))
 
 
 def _interrupt(number: int, frame: object) -> None:

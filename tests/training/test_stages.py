@@ -11,7 +11,7 @@ import torch
 import training_worker
 from PIL import Image
 from rich.console import Console
-from training_worker import CountSteps, make_rows, quick, run_small_stage
+from training_worker import CountSteps, Stop, StopAt, make_rows, quick, run_small_stage
 from transformers import AutoProcessor
 from workers import run_worker, same_weights
 
@@ -247,6 +247,23 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, f
     assert same_weights(tmp_path / "run", tmp_path / "whole")
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
     assert STAGING not in os.listdir(tmp_path / "run")
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path):
+    """Saves fall between log entries; the sums of an entry and the tokens so far are in no checkpoint."""
+    clock = {"tokens_per_second", "images_per_second", "data_wait", "mfu", "memory_gib", "train_loss"}
+
+    def told(result):
+        entries = [{name: entry[name] for name in entry.keys() - clock} for entry in result.log_history]
+        return [{name: value for name, value in e.items() if not name.startswith("train_")} for e in entries]
+
+    whole = run_small_stage(tmp_path / "whole", logging_steps=4)
+    with pytest.raises(Stop):
+        run_small_stage(tmp_path / "run", callbacks=[StopAt(3)], logging_steps=4)
+    resumed = run_small_stage(tmp_path / "run", logging_steps=4)
+    assert told(resumed) == told(whole)
+    assert [entry["step"] for entry in whole.log_history] == [2, 4, 6, 6]
+    assert whole.lineage["metrics"] == resumed.lineage["metrics"]
 
 
 def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch):

@@ -174,11 +174,17 @@ def check_fields(benchmark: Benchmark, columns: Sequence[str], where: str) -> No
 
 
 def check_row(benchmark: Benchmark, row: Row, where: str) -> None:
-    """Raises ValueError if a field that `benchmark` needs is empty, or its right answer is none that it knows."""
+    """Raises ValueError if a field that `benchmark` needs is empty or of another type, or its right answer unknown."""
     for name in benchmark.fields:
         if row.get(name, "") is None:
             raise ValueError(f"{where}, row {row['id']}, field {name}: null; fill it in, or leave the row out")
-    found, known = benchmark.gold(row), benchmark.labels(row)
+    try:
+        benchmark.prompt(row)
+        found, known = benchmark.gold(row), benchmark.labels(row)
+        row.get("category", "").split()
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        there = ", ".join(f"{name} ({type(row[name]).__name__})" for name in benchmark.fields if name in row)
+        raise ValueError(f"{where}, row {row['id']}: a field is of another type: {there}; correct the row") from error
     if not found.strip() or (known and found.lower() not in {label.lower() for label in known}):
         wanted = f"one of {', '.join(known)}" if known else "a text"
         raise ValueError(f"{where}, row {row['id']}: the right answer is {found!r}, not {wanted}; correct the row")

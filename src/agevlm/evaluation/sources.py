@@ -92,10 +92,10 @@ def prepare(benchmark: Benchmark, rows: Dataset, where: str) -> Dataset:
     for old, new in benchmark.source.renamed.items():
         if new not in rows.column_names and old in rows.column_names:
             rows = rows.rename_column(old, new)
-    if "id" not in rows.column_names or not isinstance(rows.features["id"], Value):
+    ids = rows.features.get("id")
+    if not isinstance(ids, Value) or ids.dtype != "string" or len(set(rows["id"])) != len(rows):
+        rows = rows if ids is None else rows.remove_columns("id")  # OCRBench numbers each source apart
         rows = _with_ids(benchmark, rows, where)
-    elif rows.features["id"].dtype != "string" or len(set(rows["id"])) != len(rows):
-        rows = _with_ids(benchmark, rows.remove_columns("id"), where)  # OCRBench numbers each source apart
     check_fields(benchmark, rows.column_names, where)
     rows = undecoded(rows)
     used = []
