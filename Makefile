@@ -59,8 +59,8 @@ CHECKPOINT = build/checkpoint
 FLAGS = --size tiny --variant agevlm-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/scenes \
 	--stored-features $(CHECKPOINT)/features
 checkpoint: install
-	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/scenes --seed 7 --captions 6400 --instructions 25600 --turns 8 --test 600 \
-		--max-objects 3 --colors red orange yellow green blue purple \
+	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/scenes --seed 7 --captions 6400 --instructions 25600 --turns 8 --presence-first 0.5 \
+		--test 600 --max-objects 3 --colors red orange yellow green blue purple \
 		--names apple bicycle bird car cat clock fish flower house key star tree
 	test -d $(CHECKPOINT)/start || $(BIN)/agevlm init --output $(CHECKPOINT)/start --parts checkpoints/tiny-parts \
 		--cross-attention-layers 1 4

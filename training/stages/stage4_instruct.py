@@ -33,6 +33,7 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
             "tiny": {
                 "trains": ("projector", "cross_attention", "language_model"),
                 "learning_rate": 1e-3,
+                "train_sampling_strategy": "sequential",  # rows on presence alone come first, if there are any
             },
             "small": {"learning_rate": 3e-5},
         },

@@ -20,6 +20,7 @@ _SCENES = {
     "turns": "questions per instruction row",
     "seed": "another seed gives other pictures, not other splits",
     "word_rate": "share of instruction pictures with a sign",
+    "presence_first": "share of the instruction rows, the first ones, that ask for presence alone",
 }
 
 

@@ -31,9 +31,10 @@ Language = Literal["pretrained", "scratch"]
 
 @dataclass(frozen=True)
 class Size:
-    """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, what is in the
-    pictures (None: everything there is), their side in pixels, the size of the stages' recipes, where the cross blocks
-    sit (None: every fourth layer), and the pairs of the similarity and pictures of the padding (`oblong`)."""
+    """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
+    stages' recipes, the share of rows that ask for presence alone and come first, what is in the pictures (None:
+    everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), and the pairs of
+    the similarity and pictures of the padding (`oblong`)."""
 
     captions: int
     instructions: int
@@ -41,6 +42,7 @@ class Size:
     questions: int
     max_objects: int
     recipes: str
+    presence_first: float = 0.0
     min_objects: int = 1
     image_size: int = 224
     names: tuple[str, ...] | None = None
@@ -57,11 +59,12 @@ class Size:
 
 _TINY = Size(
     captions=3_200,
-    instructions=9_600,
+    instructions=12_800,
     turns=8,
     questions=600,
     max_objects=3,
     recipes="tiny",
+    presence_first=0.75,
     names=NAMES,
     colors=COLORS,
     cross_attention_layers=(1, 4),

@@ -51,6 +51,7 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         captions=size.captions,
         instructions=size.instructions,
         turns=size.turns,
+        presence_first=size.presence_first,
         test=size.questions,
         num_proc=min(2, os.cpu_count() or 1),
         **_pictures(size, cutouts),

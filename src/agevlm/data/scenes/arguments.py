@@ -22,6 +22,8 @@ class SceneArguments:
         cutouts: folder made by `agevlm data cutouts`; None draws icons.
         backgrounds: folder of photographs to paste on; None generates backgrounds.
         names, colors: restrict the objects; unknown ones raise ValueError with close matches.
+        presence_first: share of the instruction rows, the first ones, that ask for presence alone. A small model learns
+            to look things up from them, and all else after that.
         word_rate: share of instruction pictures with a sign on them (captions: half of it).
 
     Raises:
@@ -41,6 +43,7 @@ class SceneArguments:
     names: Collection[str] | None = None
     colors: Collection[str] | None = None
     word_rate: float = 0.25
+    presence_first: float = 0.0
 
     def __post_init__(self) -> None:
         for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
@@ -50,8 +53,9 @@ class SceneArguments:
             raise ValueError(f"max_objects is {self.max_objects}; use 1 to {MOST_OBJECTS}")
         if not 1 <= self.min_objects <= self.max_objects:
             raise ValueError(f"min_objects is {self.min_objects}; use 1 to max_objects, {self.max_objects}")
-        if not 0 <= self.word_rate <= 1:
-            raise ValueError(f"word_rate is {self.word_rate}; use 0 to 1")
+        for field in ("word_rate", "presence_first"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; use 0 to 1")
         for field in ("names", "colors"):
             if (words := getattr(self, field)) is not None:
                 object.__setattr__(self, field, tuple(sorted(words)))

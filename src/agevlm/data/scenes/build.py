@@ -145,8 +145,9 @@ def _manifest(builder: SceneBuilder) -> dict:
     source, arguments, kinds = builder.source, builder.arguments, builder.source.kinds
     old = {"colors": "colours"}  # as folders have it that were built before
     options = dataclasses.asdict(arguments)
-    if arguments.min_objects == 1:
-        del options["min_objects"]  # unknown to them
+    for new, default in (("min_objects", 1), ("presence_first", 0.0)):  # unknown to them
+        if options[new] == default:
+            del options[new]
     left_out = ("cutouts", "backgrounds")  # folders count by content, not by path
     manifest = {
         "format": FORMAT,

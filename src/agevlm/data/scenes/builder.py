@@ -76,7 +76,8 @@ class SceneBuilder:
         rng = self.stream("instructions", index)
         pool = self.pools["train"]
         picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
-        questions = sample_questions(rng, picture.scene, pool, self.arguments.turns)
+        alone = index < self.arguments.presence_first * self.arguments.instructions
+        questions = sample_questions(rng, picture.scene, pool, self.arguments.turns, alone)
         turn = rng.choice([number for number, question in enumerate(questions) if question.look_at or question.sign])
         name = f"instructions-{index:07d}"
         asked = questions[turn]

@@ -311,16 +311,20 @@ def prompt_of(rng: random.Random, question: Question) -> str:
     return question.prompt + (rng.choice(question.suffixes) if question.suffixes and rng.random() < 0.3 else "")
 
 
-def sample_questions(rng: random.Random, scene: Scene, pool: Pool, number: int) -> list[Question]:
+def sample_questions(
+    rng: random.Random, scene: Scene, pool: Pool, number: int, presence_alone: bool = False
+) -> list[Question]:
     """`number` different questions (fewer if the scene has no more), at least one with something to look at.
 
     Two thirds of them are on presence, but no more than the scene has different answers "yes" for: each answer is then
     an independent coin, and neither the number of turns nor the earlier answers say which comes next.
+    `presence_alone` asks for nothing else.
     """
     present_things = {words for thing in scene.objects for words in (thing.name, thing.described)}
-    on_presence = min(sum(rng.random() < 2 / 3 for _ in range(number)), len(present_things))
+    asked = number if presence_alone else sum(rng.random() < 2 / 3 for _ in range(number))
+    on_presence = min(asked, len(present_things))
     drawn = [present if rng.random() < 0.5 else _surely_absent for _ in range(on_presence)]
-    drawn += [_other] * (number - on_presence)
+    drawn += [_other] * (0 if presence_alone else number - on_presence)
     rng.shuffle(drawn)
     found: dict[str, Question] = {}
     for draw in drawn:
