@@ -155,6 +155,21 @@ def test_clutter(tmp_path):
         build_scenes(tmp_path / "out", **{**build, "min_objects": 1}, names=NAMES, progress=False)
 
 
+def test_rows_on_presence_alone_come_first(tmp_path):
+    """Each with a question whose answer is yes, so that each is guided; the other rows are those of before."""
+    build = {**SMALL, "captions": 0, "test": 0, "instructions": 40}
+    rows, before = (
+        load_rows(build_scenes(tmp_path / str(share), presence_first=share, **build), "instructions")
+        for share in (0.5, 0.0)
+    )
+    for index, row in enumerate(rows):
+        asked = [turn["content"] for turn in row["messages"][::2]]
+        alone = all(text.removeprefix("<|image|>").startswith("Is there a") for text in asked)
+        assert alone if index < 20 else row["messages"] == before[index]["messages"]
+        assert row["guidance"] is not None
+    assert sum(row["messages"][1]["content"] == "Yes" for row in rows) > 5
+
+
 def test_few_names_and_one_object(tmp_path):
     """What a tower is trained on: no benchmarks, one object in every picture, a handful of names."""
     names = ["apple", "car", "star", "key", "bus", "bell", "tree", "cup"]

@@ -22,8 +22,8 @@ class SceneArguments:
         cutouts: folder made by `agevlm data cutouts`; None draws icons.
         backgrounds: folder of photographs to paste on; None generates backgrounds.
         names, colors: restrict the objects; unknown ones raise ValueError with close matches.
-        presence_first: share of the instruction rows, the first ones, that ask for presence alone. A small model learns
-            to look things up from them, and all else after that.
+        presence_first: share of the instruction rows, the first ones, that ask for presence alone. A small model
+            learns to look things up from them, and all else after that.
         word_rate: share of instruction pictures with a sign on them (captions: half of it).
 
     Raises:
