@@ -36,8 +36,11 @@ def stage1():
 
 
 def guided_stage():
-    """Stage 3 with a tower that stays as it is."""
-    return stage3_ground.recipe(size="tiny").override(trains=("projector", "cross_attention"))
+    return stage3_ground.recipe(size="tiny")
+
+
+def whole_language_model():
+    return stage4_instruct.recipe(size="tiny", variant="agevlm-lm")
 
 
 def run(folder: Path, recipe, root: Path | None, rows=None, seed=0, **changes):
@@ -90,8 +93,16 @@ def fill(store: FeatureStore, rows: Dataset, seen: list[int] | None = None, shar
 # ---- Equal weights ----
 
 
-@pytest.mark.parametrize("recipe", [stage1, guided_stage])
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"per_device_train_batch_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        (stage1, {}),
+        (stage1, {"bf16": True}),
+        (guided_stage, {}),
+        (guided_stage, {"per_device_train_batch_size": 1}),
+        (whole_language_model, {}),
+    ],
+)
 def test_a_run_that_reads_ends_with_the_weights_of_one_that_computes(tmp_path, recipe, settings, calls):
     computed = run(tmp_path / "computed", recipe(), None, **settings)
     in_a_call = settings.get("per_device_train_batch_size", 4)
@@ -133,7 +144,7 @@ def test_features_of_rows_with_several_pictures_and_of_held_rows(tmp_path, calls
 def test_adapters_train_beside_a_tower_that_stays(tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
     tiny_processor().save_pretrained(tmp_path / "start")
-    recipe = quick(stage4_instruct.recipe(size="tiny", variant="agevlm-lm"), 4, max_steps=3)
+    recipe = quick(stage4_instruct.recipe(size="small", variant="agevlm-lm"), 4, max_steps=3)
     for name, root in (("computed", None), ("read", tmp_path / "store")):
         adapters = AdapterArguments(use_peft=True, lora_r=4, lora_dropout=0.3)  # the same units are dropped
         run_stage(
@@ -253,11 +264,11 @@ def test_the_model_is_like_a_new_one_afterwards(tmp_path, calls):
 
 
 def test_what_cannot_read_features_is_refused_before_anything_is_written(tmp_path):
-    assert [why_not(recipe(size="tiny"), make_arguments(tmp_path)) is None for recipe in STAGES.values()] == [
+    assert [why_not(recipe(size="small"), make_arguments(tmp_path)) is None for recipe in STAGES.values()] == [
         True, False, False, False,
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"stage2_adapt_vision trains the vision tower \(vision_last_stage\)"):
-        run(tmp_path / "run", stage2_adapt_vision.recipe(size="tiny"), tmp_path / "store")
+        run(tmp_path / "run", stage2_adapt_vision.recipe(size="small"), tmp_path / "store")
     with pytest.raises(ValueError, match="twin"):
         run(tmp_path / "run", stage1_align.recipe(size="tiny", variant="twin"), tmp_path / "store")
     with pytest.raises(ValueError, match="torch_compile"):
