@@ -40,12 +40,19 @@ def questions(count: int = 7, **columns) -> Dataset:
     )
 
 
-def run(stage, output, answers, callbacks=(), start=None, variant="agevlm", **changes):
+def run(stage, output, answers, callbacks=(), start=None, variant="agevlm", stored=None, **changes):
     changes = {"max_steps": 5, "save_steps": 3, "logging_steps": 2, "answer_steps": 2, **changes}
     recipe = quick(STAGES[stage](size="tiny", variant=variant), rows=4, **changes)
     model, processor = start or (tiny_model(), tiny_processor())
     return run_stage(
-        recipe, output, data=make_rows(), model=model, processor=processor, answers=answers, callbacks=callbacks
+        recipe,
+        output,
+        data=make_rows(),
+        model=model,
+        processor=processor,
+        answers=answers,
+        stored_features=stored,
+        callbacks=callbacks,
     )
 
 
@@ -109,11 +116,10 @@ def test_points_are_what_the_model_answers(tmp_path, stage):
     assert result.lineage["answers"]["number"] == 7 and result.lineage["answers"]["yes"] == pytest.approx(3 / 7)
 
 
-def test_a_curve_changes_nothing_else(tmp_path):
-    drawn, plain = (
-        run("stage4_instruct", tmp_path / name, rows, guidance_weight=1.0, train_sampling_strategy="random")
-        for name, rows in (("a", questions()), ("b", None))
-    )
+@pytest.mark.parametrize("stage, stored", [("stage4_instruct", None), ("stage1_align", "store")])
+def test_a_curve_changes_nothing_else(tmp_path, stage, stored):
+    settings = {"guidance_weight": 1.0, "train_sampling_strategy": "random", "stored": stored and tmp_path / stored}
+    drawn, plain = (run(stage, tmp_path / name, rows, **settings) for name, rows in (("a", questions()), ("b", None)))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert drawn.lineage["recipe_hash"] == plain.lineage["recipe_hash"] and "answers" not in plain.lineage
