@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agevlm.data.scenes.build import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.reproduction import cli, reproduce
 from agevlm.reproduction.matrix import (
@@ -245,9 +246,11 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     report = report_of(output)
     assert set(report["numbers"]) == set(QUICKSTART)
     assert all(TASKS[-1].title in numbers for numbers in report["numbers"].values())
+    conversations = load_rows(output / "scenes", "instructions")["messages"]
+    turns = sum(message["role"] == "assistant" for messages in conversations for message in messages)
     for name in QUICKSTART:
         points = report["curves"][name]["0"]["points"]
-        assert [questions for questions, _ in points] == [0, 256, 512]  # two steps of 32 rows with eight turns
+        assert len(points) == 3 and (points[0][0], points[-1][0]) == (0, turns)  # two steps see every row
     assert (output / "curves.png").is_file()
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):
