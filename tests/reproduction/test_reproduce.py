@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from agevlm.data.scenes.build import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.reproduction import cli, reproduce
@@ -223,7 +224,7 @@ def test_missing_parts_say_what_to_do(tmp_path):
 @pytest.fixture
 def minute(monkeypatch):
     """The tiny size, cut down: two stages' rows and few questions."""
-    size = dataclasses.replace(SIZES["tiny"], captions=32, instructions=32, questions=12, pairs=8, oblong=3)
+    size = dataclasses.replace(SIZES["tiny"], captions=64, instructions=64, questions=12, pairs=8, oblong=3)
     monkeypatch.setitem(SIZES, "tiny", size)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 
@@ -265,9 +266,11 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     report = report_of(output)
     assert set(report["numbers"]) == set(QUICKSTART)
     assert all(TASKS[-1].title in numbers for numbers in report["numbers"].values())
+    conversations = load_rows(output / "scenes", "instructions")["messages"]
+    turns = sum(message["role"] == "assistant" for messages in conversations for message in messages)
     for name in QUICKSTART:
         points = report["curves"][name]["0"]["points"]
-        assert [questions for questions, _ in points] == [0, 64, 128]  # two steps of 16 rows with four turns
+        assert len(points) == 3 and (points[0][0], points[-1][0]) == (0, turns)  # two steps see every row
     assert (output / "curves.png").is_file()
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):

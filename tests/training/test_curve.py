@@ -19,6 +19,8 @@ from agevlm.training.stages import STAGES
 from builders import picture, stored, tiny_model, tiny_processor
 
 
+FROZEN, TRAINS = ("projector", "cross_attention"), ("projector", "cross_attention", "vision_all", "language_model")
+TOWERS = pytest.mark.parametrize("trains", [FROZEN, TRAINS], ids=["tower frozen", "tower trains"])
 POINT = {"presence", "presence_yes", "questions"}
 SPEED = {"tokens_per_second", "images_per_second", "data_wait", "mfu", "memory_gib", "train_runtime"}
 SPEED |= {"train_samples_per_second", "train_steps_per_second"}
@@ -40,12 +42,19 @@ def questions(count: int = 7, **columns) -> Dataset:
     )
 
 
-def run(stage, output, answers, callbacks=(), start=None, variant="agevlm", **changes):
+def run(output, answers, callbacks=(), start=None, variant="agevlm", stored=None, trains=FROZEN, **changes):
     changes = {"max_steps": 5, "save_steps": 3, "logging_steps": 2, "answer_steps": 2, **changes}
-    recipe = quick(STAGES[stage](size="tiny", variant=variant), rows=4, **changes)
+    recipe = quick(STAGES["stage4_instruct"](size="tiny", variant=variant), rows=4, trains=trains, **changes)
     model, processor = start or (tiny_model(), tiny_processor())
     return run_stage(
-        recipe, output, data=make_rows(), model=model, processor=processor, answers=answers, callbacks=callbacks
+        recipe,
+        output,
+        data=make_rows(),
+        model=model,
+        processor=processor,
+        answers=answers,
+        stored_features=stored,
+        callbacks=callbacks,
     )
 
 
@@ -91,9 +100,9 @@ def answered_alone(model, processor) -> list[bool]:
     return [bool(row[yes] > row[no]) for row in logits]
 
 
-@pytest.mark.parametrize("stage", ["stage1_align", "stage4_instruct"], ids=["tower frozen", "tower trains"])
-def test_points_are_what_the_model_answers(tmp_path, stage):
-    result = run(stage, tmp_path / "run", questions(), start=undecided())
+@TOWERS
+def test_points_are_what_the_model_answers(tmp_path, trains):
+    result = run(tmp_path / "run", questions(), start=undecided(), trains=trains)
     assert [(point["step"], point["questions"]) for point in points(result)] == [(0, 0), (2, 8), (4, 16), (5, 20)]
     assert all(point.keys() == POINT | {"step", "epoch"} for point in points(result))
     trained = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
@@ -109,11 +118,11 @@ def test_points_are_what_the_model_answers(tmp_path, stage):
     assert result.lineage["answers"]["number"] == 7 and result.lineage["answers"]["yes"] == pytest.approx(3 / 7)
 
 
-def test_a_curve_changes_nothing_else(tmp_path):
-    drawn, plain = (
-        run("stage4_instruct", tmp_path / name, rows, guidance_weight=1.0, train_sampling_strategy="random")
-        for name, rows in (("a", questions()), ("b", None))
-    )
+@TOWERS
+def test_a_curve_changes_nothing_else(tmp_path, trains):
+    settings = {"guidance_weight": 1.0, "train_sampling_strategy": "random", "trains": trains}
+    settings["stored"] = tmp_path / "store" if trains == FROZEN else None
+    drawn, plain = (run(tmp_path / name, rows, **settings) for name, rows in (("a", questions()), ("b", None)))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert drawn.lineage["recipe_hash"] == plain.lineage["recipe_hash"] and "answers" not in plain.lineage
@@ -130,15 +139,15 @@ def test_a_curve_changes_nothing_else(tmp_path):
 
 def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path, capsys):
     with pytest.raises(Stop):
-        run("stage1_align", tmp_path / "run", questions(), [StopAt(4)])
+        run(tmp_path / "run", questions(), [StopAt(4)])
     with pytest.raises(ValueError, match=r"holds another learning curve \(number: 7 there, 5 asked"):
-        run("stage1_align", tmp_path / "run", questions(5))
-    result = run("stage1_align", tmp_path / "run", questions())
-    assert points(result) == points(run("stage1_align", tmp_path / "whole", questions()))
+        run(tmp_path / "run", questions(5))
+    result = run(tmp_path / "run", questions())
+    assert points(result) == points(run(tmp_path / "whole", questions()))
     with pytest.raises(Stop):
-        run("stage1_align", tmp_path / "plain", None, [StopAt(4)])
+        run(tmp_path / "plain", None, [StopAt(4)])
     for _ in ("goes on", "is done"):
-        later = run("stage1_align", tmp_path / "plain", questions())
+        later = run(tmp_path / "plain", questions())
         assert not points(later) and "answers" not in later.lineage
         said = " ".join(capsys.readouterr().out.split())
         assert "it began without a learning curve; a run in another folder would have one" in said
@@ -147,20 +156,20 @@ def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 def test_a_frozen_tower_sees_each_picture_once(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(curve, "open_image", lambda image, where: opened.append(where) or open_image(image, where))
-    run("stage1_align", tmp_path / "frozen", questions())
+    run(tmp_path / "frozen", questions())
     assert opened == [f"rows, row {index}, field image" for index in range(7)]
     opened.clear()
-    run("stage4_instruct", tmp_path / "trains", questions())
+    run(tmp_path / "trains", questions(), trains=TRAINS)
     assert len(opened) == 4 * 7
 
 
-@pytest.mark.parametrize("stage", ["stage1_align", "stage4_instruct"], ids=["tower frozen", "tower trains"])
-def test_the_twin_has_curves_too(tmp_path, stage):
+@TOWERS
+def test_the_twin_has_curves_too(tmp_path, trains):
     model, processor = undecided(*concatenating_twin(tiny_model(), tiny_processor()))
     said = answered_alone(model, processor)
     assert len(set(said)) == 2
-    settings = {"variant": "twin", "mask_fraction": 0.0, "guidance_weight": 0.0}
-    result = run(stage, tmp_path / "run", questions(), start=(model, processor), learning_rate=0.0, **settings)
+    settings = {"variant": "twin", "mask_fraction": 0.0, "guidance_weight": 0.0, "trains": trains}
+    result = run(tmp_path / "run", questions(), start=(model, processor), learning_rate=0.0, **settings)
     assert [point["presence_yes"] for point in points(result)] == [pytest.approx(sum(said) / 7)] * 4
 
 
@@ -182,9 +191,9 @@ def test_questions_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ValueError, match="rows, row 0, field answer: 'maybe' is neither Yes nor No"):
         read_questions(questions(answer="maybe"))
     with pytest.raises(ValueError, match="rows, row 0, field image: "):
-        run("stage1_align", tmp_path / "run", questions(image={"bytes": b"no picture", "path": None}))
+        run(tmp_path / "run", questions(image={"bytes": b"no picture", "path": None}))
     with pytest.raises(ValueError, match="`answer_steps` must be positive, got 0"):
-        run("stage1_align", tmp_path / "none", questions(), answer_steps=0)
+        run(tmp_path / "none", questions(), answer_steps=0)
 
 
 def test_yes_and_no_must_begin_apart():
