@@ -27,7 +27,7 @@ from agevlm.training.lineage import git_commit, library_versions, read_lineage
 from .charts import draw_charts
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
 from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
-from .matrix import BASELINE, GUIDED, MAIN, ROWS, TWIN
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
     ACCURACY,
@@ -45,11 +45,12 @@ from .scores import (
     Scores,
     layer_title,
     read_scores,
+    right_answers,
 )
 from .setting import deviation_lines, settings
 
 
-EXAMPLES = 6
+EXAMPLES = 3  # of each sort
 PICTURE_SIDE = 1600
 TEMPLATE = "report.html.jinja"
 Lines = list[list[str]]  # the first is the head
@@ -292,8 +293,9 @@ LEAD = (
     ),
     Section(
         "Tables 3 to 6's analogue: answers and attention",
-        "The first presence questions with a mask, first seed, not selected. Maps are means over the question's "
-        "tokens and heads: of the first cross layer, as in the paper, and over all cross layers; of the concatenating "
+        "Above the first three presence questions with a mask that the guided model (AGE-VLM-LM if it is there) "
+        "answers right and CA-baseline wrong; below the first three of all, not selected. First seed. Maps are means "
+        "over the question's tokens and heads: of the first cross layer, as in the paper, and over all cross layers; of the concatenating "
         "twin, of the first self-attention layer, as in the paper. Percent: attention inside the outline.",
         example_lines,
         ("attention.png", draw_attention),
@@ -357,13 +359,21 @@ SECTIONS = (
 
 
 def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path) -> list[Example]:
-    """The first presence questions with something to look at, not selected, drawn for the first seed of each row.
+    """Presence questions with something to look at, drawn for the first seed of each row: the first ones that the last
+    guided row answers right and the unguided one wrong, then the first ones of all.
 
     Of a concatenating model the map is that of its first self-attention layer, as in the paper.
     """
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
-    marked = [index for index, mask in enumerate(rows["mask"]) if mask is not None][:EXAMPLES]
-    checkpoints = {ROWS[name].title: next(iter(found[name].values())).stages[-1][1] for name in names}
+    first = {name: next(iter(found[name].values())) for name in names}
+    every = [index for index, mask in enumerate(rows["mask"]) if mask is not None]
+    guided = next((name for name in (GUIDED_TWICE, GUIDED) if name in names), None)
+    apart: list[int] = []
+    if guided is not None and BASELINE in names:
+        right, wrong = (right_answers(first[name], pope.PAPER) for name in (guided, BASELINE))
+        apart = [index for index in every if rows[index]["id"] in right - wrong][:EXAMPLES]
+    marked = [*apart, *[index for index in every if index not in apart][:EXAMPLES]]
+    checkpoints = {ROWS[name].title: first[name].stages[-1][1] for name in names}
     return write_examples(
         {title: load(str(folder)) for title, folder in checkpoints.items()},
         [rows[index] for index in marked],

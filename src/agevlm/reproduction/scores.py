@@ -207,6 +207,12 @@ def read_scores(found: Found, scenes: Path) -> Scores:
     return scores
 
 
+def right_answers(run: Trained, benchmark: Benchmark) -> set[str]:
+    """Ids of the questions that a row's model answers right."""
+    lines = read_lines(run.measured / "evaluation" / benchmark.name / PREDICTIONS)
+    return {line["id"] for line in lines if line["verdict"] == "correct"}
+
+
 def _read_answers(
     scores: Scores, benchmark: Benchmark, rows: Sequence[Row], lines: Mapping[Model, Sequence[Any]]
 ) -> tuple[list[Row], dict[Model, list[str | None]]]:
