@@ -295,8 +295,9 @@ LEAD = (
         "Tables 3 to 6's analogue: answers and attention",
         "Above the first three presence questions with a mask that the guided model (AGE-VLM-LM if it is there) "
         "answers right and CA-baseline wrong; below the first three of all, not selected. First seed. Maps are means "
-        "over the question's tokens and heads: of the first cross layer, as in the paper, and over all cross layers; of the concatenating "
-        "twin, of the first self-attention layer, as in the paper. Percent: attention inside the outline.",
+        "over the question's tokens and heads: of the first cross layer, as in the paper, and over all cross layers; "
+        "of the concatenating twin, of the first self-attention layer, as in the paper. Percent: attention inside the "
+        "outline.",
         example_lines,
         ("attention.png", draw_attention),
     ),
