@@ -216,7 +216,7 @@ def test_both_verbs_are_one_reproduction(monkeypatch, tmp_path, capsys):
 
 def test_missing_parts_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="agevlm parts tiny --output"):
-        save_start(tmp_path, tmp_path / "start", 0, None, Start())
+        save_start(tmp_path, tmp_path / "start", 0, SIZES["tiny"], Start())
     with pytest.raises(ValueError, match="agevlm data cutouts"):
         cli.quickstart(["--size", "small", "--output", str(tmp_path)])
 
