@@ -179,6 +179,7 @@ def train_language_model(
         rows = Dataset.from_list([{"messages": messages} for messages in corpus])
         trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+        model.config.use_cache = True  # TRL trains without
         return model
 
     return _once(work, LlamaForCausalLM, train)
