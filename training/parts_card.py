@@ -13,6 +13,7 @@ from agevlm.data.scenes.conversations import tell
 from agevlm.data.scenes.layout import sample_scene
 from agevlm.data.scenes.questions import Generator, count, depth, presence, relation, what_color
 from agevlm.data.scenes.splits import make_pools
+from agevlm.models import load_weights
 from agevlm.processing import AgeVlmProcessor
 from agevlm.store import write_text
 
@@ -75,8 +76,8 @@ def measure_parts(folder: Path, scenes: SceneArguments, number: int = 500) -> di
         number: questions of each kind, and pictures.
     """
     processor = AgeVlmProcessor.from_pretrained(folder)
-    language_model = LlamaForCausalLM.from_pretrained(folder / "language_model")
-    tower = ConvNextModel.from_pretrained(folder / "vision_tower")
+    language_model = load_weights(LlamaForCausalLM, folder / "language_model", exact=True)
+    tower = load_weights(ConvNextModel, folder / "vision_tower", exact=True)
     return {
         "told": told_accuracy(language_model, processor, scenes, number),
         "cells": cell_accuracy(tower, processor, scenes, number),

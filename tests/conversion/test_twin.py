@@ -260,7 +260,7 @@ def test_saved_it_is_a_checkpoint_of_transformers(twin, tmp_path):
 )
 def test_trls_own_trainer_trains_it_by_our_recipes(ours, stage, moves, tmp_path):
     other, processor = concatenating_twin(*ours)
-    recipe = stage.recipe(size="tiny", variant="ca-baseline")
+    recipe = stage.recipe(size="small", variant="ca-baseline")
     set_trainable(other, recipe.trains, recipe.frozen)
     quiet = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
              "save_strategy": "no", "disable_tqdm": True, "max_steps": 6, "logging_steps": 1, "warmup_steps": 0,
