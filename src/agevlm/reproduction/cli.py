@@ -9,7 +9,7 @@ from agevlm.arguments import VerbParser, at_least
 
 SIZES = ("tiny", "clutter", "small")
 SIZE_HELP = (
-    "tiny (default): drawn icons, 10 minutes a seed on 2 CPU cores; clutter: the same with four to six small things "
+    "tiny (default): drawn icons, 23 minutes of processor time a seed; clutter: the same with four to six small things "
     "in a picture; small: SmolLM2-135M and cut-out pictures, hours"
 )
 
