@@ -9,8 +9,8 @@ from agevlm.arguments import VerbParser, at_least
 
 SIZES = ("tiny", "clutter", "small")
 SIZE_HELP = (
-    "tiny (default): drawn icons, 23 minutes of processor time a seed; clutter: the same with four to six small things "
-    "in a picture; small: SmolLM2-135M and cut-out pictures, hours"
+    "tiny (default): drawn icons, 23 minutes of processor time a seed; clutter: the same with four to six small "
+    "things in a picture; small: SmolLM2-135M and cut-out pictures, hours"
 )
 
 
