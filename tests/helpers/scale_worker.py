@@ -37,7 +37,7 @@ SHARDING = {
 
 def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, callbacks=(), **changes) -> StageResult:
     """Stage 3, guided, of 4 rows a step in batches of `batch` rows, from the folder `start`."""
-    recipe = stage3_ground.recipe(size="tiny").override(
+    recipe = stage3_ground.recipe(size="small").override(
         global_batch_size=4,
         per_device_train_batch_size=batch,
         logging_steps=1,

@@ -280,7 +280,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
         assert "questions to 75 %" in shown and "What deviates from the paper" in shown
         assert shown.index("Presence on unseen") < shown.index("Learning curves") < shown.index("Where they look")
         assert shown.index("answers and attention") < shown.index("Answers above every constant answer")
-    assert page.count("<svg") == 2  # two steps a stage log guidance, and no loss
+    assert page.count("<svg") == 3  # a checkpoint logs loss and guidance of its steps
 
     cli.reproduce([*arguments, "--only", "query-things"])
     again = report_of(output)

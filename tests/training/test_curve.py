@@ -134,7 +134,7 @@ def test_a_curve_changes_nothing_else(tmp_path, trains):
         ]
         for result in (drawn, plain)
     ]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert logs[0] == logs[1] and len(logs[0]) > 2
 
 
 def test_an_interrupted_curve_goes_on_as_if_nothing_had_been(tmp_path, capsys):

@@ -209,14 +209,14 @@ def choose_rows(names: Iterable[str] | None) -> list[Row]:
 def chain(row: Row, size: str, seed: int) -> list[Run]:
     """The stage runs that lead to a row, first stage first."""
     runs: list[Run] = []
-    for address, recipe, query in _addressed(row, size):
+    for address, recipe, query in _addressed(row, SIZES[size]):
         recipe = recipe.override(seed=seed, disable_tqdm=True)
-        runs.append(Run(_names(size)[address], recipe, runs[-1].name if runs else None, row.start, query))
+        runs.append(Run(_names(SIZES[size])[address], recipe, runs[-1].name if runs else None, row.start, query))
     return runs
 
 
 @cache
-def _names(size: str) -> dict[str, str]:
+def _names(size: Size) -> dict[str, str]:
     """Address -> folder of all runs of the matrix."""
     names: dict[str, str] = {}
     for row in ROWS.values():
@@ -226,18 +226,19 @@ def _names(size: str) -> dict[str, str]:
     return names
 
 
-def _addressed(row: Row, size: str) -> list[tuple[str, StageRecipe, Query]]:
+def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
     """Address, recipe and query of every stage run of a row."""
     made = []
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
-        recipes = SIZES[size].recipes
-        recipe = STAGES[stage](size=recipes, variant=_variant(stage, row.guided))
+        recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided))
         if row.start.language == "scratch":
             recipe = recipe.override(trains=tuple(dict.fromkeys([*recipe.trains, "language_model"])))
-        inherited = [STAGES[s](size=recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
-        steps = sum(map(SIZES[size].steps, [recipe, *inherited])) / SIZES[size].steps(recipe)
+        inherited = [
+            STAGES[s](size=size.recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage
+        ]
+        steps = sum(map(size.steps, [recipe, *inherited])) / size.steps(recipe)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
             recipe = recipe.override(**row.settings)
