@@ -147,8 +147,7 @@ def test_a_strict_check_ends_with_status_1(written, converted, tmp_path, capsys)
     assert "image_missing" not in capsys.readouterr().out  # behind the limit
     assert json.loads((tmp_path / "r" / "report.json").read_text())["rows_read"] == 40
     main([str(converted[0]), "--strict", "--workers", "1"])  # a healthy set ends as usual
-    said = capsys.readouterr().out
-    assert "rows are good" in said and "finding" not in said  # no table of nothing
+    assert "rows are good" in capsys.readouterr().out
 
 
 def test_a_strict_conversion_stops_and_leaves_nothing(written, tmp_path):
