@@ -36,7 +36,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path, verb):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["signals", "disk"])
+@pytest.mark.parametrize("how", ["signals", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_cheap_verb_is_stopped_twice(tmp_path, how):
     stopped(tmp_path, 2, ["data cambrian"], how)
 

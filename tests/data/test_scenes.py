@@ -142,7 +142,7 @@ def test_command_line_gives_the_same_scenes(folder, tmp_path, capsys):
 
 def test_clutter(tmp_path):
     """Six to ten small things of a dozen names: every caption counts right, every benchmark has its questions."""
-    build = {**SMALL, "captions": 30, "instructions": 30, "test": 8, "size": 224, "min_objects": 6, "max_objects": 10}
+    build = {**SMALL, "captions": 5, "instructions": 10, "test": 4, "size": 224, "min_objects": 6, "max_objects": 10}
     del build["progress"]
     out = build_scenes(tmp_path / "out", **build, names=NAMES, progress=False)
     builder = SceneBuilder(SceneArguments(**build, names=NAMES))
@@ -150,7 +150,7 @@ def test_clutter(tmp_path):
     counts = [len(picture.scene.objects) for picture in pictures]
     assert 5 < sum(counts) / 20 < 10 and max(counts) <= 10
     assert all(0.14 <= thing.extent <= 0.24 for picture in pictures for thing in picture.scene.objects)
-    assert len(load_rows(out, "instructions")) == 30 and len(load_benchmark(out, "composition", "pope")) == 8
+    assert len(load_rows(out, "instructions")) == 10 and len(load_benchmark(out, "composition", "pope")) == 4
     with pytest.raises(ValueError, match="min_objects"):
         build_scenes(tmp_path / "out", **{**build, "min_objects": 1}, names=NAMES, progress=False)
 
