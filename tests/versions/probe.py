@@ -448,7 +448,8 @@ def _gradient_norms(model: torch.nn.Module, inputs: Tensors, **kwargs) -> Tensor
     model.train()
     mask = inputs["guidance_mask"].flatten(1)
     output = model(**{**inputs, "guidance_mask": None}, **kwargs)
-    loss = output.loss - (output.cross_attention_maps * mask).sum(-1).log().mean()
+    mass = (output.cross_attention_maps * mask).sum(-1)  # of a sharp look elsewhere it may be 0
+    loss = output.loss - (mass + 1e-6).log().mean()
     loss.backward()
     parameters = dict(model.named_parameters())
     norms = {name: parameters[name].grad.norm() for name in WATCHED_GRADIENTS}
