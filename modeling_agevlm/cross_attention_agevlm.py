@@ -136,7 +136,7 @@ class AgeVlmCrossAttention(nn.Module):
         guidance_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`hidden_states (B, T, D)`, `image_states (B, V, D)` or None when the keys are cached. Returns the attended
-        states, the weights (eager only) and what guidance asks for: map `(B, V)`, or mass `(B,)`, or None."""
+        states, the weights (eager only) and what guidance asks for: maps `(B, P, V)`, or mass `(B, P)`, or None."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape).transpose(1, 2))
         if guidance_query_mask is not None and query.shape[1] != self.config.num_attention_heads:

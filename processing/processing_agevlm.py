@@ -5,11 +5,12 @@ the text (paper section 3.2.1). Besides the usual tensors the model gets, for ev
 - `image_mask (B, N)`: which of the N places of a row hold a picture;
 - `visual_token_mask (B, N, L)`: which cells show picture, not padding;
 - `cross_attention_mask (B, T, N)`: token t sees image n once its placeholder has come.
-And on request, for the guidance loss (section 3.2.2): `guidance_query_mask (B, T)`, the tokens of the query, and
-`guidance_mask (B, N, L)`, the mask on the visual grid.
+And on request, for the guidance loss (section 3.2.2): `guidance_query_mask (B, P, T)`, the tokens of each phrase of a
+row, and `guidance_mask (B, P, N, L)`, their masks on the visual grid; without the axis P where a row has one query.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from .compatibility_agevlm import MINIMUM  # noqa: F401 - says which transformers is needed
@@ -67,8 +68,8 @@ class AgeVlmProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        guidance_spans: Sequence[tuple[int, int] | None] | None = None,
-        guidance_masks: Sequence[Image.Image | None] | None = None,
+        guidance_spans: Sequence[tuple[int, int] | list[tuple[int, int]] | None] | None = None,
+        guidance_masks: Sequence[Image.Image | list[Image.Image] | None] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Tensors for a batch of rows.
@@ -80,7 +81,8 @@ class AgeVlmProcessor(ProcessorMixin):
                 beginning-of-text token, as the chat template writes it, gets no second one.
             guidance_spans: per row, the characters (start, end) of the query in its text, or None. Every token that
                 holds one of them is selected, special tokens never.
-            guidance_masks: per row, the mask of its first picture at original size, or None.
+            guidance_masks: per row, the mask of its first picture at original size, or None. A list of spans and one
+                of as many masks guide a row phrase by phrase; the tensors then have an axis of phrases.
             **kwargs: of the tokenizer and the image processor.
 
         Raises:
@@ -116,7 +118,9 @@ class AgeVlmProcessor(ProcessorMixin):
         if guidance_spans is not None:
             # Only now: the pictures have passed the guards of the image processor.
             guided = _guided_rows(guidance_spans, guidance_masks, text, images)
-            data |= self._guidance(data, offsets, guided)
+            guidance = self._guidance(data, offsets, guided)
+            by_phrase = any(isinstance(span, list) for span in guidance_spans)
+            data |= guidance if by_phrase else {name: value[:, 0] for name, value in guidance.items()}
         no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)
 
@@ -152,25 +156,27 @@ class AgeVlmProcessor(ProcessorMixin):
         self,
         data: dict[str, Any],
         offsets: Sequence[Sequence[tuple[int, int]]],
-        guided: dict[int, tuple[tuple[int, int], Image.Image | np.ndarray]],
+        guided: dict[int, list[tuple[tuple[int, int], Image.Image | np.ndarray]]],
     ) -> dict[str, np.ndarray]:
-        """Query tokens and grid masks of the guided rows, zeros for the others; nothing where no row is guided."""
+        """Query tokens and grid masks of the rows' phrases, zeros for the others; nothing where no row is guided."""
         if not guided:
             return {}
         if len({len(row) for row in offsets}) > 1:
             raise ValueError("Guidance needs rows of one length. Leave `padding` on.")
-        query_mask = np.zeros((len(offsets), len(offsets[0])), dtype=bool)
-        grid_mask = np.zeros(np.shape(data["visual_token_mask"]), dtype=np.float32)
+        phrases = max(map(len, guided.values()))
+        query_mask = np.zeros((len(offsets), phrases, len(offsets[0])), dtype=bool)
+        rows, *grid = np.shape(data["visual_token_mask"])
+        grid_mask = np.zeros((rows, phrases, *grid), dtype=np.float32)
         # A query may hold the placeholder, or spell out another special token: they ask for nothing.
         special = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         words = ~np.isin(np.asarray(data["input_ids"]), special)
-        for row, (span, mask) in guided.items():
+        for row, number, (span, mask) in ((row, *item) for row, pairs in guided.items() for item in enumerate(pairs)):
             cells = self.image_processor.mask_to_grid(mask)
             if not cells.any():
                 continue  # the geometry `crop` has cut the object away: nothing to look at
-            grid_mask[row, 0] = cells.reshape(-1)
+            grid_mask[row, number, 0] = cells.reshape(-1)
             start, end = np.asarray(offsets[row]).T
-            query_mask[row] = (start < span[1]) & (end > span[0]) & words[row]
+            query_mask[row, number] = (start < span[1]) & (end > span[0]) & words[row]
         return {"guidance_query_mask": query_mask, "guidance_mask": grid_mask}
 
     def message_span(self, messages: Sequence[dict], message_index: int, query: str) -> tuple[int, int]:
@@ -179,40 +185,60 @@ class AgeVlmProcessor(ProcessorMixin):
         Raises:
             ValueError: the message does not contain the query.
         """
-        marked = self.mark_query(messages[: message_index + 1], message_index, query)
-        return take_marks(self.apply_chat_template(marked))[1]
+        marked, [(start, end)] = self.mark_phrases(messages[: message_index + 1], [(message_index, query, 0)])
+        _, marks = take_marks(self.apply_chat_template(marked), 2)
+        return marks[start], marks[end]
 
-    def mark_query(self, messages: Sequence[dict], message_index: int, query: str) -> list[dict]:
-        """The messages with `MARK` before and after what `message_span` finds. `take_marks` takes it out of their
-        text, so that one rendering gives both the text and the place.
+    def mark_phrases(
+        self, messages: Sequence[dict], phrases: Sequence[tuple[int, str, int]]
+    ) -> tuple[list[dict], list[tuple[int, int]]]:
+        """The messages with `MARK` before and after the words of phrases, once where some meet, and for each phrase
+        which of the marks are its two. `take_marks` takes them out of the text, so that one rendering gives both the
+        text and the places.
 
         Marked is the content: a query like "user" or "image" is found neither in a header nor in a placeholder.
 
+        Args:
+            phrases: number of the message, words, and which of their occurrences is meant (0: the first).
+
         Raises:
-            ValueError: the message does not contain the query.
+            ValueError: a message does not contain the words (so often).
         """
-        content = messages[message_index]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        texts = [part["text"] if part["type"] == "text" else self.image_token for part in parts]
-        searched = "".join(texts)
-        if self.image_token not in query:
-            searched = searched.replace(self.image_token, "\0" * len(self.image_token))
-        start = searched.find(query)
-        if start < 0 or not query:
-            raise ValueError(
-                f"The query {query!r} does not occur in message {message_index}: {content!r}. The query must be a "
-                "part of the message it guides."
-            )
-        for place, back in ((start + len(query), 1), (start, 0)):  # the end first: it moves nothing before it
-            number = 0
+        found = []
+        for index, query, occurrence in phrases:
+            searched = "".join(self._texts(messages[index]))
+            if self.image_token not in query:
+                searched = searched.replace(self.image_token, "\0" * len(self.image_token))
+            start = -1
+            for _ in range(occurrence + 1):
+                start = searched.find(query, start + 1)
+                if start < 0 or not query:
+                    raise ValueError(
+                        f"The query {query!r} does not occur in message {index}: {messages[index]['content']!r}"
+                        f"{f' {occurrence + 1} times' if occurrence else ''}. The query must be a part of the "
+                        "message it guides."
+                    )
+            found.append(((index, start), (index, start + len(query))))
+        marked, starts = list(messages), {start for start, _ in found}
+        places = sorted({place for pair in found for place in pair})
+        for index, place in reversed(places):  # the last first: it moves nothing before it
+            message, texts = marked[index], self._texts(marked[index])
+            number, back = 0, (index, place) not in starts
             while place - back >= len(texts[number]):
                 place -= len(texts[number])
                 number += 1
-            texts[number] = texts[number][:place] + MARK + texts[number][place:]
-        pairs = zip(parts, texts, strict=True)
-        marked = [{"type": "text", "text": text} if MARK in text else part for part, text in pairs]
-        message = {**messages[message_index], "content": texts[0] if isinstance(content, str) else marked}
-        return [*messages[:message_index], message, *messages[message_index + 1 :]]
+            text = texts[number][:place] + MARK + texts[number][place:]
+            if not isinstance(message["content"], str):
+                parts = list(message["content"])
+                parts[number] = {"type": "text", "text": text}
+            marked[index] = {**message, "content": text if isinstance(message["content"], str) else parts}
+        return marked, [(places.index(start), places.index(end)) for start, end in found]
+
+    def _texts(self, message: dict) -> list[str]:
+        """The text of each part of a message, that of a picture the placeholder."""
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return [part["text"] if part["type"] == "text" else self.image_token for part in parts]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """One placeholder stays one token."""
@@ -229,17 +255,16 @@ class AgeVlmProcessor(ProcessorMixin):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_agevlm.AgeVlmProcessor"}}
 
 
-def take_marks(text: str) -> tuple[str, tuple[int, int]]:
-    """A text without its two `MARK`s, and the characters (start, end) between them.
+def take_marks(text: str, number: int) -> tuple[str, list[int]]:
+    """A text without its `MARK`s, and in its characters the place of each.
 
     Raises:
-        ValueError: not two of them.
+        ValueError: not `number` of them.
     """
     pieces = text.split(MARK)
-    if len(pieces) != 3:
-        raise ValueError(f"The text holds {MARK!r} {len(pieces) - 3} times, which no text may. Remove it.")
-    before, query, after = pieces
-    return before + query + after, (len(before), len(before) + len(query))
+    if len(pieces) != number + 1:
+        raise ValueError(f"The text holds {MARK!r} {len(pieces) - number - 1} times, which no text may. Remove it.")
+    return "".join(pieces), list(accumulate(map(len, pieces[:-1])))
 
 
 def _taken(kwargs: dict[str, Any], name: str) -> Any:
@@ -292,11 +317,11 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
     return rows
 
 
-def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int, tuple[tuple[int, int], Any]]:
-    """Row number -> (span, mask), of the rows that have both.
+def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int, list[tuple[tuple[int, int], Any]]]:
+    """Row number -> a (span, mask) for each phrase, of the rows that have both.
 
     Raises:
-        ValueError: not one span and one mask per row, or a row's do not fit its text or its first picture.
+        ValueError: not one span and one mask per row or phrase, or they do not fit the text or the first picture.
     """
     if masks is None or len(masks) != len(spans) or len(spans) != len(text):
         raise ValueError(
@@ -305,7 +330,12 @@ def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int,
         )
     pairs = enumerate(zip(spans, masks, strict=True))
     guided = {row: (span, mask) for row, (span, mask) in pairs if span is not None and mask is not None}
-    for row, ((start, end), mask) in guided.items():
+    guided = {
+        row: list(zip(span, mask, strict=True)) if isinstance(span, list) else [(span, mask)]
+        for row, (span, mask) in guided.items()
+    }
+    guided = {row: phrases for row, phrases in guided.items() if phrases}
+    for row, ((start, end), mask) in ((row, phrase) for row, phrases in guided.items() for phrase in phrases):
         if not images[row]:
             raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")
         if not 0 <= start < end <= len(text[row]):

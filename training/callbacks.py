@@ -43,7 +43,7 @@ from agevlm.drawing import outline, overlay, panels, peak_of
 from agevlm.images import save_image
 from agevlm.language import HeldText, perplexity
 from agevlm.store import read_lines, write_json, write_lines
-from agevlm.training.collator import ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_rows
+from agevlm.training.collator import PARTLY_GUIDED_ROWS, ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS, guided_phrases
 from agevlm.training.curve import answer_turns
 from agevlm.training.features import are_features
 from agevlm.training.freezing import part_of
@@ -62,7 +62,7 @@ class ListedRows:
     """Rows with one kind of fault, listed in `KIND.jsonl` in the run's folder.
 
     Args:
-        kind: `skipped_rows` or `unguided_rows`: the name in batches, of the file and in the log.
+        kind: `skipped_rows`, `unguided_rows` or `partly_guided_rows`: the name in batches, of the file and in the log.
         what: of a faulty row, in messages.
     """
 
@@ -152,6 +152,8 @@ class WatchedTrainer(SFTTrainer):
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self.skipped = ListedRows(SKIPPED_ROWS, "could not be used")
         self.unguided = ListedRows(UNGUIDED_ROWS, "with a mask could not be guided")
+        self.partly = ListedRows(PARTLY_GUIDED_ROWS, "have phrases that could not be guided")
+        self.listed = (self.skipped, self.unguided, self.partly)
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(Watch(self))
 
@@ -179,17 +181,19 @@ class WatchedTrainer(SFTTrainer):
         # Of evaluations
         inputs.pop(ROW_IDS, None)
         inputs.pop(UNGUIDED_ROWS, None)
+        inputs.pop(PARTLY_GUIDED_ROWS, None)
         self.skipped.add(inputs.pop(SKIPPED_ROWS, []), 0)
         return inputs
 
     def _count_unguided(self, batch: dict[str, Any]) -> None:
-        """Raises ValueError at a row that cannot be guided, where `strict`."""
-        unguided = batch.pop(UNGUIDED_ROWS, [])
+        """Raises ValueError at a row that cannot be guided (whole), where `strict`."""
+        unguided, partly = batch.pop(UNGUIDED_ROWS, []), batch.pop(PARTLY_GUIDED_ROWS, [])
         if self.args.guidance_weight == 0:
             return
-        if unguided and self.args.strict:
-            raise ValueError(unguided[0][-1])
-        self.unguided.add(unguided, int(guided_rows(batch).sum()) + len(unguided))
+        if (unguided or partly) and self.args.strict:
+            raise ValueError((unguided or partly)[0][-1])
+        self.unguided.add(unguided, int(guided_phrases(batch).any(1).sum()) + len(unguided))
+        self.partly.add(partly, 0)  # they are guided, however many
 
     def _speed(self) -> dict[str, float]:
         """Metrics since the last call, over all processes."""
@@ -213,7 +217,7 @@ class WatchedTrainer(SFTTrainer):
         }
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        for rows in (self.skipped, self.unguided):
+        for rows in self.listed:
             rows.start(self.args, going_on=bool(resume_from_checkpoint))
         self._started = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -223,12 +227,12 @@ class WatchedTrainer(SFTTrainer):
         if self.model.training and "loss" in logs:
             logs.update(self._speed())
         self.record_rows(at_end="train_loss" in logs)
-        logs.update({faulty.kind: len(faulty.rows) for faulty in (self.skipped, self.unguided) if faulty.rows})
+        logs.update({faulty.kind: len(faulty.rows) for faulty in self.listed if faulty.rows})
         super().log(logs, start_time)
 
     def record_rows(self, at_end: bool = False) -> None:
         """Lists the rows that cannot be used or guided; raises as `ListedRows.record`."""
-        for rows in (self.skipped, self.unguided):
+        for rows in self.listed:
             rows.record(self, at_end)
 
     # ---- Stopping ----
@@ -364,7 +368,7 @@ def peak_memory(device: torch.device) -> float:
 class Probes(TrainerCallback):
     """Draws where the model looks on a few fixed rows, into `probes/step-NNNNNNNN.png` of the run's folder.
 
-    One line per row: the picture with its mask's outline, and the attention of the query on it, mean over the cross
+    One line per phrase: the picture with its mask's outline, and the attention of the query on it, mean over the cross
     layers, on one color scale. TensorBoard and trackio get the same picture, if the run reports to them.
 
     Args:
@@ -389,22 +393,26 @@ class Probes(TrainerCallback):
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "guidance_mask")}
         with self.trainer.compute_loss_context_manager():
-            maps_KBL = model(**inputs, logits_to_keep=1).cross_attention_maps
+            maps_KBPL = model(**inputs, logits_to_keep=1).cross_attention_maps
         model.train(was_training)
         if not self.trainer.args.should_save:
             return
         processor = self.trainer.data_collator.processor.image_processor
-        cells_BL = maps_KBL.float().mean(0).cpu().numpy()[:, : math.prod(processor.grid)]  # of the first picture
-        images = [row["images"][0] for row in self.opened]
+        cells_BPL = maps_KBPL.float().mean(0).cpu().numpy()[..., : math.prod(processor.grid)]  # of the first picture
+        shown = [
+            (row["images"][0], phrase["mask"], cells_BPL[place, number])
+            for place, row in enumerate(self.opened)
+            for number, phrase in enumerate(row["guidance"])
+        ]
         heats = [
             processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
-            for image, cells in zip(images, cells_BL, strict=True)
+            for image, _, cells in shown
         ]
         heats = [heat / max(heat.mean(), 1e-12) for heat in heats]  # in times an even spread
         peak = peak_of(heats)
         lines = [
-            [("", outline(image, row["guidance"]["mask"])), ("", overlay(image, heat, peak, row["guidance"]["mask"]))]
-            for row, image, heat in zip(self.opened, images, heats, strict=True)
+            [("", outline(image, mask)), ("", overlay(image, heat, peak, mask))]
+            for (image, mask, _), heat in zip(shown, heats, strict=True)
         ]
         sheet = panels(lines, side=256, peak=peak)
         save_image(sheet, path)

@@ -1,7 +1,7 @@
 """Rows to batches: chat text, pictures, labels on the answers, and guidance where a row has it (section 3.2.2)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from agevlm.data.rows import open_row
+from agevlm.data.rows import open_row, phrases_of
 from agevlm.images import open_image
 from agevlm.models import check_messages, control_tokens
 from agevlm.processing import AgeVlmProcessor
@@ -20,9 +20,10 @@ from agevlm.processing.processing_agevlm import take_marks
 from agevlm.training.features import FeatureStore
 
 
-ROW_IDS, SKIPPED_ROWS, UNGUIDED_ROWS = "row_ids", "skipped_rows", "unguided_rows"
+ROW_IDS, SKIPPED_ROWS = "row_ids", "skipped_rows"
+UNGUIDED_ROWS, PARTLY_GUIDED_ROWS = "unguided_rows", "partly_guided_rows"
 PLACE = "place"  # of a row in its set (`PlacedRows`)
-PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "guidance_query_mask", "labels")
+PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "labels")
 
 
 @dataclass
@@ -39,8 +40,9 @@ class AgeVlmDataCollator:
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
             `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
         row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided,
-            bad rows included (`unguided_rows`, a list of [place, id, reason]), which the trainer wants and takes out.
-            The place is that of `PlacedRows`, the id where there is none.
+            bad rows included (`unguided_rows`, a list of [place, id, reason]), which the trainer wants and takes out;
+            so too those of whose phrases only some can be guided (`partly_guided_rows`). The place is that of
+            `PlacedRows`, the id where there is none.
         strict: a bad row is an error. Otherwise an empty turn without picture, mask and answer takes its place, and
             the batch says so (`skipped_rows`, likewise, there if a row is bad). Losses are sums over
             answer tokens and guided rows, so nothing is learned from it and no other row counts more or less; and
@@ -49,7 +51,8 @@ class AgeVlmDataCollator:
         features: a store of features, which then stand in the place of `pixel_values`: pictures are not opened.
 
     `labels (B, T)` are the answer tokens of every assistant turn with their end-of-turn token, -100 elsewhere.
-    `guidance_query_mask (B, T)` and `guidance_mask (B, N, L)` are there if any row of the batch is guided.
+    `guidance_query_mask (B, P, T)` and `guidance_mask (B, P, N, L)` are there if any row of the batch is guided; P is
+    the most phrases of a row.
 
     A row is bad if `data.rows.open_row` refuses it, if a text spells a control token of the model, or if `max_length`
     cuts one of its placeholders off: the model takes no picture without one.
@@ -104,62 +107,62 @@ class AgeVlmDataCollator:
             batch = {
                 name: value[:, : self.max_length] if name in PER_TOKEN else value for name, value in batch.items()
             }
-        unguided = [
-            _listed(row, self._why_unguided(row))
-            for row, guided in zip(opened, guided_rows(batch).tolist(), strict=True)
-            if row is not None and row["guidance"] is not None and not guided
-        ]
-        unguided += [
-            _listed(rows[place], skipped[place])
-            for place in sorted(skipped)
-            if rows[place].get("guidance") is not None
-        ]
-        if unguided and self.row_ids:
-            batch[UNGUIDED_ROWS] = unguided
+            if "guidance_query_mask" in batch:
+                batch["guidance_query_mask"] = batch["guidance_query_mask"][..., : self.max_length]
+        unguided, partly = [], []
+        for row, guided in zip(opened, guided_phrases(batch).tolist(), strict=True):
+            lost = [] if row is None else [n for n in range(len(row["guidance"])) if not guided[n]]
+            if lost:
+                reasons = " ".join(self._why_unguided(row, number) for number in lost)
+                (partly if any(guided) else unguided).append(_listed(row, reasons))
+        unguided += [_listed(rows[place], skipped[place]) for place in sorted(skipped) if phrases_of(rows[place])]
+        for name, listed in ((UNGUIDED_ROWS, unguided), (PARTLY_GUIDED_ROWS, partly)):
+            if listed and self.row_ids:
+                batch[name] = listed
         if skipped:
             batch[SKIPPED_ROWS] = [_listed(rows[place], skipped[place]) for place in sorted(skipped)]
         return {**batch, ROW_IDS: [str(row.get("id")) for row in rows]} if self.row_ids else batch
 
     def _open(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its pictures and mask decoded, and rendered."""
+        """The row with its pictures and masks decoded, and rendered."""
         picture = open_image if self.features is None else self.features.open
         opened = open_row(row, picture=picture)
         check_messages(self._control_tokens, row, self.processor.image_token)
-        return {**opened, **self._rendered(row["messages"], row.get("guidance"))}
+        return {**opened, **self._rendered(row["messages"], opened["guidance"])}
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
         return control_tokens(self.processor)
 
-    def _rendered(self, messages: list[dict], guidance: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the query's
-        `span`, None without guidance."""
-        if guidance is not None:
-            messages = self.processor.mark_query(messages, guidance["message_index"], guidance["query"])
+    def _rendered(self, messages: list[dict], phrases: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """`text`, and as (start, end) in its characters the `answers` with their end-of-turn tokens and the `spans` of
+        the phrases."""
+        words = [(phrase["message_index"], phrase["query"], phrase.get("occurrence") or 0) for phrase in phrases]
+        messages, pairs = self.processor.mark_phrases(messages, words)
         (text,), (answers,) = render_jinja_template(
             conversations=[messages],
             chat_template=self.processor.chat_template,
             return_assistant_tokens_mask=True,
             **self.processor.tokenizer.special_tokens_map,
         )
-        if guidance is None:
-            return {"text": text, "answers": answers, "span": None}
-        text, span = take_marks(text)
+        if not phrases:
+            return {"text": text, "answers": answers, "spans": []}
+        text, marks = take_marks(text, len({mark for pair in pairs for mark in pair}))
         # What lies behind a mark has moved by one character for each.
-        marks = (span[0], span[1] + 1)
-        moved = [[place - sum(place > mark for mark in marks) for place in answer] for answer in answers]
-        return {"text": text, "answers": moved, "span": span}
+        marked = [mark + before for before, mark in enumerate(marks)]
+        moved = [[place - sum(place > mark for mark in marked) for place in answer] for answer in answers]
+        return {"text": text, "answers": moved, "spans": [(marks[start], marks[end]) for start, end in pairs]}
 
     def _batch(self, rows: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Whole tensors of opened rows; None is a row that cannot be used."""
-        nothing: dict[str, Any] = {"images": [], "guidance": None}
+        nothing: dict[str, Any] = {"images": [], "guidance": []}
         opened = [row or {**nothing, **self._rendered([{"role": "user", "content": ""}])} for row in rows]
         processor = self.processor if self.features is None else self.features.reading(self.processor)
         batch = processor(
             text=[row["text"] for row in opened],
             images=[row["images"] for row in opened],
-            guidance_spans=[row["span"] for row in opened],
-            guidance_masks=[row["guidance"] and row["guidance"]["mask"] for row in opened],
+            guidance_spans=[row["spans"] for row in opened],
+            guidance_masks=[[phrase["mask"] for phrase in row["guidance"]] for row in opened],
             padding=True,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
@@ -180,11 +183,11 @@ class AgeVlmDataCollator:
             batch["image_mask"] = torch.zeros(len(rows), 1, dtype=torch.bool)
         return dict(batch)
 
-    def _why_unguided(self, row: dict[str, Any]) -> str:
-        """Why a row with a mask and a query in its text cannot be guided."""
-        start, _ = row["span"]
-        name = f"row {row['id']}"
-        if not self.processor.image_processor.mask_to_grid(row["guidance"]["mask"]).any():
+    def _why_unguided(self, row: dict[str, Any], number: int) -> str:
+        """Why a phrase with a mask and a query in its row's text cannot be guided."""
+        phrase, (start, _) = row["guidance"][number], row["spans"][number]
+        name = f"row {row['id']}" + (f", phrase {phrase['query']!r}" if len(row["guidance"]) > 1 else "")
+        if not self.processor.image_processor.mask_to_grid(phrase["mask"]).any():
             return f"{name}: its mask covers no cell of the grid. Look at the mask and the geometry of the processor."
         if row["text"].find(self.processor.image_token) > start:
             return (
@@ -238,15 +241,15 @@ class PlacedRows(Dataset):
         return self.__getitems__([index])[0]
 
 
-def guided_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which rows of a batch are guided: (batch,) bool.
+def guided_phrases(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which phrases of a batch's rows are guided: (batch, phrases) bool. A row is guided if any of them is.
 
-    A row needs a mask with a cell and a query with a token that sees a picture. Truncation may have cut the query off,
-    and tokens before the picture have no attention.
+    A phrase needs a mask with a cell and a query with a token that sees a picture. Truncation may have cut the query
+    off, and tokens before the picture have no attention.
     """
     if "guidance_mask" not in batch:
-        return torch.zeros(batch["input_ids"].shape[0], dtype=torch.bool, device=batch["input_ids"].device)
+        return torch.zeros(batch["input_ids"].shape[0], 1, dtype=torch.bool, device=batch["input_ids"].device)
     query = batch["guidance_query_mask"].bool()
     if "cross_attention_mask" in batch:
-        query = query & batch["cross_attention_mask"].any(dim=-1)
-    return batch["guidance_mask"].flatten(1).any(dim=-1) & query.any(dim=-1)
+        query = query & batch["cross_attention_mask"].any(dim=-1)[:, None]
+    return batch["guidance_mask"].flatten(2).any(dim=-1) & query.any(dim=-1)

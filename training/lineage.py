@@ -12,15 +12,19 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
+from agevlm.data.rows import which_guided
 from agevlm.store import digest, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.sampling import guided_flags
@@ -119,15 +123,20 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
 
 
-def _queries(batch: Any) -> list[str | None]:
-    """The guidance query of each row of an arrow table, None where a row is not guided."""
+def _queries(batch: Any) -> list[str | list[list] | None]:
+    """The guidance query of each row of an arrow table, None where a row is not guided; by phrase, with all that
+    says which words are meant."""
     guidance = batch["guidance"].combine_chunks()
     if str(guidance.type) == "null":
         return [None] * len(guidance)
-    return [
-        query if valid else None
-        for query, valid in zip(guidance.field("query").to_pylist(), guidance.is_valid().to_pylist(), strict=True)
-    ]
+    guided = which_guided(guidance).tolist()
+    if pa.types.is_list(guidance.type):
+        words = (guidance.flatten().field(name).to_pylist() for name in ("query", "message_index", "occurrence"))
+        phrases = map(list, zip(*words, strict=True))
+        lengths = pc.list_value_length(guidance).to_pylist()
+        return [list(islice(phrases, n)) if valid else None for n, valid in zip(lengths, guided, strict=True)]
+    queries = guidance.field("query").to_pylist()
+    return [query if valid else None for query, valid in zip(queries, guided, strict=True)]
 
 
 def _masks(batch: Any) -> Iterator[bytes]:
@@ -135,7 +144,8 @@ def _masks(batch: Any) -> Iterator[bytes]:
     guidance = batch["guidance"].combine_chunks()
     if str(guidance.type) == "null":
         return
-    for mask in guidance.field("mask").to_pylist():
+    phrases = guidance.flatten() if pa.types.is_list(guidance.type) else guidance
+    for mask in phrases.field("mask").to_pylist():
         if mask is not None:
             stored = mask["bytes"] if mask["bytes"] is not None else Path(mask["path"]).name.encode()
             yield bytes.fromhex(digest(stored))

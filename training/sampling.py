@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 
+from agevlm.data.rows import which_guided
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.streaming import MASK, reader_of, shard_order
 
@@ -123,7 +123,7 @@ def guided_flags(rows: Dataset) -> np.ndarray:
     if "guidance" not in rows.column_names:
         raise ValueError("`spread_guided_rows` needs rows with a column `guidance` (`data/masks.py`). Turn it off.")
     batches = table.select_columns(["guidance"]).iter(batch_size=10_000)
-    flags = [pc.is_valid(batch.column("guidance")).to_numpy() for batch in batches]
+    flags = [which_guided(batch.column("guidance").combine_chunks()) for batch in batches]
     return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
 
 

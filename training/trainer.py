@@ -11,8 +11,9 @@
 - Metrics averaged over rows, learning rates per part, checkpoints that are complete or invisible (`checkpoints.py`), a
   model card and a lineage file in every saved folder.
 
-A row is guided if its mask has a cell and its query a token that sees a picture. With `guidance_weight=0` a training
-step is stock SFT; evaluation still measures where the model looks.
+A phrase is guided if its mask has a cell and its query a token that sees a picture. Eq. 3 is averaged over the guided
+phrases of a row, then over the rows that have some; a row with one mask has one phrase. With `guidance_weight=0` a
+training step is stock SFT; evaluation still measures where the model looks.
 """
 
 import math
@@ -29,7 +30,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from agevlm.hub_cards.render import write_card
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training.callbacks import Probes
-from agevlm.training.collator import AgeVlmDataCollator, PlacedRows, guided_rows
+from agevlm.training.collator import AgeVlmDataCollator, PlacedRows, guided_phrases
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.features import fix_layout
 from agevlm.training.freezing import part_of
@@ -49,7 +50,7 @@ class AgeVlmSFTTrainer(StageTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with the guidance loss.
 
     Batches are those of `AgeVlmDataCollator`: the model's inputs, `labels`, and where rows are guided
-    `guidance_query_mask` (batch, text) and `guidance_mask` (batch, images, cells).
+    `guidance_query_mask` (batch, phrases, text) and `guidance_mask` (batch, phrases, images, cells).
 
     Args:
         args (`AgeVlmSFTConfig`): see there.
@@ -151,7 +152,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         count = torch.zeros((), device=device)
         if self.args.guidance_weight > 0:
             for batch in batch_samples:
-                count += guided_rows(batch).sum().to(device)
+                count += guided_phrases(batch).any(1).sum().to(device)
             # Tensor-parallel ranks read the same rows.
             count = self.accelerator.gather(count).sum() / self.get_tp_size()
         self._guided_rows = count
@@ -160,7 +161,8 @@ class AgeVlmSFTTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss plus `guidance_weight` times the mean guidance loss of the guided rows."""
         training = self.model.training
-        guided = guided_rows(inputs)
+        guided_BP = guided_phrases(inputs)
+        guided = guided_BP.any(1)
         mask = inputs.pop("guidance_mask", None)
         if training and self.args.guidance_weight == 0:
             inputs.pop("guidance_query_mask", None)
@@ -170,26 +172,31 @@ class AgeVlmSFTTrainer(StageTrainer):
             # ZeRO-3 fetches weights in an order that all processes must share, and a map that is asked for is one more
             # output whose gradient passes through a block. So every batch asks; without rows to guide, for zeros.
             cells = math.prod(self.processing_class.image_processor.grid)
-            mask = guided.new_zeros(*inputs["image_mask"].shape, cells)
-            inputs["guidance_query_mask"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            rows, images = inputs["image_mask"].shape
+            mask = guided.new_zeros(rows, 1, images, cells)
+            inputs["guidance_query_mask"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)[:, None]
         if mask is not None and self._needs_mass_only(inputs["guidance_query_mask"]):
             inputs["guidance_mask"] = mask
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         (maps, mass), self._attention = self._attention, (None, None)
-        # Sums over rows: loss and mass of the guided ones, their number; pointing, how often it is known; all rows.
+        # Sums over rows: loss and mass of the guided ones (means of their phrases), their number; pointing, how often
+        # it is known; all rows.
         stats_B6 = torch.zeros(inputs["input_ids"].shape[0], 6, device=self.args.device)
         stats_B6[:, 5] = 1
         if mask is not None:
-            mask = mask.flatten(1)
+            mask = mask.flatten(0, 1).flatten(1)
             if maps is None:
+                mass = mass.flatten(1)
                 loss = guidance_loss_of_mass(mass, mask)
                 stats = (loss, mass.mean(0), torch.ones_like(loss), torch.zeros_like(loss), torch.zeros_like(loss))
             else:
+                maps = maps.flatten(1, 2)
                 loss = guidance_loss(maps, mask, self.args.guidance_normalization, self.args.guidance_loss)
                 known = torch.ones_like(loss)
                 stats = (loss, in_mask_mass(maps, mask), known, pointing_accuracy(maps, mask), known)
-            stats_B6[:, :5] = torch.stack(stats, dim=-1).detach().masked_fill(~guided[:, None], 0)
-            loss = loss.masked_fill(~guided, 0)
+            stats_BP5 = torch.stack(stats, dim=-1).view(*guided_BP.shape, 5).masked_fill(~guided_BP[..., None], 0)
+            stats_B5 = stats_BP5.sum(1) / guided_BP.sum(1, keepdim=True).clamp(min=1)
+            stats_B6[:, :5], loss = stats_B5.detach(), stats_B5[:, 0]
             if training:
                 # DDP averages the gradients of the processes, and `_guided_rows` counts the rows of all of them.
                 count = self._guided_rows / (self.accelerator.num_processes // self.get_tp_size())
@@ -204,12 +211,12 @@ class AgeVlmSFTTrainer(StageTrainer):
             self._guidance_sums["eval"] += self.accelerator.gather_for_metrics(stats_B6).sum(dim=0)
         return result
 
-    def _needs_mass_only(self, query_mask: torch.Tensor) -> bool:
+    def _needs_mass_only(self, query_mask_BPT: torch.Tensor) -> bool:
         """Whether a training batch is served by the attention inside its masks; else by whole maps."""
         if not self.model.training or (self.args.guidance_loss, self.args.guidance_normalization) != ("dice", "sum"):
             return False
         is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
-        return not is_logged and bool(query_mask.float().mean() > MASS_FROM_SHARE)
+        return not is_logged and bool(query_mask_BPT.any(1).float().mean() > MASS_FROM_SHARE)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's. The sums of an evaluation are its own: `predict` logs nothing and leaves its sums behind."""

@@ -55,10 +55,11 @@ class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
 
     cross_attentions (tuple of K tensors `(B, H, T, V)`): weights of each cross block, with `output_attentions=True`
         under eager attention.
-    cross_attention_maps (`torch.FloatTensor` `(K, B, V)`): float32 mean of the weights over heads and over the tokens
-        of `guidance_query_mask`; sums to 1 over the visible cells, 0 everywhere in a row without a selected token.
-    cross_attention_mass (`torch.FloatTensor` `(K, B)`): instead of the maps where `guidance_mask` was given, their sum
-        inside that mask.
+    cross_attention_maps (`torch.FloatTensor` `(K, B, P, V)`): float32 mean of the weights over heads and over the
+        tokens of each phrase of `guidance_query_mask`; sums to 1 over the visible cells, 0 everywhere without a
+        selected token. `(K, B, V)` where that mask has no axis of phrases.
+    cross_attention_mass (`torch.FloatTensor` `(K, B, P)` or `(K, B)`): instead of the maps where `guidance_mask` was
+        given, their sum inside that mask.
     image_outputs (`BaseModelOutputWithPooling`): what the tower made of the pictures; `pooler_output (B, N, L, D)` are
         the projected visual tokens.
     """
@@ -409,10 +410,10 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 sees image n. Later tokens see what the last one sees. Default, also where it is shorter than the text
                 of a first call: a token sees the images whose placeholders do not come after it; without
                 `input_ids`, every image of its row.
-            guidance_query_mask (`torch.BoolTensor` `(B, T)`): query tokens whose attention maps are wanted; aligned
-                with the tokens of this call.
-            guidance_mask (`torch.BoolTensor` `(B, V)` or `(B, N, L)`): the visual tokens to look at. With it the
-                attention inside them is returned in place of whole maps.
+            guidance_query_mask (`torch.BoolTensor` `(B, P, T)`): tokens of each phrase whose attention maps are
+                wanted; aligned with the tokens of this call. `(B, T)`: one phrase, and results without that axis.
+            guidance_mask (`torch.BoolTensor` `(B, P, N, L)`): the visual tokens to look at, for each phrase (`(B, V)`
+                or `(B, N, L)` for one). With it the attention inside them is returned in place of whole maps.
 
         Raises:
             ValueError: pictures, masks and placeholders of a row do not fit each other, as after tokens were moved
@@ -420,6 +421,10 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         """
         if guidance_mask is not None and guidance_query_mask is None:
             raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
+        one_phrase = guidance_query_mask is not None and guidance_query_mask.dim() == 2
+        if one_phrase:
+            guidance_query_mask = guidance_query_mask[:, None]
+            guidance_mask = None if guidance_mask is None else guidance_mask[:, None]
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_outputs = image_states = None
@@ -454,9 +459,12 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_states=image_states,
             visibility=visibility,
             guidance_query_mask=None if guidance_query_mask is None else guidance_query_mask.bool(),
-            guidance_mask=None if guidance_mask is None else guidance_mask.flatten(1),
+            guidance_mask=None if guidance_mask is None else guidance_mask.flatten(2),
             **kwargs,
         )
+        if one_phrase:
+            for field in {"cross_attention_maps", "cross_attention_mass"} & outputs.keys():
+                outputs[field] = outputs[field].squeeze(2)
         outputs.image_outputs = image_outputs
         return outputs
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, List, Value
 from transformers import TrainerCallback
 
-from agevlm.data.rows import GUIDANCE, MASK_FEATURES, ROW_FEATURES
+from agevlm.data.rows import GUIDANCE, MASK_FEATURES, ROW_FEATURES, phrases_of
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
@@ -29,21 +29,34 @@ from builders import mask, row, tiny_model, tiny_processor
 
 # Guided rows (g), pictures without a mask (i), text alone (t), unevenly spread over batches and processes.
 KINDS = "tgittiig"
+PHRASES = "t3itg8i1"  # the same with lists of so many phrases
 # For two processes, which take turns. First: text alone in the last batch of both, where gradients are exchanged, and
 # one guided row each. Second: one process has all pictures and masks, the other one text alone.
-TWO_PROCESS_KINDS = ("ggitiitt", "gtgtitit")
+TWO_PROCESS_KINDS = ("ggitiitt", "gtgtitit", "8gitiitt", "3t8titit")
 
 
 def make_rows(kinds: str = KINDS) -> Dataset:
     """A row per letter of `kinds`; answers and masks differ in size."""
     rows = []
     for index, kind in enumerate(kinds):
-        item = row(f"row-{index}", images=0 if kind == "t" else 1, guided=kind == "g", seed=index)
+        item = row(f"row-{index}", images=0 if kind == "t" else 1, guided=kind not in "ti", seed=index)
         item["messages"][1]["content"] = " ".join(["Yes"] * (1 + index % 4))
         if item["guidance"] is not None:
             item["guidance"]["mask"] = mask(box=(0, 0, 30 + 10 * index, 40))
+            if kind.isdigit():
+                query = item["guidance"]["query"]
+                item["guidance"] = [
+                    {**item["guidance"], "query": query[3 * n :], "mask": mask(box=(10 * n, 0, 30 + 10 * index, 40))}
+                    for n in range(int(kind))
+                ]
         rows.append(item)
-    return Dataset.from_list(rows, features=Features({**ROW_FEATURES, "guidance": GUIDANCE}))
+    phrase = {**GUIDANCE, "occurrence": Value("int32")}
+    listed = any(map(str.isdigit, kinds))
+    for item in rows if listed else []:
+        item["guidance"] = phrases_of(item)
+    return Dataset.from_list(
+        rows, features=Features({**ROW_FEATURES, "guidance": List(phrase) if listed else GUIDANCE})
+    )
 
 
 def make_arguments(output_dir: str | os.PathLike, config=AgeVlmSFTConfig, **overrides):

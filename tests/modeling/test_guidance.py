@@ -21,16 +21,18 @@ MODULE = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, training=False, i
 SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def case(seed: int, batch: int = 3, tokens: int = 5, images: int = 2, dtype=torch.float32):
-    """Random queries, keys, values; which tokens are selected, which see which image, a mask."""
+def case(seed: int, batch: int = 3, tokens: int = 5, images: int = 2, dtype=torch.float32, phrases: int = 3):
+    """Random queries, keys, values; which tokens each phrase selects, which see which image, the phrases' masks. With
+    several phrases, some select nothing and tokens belong to several."""
     g = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, HEADS, tokens, WIDTH, generator=g).to(dtype) * 2
     key, value = (torch.randn(batch, GROUPS, images * CELLS, WIDTH, generator=g).to(dtype) for _ in range(2))
     cells = torch.rand(batch, images, CELLS, generator=g) < 0.8
     cells[..., 0] = True
     visibility = Visibility(torch.rand(batch, tokens, images, generator=g) < 0.6, cells)
-    selected = torch.rand(batch, tokens, generator=g) < 0.6
-    mask = torch.rand(batch, images * CELLS, generator=g) < 0.4
+    selected = torch.rand(batch, phrases, tokens, generator=g) < 0.6
+    selected &= (torch.rand(batch, phrases, 1, generator=g) < 0.8) | (phrases == 1)
+    mask = torch.rand(batch, phrases, images * CELLS, generator=g) < 0.4
     return query, key, value, selected, visibility, mask
 
 
@@ -40,14 +42,14 @@ def visible(visibility: Visibility) -> torch.Tensor:
 
 
 def reference(query, key, value, selected, visibility):
-    """Attended values (B, T, H, D) and maps (B, V) in float64, everything kept."""
+    """Attended values (B, T, H, D) and maps (B, P, V) in float64, everything kept."""
     key, value = (x.double().repeat_interleave(HEADS // GROUPS, 1) for x in (key, value))
     sees = visibility.text_BT
     scores = query.double() @ key.transpose(2, 3) * SCALING
     scores = scores.masked_fill(~(visible(visibility) | ~sees[..., None])[:, None], float("-inf"))
     weights = scores.softmax(-1)
-    chosen = (selected & sees).double()
-    maps = torch.einsum("bhtv,bt->bv", weights, chosen) / (HEADS * chosen.sum(1, keepdim=True)).clamp(min=1)
+    chosen = (selected & sees[:, None]).double()
+    maps = torch.einsum("bhtv,bpt->bpv", weights, chosen) / (HEADS * chosen.sum(2, keepdim=True)).clamp(min=1)
     return (weights @ value).transpose(1, 2), maps
 
 
@@ -75,9 +77,9 @@ def close(ours, expected, atol):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 7), st.integers(1, 3))
-def test_the_tap_equals_attention_with_all_weights_kept(seed, batch, tokens, images):
-    query, key, value, selected, visibility, mask = case(seed, batch, tokens, images)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 7), st.integers(1, 3), st.sampled_from([1, 3, 8]))
+def test_the_tap_equals_attention_with_all_weights_kept(seed, batch, tokens, images, phrases):
+    query, key, value, selected, visibility, mask = case(seed, batch, tokens, images, phrases=phrases)
     probe = torch.randn(batch, tokens, HEADS, WIDTH, generator=torch.Generator().manual_seed(seed)).double()
 
     def weigh(attended, maps):
@@ -91,9 +93,15 @@ def test_the_tap_equals_attention_with_all_weights_kept(seed, batch, tokens, ima
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 7), st.sampled_from(["sdpa", "eager"]))
-def test_the_mass_is_the_map_inside_the_mask_and_leaves_the_attention_alone(seed, batch, tokens, kernel):
-    query, key, value, selected, visibility, mask = case(seed, batch, tokens)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 7),
+    st.sampled_from(["sdpa", "eager"]),
+    st.sampled_from([1, 3, 8, 9]),
+)
+def test_the_mass_is_the_map_inside_the_mask_and_leaves_the_attention_alone(seed, batch, tokens, kernel, phrases):
+    query, key, value, selected, visibility, mask = case(seed, batch, tokens, phrases=phrases)
     probe = torch.randn(batch, tokens, HEADS, WIDTH, generator=torch.Generator().manual_seed(seed)).double()
     attention = SDPA if kernel == "sdpa" else eager_attention_forward
     hidden = attention_mask(visibility)
@@ -122,7 +130,8 @@ def test_the_mass_is_the_map_inside_the_mask_and_leaves_the_attention_alone(seed
 
 def test_long_queries_are_computed_in_pieces():
     query, key, value, _, visibility, _ = case(0, batch=1, tokens=300)
-    selected = torch.ones(1, 300, dtype=torch.bool)
+    selected = torch.ones(1, 3, 300, dtype=torch.bool)
+    selected[0, 1] = selected[0, 0, 200:] = False
     _, maps = tapped(query, key, value, selected, visibility)
     _, expected = reference(query, key, value, selected, visibility)
     assert torch.allclose(maps.double(), expected, atol=1e-6)
@@ -168,7 +177,7 @@ def test_maps_are_float32_whatever_the_model_computes_in():
 def test_nothing_of_size_heads_by_queries_by_keys_is_kept():
     """Bytes that the graph holds between forward and backward, with the tap and without."""
     query, key, value, _, visibility, _ = case(0, batch=2, tokens=64)
-    selected = torch.ones(2, 64, dtype=torch.bool)
+    selected = torch.ones(2, 1, 64, dtype=torch.bool)
     kept = {}
     for name in ("tap", "plain"):
         storages = {}
@@ -189,7 +198,8 @@ def test_nothing_of_size_heads_by_queries_by_keys_is_kept():
 
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["tap", "mass"])
-def test_a_guided_forward_and_backward_compiles_into_one_graph(with_mask):
+@pytest.mark.parametrize("phrases", [1, 8])
+def test_a_guided_forward_and_backward_compiles_into_one_graph(with_mask, phrases):
     model = tiny_model(text_config={"num_hidden_layers": 1}, cross_attention_layers=[1])
     inputs = {
         "input_ids": torch.tensor([[model.config.image_token_id, 21, 22, 23]]),
@@ -199,6 +209,9 @@ def test_a_guided_forward_and_backward_compiles_into_one_graph(with_mask):
     }
     if with_mask:
         inputs["guidance_mask"] = torch.arange(9)[None] < 4
+    if phrases > 1:
+        for name in {"guidance_query_mask", "guidance_mask"} & inputs.keys():
+            inputs[name] = inputs[name][:, None].repeat(1, phrases, 1)
     field = "cross_attention_mass" if with_mask else "cross_attention_maps"
 
     def step(**inputs):
@@ -214,6 +227,29 @@ def test_a_guided_forward_and_backward_compiles_into_one_graph(with_mask):
     assert len(results[0]) == len(results[1])
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["tap", "mass"])
+def test_phrases_give_what_each_gives_alone(model, with_mask):
+    inputs = {
+        "input_ids": torch.tensor(
+            [[model.config.image_token_id, 21, 22, 23], [model.config.image_token_id, 24, 25, 26]]
+        ),
+        "pixel_values": torch.randn(2, 1, 3, 96, 96),
+    }
+    query = torch.rand(2, 8, 4) < 0.5
+    masks = torch.rand(2, 8, 9) < 0.5
+    field = "cross_attention_mass" if with_mask else "cross_attention_maps"
+
+    def measured(chosen):
+        asked = {"guidance_mask": masks[:, chosen]} if with_mask else {}
+        with torch.no_grad():
+            return model(**inputs, guidance_query_mask=query[:, chosen], **asked)[field]
+
+    together = measured(slice(8))
+    assert together.shape[:3] == (2, 2, 8)
+    for number in range(8):
+        torch.testing.assert_close(together[:, :, number], measured(number))
 
 
 def test_a_mask_without_query_tokens_is_refused(model):

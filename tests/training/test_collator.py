@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers.utils import chat_template_utils
 
-from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.collator import AgeVlmDataCollator, guided_phrases
 from builders import IMAGE, IMAGE_KEYS, QUESTION, mask, picture, row, same, tiny_model, tiny_processor
 
 
@@ -83,18 +83,24 @@ def test_rows_are_padded_on_the_right_and_padding_is_not_learned(collator):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]])
 def test_a_row_in_a_batch_is_what_it_is_alone(collator, order):
-    rows = [guide(conversation()), text_row(), row(images=2), row(guided=True)]
+    rows = [guide(conversation()), text_row(), row(images=2), phrased(3)]
     rows = [rows[index] for index in order]
     batch = collator(rows)
     for index, one in enumerate(rows):
         alone = collator([one])
         length = alone["input_ids"].shape[1]
-        for name in ("input_ids", "labels", "guidance_query_mask"):
-            if name in alone:
-                assert torch.equal(batch[name][index, :length], alone[name][0]), name
-        for name in ("pixel_values", "visual_token_mask", "guidance_mask"):
+        for name in ("input_ids", "labels"):
+            assert torch.equal(batch[name][index, :length], alone[name][0]), name
+        for name in ("pixel_values", "visual_token_mask"):
             if name in alone:
                 assert torch.equal(batch[name][index, : len(alone[name][0])], alone[name][0]), name
+        phrases, images = alone.get("guidance_mask", torch.zeros(1, 0, 1, 1)).shape[1:3]
+        if phrases:
+            assert torch.equal(batch["guidance_query_mask"][index, :phrases, :length], alone["guidance_query_mask"][0])
+            assert torch.equal(batch["guidance_mask"][index, :phrases, :images], alone["guidance_mask"][0])
+        if "guidance_mask" in batch:
+            assert not batch["guidance_query_mask"][index, phrases:].any()
+            assert not batch["guidance_mask"][index, phrases:].any()
 
 
 def test_text_only_batches_have_neither_pictures_nor_guidance(collator):
@@ -106,17 +112,71 @@ def test_guidance_marks_the_query_of_guided_rows_only(collator):
     batch = collator(rows)
     assert set(batch) >= GUIDANCE_KEYS
     assert batch["guidance_query_mask"].dtype == torch.bool and batch["guidance_mask"].dtype == torch.float32
-    assert batch["guidance_query_mask"].any(1).tolist() == [False, True, True, False]
-    assert batch["guidance_mask"].flatten(1).any(1).tolist() == [False, True, True, False]
-    first, second = (batch["input_ids"][index][batch["guidance_query_mask"][index]] for index in (1, 2))
+    assert batch["guidance_query_mask"].any(2).tolist() == [[False], [True], [True], [False]]
+    assert batch["guidance_mask"].flatten(2).any(2).tolist() == [[False], [True], [True], [False]]
+    first, second = (batch["input_ids"][index][batch["guidance_query_mask"][index, 0]] for index in (1, 2))
     assert decode(collator, first) == " red apple"
     assert decode(collator, second) == QUESTION
     # the question stands in both user turns; the guided one is the second
     text = collator.processor.apply_chat_template(rows[2]["messages"])
     before = collator.processor.tokenizer(text[: text.rindex(QUESTION)])["input_ids"]
-    assert batch["guidance_query_mask"][2].nonzero()[0].item() == len(before)
-    assert not (batch["guidance_mask"].bool() & ~batch["visual_token_mask"]).any()
+    assert batch["guidance_query_mask"][2, 0].nonzero()[0].item() == len(before)
+    assert not (batch["guidance_mask"][:, 0].bool() & ~batch["visual_token_mask"]).any()
     assert not set(collator([row(), text_row()])) & GUIDANCE_KEYS
+
+
+def phrased(number: int) -> dict:
+    """A conversation with so many phrases: some repeat words or masks, the last two overlap."""
+    item = guide(conversation())
+    words = [(4, "red apple", 0), (2, "No", 0), (3, "red apple", None), (1, "red apple", 0), (1, "red apple", 0),
+             (4, "Yes", 0), (3, QUESTION, 0), (3, "apple", 0)]  # fmt: skip
+    names = ("message_index", "query", "occurrence", "mask")
+    changes = [
+        dict(zip(names, (*phrase, mask(50, 30, box=(0, 0, 20 + 3 * n, 20))), strict=True))
+        for n, phrase in enumerate(words[-number:])
+    ]
+    return {**item, "id": f"phrases-{number}", "guidance": [{**item["guidance"], **change} for change in changes]}
+
+
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_each_phrase_has_its_own_tokens_and_mask(collator, number):
+    item = phrased(number)
+    batch = collator([item, text_row(), row(guided=True)])
+    assert batch["guidance_query_mask"].shape[:2] == batch["guidance_mask"].shape[:2] == (3, number)
+    for place, phrase in enumerate(item["guidance"]):
+        tokens = batch["input_ids"][0][batch["guidance_query_mask"][0, place]]
+        assert decode(collator, tokens).strip() == phrase["query"].strip()
+        cells = collator.processor.image_processor.mask_to_grid(phrase["mask"]).reshape(-1)
+        assert batch["guidance_mask"][0, place, 0].bool().tolist() == cells.tolist()
+    single = collator([{**item, "guidance": item["guidance"][-1]}])
+    listed = collator([{**item, "guidance": item["guidance"][-1:]}])
+    assert same(single, listed)  # one mask is the case of one phrase
+    assert torch.equal(batch["labels"][0, : single["labels"].shape[1]], single["labels"][0])
+
+
+def test_a_phrase_may_mean_a_later_occurrence(collator):
+    item = row(guided=True)
+    item["messages"] = [dict(item["messages"][0]), {"role": "assistant", "content": "Yes Yes Yes"}]
+    phrase = {**item["guidance"], "message_index": 1, "query": "Yes"}
+    item["guidance"] = [{**phrase, "occurrence": place} for place in (2, 0, 1)]
+    query = collator([item])["guidance_query_mask"][0]
+    first, second, third = (query[place].nonzero()[0].item() for place in (1, 2, 0))
+    assert first < second < third and query.sum(0).max() == 1
+    item["guidance"][0]["occurrence"] = 3
+    with pytest.raises(ValueError, match=r"guidance\[0\].query 'Yes' is not in messages\[1\].* 4 times"):
+        collator([item])
+
+
+def test_phrases_that_are_cut_off_are_named_and_the_row_is_guided_by_the_others(collator):
+    item = phrased(8)
+    lenient = AgeVlmDataCollator(collator.processor, max_length=40, row_ids=True, strict=False)
+    batch = lenient([item, row(guided=True)])
+    guided = guided_phrases(batch)
+    assert 0 < guided[0].sum() < 8 and guided[1].tolist() == [True] + [False] * 7
+    ((place, name, reason),) = batch["partly_guided_rows"]
+    assert place == name == item["id"] and "unguided_rows" not in batch
+    assert reason.count("lies behind the first 40 tokens") == 8 - guided[0].sum()
+    assert f"row {item['id']}, phrase {QUESTION!r}" in reason
 
 
 def test_masks_may_be_encoded(collator):
@@ -145,7 +205,8 @@ def test_long_texts_are_cut(collator):
     assert length > 40 and cut.keys() == whole.keys()
     for name, value in whole.items():
         per_token = value.dim() > 1 and value.shape[1] == length
-        assert torch.equal(cut[name], value[:, :40] if per_token else value), name
+        expected = value[..., :40] if name == "guidance_query_mask" else value[:, :40] if per_token else value
+        assert torch.equal(cut[name], expected), name
     assert not cut["guidance_query_mask"][0].any()  # its query was cut off: the trainer counts it as unguided
     assert same(AgeVlmDataCollator(collator.processor, max_length=length)(rows), whole)
 
@@ -159,6 +220,8 @@ def test_lengths_are_rounded_up_to_a_multiple(collator, multiple):
     assert batch.keys() == plain.keys()
     padded = batch["input_ids"].shape[1]
     assert padded % multiple == 0 and 0 <= padded - length < multiple
+    query, wide = plain.pop("guidance_query_mask"), batch.pop("guidance_query_mask")
+    assert wide.shape[-1] == padded and torch.equal(wide[..., :length], query) and not wide[..., length:].any()
     for name, value in plain.items():
         if value.dim() > 1 and value.shape[1] == length:
             assert torch.equal(batch[name][:, :length], value), name
@@ -166,10 +229,10 @@ def test_lengths_are_rounded_up_to_a_multiple(collator, multiple):
         else:
             assert torch.equal(batch[name], value), name
     assert (batch["labels"][:, length:] == -100).all()
-    for name in ("attention_mask", "cross_attention_mask", "guidance_query_mask"):
+    for name in ("attention_mask", "cross_attention_mask"):
         assert not batch[name][:, length:].any(), name
     cut = AgeVlmDataCollator(collator.processor, max_length=length, pad_to_multiple_of=length - 1)(rows)
-    assert same(cut, plain)  # never above `max_length`
+    assert same(cut, {**plain, "guidance_query_mask": query})  # never above `max_length`
 
 
 def late_row() -> dict:
@@ -185,8 +248,8 @@ def test_the_model_takes_what_comes_out(collator):
     batch.pop("guidance_mask")
     output = model(**batch)
     assert output.loss.isfinite()
-    assert output.cross_attention_maps.shape == (2, 3, 18)
-    assert output.cross_attention_maps.sum(-1).gt(0.99).tolist() == [[True, False, False]] * 2
+    assert output.cross_attention_maps.shape == (2, 3, 1, 18)
+    assert output.cross_attention_maps.sum(-1).gt(0.99).tolist() == [[[True], [False], [False]]] * 2
 
 
 JPEG = encoded(picture(200, 200), "JPEG")

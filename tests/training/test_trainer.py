@@ -1,5 +1,7 @@
 """The guidance trainer: exactly stock SFT at weight 0, the plain objective otherwise, however a step is divided."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import training_worker
@@ -7,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from training_worker import (
     KINDS,
+    PHRASES,
     TWO_PROCESS_KINDS,
     make_arguments,
     make_rows,
@@ -17,10 +20,10 @@ from training_worker import (
 from trl import SFTConfig, SFTTrainer
 from workers import TORCHRUN, run_worker
 
-from agevlm.training.collator import AgeVlmDataCollator
+from agevlm.training.collator import AgeVlmDataCollator, guided_phrases
 from agevlm.training.freezing import part_of, set_trainable
 from agevlm.training.losses import guidance_loss, in_mask_mass, pointing_accuracy
-from agevlm.training.trainer import AgeVlmSFTTrainer, guided_rows
+from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import tiny_processor
 
 
@@ -34,21 +37,27 @@ def assert_same_tensors(first, second, **tolerance):
 
 
 def batch_of(kinds, model):
-    """The labels, guided rows and masks of one batch of `kinds`, and the model's output on it."""
+    """The labels, guided phrases and masks of one batch of `kinds`, and the model's output on it."""
     batch = AgeVlmDataCollator(tiny_processor(), max_length=1024)(list(make_rows(kinds)))
-    guided, masks, labels = guided_rows(batch), batch.pop("guidance_mask").flatten(1), batch.pop("labels")
+    guided, masks, labels = guided_phrases(batch), batch.pop("guidance_mask").flatten(2), batch.pop("labels")
     return labels, guided, masks, model(**batch)
 
 
 def plain_objective(kinds=KINDS, weight=1.0, normalization="sum", loss="dice"):
-    """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows.
+    """Full logits, one batch: mean cross-entropy over answer tokens + weight x mean guidance over guided rows, of each
+    the mean over its phrases.
 
     Returns the loss and its gradients.
     """
     model = sharp_model().train()
     set_trainable(model, ("projector", "cross_attention"))
     labels, guided, masks, output = batch_of(kinds, model)
-    guidance = guidance_loss(output.cross_attention_maps, masks, normalization, loss)[guided].mean()
+    rows = []
+    for row, phrases in enumerate(guided):
+        if phrases.any():
+            maps = output.cross_attention_maps[:, row, phrases]
+            rows.append(guidance_loss(maps, masks[row, phrases], normalization, loss).mean())
+    guidance = torch.stack(rows).mean()
     total = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + weight * guidance
     total.backward()
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -88,18 +97,41 @@ def test_weight_zero_is_stock_sft(tmp_path):
     ("weight", "normalization", "loss"),
     [(1.0, "sum", "dice"), (0.3, "max", "dice"), (1.0, "sum", "bce"), (0.3, "sum", "kl")],
 )
-def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization, loss):
+@pytest.mark.parametrize("kinds", [KINDS, PHRASES])
+def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization, loss, kinds):
     settings = {"guidance_weight": weight, "guidance_normalization": normalization, "guidance_loss": loss}
-    gradients = step_gradients(tmp_path, batch_size=8, **settings)
-    _, reference = plain_objective(weight=weight, normalization=normalization, loss=loss)
+    gradients = step_gradients(tmp_path, batch_size=8, kinds=kinds, **settings)
+    _, reference = plain_objective(kinds, weight=weight, normalization=normalization, loss=loss)
     assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kinds", [KINDS, PHRASES])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, batch_size):
+def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, batch_size, kinds):
     """Some of the small batches have no guided row, some no picture at all."""
-    divided = step_gradients(tmp_path, batch_size, accumulation=8 // batch_size)
-    assert_same_tensors(divided, step_gradients(tmp_path, batch_size=8), atol=1e-6, rtol=1e-4)
+    divided = step_gradients(tmp_path, batch_size, accumulation=8 // batch_size, kinds=kinds)
+    assert_same_tensors(divided, step_gradients(tmp_path, batch_size=8, kinds=kinds), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 2}, {"logging_steps": 2, "activation_checkpointing": True}])
+def test_mass_and_maps_give_the_same_gradients(tmp_path, settings):
+    """A step that is not logged, of rows whose words are nearly all guided, asks for the mass."""
+    maps = step_gradients(tmp_path / "maps", batch_size=8, kinds="81gg38gg")
+    asked = []
+    with patch.object(AgeVlmSFTTrainer, "_needs_mass_only", lambda *_: asked.append(True) or True):
+        mass = step_gradients(tmp_path / "mass", batch_size=8, kinds="81gg38gg", **settings)
+    assert asked
+    assert_same_tensors(mass, maps, atol=1e-6, rtol=1e-4)
+
+
+def test_one_listed_phrase_trains_as_one_mask(tmp_path):
+    """The same parameters, bit for bit."""
+    trained = []
+    for kinds in ("ggiitggi", "11iit11i"):
+        trainer = make_trainer(tmp_path / kinds, kinds, max_steps=4)
+        trainer.train()
+        trained.append(dict(trainer.model.named_parameters()))
+    assert_same_tensors(*trained, atol=0, rtol=0)
 
 
 def test_two_processes_give_the_gradients_of_one_batch(tmp_path):
@@ -148,7 +180,7 @@ def test_guidance_stays_in_float32_under_bf16_autocast(tmp_path):
     assert maps[0].dtype == torch.float32
     # in bfloat16 the sums would be off by some 1e-3
     guided = [index for index, kind in enumerate(KINDS) if kind == "g"]
-    torch.testing.assert_close(maps[0].sum(dim=-1)[:, guided], torch.ones(2, len(guided)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps[0].sum(dim=-1)[:, guided, 0], torch.ones(2, len(guided)), atol=1e-6, rtol=0)
     assert trainer.state.log_history[0]["guidance_loss"] > 0
 
 
@@ -167,12 +199,12 @@ def test_rows_that_cannot_be_guided_do_not_count():
     """Row 1: the query was cut off. Row 2: the mask is empty. Row 3: the query comes before the picture."""
     batch = {
         "input_ids": torch.zeros(4, 2),
-        "guidance_mask": torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]], [[0.0, 1.0]]]),
-        "guidance_query_mask": torch.tensor([[False, True], [False, False], [True, True], [True, False]]),
+        "guidance_mask": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])[:, None, None],
+        "guidance_query_mask": torch.tensor([[False, True], [False, False], [True, True], [True, False]])[:, None],
         "cross_attention_mask": torch.tensor([[[False], [True]]] * 4),
     }
-    assert guided_rows(batch).tolist() == [True, False, False, False]
-    assert guided_rows({"input_ids": torch.zeros(3, 2)}).tolist() == [False, False, False]
+    assert guided_phrases(batch).tolist() == [[True], [False], [False], [False]]
+    assert guided_phrases({"input_ids": torch.zeros(3, 2)}).tolist() == [[False], [False], [False]]
 
 
 # ---- Metrics ----

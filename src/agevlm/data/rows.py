@@ -2,7 +2,7 @@
 
 A row is {id, images, messages, guidance}: `messages` hold plain strings in which the literal `<|image|>` marks each
 picture's place; `guidance` (or null) says which text (`query`, inside message `message_index`) should look at which
-part (`mask`) of the first picture.
+part (`mask`) of the first picture. A list of up to 8 such phrases says it phrase by phrase; one is a list of one.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
@@ -23,6 +24,7 @@ from agevlm.store import digest
 
 IMAGE_PLACEHOLDER = "<|image|>"
 ROLES = ("system", "user", "assistant")
+MAX_PHRASES = 8  # of a row; so many masks cost as much as one
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 GUIDANCE = {
@@ -34,6 +36,8 @@ GUIDANCE = {
 }
 ROW_FEATURES = Features({"id": Value("string"), "images": List(ImageFeature()), "messages": MESSAGES})
 MASK_FEATURES = Features({"id": Value("string"), **GUIDANCE})
+# A phrase may say which occurrence of its words in the message it means: 0, or null, is the first.
+PHRASE_FEATURES = Features({**MASK_FEATURES, "occurrence": Value("int32")})
 
 
 def resolve_inside(root: str | Path, path: str | Path) -> Path:
@@ -150,7 +154,8 @@ def validate_row(row: Mapping[str, Any], where: str = "row") -> None:
 def open_row(
     row: Mapping[str, Any], where: str = "row", picture: Callable[[Any, str], Image.Image] = open_image
 ) -> dict[str, Any]:
-    """The row with its pictures (by `picture`) and its mask decoded, once. Raises as `validate_row` does."""
+    """The row with its pictures (by `picture`) and its masks decoded, once; its `guidance` is a list of phrases.
+    Raises as `validate_row` does."""
     if not isinstance(row.get("id"), str) or not row["id"]:
         raise ValueError(f"{where}: field id is {row.get('id')!r}; give every row a non-empty string id")
     name = f"{where} (id {row['id']!r})"
@@ -166,12 +171,39 @@ def open_row(
             f"write one {IMAGE_PLACEHOLDER} where each picture belongs"
         )
     opened = [picture(image, f"{name}, images[{index}]") for index, image in enumerate(images)]
+    phrases = []
+    for number, phrase in enumerate(phrases_of(row)):
+        field = f"guidance[{number}]" if isinstance(row["guidance"], (list, tuple)) else "guidance"
+        if not isinstance(phrase, Mapping) or number >= MAX_PHRASES:
+            raise ValueError(
+                f"{name}: field {field} is {type(phrase).__name__}; use a mapping, a list of at most {MAX_PHRASES} "
+                "mappings, or null"
+            )
+        phrases.append({**phrase, "mask": _open_mask(name, field, phrase, messages, opened)})
+    return {**row, "images": opened, "guidance": phrases}
+
+
+def phrases_of(row: Mapping[str, Any]) -> Sequence[Any]:
+    """The phrases of a row's `guidance`: none for null, and one where it is no list."""
     guidance = row.get("guidance")
-    if guidance is not None:
-        if not isinstance(guidance, Mapping):
-            raise ValueError(f"{name}: field guidance is {type(guidance).__name__}; use a mapping or null")
-        guidance = {**guidance, "mask": _open_mask(name, guidance, messages, opened)}
-    return {**row, "images": opened, "guidance": guidance}
+    return guidance if isinstance(guidance, (list, tuple)) else [] if guidance is None else [guidance]
+
+
+def which_guided(guidance: pa.Array) -> np.ndarray:
+    """Which values of a stored column `guidance` hold a phrase: bool (rows,)."""
+    if pa.types.is_list(guidance.type):
+        return pc.greater(pc.list_value_length(guidance).fill_null(0), 0).to_numpy(zero_copy_only=False)
+    return guidance.is_valid().to_numpy(zero_copy_only=False)
+
+
+def find_query(content: str, phrase: Mapping[str, Any]) -> int:
+    """Where the words of a phrase start in its message, -1 where they do not occur (so often)."""
+    query, start = phrase["query"], -1
+    for _ in range((phrase.get("occurrence") or 0) + 1):
+        start = content.find(query, start + 1)
+        if start < 0:
+            break
+    return start
 
 
 def _validate_messages(name: str, messages: Any) -> None:
@@ -189,23 +221,28 @@ def _validate_messages(name: str, messages: Any) -> None:
                              "only user messages can show a picture")  # fmt: skip
 
 
-def _open_mask(name: str, guidance: Mapping[str, Any], messages: Any, images: list[Image.Image]) -> Image.Image:
-    """The mask of a guided row. Raises ValueError where it does not fit the row."""
-    missing = [field for field in GUIDANCE if field not in guidance]
+def _open_mask(
+    name: str, field: str, guidance: Mapping[str, Any], messages: Any, images: list[Image.Image]
+) -> Image.Image:
+    """The mask of a phrase, the `field` of a row. Raises ValueError where it does not fit the row."""
+    missing = [wanted for wanted in GUIDANCE if wanted not in guidance]
     if missing:
-        raise ValueError(f"{name}: guidance lacks {', '.join(missing)}; add them")
+        raise ValueError(f"{name}: {field} lacks {', '.join(missing)}; add them")
     if not images:
         raise ValueError(f"{name}: guidance on a row without pictures; set guidance to null")
     index, query = guidance["message_index"], guidance["query"]
     if not isinstance(index, int) or not 0 <= index < len(messages):
-        raise ValueError(f"{name}: guidance.message_index is {index!r}; use 0 to {len(messages) - 1}")
-    if not isinstance(query, str) or not query or query not in messages[index]["content"]:
-        content = messages[index]["content"]
-        raise ValueError(f"{name}: guidance.query {query!r} is not in messages[{index}] {content!r}; copy it")
-    mask = open_image(guidance["mask"], f"{name}, guidance.mask", mode="1")
+        raise ValueError(f"{name}: {field}.message_index is {index!r}; use 0 to {len(messages) - 1}")
+    content, occurrence = messages[index]["content"], guidance.get("occurrence") or 0
+    if not isinstance(occurrence, int) or occurrence < 0:
+        raise ValueError(f"{name}: {field}.occurrence is {occurrence!r}; use null, or 0 for the first")
+    if not isinstance(query, str) or not query or find_query(content, guidance) < 0:
+        often = f" {occurrence + 1} times" if occurrence else ""
+        raise ValueError(f"{name}: {field}.query {query!r} is not in messages[{index}] {content!r}{often}; copy it")
+    mask = open_image(guidance["mask"], f"{name}, {field}.mask", mode="1")
     if mask.size != images[0].size:
-        raise ValueError(f"{name}: guidance.mask is {mask.width} x {mask.height} but images[0] is "
+        raise ValueError(f"{name}: {field}.mask is {mask.width} x {mask.height} but images[0] is "
                          f"{images[0].width} x {images[0].height}; store the mask at the picture's size")  # fmt: skip
     if mask.getbbox() is None:
-        raise ValueError(f"{name}: guidance.mask is empty; set guidance to null where nothing should be looked at")
+        raise ValueError(f"{name}: {field}.mask is empty; set guidance to null where nothing should be looked at")
     return mask
