@@ -58,7 +58,7 @@ def agreement(checkpoint: Path, questions: int, folder: Path) -> None:
     builder = SceneBuilder(SceneArguments(size=size, seed=1))
     outputs: dict[str, list] = {name: [] for name in ways}
     for index in range(questions):
-        row, _ = builder.instruction_row(index)
+        row, *_ = builder.instruction_row(index)
         image = open_image(row["images"][0], row["id"])
         text = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
         inputs = processor(images=[image], text=text, return_tensors="pt")

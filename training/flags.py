@@ -16,11 +16,13 @@ DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON
 class StageArguments:
     """Which stage runs, on what, from where."""
 
-    variant: Literal["agevlm", "agevlm-lm", "ca-baseline", "twin", "twin-plain"] = field(
+    variant: Literal[
+        "agevlm", "agevlm-lm", "agevlm-phrases", "agevlm-phrases-lm", "ca-baseline", "twin", "twin-plain"
+    ] = field(
         default="agevlm",
         metadata={
-            "help": "Guidance in stage 3, in stages 3 and 4, or nowhere; or the concatenating twin, with or without a "
-            "Llama layer for each cross block."
+            "help": "Guidance in stage 3, in stages 3 and 4 (both also phrase by phrase), or nowhere; or the "
+            "concatenating twin, with or without a Llama layer for each cross block."
         },
     )
     size: Literal["paper", "small", "tiny"] = field(
@@ -32,7 +34,7 @@ class StageArguments:
         default=None,
         metadata={
             "help": "Sets of masks to join by id: folders of `agevlm ground`, Parquet files, Hub data sets. Default: "
-            "those in DATA/masks."
+            "those in DATA/masks, by phrase in DATA/phrases."
         },
     )
     init_from: str | None = field(default=None, metadata={"help": "Repository or folder of the model to start from."})

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from agevlm.data.masks import join_masks, load_masks, share_of_masks
+from agevlm.data.masks import join_masks, load_masks, mask_places, share_of_masks
 from agevlm.data.published.prepare import prepare
 from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
@@ -211,7 +211,11 @@ def run_stage(
         if stored_features is not None:
             use_stored_features(trainer, stored_features, partial(console.print, soft_wrap=True))
         trainer.train(resume_from_checkpoint=checkpoint)
-        for listed, outcome in ((trainer.skipped, "were left out"), (trainer.unguided, "guided nothing")):
+        for listed, outcome in (
+            (trainer.skipped, "were left out"),
+            (trainer.unguided, "guided nothing"),
+            (trainer.partly, "were guided by the others"),
+        ):
             if listed.rows:
                 console.print(
                     f"{len(listed.rows)} rows {listed.what} and {outcome}: {listed.path(output_dir)} says "
@@ -246,16 +250,18 @@ def _load_data(
     joined = load_masks(masks) if masks else None
     if data is None or isinstance(data, Dataset):
         if joined is not None and data is not None:
-            data = join_masks(data, joined, share_of_masks(recipe.mask_fraction, len(data), len(joined)))
+            guided = len(mask_places(joined)[0])
+            data = join_masks(data, joined, share_of_masks(recipe.mask_fraction, len(data), guided))
         return data
     if isinstance(data, IterableDataset):
         raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
-    shards = load_shards(str(data), recipe.data, recipe.mask_fraction, lengths=by_length, masks=joined)
+    shards = load_shards(str(data), recipe.data, recipe.mask_fraction, by_length, joined, recipe.by_phrase)
     if shards is not None:
         return shards
-    return undecoded(load_rows(data, recipe.data, mask_fraction=recipe.mask_fraction, masks=joined))
+    fraction, by_phrase = recipe.mask_fraction, recipe.by_phrase
+    return undecoded(load_rows(data, recipe.data, fraction, masks=joined, by_phrase=by_phrase))
 
 
 def _lineage(

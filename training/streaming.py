@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from agevlm.data.masks import in_subset, mask_numbers, masks_of, share_of_masks
-from agevlm.data.rows import GUIDANCE, refuse_name
+from agevlm.data.masks import OCCURRENCE, in_subset, mask_numbers, mask_places, masks_of, share_of_masks
+from agevlm.data.rows import GUIDANCE, refuse_name, which_guided
 from agevlm.data.tables import find_files
 from agevlm.store import digest
 
@@ -70,9 +70,9 @@ def open_shards(
     if masks is not None:
         if reader.has_guidance:
             raise ValueError(f"{files[0]} has a column guidance already. Leave the separate masks out.")
-        share = share_of_masks(mask_fraction, reader.num_rows, len(masks))
+        share = share_of_masks(mask_fraction, reader.num_rows, len(reader.mask_ids))
         ids = (column.combine_chunks() for column in reader.column("id"))
-        columns[MASK] = mask_numbers(ids, list(masks["id"]), share, seed)
+        columns[MASK] = mask_numbers(ids, reader.mask_ids, share, seed)
     elif reader.has_guidance:
         columns[MASK] = reader.guided(mask_fraction, seed)
     if lengths:
@@ -83,17 +83,22 @@ def open_shards(
 
 
 def load_shards(
-    folder: str, part: str, mask_fraction: float, lengths: bool = False, masks: Dataset | None = None
+    folder: str,
+    part: str,
+    mask_fraction: float,
+    lengths: bool = False,
+    masks: Dataset | None = None,
+    by_phrase: bool = False,
 ) -> Dataset | None:
     """`open_shards` for a folder; None if it has no shards.
 
     Shards are `part/train-*.parquet` or `data/train-*.parquet` (`agevlm data cambrian`). Without `masks`, those of the
-    folder are joined (`masks_of`).
+    folder are joined (`masks_of`), those `by_phrase` if asked for.
     """
     files = find_files(folder, f"{part}/train-*.parquet") or find_files(folder, "data/train-*.parquet")
     if not files:
         return None
-    masks = masks_of(folder, part) if masks is None else masks
+    masks = masks_of(folder, part, by_phrase) if masks is None else masks
     return open_shards(files, masks, mask_fraction, lengths=lengths)
 
 
@@ -113,6 +118,7 @@ class ShardReader:
     def __init__(self, files: Sequence[str], masks: Dataset | None = None):
         self.files = list(files)
         self.masks = masks
+        self.mask_ids, self.mask_starts = ([], None) if masks is None else mask_places(masks)
         sizes: list[np.ndarray] = []
         facts: list[str] = []
         self._forget()
@@ -203,9 +209,16 @@ class ShardReader:
             row = self._row(int(group), int(position - self.starts[group]))
             guidance = None
             if mask >= 0:
-                guidance = row["guidance"] if self.masks is None else _mask_row(self.masks, mask)
+                guidance = row["guidance"] if self.masks is None else self._masks_of(int(mask))
             rows.append(refuse_name({**{name: row[name] for name in ROW_COLUMNS}, "guidance": guidance}))
         return {name: [row[name] for row in rows] for name in (*ROW_COLUMNS, "guidance")}
+
+    def _masks_of(self, number: int) -> dict[str, Any] | list[dict[str, Any]]:
+        """A row's guidance from the mask data set, its pictures undecoded."""
+        start, end = self.mask_starts[number : number + 2]
+        fields = [*GUIDANCE, *{OCCURRENCE} & set(self.masks.column_names)]
+        found = self.masks.with_format("arrow")[int(start) : int(end)].select(fields).to_pylist()
+        return found if OCCURRENCE in fields else found[0]
 
     # ---- Columns of the index ----
 
@@ -218,10 +231,12 @@ class ShardReader:
         known: list[np.ndarray] = []
         ids: list[str] = []
         for file in self.files:
-            table = self._open(file).read(columns=["id", "guidance.query"])
-            valid = table.column("guidance").combine_chunks().is_valid()
-            known.append(valid.to_numpy(zero_copy_only=False))
-            ids += table.column("id").filter(valid).to_pylist()
+            opened = self._open(file)
+            paths = [opened.schema.column(place).path for place in range(len(opened.schema))]
+            queries = [path for path in paths if path.startswith("guidance.") and path.endswith(".query")]
+            table = opened.read(columns=["id", *queries])
+            known.append(which_guided(table.column("guidance").combine_chunks()))
+            ids += table.column("id").filter(pa.array(known[-1])).to_pylist()
         marks = np.where(np.concatenate(known), 0, -1).astype(np.int32)
         share = share_of_masks(fraction, self.num_rows, len(ids))
         marks[marks == 0] = [0 if in_subset(row_id, share, seed) else -1 for row_id in ids]
@@ -237,11 +252,6 @@ class ShardReader:
                 offsets = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
                 lengths.append(ends[offsets[1:]] - ends[offsets[:-1]])
         return np.concatenate(lengths).astype(np.int32)
-
-
-def _mask_row(masks: Dataset, number: int) -> dict[str, Any]:
-    """One row of the mask data set, its picture undecoded."""
-    return masks.with_format("arrow")[int(number)].select(list(GUIDANCE)).to_pylist()[0]
 
 
 def shard_order(starts: np.ndarray, rng: np.random.Generator) -> np.ndarray:

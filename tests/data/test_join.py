@@ -13,7 +13,7 @@ from agevlm.data.masks import (
     share_of_masks,
     subset_hash,
 )
-from agevlm.data.rows import MASK_FEATURES
+from agevlm.data.rows import MASK_FEATURES, which_guided
 
 
 def rows_of(ids) -> Dataset:
@@ -29,6 +29,20 @@ def masks_of(ids) -> Dataset:
          "source": ["t"] * count, "score": [1.0] * count},
         features=MASK_FEATURES,
     )  # fmt: skip
+
+
+def test_entries_of_one_id_guide_one_row_phrase_by_phrase():
+    rows, ids = rows_of(["a", "b", "c"]), ["c", "c", "a"]
+    masks = masks_of(["c", "d", "a"]).remove_columns("id").add_column("id", ids).add_column("occurrence", [None, 1, 0])
+    joined = join_masks(rows, masks)
+    queries = [[phrase["query"] for phrase in found] if found else found for found in joined["guidance"]]
+    assert queries == [["query a"], None, ["query c", "query d"]]
+    assert joined[2]["guidance"][1]["occurrence"] == 1
+    assert which_guided(joined.data.column("guidance").combine_chunks()).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="'c' more than once"):
+        join_masks(rows, masks.select([0, 2, 1]))
+    with pytest.raises(ValueError, match="'c' more than once"):
+        join_masks(rows, masks.remove_columns("occurrence"))
 
 
 @settings(max_examples=25, deadline=None)

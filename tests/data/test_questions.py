@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agevlm.data.rows import find_query
 from agevlm.data.scenes.conversations import (
     caption_messages,
     question_messages,
@@ -135,6 +136,13 @@ def test_captions_mention_exactly_the_masked_objects(icons, seed, split):
     for noun in set(told):
         many = told.count(noun) > 1 and not placed
         assert (f"{NUMBERS[told.count(noun)]} {plural(noun)}" if many else f"{article(noun)} {noun}") in words
+    assert sorted(index for *_, objects in caption.phrases for index in objects) == sorted(caption.objects)
+    assert len({phrase[:2] for phrase in caption.phrases}) == len(caption.phrases)
+    for query, occurrence, objects in caption.phrases:
+        assert query in {
+            name for i in objects for name in (scene.objects[i].described, plural(scene.objects[i].described))
+        }
+        assert find_query(caption.text, {"query": query, "occurrence": occurrence}) >= 0
     mentions = sum(re.findall(r"\w+", words).count(color) for color in COLORS)
     assert mentions == (len(told) if placed else len(set(told)))
 

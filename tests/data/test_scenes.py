@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from agevlm.data.cli import scenes as main
-from agevlm.data.rows import validate_row
+from agevlm.data.rows import MAX_PHRASES, open_row, validate_row
 from agevlm.data.scenes.arguments import SceneArguments
 from agevlm.data.scenes.benchmarks import BENCHMARKS
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
@@ -75,6 +75,16 @@ def test_training_rows_are_valid_and_guided(folder):
             assert row["guidance"]["source"] == "scenes" and row["images"][0].size == (96, 96)
             role = row["messages"][row["guidance"]["message_index"]]["role"]
             assert role == ("assistant" if part == "captions" else "user")
+        phrased = load_rows(folder, part, by_phrase=True)
+        assert phrased["messages"] == rows["messages"] and sum(map(len, phrased["guidance"])) > 30
+        for row, whole in zip(map(open_row, phrased), map(open_row, rows), strict=True):
+            assert 1 <= len(row["guidance"]) <= MAX_PHRASES
+            masks = [np.array(phrase["mask"]) for phrase in row["guidance"]]
+            (union,) = (np.array(phrase["mask"]) for phrase in whole["guidance"])
+            if part == "captions":
+                assert np.array_equal(np.logical_or.reduce(masks), union)
+            else:
+                assert any(np.array_equal(mask, union) for mask in masks)
     some = load_rows(folder, "captions", mask_fraction=0.5)
     assert 0 < sum(g is not None for g in some["guidance"]) < 30
 

@@ -28,8 +28,9 @@ def pairs_in(text: str) -> set[tuple[str | None, str]]:
 def training_texts(icons, count: int):
     for index in range(count):
         for make in (icons.caption_row, icons.instruction_row):
-            row, mask = make(index)
-            yield " | ".join([*(m["content"] for m in row["messages"]), mask["query"]])
+            row, mask, phrases = make(index)
+            queries = [mask["query"], *(phrase["query"] for phrase in phrases)]
+            yield " | ".join([*(m["content"] for m in row["messages"]), *queries])
 
 
 def test_held_out_shares():

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 TWIN, TWIN_PLAIN = "twin", "twin-plain"
 TWINS = (TWIN, TWIN_PLAIN)
-VARIANTS = ("agevlm", "agevlm-lm", "ca-baseline", *TWINS)
+BY_PHRASE = ("agevlm-phrases", "agevlm-phrases-lm")  # as those without -phrases, with a mask for each phrase
+VARIANTS = ("agevlm", "agevlm-lm", "ca-baseline", *TWINS, *BY_PHRASE)
 SIZES = ("paper", "small", "tiny")
 
 CAMBRIAN_CAPTIONS, CAMBRIAN_INSTRUCTIONS = 2_500_000, 10_000_000
@@ -75,7 +76,8 @@ class StageRecipe:
 
     Args:
         name, stage, goal: `stage1_align`, 1, one sentence.
-        variant: `agevlm`, `agevlm-lm`, `ca-baseline`, or the twin of `training/twin.py`: `twin`, `twin-plain`.
+        variant: `agevlm`, `agevlm-lm`, both also by phrase (`BY_PHRASE`), `ca-baseline`, or the twin of
+            `training/twin.py`: `twin`, `twin-plain`.
         size: `paper`, `small` or `tiny`.
         trains, frozen: parts that train, and parts taken out of them again (`training/freezing.py`).
         data: part of the data set, `captions` or `instructions`.
@@ -97,6 +99,11 @@ class StageRecipe:
     frozen: tuple[str, ...] = ()
     global_batch_size: int = 128
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_phrase(self) -> bool:
+        """Whether the stage is guided phrase by phrase."""
+        return self.variant in BY_PHRASE and self.training.get("guidance_weight", 0) > 0
 
     def override(self, **changes: Any) -> "StageRecipe":
         """The recipe with fields changed: its own fields, or arguments of `AgeVlmSFTConfig`."""
@@ -157,7 +164,8 @@ def build_recipe(
     for name, value, known in (("size", size, SIZES), ("variant", variant, VARIANTS)):
         if value not in known:
             raise ValueError(f"Unknown {name} '{value}'. Choose from {', '.join(known)}.")
-    training = {**PAPER_TRAINING, "guidance_weight": 1.0 if variant in guided_variants else 0.0}
+    guided = variant.replace("-phrases", "") in guided_variants
+    training = {**PAPER_TRAINING, "guidance_weight": 1.0 if guided else 0.0}
     recipe = StageRecipe(size=size, variant=variant, training=training, **fields)
     changes = {**SMALLER.get(size, {}), **(smaller or {}).get(size, {})}
     if variant in TWINS:

@@ -23,7 +23,7 @@ from agevlm.training.stages.recipe import StageRecipe
 
 STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
-Query = Literal["text", "things"]
+Query = Literal["text", "things", "phrases", "phrase-words", "phrase-masks"]
 Twin = Literal["no", "equal", "small"]
 Position = Literal["after_layer", "after_self_attention"]
 Language = Literal["pretrained", "scratch"]
@@ -113,7 +113,8 @@ class Row:
         stages: stages that run.
         settings: of the guided stages' recipes (`StageRecipe.override`) where they are not the size's.
         query: whose attention is guided (t_q of Eq. 3): all words of the text, or those from the first to the last
-            thing or color that it names.
+            thing or color that it names; phrase by phrase, the words of each drawn to its own mask; or of that the
+            words of each alone, drawn to the mask of the text, or its mask alone, to which all words are drawn.
         start: what stage 1 starts from.
     """
 
@@ -178,6 +179,10 @@ ROWS = {
         Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=Start(language="scratch")),
         Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=Start(language="scratch")),
         Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=Start(language="scratch")),
+        Row("phrases", "AGE-VLM phrase by phrase", "Phrases", query="phrases"),
+        Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrases", guided=(3, 4), query="phrases"),
+        Row("phrase-words", "each phrase's words to the whole mask", "Phrases", query="phrase-words"),
+        Row("phrase-masks", "all words to each phrase's mask", "Phrases", query="phrase-masks"),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
@@ -232,7 +237,8 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
     identity: list[object] = [dataclasses.asdict(row.start)]
     for stage in row.stages:
         guided = stage in row.guided
-        recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided))
+        query: Query = row.query if guided else "text"
+        recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided, query))
         if row.start.language == "scratch":
             recipe = recipe.override(trains=tuple(dict.fromkeys([*recipe.trains, "language_model"])))
         inherited = [
@@ -242,7 +248,6 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
             recipe = recipe.override(**row.settings)
-        query: Query = row.query if guided else "text"
         # The variant's name decides nothing beside the settings that follow from it.
         identity.append([dataclasses.asdict(replace(recipe, variant="", goal="")), query])
         made.append((json.dumps(identity, sort_keys=True), recipe, query))
@@ -268,8 +273,10 @@ def cross_layers(layers: Layers, default: Sequence[int], depth: int) -> tuple[in
     return (before[0 if layers == "first" else -1],)
 
 
-def _variant(stage: int, guided: Sequence[int]) -> str:
+def _variant(stage: int, guided: Sequence[int], query: Query) -> str:
     """The stage recipes' variant with guidance in this stage or not."""
+    if query == "phrases":
+        return "agevlm-phrases-lm" if 4 in guided else "agevlm-phrases"
     if stage == 4 and 4 in guided:
         return "agevlm-lm"
     return "agevlm" if stage < 3 or 3 in guided else "ca-baseline"

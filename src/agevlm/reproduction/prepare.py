@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from agevlm import TINY_PARTS
@@ -116,10 +118,18 @@ def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -
 def rows_of(scenes: Path, run: Run) -> Dataset:
     """The training rows of a run, with the query its recipe asks for."""
     part, fraction = run.recipe.data, run.recipe.mask_fraction
-    if run.query == "text":
-        return load_rows(scenes, part, mask_fraction=fraction)
+    if run.query in ("text", "phrases"):
+        return load_rows(scenes, part, mask_fraction=fraction, by_phrase=run.query == "phrases")
     rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
     features = masks.features
+    if run.query != "things":
+        phrases = read_files([scenes / f"phrases/{part}.parquet"])
+        own, text = (found.with_format("arrow")[:] for found in (phrases, masks))
+        text = text.take(pc.index_in(own["id"], value_set=text["id"]))
+        text = text.append_column("occurrence", pa.nulls(len(text), pa.int32()))
+        taken = ("mask",) if run.query == "phrase-words" else ("query", "message_index", "occurrence")
+        table = pa.table({name: (text if name in taken else own)[name] for name in own.column_names})
+        return load_rows(scenes, part, fraction, masks=Dataset(table.cast(phrases.features.arrow_schema)))
     words = vocabulary(scenes)
     queries = [things_named(query, words) for query in masks["query"]]
     masks = masks.remove_columns("query").add_column("query", queries).select_columns(list(features)).cast(features)

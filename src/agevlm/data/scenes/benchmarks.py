@@ -295,7 +295,7 @@ def _hallusion_rows(
                 "sample_note": ("original", "edited")[figure],
                 "question_id": str(question_id),
                 "question": statement.query,
-                "gt_answer_details": sentence(join_phrases(placed_phrases(picture.scene))),
+                "gt_answer_details": sentence(join_phrases([part for part, *_ in placed_phrases(picture.scene)])),
                 "gt_answer": "1" if yes else "0",
                 "filename": f"VD/{kind}/{number}_{figure}.jpg",
             }

@@ -1,6 +1,7 @@
 """Builds the grounded scenes: composed pictures with exact masks as training rows and benchmarks, no download needed.
 
-The folder holds captions/train.parquet, instructions/train.parquet, masks/{captions,instructions}.parquet,
+The folder holds captions/train.parquet, instructions/train.parquet, masks/{captions,instructions}.parquet (one mask a
+row), phrases/{captions,instructions}.parquet (one a noun phrase of a caption, one a question with an answer to see),
 benchmarks/<split>/<benchmark>.parquet, scenes.json (what it was built from) and contact_sheet.png. Its content depends
 on the arguments alone, not on the number of processes.
 """
@@ -19,9 +20,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from agevlm.data.masks import join_masks, mask_files, masks_of, share_of_masks
+from agevlm.data.masks import MASKS, PHRASES, join_masks, mask_files, mask_places, masks_of, share_of_masks
 from agevlm.data.parallel import worker_map
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, refuse_names
+from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, refuse_names
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
 from .arguments import SceneArguments
@@ -65,20 +66,23 @@ def load_rows(
     mask_fraction: float = 1.0,
     seed: int = 0,
     masks: Dataset | None = None,
+    by_phrase: bool = False,
 ) -> Dataset:
     """Training rows of a folder of scenes with their `guidance` column.
 
     `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere. Where
-    there are fewer masks, all are used. `masks`: in place of those in the folder (`masks_of`)."""
+    there are fewer masks, all are used. `masks`: in place of those in the folder (`masks_of`); `by_phrase`: of those,
+    the ones by phrase."""
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; use one of {', '.join(PARTS)}")
     rows = _read(Path(folder) / part / "train.parquet")
-    drawn = Path(folder) / "masks" / f"{part}.parquet"
+    drawn = Path(folder) / (PHRASES if by_phrase else MASKS) / f"{part}.parquet"
     if masks is None:
-        masks = _read(drawn) if mask_files(folder, part) == [str(drawn)] else masks_of(folder, part)
+        files = mask_files(folder, part, by_phrase)
+        masks = _read(drawn) if files == [str(drawn)] else masks_of(folder, part, by_phrase)
     if masks is None:
         masks = Dataset.from_dict({name: [] for name in MASK_FEATURES}, features=MASK_FEATURES)
-    return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(masks)), seed)
+    return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(mask_places(masks)[0])), seed)
 
 
 def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:
@@ -199,11 +203,12 @@ def _start_worker(arguments: SceneArguments) -> None:
     _builder = SceneBuilder(arguments)
 
 
-def _draw_training(job: tuple[str, int, int]) -> tuple[pa.Table, pa.Table]:
+def _draw_training(job: tuple[str, int, int]) -> tuple[pa.Table, pa.Table, pa.Table]:
     part, start, stop = job
     make = _builder.caption_row if part == "captions" else _builder.instruction_row
-    rows, masks = zip(*(make(index) for index in range(start, stop)), strict=True)
-    return _table(rows, ROW_FEATURES), _table(masks, MASK_FEATURES)
+    rows, masks, phrases = zip(*(make(index) for index in range(start, stop)), strict=True)
+    by_phrase = _table(chain.from_iterable(phrases), PHRASE_FEATURES)
+    return _table(rows, ROW_FEATURES), _table(masks, MASK_FEATURES), by_phrase
 
 
 def _draw_benchmark(job: tuple[str, str, int, int]) -> tuple[pa.Table]:
@@ -241,7 +246,8 @@ def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool
         for part, count in counts.items():
             files = {
                 folder / part / "train.parquet": ROW_FEATURES,
-                folder / "masks" / f"{part}.parquet": MASK_FEATURES,
+                folder / MASKS / f"{part}.parquet": MASK_FEATURES,
+                folder / PHRASES / f"{part}.parquet": PHRASE_FEATURES,
             }
             _write(files, work(_draw_training, [(part, *chunk) for chunk in _chunks(count)]), bar)
         for split in SPLITS:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from agevlm.data.rows import MAX_PHRASES
 from agevlm.images import open_image
 
 from .arguments import SceneArguments
@@ -62,27 +63,37 @@ class SceneBuilder:
         scene = sample_scene(rng, pool, fewest, max(fewest, self.arguments.max_objects), word_rate)
         return compose(rng, scene, self.source, self.arguments.size, self.background(rng, pool))
 
-    def caption_row(self, index: int) -> tuple[dict, dict]:
-        """(row, mask row) of caption number `index`."""
+    def caption_row(self, index: int) -> tuple[dict, dict, list[dict]]:
+        """(row, mask row, mask row of each phrase) of caption number `index`."""
         rng = self.stream("captions", index)
         picture = self.picture(rng, self.pools["train"], word_rate=self.arguments.word_rate / 2)
         caption = sample_caption(rng, picture.scene)
         name = f"captions-{index:07d}"
         guidance = _mask_row(name, caption.text, 1, picture, caption.objects)
-        return _row(name, picture, caption_messages(caption)), guidance
+        phrases = [
+            _mask_row(name, words, 1, picture, objects) | {"occurrence": occurrence}
+            for words, occurrence, objects in caption.phrases[:MAX_PHRASES]
+        ]
+        return _row(name, picture, caption_messages(caption)), guidance, phrases
 
-    def instruction_row(self, index: int) -> tuple[dict, dict]:
-        """(row, mask row) of instruction number `index`; one of its questions is guided."""
+    def instruction_row(self, index: int) -> tuple[dict, dict, list[dict]]:
+        """(row, mask row, mask row of each question) of instruction number `index`; by row, one question is guided."""
         rng = self.stream("instructions", index)
         pool = self.pools["train"]
         picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
         alone = index < self.arguments.presence_first * self.arguments.instructions
         questions = sample_questions(rng, picture.scene, pool, self.arguments.turns, alone)
-        turn = rng.choice([number for number, question in enumerate(questions) if question.look_at or question.sign])
+        turns = [number for number, question in enumerate(questions) if question.look_at or question.sign]
+        turn = rng.choice(turns)
         name = f"instructions-{index:07d}"
-        asked = questions[turn]
-        guidance = _mask_row(name, asked.query, 2 * turn, picture, asked.look_at, asked.sign)
-        return _row(name, picture, question_messages(rng, questions)), guidance
+        guidance = {
+            turn: _mask_row(
+                name, questions[turn].query, 2 * turn, picture, questions[turn].look_at, questions[turn].sign
+            )
+            for turn in turns
+        }
+        phrases = [guidance[turn] for turn in turns[:MAX_PHRASES]]
+        return _row(name, picture, question_messages(rng, questions)), guidance[turn], phrases
 
 
 def _row(name: str, picture: Picture, messages: list[Message]) -> dict:

@@ -1,6 +1,7 @@
 """Conversations about a scene: captions, question turns, and the same in words for a model without pictures."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agevlm.data.rows import IMAGE_PLACEHOLDER
@@ -22,11 +23,23 @@ _ONE_RATE, _FULL_RATE = 0.35, 0.4  # one-object scenes bring the rows with one m
 
 @dataclass(frozen=True)
 class Caption:
-    """`objects`: indices of the objects that `text` mentions."""
+    """`objects`: indices of the objects that `text` mentions; `phrases`: words (color and noun) that name some of
+    them, which of their occurrences in `text` (0: the first), and those objects."""
 
     prompt: str
     text: str
     objects: tuple[int, ...]
+    phrases: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+def _caption(prompt: str, named: Sequence[tuple[str, str, tuple[int, ...]]]) -> Caption:
+    """`named`: text of a part of the caption, words in it, objects that they name."""
+    text, end, phrases = sentence(join_phrases([part for part, _, _ in named])), 0, []
+    for part, words, objects in named:
+        start = text.index(part[1:], end) - 1 + part.index(words)  # the first letter may be a capital
+        end = start + len(words)
+        phrases.append((words, sum(text.startswith(words, place) for place in range(start)), objects))
+    return Caption(prompt, text, tuple(index for *_, objects in named for index in objects), tuple(phrases))
 
 
 def _groups(scene: Scene) -> list[tuple[int, ...]]:
@@ -37,46 +50,48 @@ def _groups(scene: Scene) -> list[tuple[int, ...]]:
     return [tuple(indices) for indices in found.values()]
 
 
-def _phrase(scene: Scene, group: tuple[int, ...]) -> str:
+def _phrase(scene: Scene, group: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
+    """ "Two red apples", the "red apples" in it, and their indices."""
     noun = scene.objects[group[0]].described
-    return with_article(noun) if len(group) == 1 else f"{NUMBERS[len(group)]} {plural(noun)}"
+    if len(group) == 1:
+        return with_article(noun), noun, group
+    return f"{NUMBERS[len(group)]} {plural(noun)}", plural(noun), group
 
 
-def placed_phrases(scene: Scene) -> list[str]:
-    """One phrase for each object, from left to right: "a red apple on the left"."""
-    things = sorted(scene.objects, key=lambda thing: thing.x)
-    return [f"{with_article(thing.described)} {position(thing.x, thing.y)}" for thing in things]
+def placed_phrases(scene: Scene) -> list[tuple[str, str, tuple[int, ...]]]:
+    """As `_phrase`, one for each object, from left to right: "a red apple on the left"."""
+    things = sorted(enumerate(scene.objects), key=lambda item: item[1].x)
+    return [
+        (f"{with_article(thing.described)} {position(thing.x, thing.y)}", thing.described, (index,))
+        for index, thing in things
+    ]
 
 
 def sample_caption(rng: random.Random, scene: Scene) -> Caption:
     """A caption that mentions k of the scene's n different things; k = 1 in about half of the rows, else 2 to n."""
     groups = _groups(scene)
-    everything = tuple(index for group in groups for index in group)
     draw = rng.random()
     if draw < _ONE_RATE:
         return _one(rng, scene, groups)
     some = len(groups) > 2 and draw >= _ONE_RATE + _FULL_RATE
     if not some and rng.random() < 0.3:
-        return Caption(rng.choice(_PLACES_PROMPTS), sentence(join_phrases(placed_phrases(scene))), everything)
+        return _caption(rng.choice(_PLACES_PROMPTS), placed_phrases(scene))
     if not some:
-        text = join_phrases([_phrase(scene, group) for group in groups])
-        return Caption(rng.choice(_WHOLE_PROMPTS), sentence(text), everything)
+        return _caption(rng.choice(_WHOLE_PROMPTS), [_phrase(scene, group) for group in groups])
     number = rng.randint(2, len(groups) - 1)
     chosen = [groups[i] for i in sorted(rng.sample(range(len(groups)), number))]
-    text = join_phrases([_phrase(scene, group) for group in chosen])
     prompt = rng.choice(_SOME_PROMPTS).format(NUMBERS[number])
-    return Caption(prompt, sentence(text), tuple(index for group in chosen for index in group))
+    return _caption(prompt, [_phrase(scene, group) for group in chosen])
 
 
 def _one(rng: random.Random, scene: Scene, groups: list[tuple[int, ...]]) -> Caption:
     if rng.random() < 0.5:
         group = rng.choice(groups)
-        return Caption(rng.choice(_ONE_PROMPTS), sentence(_phrase(scene, group)), group)
+        return _caption(rng.choice(_ONE_PROMPTS), [_phrase(scene, group)])
     word = rng.choice(tuple(_EXTREME_PROMPTS))
     axis, pick = _EXTREME_PROMPTS[word]
     index = pick(range(len(scene.objects)), key=lambda i: getattr(scene.objects[i], axis))
-    text = sentence(with_article(scene.objects[index].described))
-    return Caption(f"Name the {word} object in the image.", text, (index,))
+    return _caption(f"Name the {word} object in the image.", [_phrase(scene, (index,))])
 
 
 def _message(role: str, content: str) -> Message:
@@ -101,7 +116,7 @@ def question_messages(
 
 def tell(scene: Scene) -> str:
     """The scene in words, with everything its questions ask for."""
-    parts = [f"Scene: {', '.join(placed_phrases(scene))}."]
+    parts = [f"Scene: {', '.join(part for part, *_ in placed_phrases(scene))}."]
     for front, back in sorted(scene.in_front):
         names = scene.reference(front), scene.reference(back)
         if all(names):
