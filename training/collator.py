@@ -109,12 +109,13 @@ class AgeVlmDataCollator:
             }
             if "guidance_query_mask" in batch:
                 batch["guidance_query_mask"] = batch["guidance_query_mask"][..., : self.max_length]
-        unguided, partly = [], []
-        for row, guided in zip(opened, guided_phrases(batch).tolist(), strict=True):
-            lost = [] if row is None else [n for n in range(len(row["guidance"])) if not guided[n]]
-            if lost:
-                reasons = " ".join(self._why_unguided(row, number) for number in lost)
-                (partly if any(guided) else unguided).append(_listed(row, reasons))
+        unguided: list[list[str]] = []
+        partly: list[list[str]] = []
+        for of_row, guided in zip(opened, guided_phrases(batch).tolist(), strict=True):
+            lost = [n for n in range(len(of_row["guidance"])) if not guided[n]] if of_row else []
+            if of_row and lost:
+                reasons = " ".join(self._why_unguided(of_row, number) for number in lost)
+                (partly if any(guided) else unguided).append(_listed(of_row, reasons))
         unguided += [_listed(rows[place], skipped[place]) for place in sorted(skipped) if phrases_of(rows[place])]
         for name, listed in ((UNGUIDED_ROWS, unguided), (PARTLY_GUIDED_ROWS, partly)):
             if listed and self.row_ids:

@@ -118,7 +118,9 @@ class ShardReader:
     def __init__(self, files: Sequence[str], masks: Dataset | None = None):
         self.files = list(files)
         self.masks = masks
-        self.mask_ids, self.mask_starts = ([], None) if masks is None else mask_places(masks)
+        self.mask_ids: list[str] = []
+        if masks is not None:
+            self.mask_ids, self.mask_starts = mask_places(masks)
         sizes: list[np.ndarray] = []
         facts: list[str] = []
         self._forget()
@@ -209,15 +211,15 @@ class ShardReader:
             row = self._row(int(group), int(position - self.starts[group]))
             guidance = None
             if mask >= 0:
-                guidance = row["guidance"] if self.masks is None else self._masks_of(int(mask))
+                guidance = row["guidance"] if self.masks is None else self._masks_of(int(mask), self.masks)
             rows.append(refuse_name({**{name: row[name] for name in ROW_COLUMNS}, "guidance": guidance}))
         return {name: [row[name] for row in rows] for name in (*ROW_COLUMNS, "guidance")}
 
-    def _masks_of(self, number: int) -> dict[str, Any] | list[dict[str, Any]]:
+    def _masks_of(self, number: int, masks: Dataset) -> dict[str, Any] | list[dict[str, Any]]:
         """A row's guidance from the mask data set, its pictures undecoded."""
         start, end = self.mask_starts[number : number + 2]
-        fields = [*GUIDANCE, *{OCCURRENCE} & set(self.masks.column_names)]
-        found = self.masks.with_format("arrow")[int(start) : int(end)].select(fields).to_pylist()
+        fields = [*GUIDANCE, *{OCCURRENCE} & set(masks.column_names)]
+        found = masks.with_format("arrow")[int(start) : int(end)].select(fields).to_pylist()
         return found if OCCURRENCE in fields else found[0]
 
     # ---- Columns of the index ----

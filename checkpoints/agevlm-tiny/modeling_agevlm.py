@@ -421,8 +421,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         """
         if guidance_mask is not None and guidance_query_mask is None:
             raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
-        one_phrase = guidance_query_mask is not None and guidance_query_mask.dim() == 2
-        if one_phrase:
+        one_phrase = False
+        if guidance_query_mask is not None and guidance_query_mask.dim() == 2:
+            one_phrase = True
             guidance_query_mask = guidance_query_mask[:, None]
             guidance_mask = None if guidance_mask is None else guidance_mask[:, None]
         if inputs_embeds is None:

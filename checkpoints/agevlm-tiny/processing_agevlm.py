@@ -119,7 +119,7 @@ class AgeVlmProcessor(ProcessorMixin):
             # Only now: the pictures have passed the guards of the image processor.
             guided = _guided_rows(guidance_spans, guidance_masks, text, images)
             guidance = self._guidance(data, offsets, guided)
-            by_phrase = any(isinstance(span, list) for span in guidance_spans)
+            by_phrase = any(isinstance(span, list) and not _is_span(span) for span in guidance_spans)
             data |= guidance if by_phrase else {name: value[:, 0] for name, value in guidance.items()}
         no_tensors = [*self.skip_tensor_conversion, "offset_mapping"]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=no_tensors)
@@ -317,6 +317,11 @@ def _rows_of_images(images, text: list[str], image_token: str) -> list[list]:
     return rows
 
 
+def _is_span(span) -> bool:
+    """Whether this is one (start, end), not a list of them."""
+    return len(span) == 2 and all(isinstance(place, int) for place in span)
+
+
 def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int, list[tuple[tuple[int, int], Any]]]:
     """Row number -> a (span, mask) for each phrase, of the rows that have both.
 
@@ -328,13 +333,19 @@ def _guided_rows(spans, masks, text: list[str], images: list[list]) -> dict[int,
             f"{len(text)} rows need as many `guidance_spans` and `guidance_masks` (None where a row is not "
             f"guided), got {len(spans)} and {0 if masks is None else len(masks)}."
         )
-    pairs = enumerate(zip(spans, masks, strict=True))
-    guided = {row: (span, mask) for row, (span, mask) in pairs if span is not None and mask is not None}
-    guided = {
-        row: list(zip(span, mask, strict=True)) if isinstance(span, list) else [(span, mask)]
-        for row, (span, mask) in guided.items()
-    }
-    guided = {row: phrases for row, phrases in guided.items() if phrases}
+    guided: dict[int, list[tuple[tuple[int, int], Any]]] = {}
+    for row, (of_row, masks_of_row) in enumerate(zip(spans, masks, strict=True)):
+        if of_row is None or masks_of_row is None or len(of_row) == 0:
+            continue
+        if _is_span(of_row):
+            of_row, masks_of_row = [of_row], [masks_of_row]
+        if not isinstance(masks_of_row, (tuple, list)) or len(masks_of_row) != len(of_row):
+            count = len(masks_of_row) if isinstance(masks_of_row, (tuple, list)) else "one that is no list"
+            raise ValueError(
+                f"Row {row}: {len(of_row)} phrases in `guidance_spans` and {count} in `guidance_masks`. "
+                "Give a list with one mask for each phrase."
+            )
+        guided[row] = list(zip(of_row, masks_of_row, strict=True))
     for row, ((start, end), mask) in ((row, phrase) for row, phrases in guided.items() for phrase in phrases):
         if not images[row]:
             raise ValueError(f"Row {row} is guided but has no picture. Give it one, or None as span and mask.")

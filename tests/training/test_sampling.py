@@ -128,7 +128,7 @@ def test_every_step_of_a_run_has_its_share_of_guided_rows(tmp_path):
         per_device_train_batch_size=4,
     )  # fmt: skip
     for batch in trainer.get_train_dataloader():
-        assert batch["guidance_query_mask"].any(dim=1).sum() == 1
+        assert batch["guidance_query_mask"].any(dim=(1, 2)).sum() == 1
 
 
 def test_batches_of_a_run_hold_rows_of_one_length(tmp_path):

@@ -179,6 +179,7 @@ ROWS = {
         Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=Start(language="scratch")),
         Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=Start(language="scratch")),
         Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=Start(language="scratch")),
+        Row("scratch-phrases", "AGE-VLM phrase by phrase", SCRATCH, query="phrases", start=Start(language="scratch")),
         Row("phrases", "AGE-VLM phrase by phrase", "Phrases", query="phrases"),
         Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrases", guided=(3, 4), query="phrases"),
         Row("phrase-words", "each phrase's words to the whole mask", "Phrases", query="phrase-words"),
