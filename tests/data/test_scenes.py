@@ -15,12 +15,12 @@ from PIL import Image
 
 from agevlm.data.cli import scenes as main
 from agevlm.data.rows import MAX_PHRASES, open_row, validate_row
-from agevlm.data.scenes.arguments import SceneArguments
+from agevlm.data.scenes.arguments import SPLITS, SceneArguments
 from agevlm.data.scenes.benchmarks import BENCHMARKS
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
 from agevlm.data.scenes.builder import SceneBuilder
 from agevlm.data.scenes.objects import COLORS
-from agevlm.data.scenes.splits import SPLITS, is_held_out_pair
+from agevlm.data.scenes.splits import is_held_out_pair
 from agevlm.images import open_image
 from agevlm.training.parts import NAMES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from agevlm.arguments import VerbParser
 
 from .published.defaults import MAX_LENGTH, ROWS_PER_SHARD
-from .scenes.arguments import SceneArguments
+from .scenes.arguments import SPLITS, SceneArguments
 
 
 _SCENES = {
@@ -40,6 +40,7 @@ def scenes(argv: list[str] | None = None) -> None:
     parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
     parser.add_argument("--names", nargs="+", help="use these object names alone")
     parser.add_argument("--colors", nargs="+", help="use these colors alone")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="tests to make (default: all)")
     _add_workers(parser)
     parser.rename("--num-proc", "--workers")
     parser.rename("--colours", "--colors")

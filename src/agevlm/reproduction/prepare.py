@@ -55,6 +55,7 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         turns=size.turns,
         presence_first=size.presence_first,
         test=size.questions,
+        splits=(SPLIT,),
         num_proc=min(2, os.cpu_count() or 1),
         **_pictures(size, cutouts),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 MOST_OBJECTS = 10
+SPLITS = ("composition", "name", "style")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class SceneArguments:
         names, colors: restrict the objects; unknown ones raise ValueError with close matches.
         presence_first: share of the instruction rows, the first ones, that ask for presence alone. A small model
             learns to look things up from them, and all else after that.
+        splits: those that get benchmarks, of `splits.SPLITS`. With few names, the split "name" cannot fill pictures of
+            many objects.
         word_rate: share of instruction pictures with a sign on them (captions: half of it).
 
     Raises:
@@ -44,6 +47,7 @@ class SceneArguments:
     colors: Collection[str] | None = None
     word_rate: float = 0.25
     presence_first: float = 0.0
+    splits: Collection[str] = SPLITS
 
     def __post_init__(self) -> None:
         for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):
@@ -56,6 +60,9 @@ class SceneArguments:
         for field in ("word_rate", "presence_first"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; use 0 to 1")
+        if unknown := sorted(set(self.splits) - set(SPLITS)):
+            raise ValueError(f"splits has {', '.join(unknown)}; use some of {', '.join(SPLITS)}")
+        object.__setattr__(self, "splits", tuple(split for split in SPLITS if split in self.splits))
         for field in ("names", "colors"):
             if (words := getattr(self, field)) is not None:
                 object.__setattr__(self, field, tuple(sorted(words)))

@@ -73,7 +73,10 @@ def benchmark_rows(builder: SceneBuilder, split: str, benchmark: str, index: int
         if rows is not None:
             names = [f"{benchmark}-{split}-{index * GROUP[benchmark] + number:06d}" for number in range(len(rows))]
             return [{"id": name, **row} for name, row in zip(names, rows, strict=True)]
-    raise ValueError(f"split {split} has too few names for {benchmark}: {', '.join(pool.names)}; allow more names")
+    raise ValueError(
+        f"split {split} has too few names for {benchmark}: {', '.join(pool.names)}; allow more names, fewer "
+        "objects in a picture, or other splits"
+    )
 
 
 def _shared(picture: Picture, encoded: dict, question: Question) -> dict:

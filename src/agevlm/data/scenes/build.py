@@ -25,13 +25,13 @@ from agevlm.data.parallel import worker_map
 from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, refuse_names
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
-from .arguments import SceneArguments
+from .arguments import SPLITS, SceneArguments
 from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
 from .builder import SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message
 from .lessons import text_conversations
-from .splits import SPLITS, held_out_names, held_out_style, is_held_out_pair, make_pools
+from .splits import held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
 FORMAT = 2  # raise when the same arguments would give other pictures or questions (2: choices of counts shuffled)
@@ -149,7 +149,7 @@ def _manifest(builder: SceneBuilder) -> dict:
     source, arguments, kinds = builder.source, builder.arguments, builder.source.kinds
     old = {"colors": "colours"}  # as folders have it that were built before
     options = dataclasses.asdict(arguments)
-    for new, default in (("min_objects", 1), ("presence_first", 0.0)):  # unknown to them
+    for new, default in (("min_objects", 1), ("presence_first", 0.0), ("splits", SPLITS)):  # unknown to them
         if options[new] == default:
             del options[new]
     left_out = ("cutouts", "backgrounds")  # folders count by content, not by path
@@ -159,7 +159,11 @@ def _manifest(builder: SceneBuilder) -> dict:
         "source": {"kind": source.name, "table": source.digest, "backgrounds": builder.backgrounds_digest},
         "counts": {
             **{part: getattr(arguments, part) for part in PARTS},
-            **{f"benchmarks/{s}/{b}": _groups(b, arguments.test) * GROUP[b] for s in SPLITS for b in BENCHMARKS},
+            **{
+                f"benchmarks/{s}/{b}": _groups(b, arguments.test) * GROUP[b]
+                for s in arguments.splits
+                for b in BENCHMARKS
+            },
         },
         "names": sorted(kinds),
         "colours": list(source.colors),
@@ -240,7 +244,8 @@ def _write(files: dict[Path, Features], tables: Iterator[tuple[pa.Table, ...]], 
 
 def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool) -> None:
     counts = {part: getattr(arguments, part) for part in PARTS}
-    total = sum(counts.values()) + len(SPLITS) * sum(_groups(b, arguments.test) * GROUP[b] for b in BENCHMARKS)
+    tests = sum(_groups(b, arguments.test) * GROUP[b] for b in BENCHMARKS)
+    total = sum(counts.values()) + len(arguments.splits) * tests
     bar = tqdm(total=total, desc="scenes", unit="row", disable=not progress)
     with bar, worker_map(num_proc, _start_worker, (arguments,)) as work:
         for part, count in counts.items():
@@ -250,7 +255,7 @@ def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool
                 folder / PHRASES / f"{part}.parquet": PHRASE_FEATURES,
             }
             _write(files, work(_draw_training, [(part, *chunk) for chunk in _chunks(count)]), bar)
-        for split in SPLITS:
+        for split in arguments.splits:
             for benchmark in BENCHMARKS:
                 jobs = [(split, benchmark, *chunk) for chunk in _chunks(_groups(benchmark, arguments.test))]
                 path = folder / "benchmarks" / split / f"{benchmark}.parquet"

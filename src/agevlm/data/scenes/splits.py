@@ -18,7 +18,6 @@ from .objects import Kind
 from .words import SIGN_WORDS
 
 
-SPLITS = ("composition", "name", "style")
 HELD_OUT = 0.1
 _ALWAYS_TEST = "photo"  # a photographic style is the unseen one wherever a name also has drawings
 _POPULAR = 15
