@@ -30,7 +30,10 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+
+
+@needs_proc
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_workers_end_with_their_command(tmp_path, number, status):
     out = tmp_path / "scenes"
@@ -54,5 +57,43 @@ def test_workers_end_with_their_command(tmp_path, number, status):
         process.wait()
         process.stderr.close()
         for worker in workers if "workers" in locals() else []:
+            if runs(worker):
+                os.kill(worker, signal.SIGKILL)
+
+
+STEPS = """
+import time
+from functools import partial
+from agevlm.cli import _interrupt
+from agevlm.reproduction.reproduce import Step, execute
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    execute([Step(name, partial(time.sleep, 600)) for name in "ab"], 2, strict=False, tell=print)
+"""
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_steps_of_a_reproduction_end_with_it(tmp_path, number):
+    """A step takes minutes; SIGTERM reaches the parent alone and must not wait for them."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    workers = []
+    try:
+        wait_until(lambda: len(children(process.pid)) >= 3)  # two and a tracker
+        workers = children(process.pid)
+        time.sleep(5)  # they have begun
+        process.send_signal(number)
+        process.wait(60)
+        wait_until(lambda: not any(runs(worker) for worker in workers))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        for worker in workers:
             if runs(worker):
                 os.kill(worker, signal.SIGKILL)

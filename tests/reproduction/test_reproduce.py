@@ -49,7 +49,7 @@ def test_the_matrix_holds_what_the_paper_and_its_reviewers_ask_for():
         (("guidance_loss", "bce"),), (("guidance_loss", "kl"),),
     }  # fmt: skip
     assert {row.start.position for row in every} == {"after_layer", "after_self_attention"}
-    assert {row.query for row in every} == {"text", "things"}
+    assert {row.query for row in every} == {"text", "things", "phrases", "phrase-words", "phrase-masks"}
     assert {row.start.layers for row in every} == {"default", "first", "last", "every"}
     assert {row.start.twin for row in ROWS.values()} == {"no", "equal", "small"}
 

@@ -15,9 +15,29 @@ from tqdm import tqdm
 
 
 @contextmanager
+def worker_pool(workers: int, setup: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are started afresh ("spawn") and end with this one: at once when it is killed or interrupted.
+
+    Args:
+        setup, arguments: called with them in every process before its first job.
+    """
+    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
+    # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
+    with ProcessPoolExecutor(workers, context, _start, (setup, *arguments)) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # SIGTERM reaches this process alone
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
 def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> Iterator[Callable]:
-    """`map` over processes that are started afresh ("spawn"): functions come from modules, scripts guard their main
-    part. One worker is this process.
+    """`map` over a `worker_pool`: functions come from modules, scripts guard their main part. One worker is this
+    process.
 
     Args:
         setup, arguments: called with them in every process before its first job.
@@ -29,18 +49,14 @@ def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> It
         setup(*arguments)
         yield map
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-    # Not `context.Pool`: it would start workers that cannot run again and again, without an end.
-    with ProcessPoolExecutor(workers, context, _start, (setup, *arguments)) as pool:
-        try:
+    try:
+        with worker_pool(workers, setup, *arguments) as pool:
             yield pool.map
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a worker process ended before its work was done ({workers} workers): out of memory, a script "
-                'without `if __name__ == "__main__":`, or code from standard input. Run it again with fewer.'
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"a worker process ended before its work was done ({workers} workers): out of memory, a script "
+            'without `if __name__ == "__main__":`, or code from standard input. Run it again with fewer.'
+        ) from error
 
 
 def _start(setup: Callable[..., None], *arguments: Any) -> None:

@@ -6,10 +6,9 @@ folder, and lists what is not. The quickstart is a choice of rows: both verbs go
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from agevlm.analysis.padding import measure_padding
 from agevlm.analysis.pairs import Pair, load_pairs
 from agevlm.analysis.similarity import write_similarity
 from agevlm.analysis.subjects import Subject
+from agevlm.data.parallel import worker_pool
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.evaluation import pope, told
 from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
@@ -203,8 +203,7 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
     failed: dict[str, str] = {}
     done: set[str] = set()
     waiting, running = list(steps), dict[Future, Step]()
-    spawn = multiprocessing.get_context("spawn")
-    with _Here() if jobs == 1 else ProcessPoolExecutor(jobs, spawn, initializer=quiet) as pool:
+    with _Here() if jobs == 1 else worker_pool(jobs, quiet) as pool:
         while waiting or running:
             for step in list(waiting):
                 if missing := next((name for name in step.after if name in failed), None):
