@@ -85,7 +85,8 @@ class Start:
         layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
         twin: the concatenating twin of that model, of equal size or without layers for the cross blocks.
         position: where a cross block stands (`AgeVlmConfig.cross_attention_position`).
-        language: the pretrained language model, or one drawn at random, which then trains in all stages.
+        language: the pretrained language model, or one of half its width drawn at random, which then trains in all
+            stages.
     """
 
     layers: Layers = "default"
@@ -146,7 +147,9 @@ class Run:
 
 BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
 QUICKSTART = (BASELINE, GUIDED, GUIDED_TWICE)
+SCRATCH_RATE = 2e-3  # least learning rate from scratch, where nothing can be forgotten
 MAIN, SCRATCH = "Main", "From scratch"
+_SCRATCH = Start(language="scratch")
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
     row.name: row
@@ -176,14 +179,15 @@ ROWS = {
             "Cross layers",
             start=Start(position="after_self_attention"),
         ),
-        Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=Start(language="scratch")),
-        Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=Start(language="scratch")),
-        Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=Start(language="scratch")),
-        Row("scratch-phrases", "AGE-VLM phrase by phrase", SCRATCH, query="phrases", start=Start(language="scratch")),
+        Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=_SCRATCH),
+        Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=_SCRATCH),
+        Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=_SCRATCH),
+        Row("scratch-phrases", "AGE-VLM phrase by phrase", SCRATCH, query="phrases", start=_SCRATCH),
+        Row("scratch-phrases-lm", "AGE-VLM-LM phrase by phrase", SCRATCH, (3, 4), query="phrases", start=_SCRATCH),
+        Row("scratch-phrase-words", "phrases' words, one mask", SCRATCH, query="phrase-words", start=_SCRATCH),
+        Row("scratch-phrase-masks", "phrases' masks, all words", SCRATCH, query="phrase-masks", start=_SCRATCH),
         Row("phrases", "AGE-VLM phrase by phrase", "Phrases", query="phrases"),
         Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrases", guided=(3, 4), query="phrases"),
-        Row("phrase-words", "each phrase's words to the whole mask", "Phrases", query="phrase-words"),
-        Row("phrase-masks", "all words to each phrase's mask", "Phrases", query="phrase-masks"),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
@@ -241,7 +245,9 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
         query: Query = row.query if guided else "text"
         recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided, query))
         if row.start.language == "scratch":
-            recipe = recipe.override(trains=tuple(dict.fromkeys([*recipe.trains, "language_model"])))
+            rate = max(recipe.training["learning_rate"], SCRATCH_RATE)
+            trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
+            recipe = recipe.override(trains=trains, learning_rate=rate)
         inherited = [
             STAGES[s](size=size.recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage
         ]

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from transformers import LlamaConfig
 
 from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import spread_cross_attention_layers
@@ -92,6 +93,12 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     return folder
 
 
+def half_as_wide(config: LlamaConfig) -> LlamaConfig:
+    """The configuration with half of every width: a model from scratch then learns in minutes."""
+    widths = {name: getattr(config, name) // 2 for name in ("hidden_size", "intermediate_size", "head_dim")}
+    return LlamaConfig(**config.to_dict() | widths | {"initializer_range": widths["hidden_size"] ** -0.5})
+
+
 def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -> None:
     """The model that stage 1 starts from: the pretrained parts, and projector and cross blocks drawn from `seed`."""
     if (folder / "config.json").exists():
@@ -107,6 +114,8 @@ def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -
     depth = plan.language_config.num_hidden_layers
     default = size.cross_attention_layers or spread_cross_attention_layers(depth)
     plan = replace(plan, cross_attention_layers=cross_layers(start.layers, default, depth))
+    if start.language == "scratch":
+        plan = replace(plan, language_config=half_as_wide(plan.language_config))
     model: Any = build(plan, seed, from_scratch=start.language == "scratch")
     processor: Any = plan.processor
     if start.twin != "no":
