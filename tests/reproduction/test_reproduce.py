@@ -130,12 +130,12 @@ def test_the_quickstarts_rows_differ_in_guidance_alone(size):
     paths = {row.name: chain(row, size, seed=3) for row in choose_rows(["quickstart"])}
     assert tuple(paths) == QUICKSTART
     weights = {name: [run.recipe.training["guidance_weight"] for run in path] for name, path in paths.items()}
-    assert weights == {"ca-baseline": [0, 0, 0, 0], "agevlm": [0, 0, 1, 0], "agevlm-lm": [0, 0, 1, 1]}
+    assert weights == {"ca-baseline": [0, 0, 0, 0], "agevlm": [0, 0, 1, 0], "phrases": [0, 0, 1, 0]}
     same = [[run.recipe.override(guidance_weight=0, variant="") for run in path] for path in paths.values()]
     assert same[0] == same[1] == same[2]
     assert [run.name for run in unique(paths.values())] == [
         "stage1", "stage2", "stage3-unguided", "stage4-ca-baseline", "stage3-guided", "stage4-agevlm",
-        "stage4-agevlm-lm",
+        "stage3-phrases", "stage4-phrases",
     ]  # fmt: skip
 
 
@@ -223,9 +223,9 @@ def test_missing_parts_say_what_to_do(tmp_path):
 
 @pytest.fixture
 def minute(monkeypatch):
-    """The tiny size, cut down: two stages' rows and few questions."""
-    size = dataclasses.replace(SIZES["tiny"], captions=64, instructions=64, questions=12, pairs=8, oblong=3)
-    monkeypatch.setitem(SIZES, "tiny", size)
+    """The default size, cut down: two stages' rows and few questions."""
+    size = dataclasses.replace(SIZES["clutter"], captions=64, instructions=64, questions=12, pairs=8, oblong=3)
+    monkeypatch.setitem(SIZES, "clutter", size)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 
 
@@ -244,7 +244,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     arguments = ["--output", str(output), "--parts", str(PARTS)]
     cli.reproduce([*arguments, "--only", "quickstart", "--dry-run"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "7 stage runs (shared ones once), 0 finished, 7 to do (14 steps), 3 rows to measure" in said
+    assert "8 stage runs (shared ones once), 0 finished, 8 to do (16 steps), 3 rows to measure" in said
     assert not output.exists()
 
     def interrupt(*_):
@@ -260,7 +260,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     cli.quickstart(arguments)
     assert f"Report: {output / 'report.html'}" in capsys.readouterr().out.replace("\n", "")
     weights = weights_of(output)
-    assert weights.items() > before.items() and len(weights) == 7
+    assert weights.items() > before.items() and len(weights) == 8
     files = {"config.json", "model.safetensors", "modeling_agevlm.py", "processing_agevlm.py", "README.md"}
     assert files <= {path.name for path in (output / "seed-0" / "stage4-agevlm").iterdir()}
     report = report_of(output)
@@ -275,7 +275,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):
         assert all(ROWS[name].title in shown for name in QUICKSTART)
-        assert "not run" in shown and "Language ability" in shown
+        assert "not run" in shown and "phrase by phrase" in shown
         assert "similarity of 8 pairs, padding of 3 pictures" in shown
         assert "questions to 75 %" in shown and "What deviates from the paper" in shown
         assert shown.index("Presence on unseen") < shown.index("Learning curves") < shown.index("Where they look")
@@ -285,10 +285,10 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     cli.reproduce([*arguments, "--only", "query-things"])
     again = report_of(output)
     assert {name: again["numbers"][name] for name in QUICKSTART} == report["numbers"]
-    assert weights_of(output).items() > weights.items() and len(weights_of(output)) == 9
+    assert weights_of(output).items() > weights.items() and len(weights_of(output)) == 10
     assert set(again["numbers"]) == {*QUICKSTART, "query-things"}
     lineages = [
-        read_lineage(output / "seed-0" / chain(ROWS[n], "tiny", 0)[2].name) for n in ("agevlm", "query-things")
+        read_lineage(output / "seed-0" / chain(ROWS[n], "clutter", 0)[2].name) for n in ("agevlm", "query-things")
     ]
     assert lineages[0]["data"]["fingerprint"] != lineages[1]["data"]["fingerprint"]  # other words are guided
 

@@ -7,19 +7,25 @@ run. Table 2's claims are made where the paper's own table makes them.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agevlm.stats import interval
 
-from .matrix import BASELINE, GUIDED, GUIDED_TWICE, TWIN
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, PHRASES, TWIN
 from .scores import ACCURACY, FALSE_YES, MASS, TABLE_2, Scores
 
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
 HIGHER, LOWER, UNCLEAR, ONE_SEED = "higher", "lower", "no clear difference", "one seed"
-_SHORT = {BASELINE: "CA-baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "the concatenating twin"}
+_SHORT = {
+    BASELINE: "CA-baseline",
+    GUIDED: "AGE-VLM",
+    GUIDED_TWICE: "AGE-VLM-LM",
+    TWIN: "the concatenating twin",
+    PHRASES: "phrase by phrase",
+}
 
 Files = Mapping[str, Sequence[Any]]  # row -> what one file of each seed says
 
@@ -50,6 +56,7 @@ def claims(scores: Scores, similarity: Files, padding: Files) -> list[Claim]:
             wanted=LOWER,
             able=ACCURACY,
         ),
+        *_by_phrase(scores),
         against(scores, GUIDED, GUIDED_TWICE, MASS, "Section 3.2.3: guiding stage 4 too moves the attention further"),
         against(scores, TWIN, GUIDED, ACCURACY, "Better than the concatenating twin: presence"),
         *_table_2(scores, BASELINE),
@@ -114,6 +121,15 @@ def _verdict(holds: bool, *seeds: int) -> str:
     if min(seeds, default=2) < 2:
         return UNDECIDED
     return HOLDS if holds else FAILS
+
+
+def _by_phrase(scores: Scores) -> Iterator[Claim]:
+    """Beyond the paper: a mask for each phrase of a text."""
+    for rival, words in ((BASELINE, "unguided"), (GUIDED, "guided by one mask for the text")):
+        title = f"Beyond the paper: guided phrase by phrase answers better than {words}"
+        yield against(scores, rival, PHRASES, ACCURACY, f"{title}: presence")
+        title = f"Beyond the paper: guided phrase by phrase hallucinates less than {words}"
+        yield against(scores, rival, PHRASES, FALSE_YES, title, wanted=LOWER, able=ACCURACY)
 
 
 def _uses_the_picture(scores: Scores) -> Claim:

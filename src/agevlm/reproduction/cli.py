@@ -7,10 +7,11 @@ from pathlib import Path
 from agevlm.arguments import VerbParser, at_least
 
 
-SIZES = ("tiny", "clutter", "small")
+SIZES = ("clutter", "clutter-able", "tiny", "tiny-scratch", "small")
 SIZE_HELP = (
-    "tiny (default): drawn icons, 23 minutes of processor time a seed; clutter: the same with four to six small "
-    "things in a picture; small: SmolLM2-135M and cut-out pictures, hours"
+    "clutter (default): four to six small drawn icons, a language model from scratch; tiny: one to three larger ones, "
+    "a pretrained language model of 0.8M; clutter-able, tiny-scratch: the other way round; small: SmolLM2-135M and "
+    "cut-out pictures, hours"
 )
 
 
@@ -24,7 +25,7 @@ class _Once(argparse.Action):
 
 
 def quickstart(argv: list[str] | None = None) -> None:
-    """Train the paper's three variants through all stages, evaluate on unseen scenes, write a report.
+    """Train a model without guidance, the paper's and one guided phrase by phrase, evaluate on unseen scenes, report.
 
     The same as `agevlm reproduce --only quickstart --strict`; that verb adds other rows to the folder.
     """
@@ -56,12 +57,14 @@ def reproduce(argv: list[str] | None = None) -> None:
 
 def _add_run(parser: VerbParser, output: Path) -> None:
     """What both verbs have in common."""
-    parser.add_argument("--size", choices=SIZES, default="tiny", help=SIZE_HELP)
+    parser.add_argument("--size", choices=SIZES, default=SIZES[0], help=SIZE_HELP)
     parser.add_argument("--output", type=Path, action=_Once, default=output, help="folder (default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
     )
-    parser.add_argument("--parts", type=Path, help="pretrained tower and language model (default for tiny: ours)")
+    parser.add_argument(
+        "--parts", type=Path, help="pretrained tower and language model (default: ours, but for small)"
+    )
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
 
 

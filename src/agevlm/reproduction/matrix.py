@@ -26,7 +26,6 @@ Layers = Literal["default", "first", "last", "every"]
 Query = Literal["text", "things", "phrases", "phrase-words", "phrase-masks"]
 Twin = Literal["no", "equal", "small"]
 Position = Literal["after_layer", "after_self_attention"]
-Language = Literal["pretrained", "scratch"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,10 @@ class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
     stages' recipes, the share of rows that ask for presence alone and come first, what is in the pictures (None:
     everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), and the pairs of
-    the similarity and pictures of the padding (`oblong`)."""
+    the similarity and pictures of the padding (`oblong`).
+
+    From `scratch`, the language model is drawn at random, with half of the pretrained one's width, and trains in all
+    stages: what it knows of looking things up it learned here."""
 
     captions: int
     instructions: int
@@ -43,6 +45,7 @@ class Size:
     max_objects: int
     recipes: str
     presence_first: float = 0.0
+    scratch: bool = False
     min_objects: int = 1
     image_size: int = 224
     names: tuple[str, ...] | None = None
@@ -69,10 +72,13 @@ _TINY = Size(
     colors=COLORS,
     cross_attention_layers=(1, 4),
 )
+# Four to six small things, so that looking at things is not yet looking at the right one
+_CLUTTER = replace(_TINY, min_objects=4, max_objects=6, image_size=320)
 SIZES = {
+    "clutter": replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0),
+    "clutter-able": _CLUTTER,
     "tiny": _TINY,
-    # Four to six small things, so that looking at things is not yet looking at the right one
-    "clutter": replace(_TINY, min_objects=4, max_objects=6, image_size=320),
+    "tiny-scratch": replace(_TINY, scratch=True),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
 }
 
@@ -85,22 +91,18 @@ class Start:
         layers: where the cross blocks sit: as the size has it, its first or last one alone, or after every layer.
         twin: the concatenating twin of that model, of equal size or without layers for the cross blocks.
         position: where a cross block stands (`AgeVlmConfig.cross_attention_position`).
-        language: the pretrained language model, or one of half its width drawn at random, which then trains in all
-            stages.
     """
 
     layers: Layers = "default"
     twin: Twin = "no"
     position: Position = "after_layer"
-    language: Language = "pretrained"
 
     @property
     def name(self) -> str:
         """Its folder."""
         twin = {"no": "", "equal": "-twin", "small": "-small-twin"}[self.twin]
         inside = "" if self.position == "after_layer" else "-inside"
-        scratch = "" if self.language == "pretrained" else "-scratch"
-        return f"start{twin}{inside}{scratch}" + ("" if self.layers == "default" else f"-{self.layers}")
+        return f"start{twin}{inside}" + ("" if self.layers == "default" else f"-{self.layers}")
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,10 @@ class Run:
         return self.parent or self.start.name
 
 
-BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
-QUICKSTART = (BASELINE, GUIDED, GUIDED_TWICE)
+BASELINE, GUIDED, GUIDED_TWICE, TWIN, PHRASES = "ca-baseline", "agevlm", "agevlm-lm", "twin", "phrases"
+QUICKSTART = (BASELINE, GUIDED, PHRASES)
 SCRATCH_RATE = 2e-3  # least learning rate from scratch, where nothing can be forgotten
-MAIN, SCRATCH = "Main", "From scratch"
-_SCRATCH = Start(language="scratch")
+MAIN = "Main"
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
     row.name: row
@@ -179,15 +180,10 @@ ROWS = {
             "Cross layers",
             start=Start(position="after_self_attention"),
         ),
-        Row("scratch-ca-baseline", "CA-baseline", SCRATCH, guided=(), start=_SCRATCH),
-        Row("scratch-agevlm", "AGE-VLM", SCRATCH, start=_SCRATCH),
-        Row("scratch-agevlm-lm", "AGE-VLM-LM", SCRATCH, guided=(3, 4), start=_SCRATCH),
-        Row("scratch-phrases", "AGE-VLM phrase by phrase", SCRATCH, query="phrases", start=_SCRATCH),
-        Row("scratch-phrases-lm", "AGE-VLM-LM phrase by phrase", SCRATCH, (3, 4), query="phrases", start=_SCRATCH),
-        Row("scratch-phrase-words", "phrases' words, one mask", SCRATCH, query="phrase-words", start=_SCRATCH),
-        Row("scratch-phrase-masks", "phrases' masks, all words", SCRATCH, query="phrase-masks", start=_SCRATCH),
-        Row("phrases", "AGE-VLM phrase by phrase", "Phrases", query="phrases"),
+        Row(PHRASES, "AGE-VLM phrase by phrase", MAIN, query="phrases"),
         Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrases", guided=(3, 4), query="phrases"),
+        Row("phrase-words", "phrases' words, one mask", "Phrases", query="phrase-words"),
+        Row("phrase-masks", "phrases' masks, all words", "Phrases", query="phrase-masks"),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
@@ -244,7 +240,7 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
         guided = stage in row.guided
         query: Query = row.query if guided else "text"
         recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided, query))
-        if row.start.language == "scratch":
+        if size.scratch:
             rate = max(recipe.training["learning_rate"], SCRATCH_RATE)
             trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
             recipe = recipe.override(trains=trains, learning_rate=rate)

@@ -114,9 +114,9 @@ def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -
     depth = plan.language_config.num_hidden_layers
     default = size.cross_attention_layers or spread_cross_attention_layers(depth)
     plan = replace(plan, cross_attention_layers=cross_layers(start.layers, default, depth))
-    if start.language == "scratch":
+    if size.scratch:
         plan = replace(plan, language_config=half_as_wide(plan.language_config))
-    model: Any = build(plan, seed, from_scratch=start.language == "scratch")
+    model: Any = build(plan, seed, from_scratch=size.scratch)
     processor: Any = plan.processor
     if start.twin != "no":
         model, processor = concatenating_twin(model, processor, equal_size=start.twin == "equal")

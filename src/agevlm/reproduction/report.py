@@ -27,7 +27,7 @@ from agevlm.training.lineage import git_commit, library_versions, read_lineage
 from .charts import draw_charts
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
 from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
-from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, ROWS, TWIN
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, PHRASES, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
     ACCURACY,
@@ -293,8 +293,9 @@ LEAD = (
     ),
     Section(
         "Tables 3 to 6's analogue: answers and attention",
-        "Above the first three presence questions with a mask that the guided model (AGE-VLM-LM if it is there) "
-        "answers right and CA-baseline wrong; below the first three of all, not selected. First seed. Maps are means "
+        "Above the first three presence questions with a mask that the guided model (phrase by phrase, else "
+        "AGE-VLM-LM, else AGE-VLM) answers right and CA-baseline wrong; below the first three of all, not selected. "
+        "First seed. Maps are means "
         "over the question's tokens and heads: of the first cross layer, as in the paper, and over all cross layers; "
         "of the concatenating twin, of the first self-attention layer, as in the paper. Percent: attention inside the "
         "outline.",
@@ -368,7 +369,7 @@ def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     first = {name: next(iter(found[name].values())) for name in names}
     every = [index for index, mask in enumerate(rows["mask"]) if mask is not None]
-    guided = next((name for name in (GUIDED_TWICE, GUIDED) if name in names), None)
+    guided = next((name for name in (PHRASES, GUIDED_TWICE, GUIDED) if name in names), None)
     apart: list[int] = []
     if guided is not None and BASELINE in names:
         right, wrong = (right_answers(first[name], pope.PAPER) for name in (guided, BASELINE))

@@ -115,7 +115,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             folder,
             data=rows,
             init_from=origin,
-            language=place.scenes,
+            language=None if SIZES[place.size].scratch else place.scenes,  # which knows none before stage 4
             stored_features=place.features if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
