@@ -71,7 +71,7 @@ NEW_OUTPUT = (
 )  # fmt: skip
 ADDED = {
     "init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"},
-    "ground import": {"rows", "query"}, "data scenes": {"min-objects", "presence-first"}, 
+    "ground import": {"rows", "query"}, "data scenes": {"min-objects", "presence-first", "splits"},
     "push": {"hub-model-id", "hub_model_id"},
 }  # fmt: skip
 

@@ -296,14 +296,14 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_runs_with_the_same_tower_share_its_features(minute, tmp_path):
     """Over seeds; the twin opens its pictures."""
-    place = Place(tmp_path / "out", "tiny", PARTS)
-    draw_scenes(place.scenes, SIZES["tiny"], None)
+    place = Place(tmp_path / "out", "clutter", PARTS)
+    draw_scenes(place.scenes, SIZES["clutter"], None)
     sizes = []
     for seed in (0, 1):
-        train_step(place, seed, chain(ROWS["agevlm"], "tiny", seed)[0])
+        train_step(place, seed, chain(ROWS["agevlm"], "clutter", seed)[0])
         sizes.append([(path.name, path.stat().st_size) for path in sorted(place.features.rglob("*.bin"))])
     assert sizes[0] == sizes[1] and len(sizes[0]) == 2
-    train_step(place, 0, chain(ROWS["twin"], "tiny", 0)[0])
+    train_step(place, 0, chain(ROWS["twin"], "clutter", 0)[0])
 
 
 @pytest.mark.slow
