@@ -181,9 +181,9 @@ ROWS = {
             start=Start(position="after_self_attention"),
         ),
         Row(PHRASES, "AGE-VLM phrase by phrase", MAIN, query="phrases"),
-        Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrases", guided=(3, 4), query="phrases"),
-        Row("phrase-words", "phrases' words, one mask", "Phrases", query="phrase-words"),
-        Row("phrase-masks", "phrases' masks, all words", "Phrases", query="phrase-masks"),
+        Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrase by phrase", guided=(3, 4), query="phrases"),
+        Row("phrase-words", "phrases' words, one mask", "Phrase by phrase", query="phrase-words"),
+        Row("phrase-masks", "phrases' masks, all words", "Phrase by phrase", query="phrase-masks"),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
