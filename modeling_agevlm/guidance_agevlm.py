@@ -19,6 +19,7 @@ key/value heads, D head width, Q selected tokens of a row, those of one phrase a
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,15 +63,20 @@ def _pieces(
     image_BTN: torch.Tensor,
     cells_BNL: torch.Tensor,
     scaling: float,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, int]]]]:
+) -> Iterator[
+    tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[list[int], torch.Tensor, int]]]
+]:
     """The selected part of the attention, a row and up to 128 tokens at a time: row, tokens `(Q,)`, queries
     `(G, H / G * Q, D)`, keys `(G, V, D)`, softmax weights `(G, H / G, Q, V)`, and for each phrase among the tokens its
-    number, its part of the weights (a view) and the number of all its tokens. All in float32: rounding scores of
-    about 10 to bfloat16 would change the weights by some percent."""
+    number, its part of the weights (a view) and the number of all its tokens. Phrases with the same tokens are
+    computed once: one entry with all of their numbers. All in float32: rounding scores of about 10 to bfloat16 would
+    change the weights by some percent."""
     groups, width = key_BGVD.shape[1], query_BHTD.shape[-1]
-    counts = selected_BPT.sum(-1).tolist()
-    tokens_of_row = selected_BPT.nonzero()[:, 2].split([sum(of_row) for of_row in counts])
-    for row, (of_row, tokens) in enumerate(zip(counts, tokens_of_row, strict=True)):
+    for row, of_row in enumerate(selected_BPT.cpu().numpy()):
+        numbers_of: dict[tuple[int, ...], list[int]] = {}  # by the tokens
+        for number, of_phrase in enumerate(of_row):
+            numbers_of.setdefault(tuple(of_phrase.nonzero()[0].tolist()), []).append(number)
+        tokens = torch.tensor(list(chain(*numbers_of)), device=key_BGVD.device)
         if len(tokens) == 0:
             continue
         key = key_BGVD[row].float()
@@ -81,10 +87,10 @@ def _pieces(
             scores = (query @ key.transpose(1, 2)).mul_(scaling).unflatten(1, (-1, len(tokens_Q)))
             scores.masked_fill_(~visible_QV, float("-inf"))
             weights, phrases, end = scores.softmax(-1), [], -first
-            for phrase, count in enumerate(of_row):
-                start, end = max(end, 0), end + count
+            for of_phrase, numbers in numbers_of.items():
+                start, end = max(end, 0), end + len(of_phrase)
                 if start < min(end, len(tokens_Q)):
-                    phrases.append((phrase, weights[:, :, start:end], count))
+                    phrases.append((numbers, weights[:, :, start:end], len(of_phrase)))
             yield row, tokens_Q, query, key, weights, phrases
 
 
@@ -101,8 +107,8 @@ def _attention_map(
     maps_BPV = query_BHTD.new_zeros(*selected_BPT.shape[:2], key_BGVD.shape[2], dtype=torch.float32)
     with torch.autocast(query_BHTD.device.type, enabled=False):  # it would undo the casts to float32
         for row, *_, phrases in _pieces(query_BHTD, key_BGVD, selected_BPT, image_BTN, cells_BNL, scaling):
-            for phrase, weights, count in phrases:
-                maps_BPV[row, phrase] += weights.sum((0, 1, 2)) / (heads * count)
+            for numbers, weights, count in phrases:
+                maps_BPV[row, numbers] += weights.sum((0, 1, 2)) / (heads * count)
     return maps_BPV
 
 
@@ -129,8 +135,8 @@ def _add_map_gradients(
         for row, tokens_Q, query, key, weights, phrases in _pieces(
             query_BHTD, key_BGVD, selected_BPT, image_BTN, cells_BNL, scaling
         ):
-            for phrase, part, count in phrases:
-                grad_V = grad_map_BPV[row, phrase]
+            for numbers, part, count in phrases:
+                grad_V = grad_map_BPV[row, numbers].sum(0)
                 part.mul_(grad_V - (part @ grad_V)[..., None]).mul_(scaling / (heads * count))
             grad_scores = weights.flatten(1, 2)
             grad_query = (grad_scores @ key).reshape(heads, len(tokens_Q), width)
