@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import agevlm
 from agevlm import cli
 from agevlm.arguments import VerbParser
+from agevlm.reproduction import reproduce
+from agevlm.reproduction.prepare import prepare_parts
+from agevlm.serving.demo import app
 from agevlm.store import locked
 from agevlm.training import flags as training_flags
 
@@ -210,6 +214,23 @@ def test_system_errors_are_one_line(error, said, monkeypatch, capsys):
         cli.main()
     text = capsys.readouterr().err
     assert ended.value.code == 2 and text.startswith(f"agevlm: {said}") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["demo", "quickstart", "reproduce"])
+def test_what_comes_with_the_package_is_found_from_any_folder(verb, monkeypatch, tmp_path):
+    """Offline and outside of a clone; `test_wheel.py` installs the package and does the work."""
+    found = []
+
+    def parts(options: argparse.Namespace) -> None:
+        found.append(prepare_parts(options.size, options.parts, options.output, options.cutouts))
+
+    monkeypatch.setattr(app, "run_verb", lambda options: found.append(options.model))
+    monkeypatch.setattr(reproduce, "run_verb", parts)
+    monkeypatch.chdir(tmp_path)
+    cli.dispatch([verb])
+    (folder,) = map(Path, found)
+    assert folder.is_relative_to(Path(agevlm.__file__).parent) and list(folder.rglob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_env_names_what_a_bug_report_needs():

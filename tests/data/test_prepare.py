@@ -97,6 +97,13 @@ def test_json_beside_its_pictures_is_converted_once(tmp_path, cache, capsys):
     assert prepare(source, "captions") != folder  # another file, another conversion
 
 
+@pytest.mark.parametrize(("there", "read"), [("captions", "instructions"), ("instructions", "captions")])
+def test_the_part_that_a_stage_reads_is_missing(tmp_path, there, read):
+    (tmp_path / there).mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path} has no folder {read}, which this stage reads"):
+        prepare(tmp_path, read)
+
+
 def test_what_is_prepared_already_stays_as_it_is(tmp_path, cache):
     (tmp_path / "captions").mkdir()
     assert prepare(tmp_path, "captions") == str(tmp_path)

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from agevlm.hub_cards import read_facts, render_card, weights_fingerprint, write
 from agevlm.hub_cards.cli import main
 from agevlm.hub_cards.facts import count_parameters
 from agevlm.training.publish import published_files
-from builders import save_tiny, tiny_model
+from builders import picture, save_tiny, tiny_model
 
 
 FACTS = {
@@ -171,6 +172,20 @@ def test_a_published_card_pins_its_tag(folder):
     assert (
         'repo = "org/m"' in text and 'from_pretrained(repo, revision="stage3-ground", trust_remote_code=True)' in text
     )
+
+
+@pytest.mark.parametrize("facts", [{}, {"data": FACTS["data"]}, {**FACTS, "repo": None}])
+def test_the_quick_start_runs_where_the_card_lies_and_fits_any_data(folder, facts, monkeypatch, capsys):
+    """Before a push; it asks about nothing that the training data happened to show."""
+    (folder / "agevlm_stage.json").write_text(json.dumps(facts))
+    text = check_well_formed(write_card(folder).parent)
+    assert "apple" not in text and 'repo = "."  # the folder of this file\n' in text
+    picture().save(folder / "picture.jpg")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (folder.parent / "quick_start.py").write_text(code)
+    monkeypatch.chdir(folder)
+    runpy.run_path(str(folder.parent / "quick_start.py"))
+    assert capsys.readouterr().out.endswith("\n")
 
 
 # ---- agevlm card ----

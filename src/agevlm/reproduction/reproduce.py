@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from agevlm.analysis.padding import measure_padding
@@ -46,6 +47,7 @@ from .scores import LANGUAGE, PADDING, SIMILARITY, Trained
 MAX_NEW_TOKENS = 32
 MISMATCHED_SEEDS = (0, 1, 2)  # of the similarity
 CURVE_POINTS = 12  # of a learning curve
+EVERY = 30  # seconds between the lines that a stage run prints
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,24 @@ class Step:
     after: tuple[str, ...] = ()
 
 
+class Tell(TrainerCallback):
+    """Prints a line now and then: how far a stage run is, and the time left. A log file has no progress bar."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = self.told = time.monotonic()
+        self.first = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, steps, now = state.global_step, state.max_steps, time.monotonic()
+        if now - self.told >= EVERY:
+            self.told = now
+            left = (now - self.begun) * (steps - step) / (step - self.first)
+            print(f"{self.name}: step {step:,} of {steps:,}, {left / 60:.1f} minutes left", flush=True)
+
+
 def train_step(place: Place, seed: int, run: Run) -> None:
     """One stage run, with the model it starts from if it is the first."""
     origin = place.output / f"seed-{seed}" / run.origin
@@ -119,6 +139,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             stored_features=place.features if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
+            callbacks=[Tell(f"seed-{seed}/{run.name}")],
             console=Console(quiet=True, markup=False),
         )
 

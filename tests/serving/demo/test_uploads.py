@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from bad_rows import bomb_png
 from demo_client import META, call, upload
 
 from agevlm.serving.demo import app
+from agevlm.serving.demo.answering import MAX_QUESTION
 
 
 QUESTION = "Is there a red apple in the image?"
@@ -138,6 +142,40 @@ def test_an_upload_is_opened_however_it_is_described(server, uploaded, example):
         assert call(server.address, sent, QUESTION, SECONDS) == answers
     nameless = upload(server.address, "", example.read_bytes())  # as a browser may name what is pasted
     assert call(server.address, nameless, QUESTION, SECONDS) == answers
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("requests", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_hostile_requests_spoil_no_other_answer(server, uploaded, requests):
+    """Every fifth request is hostile; all are sent at once, and again where the queue is full."""
+    bomb = upload(server.address, "bomb.png", bomb_png(65_000, 65_000))
+    nonsense = upload(server.address, "nonsense.png", b"no picture")
+    known = {question: call(server.address, uploaded, question) for question in (QUESTION, "What is in the image?")}
+    hostile = [
+        (nonsense, QUESTION, "nonsense.png is no picture that can be opened"),
+        (bomb, QUESTION, "bomb.png has too many pixels"),
+        (uploaded, "x" * (MAX_QUESTION + 1), "ask in 2000 or fewer"),
+        *(({"path": name}, QUESTION, "there is no picture; upload one") for name in NAMES.values()),
+    ]
+
+    def send(number: int) -> object:
+        sent, question = (uploaded, list(known)[number % 2]) if number % 5 else hostile[number // 5 % len(hostile)][:2]
+        while True:
+            try:
+                return call(server.address, sent, question, 250)
+            except urllib.error.HTTPError as error:
+                assert error.code == 503, error
+                time.sleep(0.2)
+            except RuntimeError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(requests) as pool:
+        replies = list(pool.map(send, range(requests)))
+    for number, reply in enumerate(replies):
+        if number % 5:
+            assert reply == known[list(known)[number % 2]], number
+        else:
+            assert hostile[number // 5 % len(hostile)][2] in reply, number
 
 
 @pytest.mark.parametrize(

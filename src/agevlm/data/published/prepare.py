@@ -25,13 +25,17 @@ def prepare(data: str | Path, part: str) -> str:
         part: `captions` or `instructions`.
 
     Raises:
-        ValueError: nothing to train on is there; see `open_source` and `convert`.
+        ValueError: nothing to train on, or the other part, is there; see `open_source` and `convert`.
     """
     folder = Path(data)
     if "://" in str(data) or (folder / part).is_dir():
         return str(data)
     if (folder / "summary.json").is_file():
         raise ValueError(f"{data} is one part of a data set: name the folder {part} and give the one above it")
+    if (folder / "captions").is_dir() or (folder / "instructions").is_dir():
+        raise ValueError(
+            f"{data} has no folder {part}, which this stage reads: put its rows there, or name another set"
+        )
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "agevlm"
     cache.mkdir(parents=True, exist_ok=True)
     source = open_source(data, None, cache)
