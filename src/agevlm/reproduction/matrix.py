@@ -149,7 +149,6 @@ class Run:
 
 BASELINE, GUIDED, GUIDED_TWICE, TWIN, PHRASES = "ca-baseline", "agevlm", "agevlm-lm", "twin", "phrases"
 QUICKSTART = (BASELINE, GUIDED, PHRASES)
-SCRATCH_RATE = 2e-3  # least learning rate from scratch, where nothing can be forgotten
 MAIN = "Main"
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
@@ -232,6 +231,16 @@ def _names(size: Size) -> dict[str, str]:
     return names
 
 
+def _from_scratch(recipe: StageRecipe) -> StageRecipe:
+    """The recipe with a language model that trains too, at a rate that would make a pretrained one forget. Lookup is
+    found after a number of steps rather than of questions, so the questions come in smaller ones."""
+    trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
+    recipe = recipe.override(trains=trains, learning_rate=max(recipe.training["learning_rate"], 2e-3))
+    if recipe.data == "instructions":
+        recipe = recipe.override(global_batch_size=16, per_device_train_batch_size=16)
+    return recipe
+
+
 def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
     """Address, recipe and query of every stage run of a row."""
     made = []
@@ -241,9 +250,7 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
         query: Query = row.query if guided else "text"
         recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided, query))
         if size.scratch:
-            rate = max(recipe.training["learning_rate"], SCRATCH_RATE)
-            trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
-            recipe = recipe.override(trains=trains, learning_rate=rate)
+            recipe = _from_scratch(recipe)
         inherited = [
             STAGES[s](size=size.recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage
         ]
