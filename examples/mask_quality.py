@@ -1,7 +1,7 @@
 """How good must masks be? Stage 3 at the tiny size on masks made worse on purpose, and on fewer (section 3.2.2).
 
-    agevlm quickstart --seeds 0 1 2                       # stage 2 of every seed, and the scenes
-    python examples/mask_quality.py runs/quickstart runs/mask-quality --seeds 0 1 2
+    agevlm reproduce --size tiny --only main --seeds 0 1 2 --output runs/tiny   # stage 2 of every seed, and the scenes
+    python examples/mask_quality.py runs/tiny runs/mask-quality --seeds 0 1 2
 
 Every configuration (corruption, share of the rows that bring a mask, seed) is one run of stage 3 from that seed's
 stage 2, on its captions and with its recipe. Then the model is asked the presence questions of unseen scenes: whether
@@ -77,7 +77,7 @@ def run_configuration(
     started = time.monotonic()
     scenes, start = quickstart / "scenes", quickstart / f"seed-{seed}" / "stage2"
     if not (start / "config.json").is_file():
-        raise ValueError(f"{start} holds no stage 2; run `agevlm quickstart --seeds {seed}` first")
+        raise ValueError(f"{start} holds no stage 2; run `agevlm reproduce --size tiny --only main --seeds {seed}` first")
     processor = load_processor(start, ours=True)
     captions = Dataset(pq.read_table(scenes / "captions" / "train.parquet"))
     captions = captions if rows is None else captions.select(range(min(rows, len(captions))))
@@ -163,7 +163,7 @@ def _told(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("quickstart", type=Path, help="folder of a finished quickstart")
+    parser.add_argument("quickstart", type=Path, help="folder of a finished reproduction of size tiny")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--corruptions", nargs="+", default=list(CORRUPTIONS), metavar="KIND:AMOUNT")
