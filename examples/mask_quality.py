@@ -77,7 +77,7 @@ def run_configuration(
     started = time.monotonic()
     scenes, start = quickstart / "scenes", quickstart / f"seed-{seed}" / "stage2"
     if not (start / "config.json").is_file():
-        raise ValueError(f"{start} holds no stage 2; run `agevlm reproduce --size tiny --only main --seeds {seed}` first")
+        raise ValueError(f"{start} holds no stage 2; run `agevlm reproduce --size tiny --seeds {seed}` first")
     processor = load_processor(start, ours=True)
     captions = Dataset(pq.read_table(scenes / "captions" / "train.parquet"))
     captions = captions if rows is None else captions.select(range(min(rows, len(captions))))
