@@ -16,6 +16,7 @@ def ground(argv: list[str] | None = None) -> None:
     """Make masks from texts: Florence-2 + SAM and others.
 
     agevlm ground DATASET --output OUT --backend florence2+sam2 --query caption --keep 77000
+    agevlm ground DATASET --output DATASET/phrases --backend florence2-phrases+sam2 --by-phrase
     agevlm ground view OUT                       # a page to judge the masks by eye
     agevlm ground quality OUT --against MASKS    # IoU, boundary F and grid IoU against exact masks
     agevlm ground export OUT --output coco.json  # COCO annotations with run lengths
