@@ -17,6 +17,7 @@ from agevlm.drawing import (
     enlarge,
     heat_layer,
     outline,
+    outline_phrases,
     overlay,
     panels,
     peak_of,
@@ -85,6 +86,19 @@ def test_the_outline_follows_the_masks_border_on_light_and_dark(brightness):
     np.testing.assert_allclose(box, [20 * scale, 10 * scale, 40 * scale, 30 * scale], atol=8)
     assert drawn.getpixel((round(30 * scale), round(20 * scale))) == (brightness,) * 3
     assert {(0, 0, 0), (255, 255, 255)} <= {color for _, color in drawn.getcolors()}
+
+
+def test_phrases_have_lines_and_words_of_one_color_each():
+    phrases = [("a red apple", mask(60, 40, (2, 2, 20, 30))), ("a tree", mask(60, 40, (30, 2, 50, 30)))]
+    named = outline_phrases(GREY, phrases)
+    height = enlarge(GREY).height
+    assert named.size == (SIDE, height + 2 * 28)
+    colors = [
+        {color for _, color in named.crop((0, top, SIDE, end)).getcolors(1 << 20)} - {(255, 255, 255)}
+        for top, end in ((0, height), (height, height + 28), (height + 28, height + 56))
+    ]
+    first, second = colors[0] & colors[1], colors[0] & colors[2]
+    assert len(first) == len(second) == 1 and first != second
 
 
 def test_panels_hold_every_picture_and_any_title():

@@ -147,9 +147,9 @@ def check_guided(rows: Any, weight: float) -> None:
     if not guided:
         raise ValueError(
             f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {counted}rows has a mask. Give "
-            "masks: --masks MASKS of `agevlm ground`, files in DATA/masks, or a column `guidance` "
-            "(`agevlm.data.masks.join_masks`); and use a share of them above 0 (--mask-fraction). To train without "
-            "guidance: --variant ca-baseline, or `guidance_weight=0`."
+            "masks: --masks MASKS of `agevlm ground`, files in DATA/masks (by phrase: DATA/phrases), or a column "
+            "`guidance` (`agevlm.data.masks.join_masks`); and use a share of them above 0 (--mask-fraction). To train "
+            "without guidance: --variant ca-baseline, or `guidance_weight=0`."
         )
 
 

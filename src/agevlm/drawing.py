@@ -22,8 +22,8 @@ OPACITY = 0.8  # of the hottest color
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
 MOST_LINES = 4  # of a title; the whole text is in the JSON beside the picture
 GAP = 14  # pixels between panels
-_LINES = ((9, (0, 0, 0)), (5, (255, 255, 255)))  # of an outline: a light line between two dark ones
 _PAPER, _INK = (255, 255, 255), (28, 28, 32)
+_PHRASES = [tuple(color) for color in colormaps["Dark2"](range(8), bytes=True)[:, :3].tolist()]  # readable on white
 
 
 def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
@@ -76,17 +76,31 @@ def heat_layer(heat: np.ndarray, peak: float, size: tuple[int, int]) -> Image.Im
     return layer
 
 
-def outline(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture (enlarged) with the border of a mask of its proportions, visible on light and on dark."""
+def outline(image: Image.Image, mask: Image.Image, color: tuple[int, ...] = _PAPER) -> Image.Image:
+    """The picture (enlarged) with the border of a mask of its proportions, a line of a color between two dark ones."""
     drawn = enlarge(image).copy()
     inside = mask.convert("L").point(lambda value: 255 if value else 0).resize(drawn.size, Image.Resampling.NEAREST)
     inside = inside.filter(ImageFilter.ModeFilter(9))  # rounds the steps that enlarging leaves
-    for width, color in _LINES:
+    for width, line in ((9, (0, 0, 0)), (5, color)):
         border = ImageChops.subtract(
             inside.filter(ImageFilter.MaxFilter(width)), inside.filter(ImageFilter.MinFilter(width))
         )
-        drawn.paste(color, mask=border)
+        drawn.paste(line, mask=border)
     return drawn
+
+
+def outline_phrases(image: Image.Image, phrases: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """The picture (enlarged) with the border of each phrase's mask in a color of its own, and its words below."""
+    drawn, font = enlarge(image), _font(22)
+    lines: list[tuple[str, tuple[int, ...]]] = []
+    for (words, mask), color in zip(phrases, _PHRASES, strict=False):
+        drawn = outline(drawn, mask, color)
+        lines += [(line, color) for line in _lines(words, font, drawn.width)]
+    sheet = Image.new("RGB", (drawn.width, drawn.height + 28 * len(lines)), _PAPER)
+    sheet.paste(drawn)
+    for index, (line, color) in enumerate(lines):
+        ImageDraw.Draw(sheet).text((0, drawn.height + 28 * index), line, fill=color, font=font)
+    return sheet
 
 
 def panels(

@@ -2,6 +2,7 @@
 the limit and answers without a region are told, and folders, bytes and boxes come out as they should."""
 
 import functools
+import re
 
 import builders_grounding as tiny
 import numpy as np
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers.utils import is_torchvision_available
 
 from agevlm.data.rows import ROW_FEATURES
-from agevlm.grounding.backends import load_backend
+from agevlm.grounding.backends import TwoSteps, load_backend
 from agevlm.grounding.choices import GROUNDERS, Published, names
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.models import MAX_BOXES, PHRASES_TASK, SEGMENTATION_TASK, Florence2, Sam
@@ -110,6 +111,16 @@ def test_the_whole_chain_loses_no_row(name, folders, tmp_path):
     assert {revision["commit"] for revision in one[0]["revisions"]} == {None}
 
 
+def test_grounding_dino_tells_the_words_of_every_box(folders):
+    backend, images = backend_of("grounding-dino+sam", folders), tiny.pictures(4)
+    found = [grounding for grounding in backend(images, TEXTS, list("abcd")) if grounding.boxes]
+    assert len(found) > 1
+    for grounding in found:
+        assert len(grounding.labels) == len(grounding.boxes) == len(grounding.masks) == len(grounding.scores)
+        for label in grounding.labels:
+            assert any({*re.findall(r"\w+", label)} <= {*re.findall(r"\w+", text)} for text in TEXTS)
+
+
 def test_florence_without_places_in_its_answer_finds_nothing(tmp_path):
     florence = Florence2(str(tiny.florence2(tmp_path, answers=["<sep>", "<poly>", "</poly>"])), max_new_tokens=8)
     (region,) = florence(tiny.pictures(1), ["a red apple"])
@@ -166,6 +177,7 @@ def test_phrases_give_a_box_each(folders):
     answer = "a red apple<loc_0><loc_0><loc_499><loc_499>a car<loc_600><loc_600><loc_999><loc_999><loc_9><loc_9>"
     region = florence.parse(answer, (100, 100))
     assert np.allclose(region.boxes, [[0, 0, 50, 50], [60, 60, 100, 100]], atol=1)
+    assert region.labels == ["a red apple", "a car"]
 
 
 def test_boxes_beyond_the_most_are_told(folders):
@@ -176,20 +188,22 @@ def test_boxes_beyond_the_most_are_told(folders):
         assert (region.outcome, region.detail, len(region.boxes)) == ("grounded", told, MAX_BOXES)
 
 
-def test_repeating_a_box_changes_nothing_and_the_mask_is_the_union(folders):
+def test_repeating_a_box_changes_nothing_and_a_text_has_the_union(folders):
     segmenter = Sam(folders("sam"))
     first, second = tiny.pictures(2)
     boxes = [[2.0, 2.0, 30.0, 30.0], [10.0, 5.0, 50.0, 40.0], [0.0, 0.0, 8.0, 8.0]]
-    (several, score), _ = segmenter([first, second], [boxes, boxes[:1]])
+    (several, scores), _ = segmenter([first, second], [boxes, boxes[:1]])
     alone = [segmenter([first], [[box]])[0] for box in boxes]
-    assert (several != np.logical_or.reduce([mask for mask, _ in alone])).mean() < 0.001
-    assert score == pytest.approx(np.mean([score for _, score in alone]), abs=1e-5)
+    assert (several != np.concatenate([mask for mask, _ in alone])).mean() < 0.001
+    assert scores.tolist() == pytest.approx([score.item() for _, score in alone], abs=1e-5)
+    (whole,) = TwoSteps(lambda images, texts: [Grounding(boxes)], segmenter, {})([first], ["all"], ["a"])
+    assert np.array_equal(whole.mask, several.any(0)) and whole.score == pytest.approx(scores.mean().item())
 
 
 def test_weights_may_be_bfloat16(folders):
     segmenter = Sam(folders("sam"), dtype=torch.bfloat16)
-    ((mask, score),) = segmenter(tiny.pictures(1), [[[2.0, 2.0, 30.0, 30.0]]])
-    assert mask.shape == (47, 61) and np.isfinite(score)
+    ((masks, scores),) = segmenter(tiny.pictures(1), [[[2.0, 2.0, 30.0, 30.0]]])
+    assert masks.shape == (1, 47, 61) and np.isfinite(scores.item())
     florence = Florence2(folders("florence2"), dtype=torch.bfloat16, max_new_tokens=12)
     assert florence(tiny.pictures(1), ["a red apple"])[0].outcome in ("grounded", "no_region")
 
@@ -222,5 +236,5 @@ def test_a_new_backend_is_a_class_and_a_line(folders, monkeypatch):
     image = tiny.pictures(1)[0]
     (found,) = backend([image], ["anything"], ["a"])
     (direct,) = backend.segmenter([image], [TheMiddle.__call__(None, [image], [""])[0].boxes])
-    np.testing.assert_array_equal(found.mask, direct[0])
+    np.testing.assert_array_equal(found.mask, direct[0][0])
     assert len(backend.revisions) == 2

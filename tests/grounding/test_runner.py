@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.data.masks import join_masks
-from agevlm.data.rows import ROW_FEATURES, undecoded
+from agevlm.data.masks import join_masks, load_masks
+from agevlm.data.rows import PHRASE_FEATURES, ROW_FEATURES, find_query, open_row, undecoded
 from agevlm.grounding.backends import Exact, TwoSteps
 from agevlm.grounding.filters import Filters
 from agevlm.grounding.journal import BatchJournal, Journals, read
@@ -56,7 +56,7 @@ def exact(masks):
     """The exact backend on arrays by id."""
     ids = list(masks)
     stored = [{"mask": None if masks[i] is None else {"bytes": to_png(masks[i]), "path": None}} for i in ids]
-    return lambda: Exact({row_id: place for place, row_id in enumerate(ids)}, stored)
+    return lambda: Exact({row_id: [place] for place, row_id in enumerate(ids)}, stored)
 
 
 def run(rows, out, backend, geometry="pad", **options):
@@ -82,7 +82,8 @@ def draw_boxes(boxes, size):
 
 
 def cut_out(images, boxes):
-    return [(draw_boxes(row, image.size), 1.0) for image, row in zip(images, boxes, strict=True)]
+    drawn = [[draw_boxes([box], image.size) for box in row] for image, row in zip(images, boxes, strict=True)]
+    return [(np.array(masks), np.ones(len(masks))) for masks in drawn]
 
 
 @st.composite
@@ -249,7 +250,7 @@ def test_a_killed_run_loses_the_batch_in_flight_and_goes_on(tmp_path):
                 os.write(writer, f"{len(ids)} ".encode())
                 return super().__call__(images, texts, ids)
 
-        run(rows, tmp_path / "out", lambda: Telling(backend.place, backend.rows))
+        run(rows, tmp_path / "out", lambda: Telling(backend.places, backend.rows))
         os._exit(1)
     os.close(writer)
     told = ""
@@ -273,9 +274,9 @@ def test_a_killed_run_loses_the_batch_in_flight_and_goes_on(tmp_path):
             attempted.extend(ids)
             return super().__call__(images, texts, ids)
 
-    place = {row_id: index for index, row_id in enumerate(masks)}
+    places = {row_id: [index] for index, row_id in enumerate(masks)}
     stored = [{"mask": {"bytes": to_png(mask), "path": None}} for mask in masks.values()]
-    run(rows, tmp_path / "out", lambda: Counting(place, stored))
+    run(rows, tmp_path / "out", lambda: Counting(places, stored))
     assert len(attempted) == 40 - done
     assert read_masks(tmp_path / "out").to_list() == read_masks(tmp_path / "whole").to_list()
 
@@ -423,6 +424,86 @@ def test_the_folder_is_a_data_set_with_a_card_and_a_summary(tmp_path):
     assert summary["kept"] == 5 and "9 were wanted" in (tmp_path / "out" / "README.md").read_text()
 
 
+LONG = "A red apple, two trees and a tree; " + ", ".join(f"thing {n}" for n in range(9))
+
+
+def test_by_phrase_labels_have_masks_of_their_own_and_a_place_in_the_row(tmp_path):
+    named = {
+        "a red apple and a car": ["A red  apple", "car", "a red apple"],
+        LONG: ["tree", "trees", "a tree", *(f"thing {n}" for n in range(9))],
+        "no such words": ["cat"],
+        "small": ["small"],
+    }
+    boxes = [[3.0 * n, 0.0, 3.0 * n + (0.5 if n > 11 else 2.0), 9.0] for n in range(13)]
+
+    class Grounder:
+        def __call__(self, images, texts):
+            return [
+                Grounding(boxes[-1:] if text == "small" else boxes[: len(named[text])], labels=named[text])
+                for text in texts
+            ]
+
+    rows = rows_of([*(row(text[:5], png((40, 9)), text) for text in named), row("none", None)])
+    asked = {"by_phrase": True, "filters": Filters(min_area=0.01, min_cells=0)}
+    summary = run(rows, tmp_path / "out", lambda: TwoSteps(Grounder(), cut_out, {}), **asked)
+    assert summary["status"] == {"kept": 10, "no_picture": 1, "no_region": 1, "too_small": 1}
+    assert (summary["attempted"], summary["kept"], summary["kept_rows"]) == (5, 10, 2)
+    kept, rejected = (read_masks(tmp_path / "out", split) for split in ("kept", "rejected"))
+    assert {rejected["id"][n]: rejected["detail"][n] for n in range(2)} == {
+        "no su": "the text has no words of 1 boxes, such as 'cat'", "small": "",
+    }  # fmt: skip
+    assert kept["detail"][0] == "" and kept["detail"][2] == "the first 8 of 12 phrases are used"
+    (apple, _), (trees, *_) = (found["guidance"] for found in map(open_row, join_masks(rows, kept).select([0, 1])))
+    assert (apple["query"], apple["occurrence"], apple["message_index"]) == ("a red apple", 0, 1)
+    assert (np.array(apple["mask"]) == draw_boxes([boxes[0], boxes[2]], (40, 9))).all()
+    assert trees["query"] == "tree" and LONG[find_query(LONG, trees) :].startswith("tree;")
+    assert load_masks([tmp_path / "out"]).column_names[-1] == "occurrence"
+
+    def never():
+        raise AssertionError("nothing is left to do")
+
+    assert run(rows, tmp_path / "out", never, **{**asked, "filters": Filters(keep=1, min_cells=0)})["kept_rows"] == 1
+    with pytest.raises(ValueError, match=r"the backend florence2\+sam tells no phrases; use florence2-phrases, "):
+        run(rows, tmp_path / "other", never, backend_name="florence2+sam", by_phrase=True)
+    with pytest.raises(ValueError, match="by_phrase: True there, None asked"):
+        run(rows, tmp_path / "out", never)
+    assert run(rows.select([]), tmp_path / "empty", None, by_phrase=True)["attempted"] == 0
+    assert len(read_masks(tmp_path / "empty")) == 0 and "occurrence" in read_masks(tmp_path / "empty").column_names
+
+
+def test_a_phrase_of_the_answer_has_its_place_there(tmp_path):
+    rows = rows_of([row("a", png((40, 9)), "It is a car.", "<|image|>a car? or<|image|>\nWhat is left of the car?")])
+    boxes = [[0.0, 0.0, 9.0, 9.0], [9.0, 0.0, 20.0, 9.0]]
+    wholes = [Grounding(boxes, labels=["the car", "a car"])]
+    backend = TwoSteps(lambda images, texts: wholes, cut_out, {})
+    run(rows, tmp_path, lambda: backend, by_phrase=True, query_source="question+answer")
+    found = read_masks(tmp_path).select_columns(["query", "message_index", "occurrence"]).to_list()
+    assert found == [
+        {"query": "the car", "message_index": 0, "occurrence": 0},
+        {"query": "a car", "message_index": 1, "occurrence": 0},
+    ]
+
+
+def test_exact_masks_by_phrase_stay_as_they_are_and_are_united_without(tmp_path):
+    rows = rows_of([row(f"r{number}", png((30, 20)), "a dog and a dog") for number in range(3)])
+    masks = [draw_boxes([[x, 2, x + 5, 9]], (30, 20)) for x in (1, 11, 21)]
+    stored = [
+        {"id": "r1", "query": "dog", "message_index": 1, "source": "x", "score": 0.9, "occurrence": n,
+         "mask": {"bytes": to_png(mask), "path": None}} for n, mask in enumerate(masks[:2])
+    ]  # fmt: skip
+    whole = {**stored[0], "id": "r2", "query": "a dog and a dog", "occurrence": None}
+    phrases = Dataset.from_list([*stored, whole], features=PHRASE_FEATURES)
+    for number, data in enumerate((phrases, join_masks(rows, phrases))):
+        out = tmp_path / str(number)
+        assert run(rows, out, lambda data=data: Exact.of(data), by_phrase=True)["kept"] == 3
+        again = read_masks(out).select_columns(["id", "query", "message_index", "occurrence", "mask"])
+        assert again.to_list() == phrases.select_columns(again.column_names).to_list()
+        run(rows, tmp_path / f"{number} whole", lambda data=data: Exact.of(data))
+        united = read_masks(tmp_path / f"{number} whole")
+        assert united["query"] == ["a dog and a dog"] * 2 and "occurrence" not in united.column_names
+        assert (np.array(united["mask"][0]) == (masks[0] | masks[1])).all()
+
+
 def test_boxes_left_out_are_told_of_each_row_and_counted(tmp_path):
     told = {"few": "", "many": "the first 32 of 40 boxes are used", "tiny": "the first 32 of 33 boxes are used"}
 
@@ -438,5 +519,5 @@ def test_boxes_left_out_are_told_of_each_row_and_counted(tmp_path):
     assert dict(zip(*(read_masks(tmp_path)[name] for name in ("id", "detail")), strict=True)) == {
         name: told[name] for name in ("few", "many")
     }
-    assert "Of 2 rows more boxes were found than a mask takes" in (tmp_path / "README.md").read_text()
+    assert "Of 2 rows more was found than a mask takes" in (tmp_path / "README.md").read_text()
     assert run(rows.select([]), tmp_path / "empty", None)["boxes_left_out"] == 0

@@ -9,11 +9,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, validate_row
+from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, open_row, validate_row
 from agevlm.data.tables import load_table
 from agevlm.grounding import cli as ground
 from agevlm.grounding.coco import read_coco
-from agevlm.grounding.masks import boundary_f, iou
+from agevlm.grounding.masks import boundary_f, iou, to_png
 from agevlm.grounding.output import read_masks
 from agevlm.grounding.quality import compare, load_masks, measure_quality
 from agevlm.grounding.rows import find_query
@@ -138,14 +138,16 @@ def test_files_of_another_form_are_named_with_the_field(tmp_path, images, annota
     assert not (tmp_path / "masks.parquet").exists()
 
 
-def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
-    picture = Image.new("RGB", (10, 8))
+def shown(name, place, text):
+    """A row that shows the picture of this place."""
+    images = [{"bytes": to_png(np.zeros((8, 10), dtype=bool)), "path": place}]
+    turns = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": text}]
+    return {"id": name, "images": images, "messages": turns}
 
+
+def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
     def row(name, place):
-        picture.save(tmp_path / "p.png")
-        images = [{"bytes": (tmp_path / "p.png").read_bytes(), "path": place}]
-        turns = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": f"A cat {name}."}]
-        return {"id": name, "images": images, "messages": turns}
+        return shown(name, place, f"A cat {name}.")
 
     rows = Dataset.from_list([row("r1", "coco/a"), row("r2", "coco/a"), row("r3", "b")], features=ROW_FEATURES)
     write_json(tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": PIECE}]})
@@ -159,6 +161,82 @@ def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
     other = Dataset.from_list([row("r1", "coco/a"), row("r2", "vg/a")], features=ROW_FEATURES)
     with pytest.raises(ValueError, match="'a' may be 'coco/a' or 'vg/a'"):
         read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", other)
+
+
+def by_phrase_set(named, size=(10, 8)):
+    """A set of masks by phrase: (id, words, occurrence, left end of a mask of 3 x 4 pixels)."""
+    found = []
+    for row_id, query, occurrence, left in named:
+        mask = Image.new("1", size)
+        mask.paste(1, (left, 2, left + 3, 6))
+        found.append({"id": row_id, "query": query, "message_index": 1, "mask": mask, "source": "x", "score": 1.0,
+                      "occurrence": occurrence})  # fmt: skip
+    return Dataset.from_list(found, features=PHRASE_FEATURES)
+
+
+PHRASES = [("r1", "A cat", 0, 0), ("r1", "cat", 1, 4), ("r2", "A cat", 0, 6)]
+
+
+def test_phrases_pass_through_page_quality_and_coco(tmp_path, write_files):
+    pytest.importorskip("pycocotools", reason="needs the extra coco")
+    rows, _ = write_files(["", "A cat and a cat", "A cat"], [(10, 8)] * 3, [None] * 3)
+    masks, out = str(tmp_path / "phrases.parquet"), str(tmp_path / "out")
+    by_phrase_set(PHRASES).to_parquet(masks)
+    ground.ground([rows, "--output", out, "--backend", "exact", "--masks", masks, "--by-phrase", "--max-area", "1"])
+    ground.view([out])
+    page = (tmp_path / "out" / "view.html").read_text()
+    assert page.count('<section class="row"') == 3 and page.count('<div class="query">') == 4
+    ground.quality([out, "--against", masks, "--output", str(tmp_path / "q.json")])
+    assert json.loads((tmp_path / "q.json").read_text())["compared"] == 3
+    ground.export_coco([out, "--output", str(tmp_path / "c.json")])
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["r1", "r2"]
+    assert [item["name"] for item in content["categories"]] == ["A cat", "cat"]
+    assert [(item["image_id"], item["category_id"]) for item in content["annotations"]] == [(1, 1), (1, 2), (2, 1)]
+    ground.import_coco([str(tmp_path / "c.json"), "--output", str(tmp_path / "back.parquet"), "--by-phrase"])
+    back, wanted = load_table(str(tmp_path / "back.parquet")), by_phrase_set(PHRASES)
+    assert back.remove_columns(["mask", "source"]).to_list() == wanted.remove_columns(["mask", "source"]).to_list()
+    assert all((np.array(one) == np.array(two)).all() for one, two in zip(back["mask"], wanted["mask"], strict=True))
+    ground.import_coco([str(tmp_path / "c.json"), "--output", str(tmp_path / "whole.parquet")])
+    whole = load_table(str(tmp_path / "whole.parquet"))
+    assert whole["query"] == [None, "A cat"] and np.array(whole["mask"][0]).sum() == 24
+
+
+def test_phrases_are_compared_by_their_words():
+    found = by_phrase_set([("r1", "the red cat", 0, 0), ("r1", "cat", 0, 4), ("r2", "cat", 0, 0), ("r3", "cat", 0, 0)])
+    exact = by_phrase_set([("r1", "cat", 0, 4), ("r1", "red cat", 0, 1), ("r2", "dog", 0, 0), ("r3", "A Cat", 0, 0)])
+    result = measure_quality(found, exact, GRID, progress=False)
+    assert (result["masks"], result["exact"], result["compared"]) == (4, 4, 3)
+    assert result["iou"]["mean"] == pytest.approx((1 + 0.5 + 1) / 3)
+    with pytest.raises(ValueError, match="no row with a mask in common"):
+        measure_quality(found, exact.remove_columns(["occurrence"]).select([3]), GRID)
+
+
+def test_categories_are_the_phrases_that_a_text_names(tmp_path, capsys):
+    file, out = tmp_path / "c.json", tmp_path / "masks.parquet"
+    names = ["dog", "cat", "bench", *(f"thing {number}" for number in range(9))]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    pieces = [{"image_id": 7, "category_id": number, "segmentation": PIECE} for number in (0, 1, 2, 1)]
+    pieces[3]["segmentation"] = [[5, 0, 8, 0, 8, 3, 5, 3]]
+    write_json(file, {"images": [IMAGE], "annotations": pieces, "categories": categories})
+    texts = ["scatter two Cats; a dog", "nothing", ", ".join(names)]
+    rows = Dataset.from_list(
+        [shown(f"r{number}", "a", text) for number, text in enumerate(texts)], features=ROW_FEATURES
+    )
+    assert read_coco(file, out, rows, by_phrase=True) == 5
+    joined = join_masks(rows, load_table(str(out)))
+    assert [[phrase["query"] for phrase in found or []] for found in joined["guidance"]] == [
+        ["dog", "Cats"], [], ["dog", "cat", "bench"],
+    ]  # fmt: skip
+    (dog, cats) = open_row(joined[0])["guidance"]
+    assert np.array(dog["mask"]).sum() * 2 == np.array(cats["mask"]).sum() and cats["occurrence"] == 0
+    write_json(file, {"images": [IMAGE], "annotations": [
+        {"image_id": 7, "category_id": number, "segmentation": PIECE} for number in range(12)
+    ], "categories": categories})  # fmt: skip
+    assert read_coco(file, out, rows, by_phrase=True) == 2 + 8
+    assert "1 rows have more than 8 phrases; the first 8 are used" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="an annotation of 'a' has no query; pass the rows that name its category"):
+        read_coco(file, tmp_path / "other.parquet", by_phrase=True)
 
 
 def test_quality_is_the_mean_of_its_parts_and_refuses_strangers():

@@ -84,13 +84,18 @@ def mask_files(folder: str | Path, part: str, by_phrase: bool = False) -> list[s
     FOLDER/masks` has kept; masks by phrase likewise in `phrases`.
 
     Raises:
-        ValueError: several of them are there.
+        ValueError: several of them are there, or it is an old folder of scenes, without masks by phrase.
     """
     kind = PHRASES if by_phrase else MASKS
     places = (f"{kind}/{part}*.parquet", f"{kind}/train-*.parquet", f"{kind}/data/{KEPT}.parquet")
     found = {place: files for place in places if (files := find_files(folder, place))}
     if len(found) > 1:
         raise ValueError(f"{folder} has several sets of masks ({', '.join(found)}); say which one by --masks")
+    if by_phrase and not found and Path(folder, "scenes.json").is_file():
+        raise ValueError(
+            f"{folder} was made before scenes had masks by phrase ({kind}/{part}.parquet). Delete it and make it "
+            f"anew: `agevlm data scenes --output {folder}`, with the arguments that its scenes.json tells"
+        )
     return next(iter(found.values()), [])
 
 

@@ -206,6 +206,11 @@ def find_query(content: str, phrase: Mapping[str, Any]) -> int:
     return start
 
 
+def occurrence_at(content: str, query: str, start: int) -> int:
+    """Which occurrence of the words in a message starts at `start`, as `find_query` takes it: 0 for the first."""
+    return sum(content.startswith(query, place) for place in range(start))
+
+
 def _validate_messages(name: str, messages: Any) -> None:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"{name}: field messages is {messages!r}; use a non-empty list of {{role, content}}")

@@ -7,58 +7,52 @@ repository pairs with Florence-2; the paper's text cites SAM, which is `florence
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from agevlm.data.rows import undecoded
+from agevlm.data.masks import OCCURRENCE, mask_places
+from agevlm.data.rows import phrases_of, undecoded
 
 from .choices import GROUNDERS, ONE_STEP, SEGMENTERS, Published, names
 from .masks import mask_box, read_mask
 from .regions import NO_REGION, Backend, Grounding
 
 
+PHRASE = ("query", "message_index", OCCURRENCE)  # which words of a row a mask belongs to
+
+
 class TwoSteps:
-    """A grounder (texts to boxes), then a segmenter (boxes to masks) on the pictures in which something was found."""
+    """A grounder (texts to boxes), then a segmenter (boxes to masks) on the pictures in which something was found.
+    Without a segmenter, the grounder makes the masks too (SAM 3)."""
 
     decodes = True
 
-    def __init__(self, grounder: Callable, segmenter: Callable, revisions: Mapping[str, str | None]):
+    def __init__(self, grounder: Callable, segmenter: Callable | None, revisions: Mapping[str, str | None]):
         self.grounder, self.segmenter, self.revisions = grounder, segmenter, dict(revisions)
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
         groundings: list[Grounding] = self.grounder(images, texts)
         found = [index for index, grounding in enumerate(groundings) if grounding.boxes]
-        if found:
+        if found and self.segmenter is not None:
             results = self.segmenter([images[i] for i in found], [groundings[i].boxes for i in found])
-            for index, (mask, score) in zip(found, results, strict=True):
-                groundings[index].mask, groundings[index].score = mask, score
+            for index, (masks, scores) in zip(found, results, strict=True):
+                groundings[index].masks, groundings[index].scores = masks, scores
         return groundings
-
-
-class OneStep:
-    """SAM 3: texts to masks."""
-
-    decodes = True
-
-    def __init__(self, model: Callable, revisions: Mapping[str, str | None]):
-        self.model, self.revisions = model, dict(revisions)
-
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
-        return self.model(images, texts)
 
 
 class Exact:
     """Masks that are there already (scenes, imported COCO, another backend's): the same checks, storage and filters.
 
     Args:
-        place: a row's id to its place in `rows`.
-        rows: each with `mask`, or with `guidance` that has one, in any form that `open_image` takes; may be null.
+        places: a row's id to its places in `rows`.
+        rows: each with `mask`, or with `guidance` that has some, in any form that `open_image` takes; may be null.
     """
 
     decodes = False
 
-    def __init__(self, place: Mapping[str, int], rows: Sequence[Mapping[str, Any]]):
-        self.place, self.rows = place, rows
+    def __init__(self, places: Mapping[str, Sequence[int]], rows: Sequence[Mapping[str, Any]]):
+        self.places, self.rows = places, rows
         self.revisions: dict[str, str | None] = {}
 
     @classmethod
@@ -68,34 +62,39 @@ class Exact:
         Raises:
             ValueError: it has neither.
         """
-        place = {row_id: index for index, row_id in enumerate(data["id"])}
-        if "mask" in data.column_names:
-            return cls(place, undecoded(data.select_columns("mask")))
-        if "guidance" in data.column_names:
-            return cls(place, undecoded(data.select_columns("guidance")))
-        raise ValueError(
-            f"there are no masks in the columns {', '.join(data.column_names)}; name a data set with id and mask "
-            "(--masks)"
-        )
+        columns = [name for name in ("mask", "guidance", *PHRASE) if name in data.column_names]
+        if not {"mask", "guidance"}.intersection(columns):
+            raise ValueError(
+                f"there are no masks in the columns {', '.join(data.column_names)}; name a data set with id and mask "
+                "(--masks)"
+            )
+        ids, starts = mask_places(data)
+        places = map(range, starts[:-1].tolist(), starts[1:].tolist())
+        return cls(dict(zip(ids, places, strict=True)), undecoded(data.select_columns(columns)))
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], ids: Sequence[str]) -> list[Grounding]:
         return [self._one(image, row_id) for image, row_id in zip(images, ids, strict=True)]
 
     def _one(self, image: Image.Image, row_id: str) -> Grounding:
-        row = self.rows[self.place[row_id]] if row_id in self.place else {}
-        stored = (row.get("guidance") or row).get("mask")
-        if stored is None:
-            return Grounding(outcome=NO_REGION, detail="the row has no mask")
-        mask = read_mask(stored, row_id)
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"the mask of row {row_id!r} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.width} x "
-                f"{image.height}; store masks at the picture's size"
-            )
-        box = mask_box(mask)
-        if box is None:
-            return Grounding(outcome=NO_REGION, detail="the row's mask is empty")
-        return Grounding([box], mask=mask, score=1.0)
+        rows = [self.rows[place] for place in self.places.get(row_id, ())]
+        parts = [part for row in rows for part in (phrases_of(row) or [row]) if part.get("mask") is not None]
+        masks = [read_mask(part["mask"], row_id) for part in parts]
+        for mask in masks:
+            if mask.shape != (image.height, image.width):
+                raise ValueError(
+                    f"the mask of row {row_id!r} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.width} x "
+                    f"{image.height}; store masks at the picture's size"
+                )
+        found = [(mask, part) for mask, part in zip(masks, parts, strict=True) if mask.any()]
+        if not found:
+            return Grounding(outcome=NO_REGION, detail="the row's mask is empty" if parts else "the row has no mask")
+        boxes: Any = [mask_box(mask) for mask, _ in found]  # none is empty
+        labels = [
+            {} if None in (part.get("query"), part.get("message_index")) else {name: part.get(name) for name in PHRASE}
+            for _, part in found
+        ]
+        array = np.array([mask for mask, _ in found])
+        return Grounding(boxes, masks=array, scores=np.ones(len(found)), labels=labels)
 
 
 def load_backend(
@@ -132,7 +131,7 @@ def load_backend(
 
     if name in ONE_STEP:
         model = load(ONE_STEP[name], segmenter, segmenter_revision)
-        return OneStep(model, {model.name: model.commit})
+        return TwoSteps(model, None, {model.name: model.commit})
     first = load(GROUNDERS[first_name], grounder, grounder_revision)
     second = load(SEGMENTERS[second_name], segmenter, segmenter_revision)
     return TwoSteps(first, second, {first.name: first.commit, second.name: second.commit})

@@ -31,6 +31,7 @@ SEGMENTERS = {
     "sam": Published("Sam", "facebook/sam-vit-huge"),
 }
 ONE_STEP = {"sam3": Published("Sam3", "facebook/sam3")}
+BY_PHRASE = ("florence2-phrases", "grounding-dino", "exact")  # they tell which words a box belongs to
 
 
 def names() -> list[str]:

@@ -16,6 +16,7 @@ def ground(argv: list[str] | None = None) -> None:
     """Make masks from texts: Florence-2 + SAM and others.
 
     agevlm ground DATASET --output OUT --backend florence2+sam2 --query caption --keep 77000
+    agevlm ground DATASET --output DATASET/phrases --backend florence2-phrases+sam2 --by-phrase
     agevlm ground view OUT                       # a page to judge the masks by eye
     agevlm ground quality OUT --against MASKS    # IoU, boundary F and grid IoU against exact masks
     agevlm ground export OUT --output coco.json  # COCO annotations with run lengths
@@ -30,6 +31,7 @@ def ground(argv: list[str] | None = None) -> None:
     parser.add_output("folder to write, or of an unfinished run")
     parser.add_argument("--backend", choices=names(), default="florence2+sam2", help="default: %(default)s")
     parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text to ground (default: caption)")
+    parser.add_argument("--by-phrase", action="store_true", help="a mask for each phrase of a text, up to 8")
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument(
         "--grounder", help="repository or folder instead of the backend's Florence-2 or Grounding DINO"
@@ -41,7 +43,7 @@ def ground(argv: list[str] | None = None) -> None:
     _add_model(parser, "decides which masks are empty")
     parser.add_argument("--attempt", type=int, help="try this many rows, chosen by a hash of the id (default: all)")
     parser.add_argument(
-        "--keep", type=int, help="keep at most this many masks; the paper: 77000 captions, 150000 questions"
+        "--keep", type=int, help="keep masks of at most this many rows; the paper: 77000 captions, 150000 questions"
     )
     parser.add_argument("--min-area", type=float, default=default.min_area, help="share of the picture (%(default)s)")
     parser.add_argument("--max-area", type=float, default=default.max_area, help="share of the picture (%(default)s)")
@@ -62,7 +64,7 @@ def ground(argv: list[str] | None = None) -> None:
 
     from agevlm.data.rows import content_digest
     from agevlm.data.tables import load_table
-    from agevlm.grounding.backends import Exact, load_backend
+    from agevlm.grounding.backends import PHRASE, Exact, load_backend
     from agevlm.grounding.runner import ground as make_masks
 
     # A process waits for the slowest at the end; the default limit of half an hour would end the run instead. Without
@@ -71,29 +73,18 @@ def ground(argv: list[str] | None = None) -> None:
     with state.main_process_first():  # one writes the cache, the others find it
         rows = load_table(options.dataset, options.split)
 
-    settings = {
-        "grounder": _weights(options.grounder),
-        "grounder_revision": options.grounder_revision,
-        "segmenter": _weights(options.segmenter),
-        "segmenter_revision": options.segmenter_revision,
-        "max_new_tokens": options.max_new_tokens,
-    }
+    of_models = ("grounder", "grounder_revision", "segmenter", "segmenter_revision", "max_new_tokens")
+    parts = {name: getattr(options, name) for name in of_models}
+    settings = {**parts, "grounder": _weights(options.grounder), "segmenter": _weights(options.segmenter)}
     if options.backend == "exact":
         masks = load_table(options.masks) if options.masks else rows
-        settings = {"masks": content_digest(masks, ["id", "mask", "guidance"])}
+        columns = ["id", "mask", "guidance", *(PHRASE if options.by_phrase else ())]
+        settings = {"masks": content_digest(masks, columns)}
 
     def make_backend() -> Any:
         if options.backend == "exact":
             return Exact.of(masks)
-        return load_backend(
-            options.backend,
-            grounder=options.grounder,
-            segmenter=options.segmenter,
-            grounder_revision=options.grounder_revision,
-            segmenter_revision=options.segmenter_revision,
-            max_new_tokens=options.max_new_tokens,
-            device=state.device,
-        )
+        return load_backend(options.backend, **parts, device=state.device)
 
     summary = make_masks(
         rows,
@@ -103,6 +94,7 @@ def ground(argv: list[str] | None = None) -> None:
         grid=_grid(options.model),
         dataset_name=options.dataset,
         query_source=options.query,
+        by_phrase=options.by_phrase,
         filters=Filters(
             options.min_area, options.max_area, options.min_score, options.min_cells, options.keep, options.seed
         ),
@@ -117,8 +109,8 @@ def ground(argv: list[str] | None = None) -> None:
         print(
             f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons}): {options.output}"
         )
-        if options.keep is not None and summary["kept"] < options.keep:
-            print(f"{options.keep - summary['kept']:,} fewer than asked for: raise --attempt", file=sys.stderr)
+        if options.keep is not None and summary["kept_rows"] < options.keep:
+            print(f"{options.keep - summary['kept_rows']:,} fewer than asked for: raise --attempt", file=sys.stderr)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -196,7 +188,7 @@ def export_coco(argv: list[str] | None = None) -> None:
 
 
 def import_coco(argv: list[str] | None = None) -> None:
-    """Read COCO annotations as masks: one for each picture, the union of all.
+    """Read COCO annotations as masks: one for each picture, the union of all, or one for each category named.
 
     agevlm ground import coco.json --rows mydata --output MASKS.parquet
     """
@@ -204,6 +196,7 @@ def import_coco(argv: list[str] | None = None) -> None:
     parser.add_argument("coco", type=Path, help="JSON file with images and annotations")
     parser.add_argument("--rows", help="data set that shows the pictures: its rows' ids and texts go with the masks")
     parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text of a row (default: caption)")
+    parser.add_argument("--by-phrase", action="store_true", help="a mask for each category that a text names, up to 8")
     parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
 
@@ -211,7 +204,8 @@ def import_coco(argv: list[str] | None = None) -> None:
     from agevlm.grounding.coco import read_coco
 
     rows = load_table(options.rows) if options.rows else None
-    print(f"{read_coco(options.coco, options.output, rows, options.query)} masks: {options.output}")
+    count = read_coco(options.coco, options.output, rows, options.query, options.by_phrase)
+    print(f"{count} masks: {options.output}")
 
 
 def _add_model(parser: VerbParser, purpose: str) -> None:

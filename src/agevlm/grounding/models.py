@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -149,7 +150,7 @@ class Florence2(Grounder):
         found = self.processor.post_process_generation(answer, task=self.task, image_size=size)[self.task]
         if self.task == PHRASES_TASK:
             boxes = [clip_box(box, size) for box in found["bboxes"]]
-            return _grounding(boxes, [], f"{len(found['bboxes'])} boxes in the answer")
+            return _grounding(boxes, [], f"{len(found['bboxes'])} boxes in the answer", found["labels"])
         instances = found["polygons"]
         polygons = [piece for instance in instances for piece in usable_pieces(instance)]
         boxes = [polygon_box(instance, size) for instance in instances]
@@ -186,17 +187,19 @@ class GroundingDino(Grounder):
         for image, result in zip(images, found, strict=True):
             best = result["scores"].argsort(descending=True)
             boxes = [clip_box(box, image.size) for box in result["boxes"][best].tolist()]
-            groundings.append(_grounding(boxes, [], f"{len(boxes)} boxes over {self.threshold}"))
+            end = self.processor.tokenizer.sep_token
+            labels = [result["text_labels"][place].replace(end, "") for place in best.tolist()]
+            groundings.append(_grounding(boxes, [], f"{len(boxes)} boxes over {self.threshold}", labels))
         return groundings
 
 
 class Sam(Part):
-    """Boxes to mask by SAM: every picture is encoded once, and the union over its boxes is its mask."""
+    """Boxes to masks by SAM: every picture is encoded once."""
 
     model_class, processor_class = SamModel, SamProcessor
 
-    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]) -> list[tuple[Any, float]]:
-        """For each picture its mask, bool array `(height, width)`, and the mean predicted IoU of its boxes' masks.
+    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]) -> list[tuple[Any, Any]]:
+        """For each picture the masks of its boxes, bool array `(boxes, height, width)`, and their predicted IoU.
 
         Args:
             boxes: at least one for each picture.
@@ -211,7 +214,7 @@ class Sam(Part):
         masks = self._masks(outputs.pred_masks.float().cpu(), inputs)  # (N, 1, H, W) bool for each picture
         scores = outputs.iou_scores.float().cpu()  # (B, N, 1)
         return [
-            (mask[: len(row), 0].any(0).numpy(), score[: len(row)].mean().item())
+            (mask[: len(row), 0].numpy(), score[: len(row), 0])
             for mask, score, row in zip(masks, scores, boxes, strict=True)
         ]
 
@@ -220,7 +223,7 @@ class Sam(Part):
 
 
 class Sam2(Sam):
-    """Boxes to mask by SAM 2. Its own processor class by name: published folders ask for the one of videos."""
+    """Boxes to masks by SAM 2. Its own processor class by name: published folders ask for the one of videos."""
 
     model_class, processor_class = Sam2Model, Sam2Processor
     needs_torchvision = True
@@ -251,14 +254,15 @@ class Sam3(Grounder):
         for mask, score in zip(masks, outputs.presence_logits.float().sigmoid().flatten().tolist(), strict=True):
             array = mask.bool().numpy()
             grounding = _grounding([mask_box(array)], [], "no pixel over 0.5")
-            grounding.mask, grounding.score = array if grounding.boxes else None, score
+            grounding.masks, grounding.scores = array[None] if grounding.boxes else None, np.array([score])
             groundings.append(grounding)
         return groundings
 
 
-def _grounding(boxes: Sequence[Box | None], polygons: list[Any], detail: str) -> Grounding:
+def _grounding(boxes: Sequence[Box | None], polygons: list[Any], detail: str, labels: Sequence[str] = ()) -> Grounding:
+    labels = [label for label, box in zip(labels, boxes, strict=False) if box is not None]
     inside = [box for box in boxes if box is not None]
     if not inside:
         return Grounding([], polygons, NO_REGION, detail)
     beyond = f"the first {MAX_BOXES} of {len(inside)} boxes are used" if len(inside) > MAX_BOXES else ""
-    return Grounding(inside[:MAX_BOXES], polygons, detail=beyond)
+    return Grounding(inside[:MAX_BOXES], polygons, detail=beyond, labels=labels[:MAX_BOXES])

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from agevlm.data.masks import OCCURRENCE
 from agevlm.data.rows import MASK_FEATURES
 from agevlm.data.tables import read_files
 from agevlm.store import replacing, write_json, write_text
@@ -47,11 +48,7 @@ OUTPUT_FEATURES = Features(
     {
         **MASK_FEATURES,
         "query_source": Value("string"),
-        "text": Value("string"),
-        "boxes": JOURNAL_FEATURES["boxes"],
-        "polygons": JOURNAL_FEATURES["polygons"],
-        "area": Value("float32"),
-        "grid_cells": Value("int32"),
+        **{name: JOURNAL_FEATURES[name] for name in ("text", "boxes", "polygons", "area", "grid_cells")},
         "status": Value("string"),
         "detail": Value("string"),
         "backend": Value("string"),
@@ -60,6 +57,11 @@ OUTPUT_FEATURES = Features(
 )
 SPLITS = ("kept", "rejected")
 SUMMARY = "summary.json"
+
+
+def schema_of(features: Features, by_phrase: bool) -> pa.Schema:
+    """The columns, and `occurrence` where each phrase has a row."""
+    return Features({**features, OCCURRENCE: Value("int32")} if by_phrase else features).arrow_schema
 
 
 def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], fil
         "revisions": [{"model": name, "commit": commit} for name, commit in manifest["revisions"].items()],
     }
     (out / "data").mkdir(exist_ok=True)
-    schema = OUTPUT_FEATURES.arrow_schema
+    schema = schema_of(OUTPUT_FEATURES, "by_phrase" in manifest)
     files = {split: out / "data" / f"{split}.parquet" for split in SPLITS}
     with ExitStack() as stack:
         parts = {split: stack.enter_context(replacing(path)) for split, path in files.items()}
@@ -120,7 +122,7 @@ def _with_columns(table: pa.Table, more: Mapping[str, Any], schema: pa.Schema) -
 
 
 def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
-    counts = Counter(statuses)
+    counts, ids = Counter(statuses), journals.column("id")
     kept = np.array([status == KEPT for status in statuses], dtype=bool)
     areas, scores = journals.column("area").astype(float), journals.column("score").astype(float)
     grounded = journals.column("outcome").astype(object) == GROUNDED
@@ -132,10 +134,11 @@ def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any
 
     return {
         **manifest,
-        "attempted": len(statuses),
+        "attempted": len({*ids}),
         "grounded": int(grounded.sum()),
         "boxes_left_out": int((grounded & (journals.column("detail").astype(object) != "")).sum()),
         "kept": counts[KEPT],
+        "kept_rows": len({*ids[kept]}),
         "status": dict(sorted(counts.items())),
         "mean_score": mean(scores),
         "mean_area": mean(areas),
@@ -146,13 +149,13 @@ def _summary(journals: Journals, statuses: list[str], manifest: Mapping[str, Any
 def card(summary: Mapping[str, Any]) -> str:
     """The data set's card: where the files are, how the masks came about, how many there are, why others are not."""
     # `datasets` refuses splits without rows.
-    rows = {"kept": summary["kept"], "rejected": summary["attempted"] - summary["kept"]}
+    masks = {"kept": summary["kept"], "rejected": sum(summary["status"].values()) - summary["kept"]}
     return (
         environment()
         .get_template("card.md.jinja")
         .render(
             **summary,
-            splits=[split for split in SPLITS if rows[split]],
+            splits=[split for split in SPLITS if masks[split]],
             thresholds=", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None),
         )
     )
@@ -176,5 +179,5 @@ def read_masks(path: Path | str, split: str = "kept") -> Dataset:
         raise ValueError(f"{path} holds no complete run of `agevlm ground`; run the same command again to complete it")
     file = path / "data" / f"{split}.parquet"
     if pq.read_metadata(file).num_rows == 0:  # which `datasets` takes for a mistake
-        return Dataset(OUTPUT_FEATURES.arrow_schema.empty_table())
-    return read_files([file], features=OUTPUT_FEATURES)
+        return Dataset(pq.read_schema(file).empty_table())
+    return read_files([file])

@@ -1,5 +1,6 @@
 """How good masks are against exact ones: IoU, boundary F, and IoU on the grid, which is all that guidance sees."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from agevlm.data.masks import OCCURRENCE
 from agevlm.data.rows import undecoded
 from agevlm.data.tables import load_table
 
@@ -38,36 +40,50 @@ def compare(mask: np.ndarray, exact: np.ndarray, grid: Grid) -> dict[str, float]
 
 
 def measure_quality(masks: Dataset, exact: Dataset, grid: Grid, progress: bool = True) -> dict[str, Any]:
-    """Means and quartiles over the rows that both data sets have a mask for, and how many of the exact ones those are.
+    """Means and quartiles over the rows (or phrases) that both sets have a mask for, and how many of the exact ones
+    those are. Phrases of a message are the same if the words of one hold those of the other.
 
     Raises:
-        ValueError: no row in common, a column is missing, or two masks of one row differ in size.
+        ValueError: no mask in common, a column is missing, or two masks of one row differ in size.
     """
-    found, wanted = _by_id(masks), _by_id(exact)
-    common = [row_id for row_id in wanted if row_id in found]
+    (first, found), (second, wanted) = _by_row(masks), _by_row(exact)
+    counts = {"masks": sum(map(len, found.values())), "exact": sum(map(len, wanted.values()))}
+    common = []
+    for row, entries in wanted.items():
+        for words, place in entries:
+            same = [entry for entry in found[row] if entry[0] in words or words in entry[0]]
+            if same:
+                best = min(same, key=lambda entry: abs(len(entry[0]) - len(words)))
+                found[row].remove(best)
+                common.append((row[0], best[1], place))
     if not common:
-        raise ValueError("the two have no row with a mask in common; ids must be those of the same data set")
-    values = []
-    for row_id in tqdm(common, desc="quality", unit="mask", disable=not progress):
-        mask, reference = (
-            read_mask(column[index]["mask"], row_id) for column, index in (found[row_id], wanted[row_id])
+        raise ValueError(
+            "the two have no row with a mask in common; ids (and words of phrases) must be those of the same data set"
         )
+    values = []
+    for row_id, other, place in tqdm(common, desc="quality", unit="mask", disable=not progress):
+        mask, reference = (read_mask(row["mask"], row_id) for row in (first[other], second[place]))
         try:
             values.append(compare(mask, reference, grid))
         except ValueError as error:
             raise ValueError(f"row {row_id!r}: {error}") from error
     metrics = {name: _spread([value[name] for value in values]) for name in METRICS}
-    return {"masks": len(found), "exact": len(wanted), "compared": len(common), **metrics}
+    return {**counts, "compared": len(common), **metrics}
 
 
-def _by_id(data: Dataset) -> dict[str, Any]:
+def _by_row(data: Dataset) -> tuple[Dataset, dict[tuple, list[tuple[str, int]]]]:
+    """A set of masks undecoded; by id (and message of a phrase) the words and places of its masks."""
     missing = [name for name in ("id", "mask") if name not in data.column_names]
     if missing:
         raise ValueError(
             f"a set of masks lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}"
         )
-    column = undecoded(data.select_columns("mask"))
-    return {row_id: (column, index) for index, row_id in enumerate(data["id"]) if column[index]["mask"] is not None}
+    names = ["id", "mask", *(["query", "message_index"] if OCCURRENCE in data.column_names else ())]
+    data, found = undecoded(data.select_columns(names)), defaultdict(list)
+    for place, row in enumerate(data):
+        if row["mask"] is not None:
+            found[row["id"], row.get("message_index")].append(((row.get("query") or "").lower(), place))
+    return data, found
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

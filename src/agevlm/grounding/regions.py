@@ -1,6 +1,6 @@
 """What passes between the parts of a backend, and the failures a row can end in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,23 +18,35 @@ GROUNDED = "grounded"  # there is a mask; filters have the last word on it
 
 @dataclass
 class Grounding:
-    """Where a text is in a picture: boxes from a grounder, to which a segmenter adds the mask.
+    """Where a text is in a picture: boxes from a grounder, to which a segmenter adds masks.
 
     Attributes:
         boxes: one for each instance, inside the picture; empty where there is none.
         polygons: pieces of all instances, as drawn by Florence-2; to look at.
         outcome: GROUNDED, or a failure with its `detail`. Where there is a mask, the detail says that boxes were left
             out, and is empty otherwise.
-        mask: bool `(height, width)` of the picture, the union over all instances; None where there is none.
-        score: the segmenter's own estimate in [0, 1] of how good the mask is, None where it has none.
+        masks: of the boxes, bool `(boxes, height, width)` of the picture; None where there is none.
+        scores: the segmenter's own estimates in [0, 1] of how good they are, `(boxes,)`; None where it has none.
+        labels: the text's words that each box belongs to, or `query`, `message_index` and `occurrence` of the row's
+            (empty: the whole text); without entries where this is not known.
     """
 
     boxes: list[Box] = field(default_factory=list)
     polygons: list[Polygon] = field(default_factory=list)
     outcome: str = GROUNDED
     detail: str = ""
-    mask: np.ndarray | None = None
-    score: float | None = None
+    masks: np.ndarray | None = None
+    scores: Any = None
+    labels: Sequence[str | Mapping[str, Any]] = ()
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The union over all instances: bool `(height, width)`."""
+        return None if self.masks is None else self.masks.any(0)
+
+    @property
+    def score(self) -> float | None:
+        return None if self.scores is None else float(self.scores.mean())
 
 
 class Backend(Protocol):

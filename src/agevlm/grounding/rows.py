@@ -4,6 +4,7 @@ Rows are the project's (`data/rows.py`: id, images, messages); the first picture
 """
 
 import heapq
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.rows import IMAGE_PLACEHOLDER, undecoded
+from agevlm.data.rows import IMAGE_PLACEHOLDER, occurrence_at, undecoded
 from agevlm.images import open_header, open_image
 
-from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY
+from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY, NO_REGION, Grounding
 
 
 def choose_rows(ids: Sequence[str], attempt: int | None, seed: int) -> np.ndarray:
@@ -33,7 +34,7 @@ class Item:
 
     Attributes:
         text: what is sent to the grounding model.
-        query: a part of message `message_index`: what guidance reads.
+        query: a part of message `message_index` of `messages`: what guidance reads.
         outcome: a failure where there is no picture or no query, with its `detail`.
     """
 
@@ -43,6 +44,7 @@ class Item:
     text: str | None = None
     query: str | None = None
     message_index: int | None = None
+    messages: Sequence[Mapping[str, str]] = ()
     outcome: str = ""
     detail: str = ""
 
@@ -67,6 +69,44 @@ def find_query(messages: Sequence[Mapping[str, str]], source: str) -> tuple[str,
         if query:
             return query, query, index
     return None
+
+
+def find_phrase(messages: Sequence[Mapping[str, str]], found: Any, words: str) -> dict[str, Any] | None:
+    """`query`, `message_index` and `occurrence` of words in the text that `find_query` has `found` in these messages:
+    the first place that has them, whatever their case and what stands between them. None where there is none."""
+    text, query, index = found
+    pattern = re.compile(r"\b" + r"\W+".join(re.findall(r"\w+", words)) + r"\b", re.IGNORECASE)
+    for message, part in zip(messages[index:], (query, text[len(query) + 1 :]), strict=False):
+        content = message["content"]
+        start = content.index(part)
+        match = pattern.search(content, start, start + len(part))
+        if match and match.group():
+            occurrence = occurrence_at(content, match.group(), match.start())
+            return {"query": match.group(), "message_index": index, "occurrence": occurrence}
+        index += 1
+    return None
+
+
+def split_phrases(item: Item, whole: Grounding, most: int) -> list[tuple[dict[str, Any], Grounding]]:
+    """The phrases that a row's boxes belong to (see `find_phrase`), at most so many, each with its part of the
+    grounding; the first one tells what was left out. Without masks, or where one is asked for, it stays whole."""
+    if most == 1 or whole.masks is None:
+        return [({}, whole)]
+    asked, told = (item.text, item.query, item.message_index), [whole.detail] if whole.detail else []
+    boxes: dict[Any, list[int]] = {}
+    for number, label in enumerate(whole.labels):
+        phrase = find_phrase(item.messages, asked, label) if isinstance(label, str) else label
+        boxes.setdefault(None if phrase is None else tuple(phrase.items()), []).append(number)
+    if lost := boxes.pop(None, []):
+        told.append(f"the text has no words of {len(lost)} boxes, such as {whole.labels[lost[0]]!r}")
+    if len(boxes) > most:
+        told.append(f"the first {most} of {len(boxes)} phrases are used")
+    parts = [
+        (dict(phrase), Grounding([whole.boxes[n] for n in of], masks=whole.masks[of], scores=whole.scores[of]))
+        for phrase, of in boxes.items()
+    ] or [({}, Grounding(outcome=NO_REGION))]
+    parts[0][1].detail = "; ".join(told)
+    return parts[:most]
 
 
 class Items(TorchDataset):
@@ -98,7 +138,7 @@ class Items(TorchDataset):
     def __getitem__(self, number: int) -> Item:
         index = int(self.places[number])
         row: Mapping[str, Any] = self.data[index]
-        item = Item(index, row["id"])
+        item = Item(index, row["id"], messages=row["messages"])
         if not row["images"]:
             item.outcome = NO_PICTURE
             return item

@@ -17,16 +17,16 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from agevlm.data.rows import content_digest
+from agevlm.data.rows import MAX_PHRASES, content_digest
 from agevlm.store import check_same, digest, read_json, write_json
 
-from .choices import QUERY_SOURCES
+from .choices import BY_PHRASE, QUERY_SOURCES
 from .filters import Filters
 from .journal import BatchJournal, Journals
 from .masks import to_png
-from .output import JOURNAL_FEATURES, SUMMARY, write_output
+from .output import JOURNAL_FEATURES, SUMMARY, schema_of, write_output
 from .regions import BAD_PICTURE, BAD_ROW, ERROR, GROUNDED, NO_QUERY, TEXT_TOO_LONG, Backend, Grid, Grounding
-from .rows import Item, Items, choose_rows
+from .rows import Item, Items, choose_rows, split_phrases
 
 
 MANIFEST = "run.json"
@@ -43,6 +43,7 @@ def ground(
     grid: Grid,
     dataset_name: str = "",
     query_source: str = "caption",
+    by_phrase: bool = False,
     filters: Filters = Filters(),  # noqa: B008 - frozen
     attempt: int | None = None,
     batch_size: int = 8,
@@ -57,6 +58,7 @@ def ground(
         rows: id, images, messages; ids are unique.
         backend: makes the backend; called only if there is something left to do.
         grid: the image processor of the model that will be trained on the masks.
+        by_phrase: write a mask for each phrase, up to 8 a row.
         attempt: how many rows to try, by a hash of their ids (None: all).
         num_workers: processes that read and decode ahead.
         strict: stop at a row that cannot be used instead of recording it.
@@ -66,11 +68,14 @@ def ground(
         The content of `summary.json`; None in all processes but the main one.
 
     Raises:
-        ValueError: `out` holds another run, ids repeat, or with `strict` a row that cannot be used.
+        ValueError: `out` holds another run, ids repeat, the backend tells no phrases, or with `strict` a row that
+            cannot be used.
     """
     out, state = Path(out), PartialState()
     if query_source not in QUERY_SOURCES:
         raise ValueError(f"the query is {query_source!r}; use one of {', '.join(QUERY_SOURCES)}")
+    if by_phrase and backend_name.partition("+")[0] not in BY_PHRASE:
+        raise ValueError(f"the backend {backend_name} tells no phrases; use {', '.join(BY_PHRASE)} (and +sam2, +sam)")
     ids = list(rows["id"])
     _check_unique(ids)
     manifest: dict[str, Any] = {
@@ -82,6 +87,7 @@ def ground(
         "query_source": query_source,
         "attempt": attempt,
         "seed": filters.seed,
+        **({"by_phrase": True} if by_phrase else {}),
         "grid": {name: grid.to_dict()[name] for name in ("geometry", "size", "cell_size")},
     }
     places = choose_rows(ids, attempt, filters.seed)
@@ -89,8 +95,8 @@ def ground(
     content = [content_digest(rows.select(places), ["images", "messages"]) if state.is_main_process else None]
     manifest |= {"content": broadcast_object_list(content)[0], "settings": dict(settings or {})}
     found = _read_manifest(out, manifest)
-    schema = JOURNAL_FEATURES.arrow_schema
-    done = Journals(out / JOURNALS, schema).indices if found else np.zeros(0, np.int64)
+    schema, most = schema_of(JOURNAL_FEATURES, by_phrase), MAX_PHRASES if by_phrase else 1
+    done = np.unique(Journals(out / JOURNALS, schema).indices // most) if found else np.zeros(0, np.int64)
     mine = np.setdiff1d(places, done)[state.process_index :: state.num_processes]
     state.wait_for_everyone()  # nobody writes before all have read
     if len(places) > len(done):
@@ -110,7 +116,7 @@ def ground(
             items = Items(rows, mine, query_source, decode=model.decodes)
             workers = num_workers if model.decodes else 0  # opened pictures would be decoded on their way here
             loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
-            _work(loader, model, grid, journal, len(mine), strict, progress and state.is_local_main_process)
+            _work(loader, model, grid, journal, most, len(mine), strict, progress and state.is_local_main_process)
     elif found:
         manifest["revisions"] = found["revisions"]
     else:  # a data set without rows
@@ -148,6 +154,7 @@ def _work(
     backend: Backend,
     grid: Grid,
     journal: BatchJournal,
+    most: int,
     total: int,
     strict: bool,
     progress: bool,
@@ -156,12 +163,16 @@ def _work(
     with tqdm(total=total, desc="ground", unit="row", disable=not progress, smoothing=0.05) as bar:
         for items in batches:
             groundings = ground_batch(items, backend, strict)
-            records = [record(item, result, grid) for item, result in zip(items, groundings, strict=True)]
+            records = [
+                {**record(item, part, grid), **phrase, "index": item.index * most + number}
+                for item, whole in zip(items, groundings, strict=True)
+                for number, (phrase, part) in enumerate(split_phrases(item, whole, most))
+            ]
             for row in records:
                 if strict and row["outcome"] in STRICT:
                     raise ValueError(f"row {row['id']!r}: {row['outcome']}, {row['detail']}")
             journal.append(records)
-            grounded += sum(row["outcome"] == GROUNDED for row in records)
+            grounded += len({row["id"] for row in records if row["outcome"] == GROUNDED})
             bar.update(len(items))
             bar.set_postfix(grounded=grounded, refresh=False)
 
@@ -193,11 +204,11 @@ def ground_batch(items: list[Item], backend: Backend, strict: bool = False) -> l
 
 
 def record(item: Item, grounding: Grounding, grid: Grid) -> dict[str, Any]:
-    """One row of the journal."""
+    """One row of the journal, without its index."""
     mask, score = grounding.mask, grounding.score
     area = float(mask.mean()) if mask is not None else None
     return {
-        **{name: getattr(item, name) for name in ("index", "id", "query", "text", "message_index")},
+        **{name: getattr(item, name) for name in ("id", "query", "text", "message_index")},
         **{name: getattr(grounding, name) for name in ("boxes", "polygons", "outcome", "detail")},
         "mask": None if mask is None else {"bytes": to_png(mask), "path": None},
         # A score that is no number says nothing good of its mask.

@@ -1,11 +1,13 @@
 """`agevlm ground view`: one page to judge masks by eye, with nothing to fetch from anywhere.
 
-For each row the picture with what the grounding model drew, the mask's outline, and the cells of the grid; rows are
-a fixed random share of the kept and of the rejected ones, sorted and filtered in the page.
+For each row the picture with what the grounding model drew, the mask's outline (or that of each phrase in a color of
+its own), and the cells of the grid; rows are a fixed random share of the kept and of the rejected ones, sorted and
+filtered in the page.
 """
 
 import heapq
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
-from agevlm.data.masks import subset_hash
+from agevlm.data.masks import OCCURRENCE, subset_hash
 from agevlm.data.rows import undecoded
-from agevlm.drawing import outline
+from agevlm.drawing import outline, outline_phrases
 from agevlm.images import data_address, open_image
 from agevlm.store import write_text
 
@@ -24,6 +26,7 @@ from .regions import Grid
 
 
 SIDE = 240
+_SORTED = ("score", "area", "grid_cells")
 
 
 def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: int = 100) -> int:
@@ -34,15 +37,16 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         rows: the data set of the run, for its pictures; None shows masks alone.
         count: rows of each split.
     """
-    chosen: list[dict[str, Any]] = []
+    chosen: list[list[dict[str, Any]]] = []
     for split in SPLITS:
         masks = read_masks(run, split)
         ids = list(masks["id"])
-        first = heapq.nsmallest(count, range(len(ids)), key=lambda index: subset_hash(ids[index]))
-        chosen.extend(undecoded(masks.select(sorted(first))))
+        first = {*heapq.nsmallest(count, {*ids}, key=subset_hash)}
+        found = undecoded(masks.select([index for index, row_id in enumerate(ids) if row_id in first]))
+        chosen.extend(list(parts) for _, parts in groupby(found, key=lambda part: part["id"]))
     pictures = {}
     if rows is not None:
-        wanted = {row["id"] for row in chosen}
+        wanted = {parts[0]["id"] for parts in chosen}
         places = [index for index, row_id in enumerate(rows["id"]) if row_id in wanted]
         for row in undecoded(rows.select(places).select_columns(["id", "images"])):
             pictures[row["id"]] = row["images"][0] if row["images"] else None
@@ -52,8 +56,8 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         .get_template("view.html.jinja")
         .render(
             name=run.resolve().name,
-            rows=[_entry(row, pictures.get(row["id"]), grid) for row in chosen],
-            statuses=sorted({row["status"] for row in chosen}),
+            rows=[_entry(parts, pictures.get(parts[0]["id"]), grid) for parts in chosen],
+            statuses=sorted({part["status"] for parts in chosen for part in parts}),
             **{name: summary[name] for name in ("backend", "query_source", "kept", "attempted")},
         )
     )
@@ -61,36 +65,41 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
     return len(chosen)
 
 
-def _entry(row: dict[str, Any], stored: Any, grid: Grid) -> dict[str, Any]:
+def _entry(parts: list[dict[str, Any]], stored: Any, grid: Grid) -> dict[str, Any]:
+    """A row on the page, of its one mask or of those of its phrases."""
+    row_id = parts[0]["id"]
     try:
-        image = open_image(stored, row["id"]) if stored else None
+        image = open_image(stored, row_id) if stored else None
     except ValueError:
         image = None  # its status says so
-    mask = open_image(row["mask"], row["id"], mode="1") if row["mask"] else None
-    if image is None and mask is not None:
-        image = Image.new("RGB", mask.size, "white")
-    shown = [("picture", image and _drawn(image, row)), ("mask", None), ("grid", None)]
-    if image is not None and mask is not None:
-        shown[1] = ("mask", outline(image, mask))
-        if mask.getbbox():
-            shown[2] = ("grid", _on_grid(image, np.array(mask), grid))
+    phrases = [(part["query"], open_image(part["mask"], row_id, mode="1")) for part in parts if part["mask"]]
+    if image is None and phrases:
+        image = Image.new("RGB", phrases[0][1].size, "white")
+    shown = [("picture", image and _drawn(image, parts)), ("mask", None), ("grid", None)]
+    if image is not None and phrases:
+        union = np.logical_or.reduce([np.array(mask) for _, mask in phrases])
+        by_phrase = OCCURRENCE in parts[0]
+        shown[1] = ("mask", outline_phrases(image, phrases) if by_phrase else outline(image, phrases[0][1]))
+        if union.any():
+            shown[2] = ("grid", _on_grid(image, union, grid))
     return {
-        **{name: row[name] for name in ("id", "query", "text", "score", "area", "status", "detail")},
-        "cells": row["grid_cells"],
-        "boxes": len(row["boxes"] or []),
+        "id": row_id,
+        "parts": parts,
+        **{name: min((part[name] for part in parts if part[name] is not None), default=-1) for name in _SORTED},
         "pictures": [
             (title, data_address(picture, "jpeg", 85, SIDE) if picture else None) for title, picture in shown
         ],
     }
 
 
-def _drawn(image: Image.Image, row: dict[str, Any]) -> Image.Image:
+def _drawn(image: Image.Image, parts: list[dict[str, Any]]) -> Image.Image:
     image = image.copy()
     pen, width = ImageDraw.Draw(image), max(1, max(image.size) // 150)
-    for box in row["boxes"] or []:
-        pen.rectangle(box, outline=(0, 160, 255), width=width)
-    for polygon in row["polygons"] or []:
-        pen.polygon(polygon, outline=(255, 200, 0), width=width)
+    for part in parts:
+        for box in part["boxes"] or []:
+            pen.rectangle(box, outline=(0, 160, 255), width=width)
+        for polygon in part["polygons"] or []:
+            pen.polygon(polygon, outline=(255, 200, 0), width=width)
     return image
 
 

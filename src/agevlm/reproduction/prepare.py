@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
-from agevlm.data.masks import join_masks
+from agevlm.data.masks import join_masks, masks_of
 from agevlm.data.scenes.benchmarks import FEATURES, GROUP, benchmark_rows
 from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
@@ -133,7 +133,7 @@ def rows_of(scenes: Path, run: Run) -> Dataset:
     rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
     features = masks.features
     if run.query != "things":
-        phrases = read_files([scenes / f"phrases/{part}.parquet"])
+        phrases: Any = masks_of(scenes, part, by_phrase=True)
         own, text = (found.with_format("arrow")[:] for found in (phrases, masks))
         text = text.take(pc.index_in(own["id"], value_set=text["id"]))
         text = text.append_column("occurrence", pa.nulls(len(text), pa.int32()))

@@ -1,4 +1,4 @@
-"""One picture to look at: scenes with what is asked, the answer, and the outline of the mask to look at."""
+"""One picture to look at: scenes with what is asked, the answer, and the outlines of the masks to look at."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from agevlm.drawing import outline, panels
+from agevlm.data.masks import PHRASES
+from agevlm.data.rows import MAX_PHRASES
+from agevlm.drawing import outline, outline_phrases, panels
 from agevlm.images import open_image, save_image
 
 
@@ -24,15 +26,16 @@ def _head(path: Path, count: int) -> list[dict]:
 
 def _training(folder: Path, part: str) -> Iterator[Entry]:
     rows = _head(folder / part / "train.parquet", _PER_PART)
-    masks = {mask["id"]: mask for mask in _head(folder / "masks" / f"{part}.parquet", _PER_PART)}
+    phrases = _head(folder / PHRASES / f"{part}.parquet", _PER_PART * MAX_PHRASES)
     for row in rows:
-        mask = masks[row["id"]]
+        own = [phrase for phrase in phrases if phrase["id"] == row["id"]]
         lines = []
         for index, message in enumerate(row["messages"]):
-            mark = "> " if index == mask["message_index"] else ""
+            mark = "> " if index in [phrase["message_index"] for phrase in own] else ""
             lines.append(f"{mark}{message['role'][0].upper()}: {message['content']}")
         image = open_image(row["images"][0], row["id"])
-        yield image, open_image(mask["mask"], row["id"], mode="1"), "\n".join(lines)
+        drawn = [(phrase["query"], open_image(phrase["mask"], row["id"], mode="1")) for phrase in own]
+        yield outline_phrases(image, drawn), None, "\n".join(lines)
 
 
 _TEXTS = {

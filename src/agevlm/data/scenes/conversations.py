@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agevlm.data.rows import IMAGE_PLACEHOLDER
+from agevlm.data.rows import IMAGE_PLACEHOLDER, occurrence_at
 
 from .layout import Scene
 from .questions import Question, prompt_of
@@ -38,7 +38,7 @@ def _caption(prompt: str, named: Sequence[tuple[str, str, tuple[int, ...]]]) -> 
     for part, words, objects in named:
         start = text.index(part[1:], end) - 1 + part.index(words)  # the first letter may be a capital
         end = start + len(words)
-        phrases.append((words, sum(text.startswith(words, place) for place in range(start)), objects))
+        phrases.append((words, occurrence_at(text, words, start), objects))
     return Caption(prompt, text, tuple(index for *_, objects in named for index in objects), tuple(phrases))
 
 
