@@ -30,7 +30,7 @@ STAGES = (
     (1, "stage1-align", "projector, cross-attention blocks", "language modeling"),
     (2, "stage2-adapt-vision", "+ last ConvNeXt stage", "language modeling"),
     (3, "stage3-ground", "as 2", "language modeling + guidance"),
-    (4, "stage4-instruct", "everything", "language modeling (`agevlm-lm`: + guidance)"),
+    (4, "stage4-instruct", "everything", "language modeling (variants `-lm`: + guidance)"),
 )
 TAGS = ("agevlm", "custom_code", "vision-language", "visual-grounding")
 # What a model made from these must be published under, by their licenses.
@@ -123,6 +123,7 @@ def _facts(facts: Mapping[str, Any], parent: Mapping[str, Any], bases: list[str]
         ("made from", ", ".join(base for base in facts.get("base_models") or [] if base not in (start,)) or None),
         ("rows", data.get("rows")),
         ("rows with a mask", data.get("guided_rows")),
+        ("masks of", data.get("masks_of")),
         ("data fingerprint", data.get("fingerprint")),
         ("recipe hash", facts.get("recipe_hash")),
         ("language before -> after", _language(facts.get("language") or {})),

@@ -368,7 +368,7 @@ def peak_memory(device: torch.device) -> float:
 class Probes(TrainerCallback):
     """Draws where the model looks on a few fixed rows, into `probes/step-NNNNNNNN.png` of the run's folder.
 
-    One line per phrase: the picture with its mask's outline, and the attention of the query on it, mean over the cross
+    One line per phrase: its words, the picture with its mask's outline, and their attention on it, mean over the cross
     layers, on one color scale. TensorBoard and trackio get the same picture, if the run reports to them.
 
     Args:
@@ -400,19 +400,19 @@ class Probes(TrainerCallback):
         processor = self.trainer.data_collator.processor.image_processor
         cells_BPL = maps_KBPL.float().mean(0).cpu().numpy()[..., : math.prod(processor.grid)]  # of the first picture
         shown = [
-            (row["images"][0], phrase["mask"], cells_BPL[place, number])
+            (row["images"][0], phrase["query"], phrase["mask"], cells_BPL[place, number])
             for place, row in enumerate(self.opened)
             for number, phrase in enumerate(row["guidance"])
         ]
         heats = [
             processor.grid_to_pixels(cells.reshape(processor.grid), (image.height, image.width))
-            for image, _, cells in shown
+            for image, *_, cells in shown
         ]
         heats = [heat / max(heat.mean(), 1e-12) for heat in heats]  # in times an even spread
         peak = peak_of(heats)
         lines = [
-            [("", outline(image, mask)), ("", overlay(image, heat, peak, mask))]
-            for (image, mask, _), heat in zip(shown, heats, strict=True)
+            [(words, outline(image, mask)), ("", overlay(image, heat, peak, mask))]
+            for (image, words, mask, _), heat in zip(shown, heats, strict=True)
         ]
         sheet = panels(lines, side=256, peak=peak)
         save_image(sheet, path)

@@ -123,6 +123,14 @@ def data_fingerprint(rows: datasets.Dataset) -> dict[str, Any]:
     return {"rows": len(rows), "guided_rows": guided_rows, "fingerprint": fingerprint}
 
 
+def masks_of(rows: datasets.Dataset) -> str | None:
+    """What masks of rows are of, `phrases` or whole `texts`; None without masks."""
+    guided = guided_flags(rows)
+    if not guided.any():
+        return None
+    return "phrases" if isinstance(rows[int(guided.argmax())]["guidance"], list) else "texts"
+
+
 def _queries(batch: Any) -> list[str | list[list] | None]:
     """The guidance query of each row of an arrow table, None where a row is not guided; by phrase, with all that
     says which words are meant."""

@@ -60,6 +60,9 @@ class StageTrainer(WatchedTrainer):
         step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return make_sampler(rows, self.args, step_rows) or super()._get_train_sampler(train_dataset)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """None: evaluations keep the order of their rows. Trainer's `group_by_length` needs rows with `input_ids`."""
+
     def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
         """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`)."""
         set_sampler_epoch(train_dataloader, epoch)

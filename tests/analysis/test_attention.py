@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from agevlm.analysis.attention import attend, in_mask_mass, write_attention, write_examples
+from agevlm.analysis.attention import attend, draw_panels, in_mask_mass, write_attention, write_examples
 from agevlm.analysis.cli import attention as main
 from builders import mask, picture, save_tiny, tiny_model, tiny_processor
 
@@ -40,6 +40,20 @@ def test_the_map_is_of_the_questions_tokens_alone():
     np.testing.assert_allclose(alone.weights, suffixed.weights, rtol=1e-5)
     other = attend(model, processor, picture(), "How many cars are there?", max_new_tokens=2)
     assert np.abs(alone.weights - other.weights).max() > 1e-7
+
+
+def test_every_phrase_of_the_question_has_a_look_and_a_panel(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    whole = attend(model, processor, picture(), QUESTION, max_new_tokens=1)
+    alone = attend(model, processor, picture(), "red apple", prompt=QUESTION, max_new_tokens=1)
+    np.testing.assert_allclose(whole.part("red apple"), alone.weights, rtol=1e-5)
+    np.testing.assert_allclose(whole.part(QUESTION), whole.weights, rtol=1e-5)
+    twice = attend(model, processor, picture(), "A cat or a cat", max_new_tokens=1)
+    assert np.abs(twice.part("cat") - twice.part("cat", 5)).max() > 1e-7
+    plain, drawn = (draw_panels({"m": whole}, picture(), None, phrases) for phrases in ((), ("red apple", "image")))
+    assert drawn.width == plain.width and drawn.height > plain.height + 300
+    with pytest.raises(ValueError, match="does not hold the phrase 'dog'; copy it"):
+        write_attention({"m": (model, processor)}, picture(), QUESTION, tmp_path, phrases=["apple", "dog"])
 
 
 def test_the_answer_is_what_generate_says():

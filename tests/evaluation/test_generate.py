@@ -103,7 +103,7 @@ def test_looks_are_those_of_a_pass_without_answers_and_change_no_answer(model, p
     settings = {"identity": IDENTITY, "batch_size": 3, "max_new_tokens": 4, "progress": False}
     predictions, looks = generate_predictions(model, processor, PAPER, data, tmp_path, looks=True, **settings)
     assert predictions == generate(model, processor, rows(), tmp_path / "unlooked", batch_size=3)
-    _, expected = measure_looking(model, processor, PAPER, data, progress=False)
+    _, expected = measure_looking(model, processor, data, progress=False)
     assert [look["id"] for look in looks] == ["row-0", "row-2", "row-3"]
     for look, other in zip(looks, expected, strict=True):
         assert look["uniform"] == other["uniform"] and look["centre"] == other["centre"]

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from agevlm.data.rows import undecoded
+from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, content_digest, undecoded
+from agevlm.evaluation.cli import evaluate as main
+from agevlm.evaluation.inputs import PICTURES
 from agevlm.evaluation.looking import center_prior, load_masked, mass_and_pointing, measure_looking
-from agevlm.evaluation.pope import PAPER as pope
+from agevlm.evaluation.run import rows_digest
 from builders import stored, tiny_processor
 
 
@@ -38,8 +40,8 @@ class Looking:
 
     def base_model(self, **batch):
         self.batches.append(batch)
-        rows = len(batch["input_ids"])
-        return SimpleNamespace(cross_attention_maps=torch.stack([grid.expand(rows, -1) for grid in self.grids]))
+        shape = batch["guidance_query_mask"].shape[:2]
+        return SimpleNamespace(cross_attention_maps=torch.stack([grid.expand(*shape, -1) for grid in self.grids]))
 
 
 def box_mask(box, size=(WIDTH, HEIGHT)) -> Image.Image:
@@ -68,7 +70,7 @@ def at(row: int, column: int) -> np.ndarray:
 
 def measure(model, data, geometry="pad", **settings):
     processor = tiny_processor(geometry=geometry)
-    return measure_looking(model, processor, pope, data, progress=False, **settings)
+    return measure_looking(model, processor, data, progress=False, **settings)
 
 
 @pytest.mark.parametrize("geometry", CELLS)
@@ -125,6 +127,73 @@ def test_bad_masks_are_counted_or_stop(mask, message):
         measure(Looking(at(1, 1)), data, strict=True)
 
 
+def grounded(folder, *phrases):
+    """Rows a, b and c, c of two pictures, joined with masks (id, words, which of them, mask); None: one mask a row."""
+    caption = "A cup, a red apple and a cup."
+    items = [
+        {
+            "id": name,
+            "images": [stored(Image.new("RGB", (WIDTH, HEIGHT), "grey"))] * len(pictures),
+            "messages": [
+                {"role": "user", "content": "".join(pictures) + "What is there?"},
+                {"role": "assistant", "content": caption},
+            ],
+        }
+        for name, pictures in (("a", ["<|image|>"]), ("b", ["<|image|>"]), ("c", ["<|image|>"] * 2))
+    ]
+    masks = [
+        {"id": name, "query": words, "message_index": 1, "mask": stored(mask), "source": "x", "score": 1.0}
+        | ({} if which is None else {"occurrence": which})
+        for name, words, which, mask in phrases
+    ]
+    Dataset.from_list(items, ROW_FEATURES).to_parquet(folder / "rows.parquet")
+    features = MASK_FEATURES if phrases[0][2] is None else PHRASE_FEATURES
+    Dataset.from_list(masks, features).to_parquet(folder / "masks.parquet")
+    return load_masked(folder / "masks.parquet", folder / "rows.parquet")
+
+
+def test_a_row_is_the_mean_of_its_phrases(tmp_path):
+    (box, cell), beside = CELLS["pad"], (0, 16, 64, 80)
+    phrases = [("a", "cup", 1, box_mask(box)), ("a", "red apple", 0, box_mask(beside)), ("b", "cup", 0, box_mask(box))]
+    data = grounded(tmp_path, *phrases)
+    assert data["id"] == ["a", "b"]
+    model = Looking(at(*cell))
+    metrics, records = measure(model, data)
+    assert [record["in_mask_mass"] for record in records] == [[0.5], [1]]
+    assert metrics["in_mask_mass"]["mean"] == metrics["pointing_accuracy"]["mean"] == 0.75
+    # The middle cell beats all; the cell beside it loses to that one and draws with seven (ties count half)
+    assert records[0]["token_auroc"] == [(1 + 7 / 2 / 8) / 2] and records[1]["token_auroc"] == [1]
+    ids, query = model.batches[0]["input_ids"], model.batches[0]["guidance_query_mask"]
+    words = [
+        [tiny_processor().tokenizer.decode(ids[row][query[row, place]]).strip() for place in (0, 1)] for row in (0, 1)
+    ]
+    assert words == [["cup", "red apple"], ["cup", ""]]
+    assert query[0, 0].nonzero().min() > query[0, 1].nonzero().max(), "the second cup is meant"
+
+    # One phrase a row gives what a mask of the whole text gives; other masks are another run
+    alone = grounded(tmp_path, *[(name, words, None, mask) for name, words, _, mask in phrases[1:]])
+    _, whole = measure(model, alone)
+    assert whole[1] == records[1] and rows_digest(alone) == rows_digest(data)
+    assert content_digest(alone, PICTURES) != content_digest(data, PICTURES)
+
+
+def test_rows_that_phrases_cannot_be_measured_on(tmp_path):
+    mask = box_mask(CELLS["pad"][0])
+    data = grounded(tmp_path, ("b", "cup", 0, mask), ("c", "cup", 0, mask))
+    metrics, records = measure(Looking(at(1, 1)), data)
+    assert [record["id"] for record in records] == ["b"] and metrics["skipped"] == 1
+    with pytest.raises(ValueError, match="row c: 2 pictures"):
+        measure(Looking(at(1, 1)), data, strict=True)
+    absent = grounded(tmp_path, ("a", "cup", 2, mask))
+    with pytest.raises(ValueError, match=r"row \(id 'a'\): guidance\[0\].query 'cup' is not in .* 3 times"):
+        measure(Looking(at(1, 1)), absent, strict=True)
+
+
+def test_rows_of_masks_need_the_masks(tmp_path):
+    with pytest.raises(ValueError, match="--rows are those of --masks; give the masks too"):
+        main(["model", "--language", "text", "--rows", "rows", "--output", str(tmp_path)])
+
+
 def test_rows_without_masks_measure_nothing():
     metrics, records = measure(Looking(at(1, 1)), rows(None, None))
     assert (metrics["n"], records) == (0, [])
@@ -136,19 +205,19 @@ def test_only_the_questions_tokens_are_asked_for():
     model = Looking(at(1, 1))
     measure(model, rows(box_mask(CELLS["pad"][0])))
     batch = model.batches[0]
-    chosen = tiny_processor().tokenizer.decode(batch["input_ids"][0][batch["guidance_query_mask"][0]])
+    chosen = tiny_processor().tokenizer.decode(batch["input_ids"][0][batch["guidance_query_mask"][0, 0]])
     assert chosen == "Is there a red apple in the image?"
 
 
 def test_the_models_own_maps_are_read(model, processor):
     """The metric equals one computed by hand from eager attention weights."""
     mask = box_mask((0, 0, 96, 96))
-    metrics, _ = measure_looking(model, processor, pope, rows(mask), progress=False)
+    metrics, _ = measure_looking(model, processor, rows(mask), progress=False)
     model.set_attn_implementation("eager")
     batch = Looking(at(0, 0))
     measure(batch, rows(mask))
     inputs = batch.batches[0]
-    chosen = inputs.pop("guidance_query_mask")[0]
+    chosen = inputs.pop("guidance_query_mask")[0, 0]
     with torch.no_grad():
         weights = model.base_model(**inputs, output_attentions=True).cross_attentions
     cells = processor.image_processor.mask_to_grid(mask).reshape(-1)
@@ -180,5 +249,5 @@ def test_mass_is_a_share_and_splits_between_mask_and_rest(weights, inside):
 
 
 def test_a_folder_in_place_of_a_file_of_masks_is_named(tmp_path):
-    with pytest.raises(ValueError, match="is no file; give a Parquet file of image, question, mask"):
+    with pytest.raises(ValueError, match="is no file; give a Parquet file of image, question, mask, or --rows"):
         load_masked(tmp_path)

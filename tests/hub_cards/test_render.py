@@ -27,7 +27,7 @@ FACTS = {
     "repo": "someone/agevlm",
     "parent": {"init_from": "someone/stage2", "revision": "abc123", "repo": "someone/stage2"},
     "base_models": ["meta-llama/Llama-3.2-1B-Instruct", "timm/convnext"],
-    "data": {"rows": 1000, "guided_rows": 31, "fingerprint": "f00d"},
+    "data": {"rows": 1000, "guided_rows": 31, "fingerprint": "f00d", "masks_of": "phrases"},
     "recipe": {"trains": ["projector"], "training": {"learning_rate": 1e-5, "max_steps": -1, "seed": 7}},
     "recipe_hash": "beef",
     "git_commit": None,
@@ -87,6 +87,7 @@ def test_metadata_is_what_the_hub_reads():
     assert data.pipeline_tag == "image-text-to-text"
     assert (data.base_model, data["base_model_relation"]) == ("someone/stage2", "finetune")
     assert {"agevlm", "custom_code", "stage-3"} <= set(data.tags)
+    assert "| masks of | phrases |" in render_card(FACTS).content
 
 
 def test_a_stage_in_the_repository_of_its_parent_names_the_published_parts():

@@ -9,6 +9,7 @@ from training_worker import make_arguments, make_rows
 from agevlm.training.lineage import (
     data_fingerprint,
     identity_hash,
+    masks_of,
     model_fingerprint,
     parent_lineage,
     read_lineage,
@@ -47,6 +48,10 @@ def test_equal_rows_have_equal_fingerprints_and_every_change_shows(tmp_path):
 
 def test_rows_without_any_guidance_are_counted(tmp_path):
     assert data_fingerprint(make_rows("iit"))["guided_rows"] == 0
+
+
+def test_what_masks_are_of():
+    assert [masks_of(make_rows(kinds)) for kinds in ("itg", "it3", "it")] == ["texts", "phrases", None]
 
 
 def test_weights_are_hashed_by_content(tmp_path):

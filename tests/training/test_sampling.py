@@ -142,6 +142,13 @@ def test_batches_of_a_run_hold_rows_of_one_length(tmp_path):
     assert padded["group_by_length"] == 0 < padded["random"]
 
 
+def test_an_evaluation_keeps_the_order_of_its_rows_under_group_by_length(tmp_path):
+    trainer = make_trainer(tmp_path, "igtigt", train_sampling_strategy="group_by_length")
+    read = [row_id for batch in trainer.get_eval_dataloader() for row_id in batch["row_ids"]]
+    assert read == [f"row-{index}" for index in range(6)]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_spreading_does_not_go_with_a_fixed_order(tmp_path):
     trainer = make_trainer(tmp_path, spread_guided_rows=True)  # its order is sequential
     with pytest.raises(ValueError, match="sequential"):

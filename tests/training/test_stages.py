@@ -145,7 +145,7 @@ def test_a_finished_folder_is_complete_and_the_next_stage_starts_from_it(tmp_pat
     assert lineage["status"] == "finished"
     assert (lineage["name"], lineage["stage"], lineage["variant"]) == ("stage3_ground", 3, "agevlm")
     assert lineage["data"]["rows"] == 12
-    assert lineage["data"]["guided_rows"] == 6
+    assert lineage["data"]["guided_rows"] == 6 and lineage["data"]["masks_of"] == "texts"
     assert {"loss", "guidance_loss", "in_mask_mass", "pointing_accuracy", "guided_share"} <= lineage["metrics"].keys()
     assert {"torch", "transformers", "trl"} <= lineage["versions"].keys()
     assert STAGING not in os.listdir(tmp_path / "first")

@@ -82,6 +82,8 @@ class Attended:
         weights: float32 `(K, V)`, attention of the question on the visual tokens; a layer sums to 1.
         token_weights: float32 `(K, N, V)`, the same of each generated token.
         image_mass: float32 `(K,)`, share of the question's attention that went to the picture; 1 in cross-attention.
+        words: float32 `(K, Q, V)`, attention of each of the question's tokens on the visual tokens, as it is.
+        question, places: its text, and there the characters (start, end) of each token.
     """
 
     answer: str
@@ -91,6 +93,15 @@ class Attended:
     weights: np.ndarray
     token_weights: np.ndarray
     image_mass: np.ndarray
+    words: np.ndarray
+    question: str
+    places: list[tuple[int, int]]
+
+    def part(self, phrase: str, start: int = 0) -> np.ndarray:
+        """`(K, V)`: as `weights`, of a part of the question, looked for from `start`; 0 where it has no token."""
+        start = self.question.index(phrase, start)
+        chosen = [left < start + len(phrase) and right > start for left, right in self.places]
+        return _normalized(self.words[:, chosen].sum(1))
 
     @cached_property
     def maps(self) -> np.ndarray:
@@ -151,16 +162,19 @@ def attend(
             streamer=streamer,
         )
     generated = output[0, encoded.text_BT.shape[1] :]
-    weights, token_weights, mass = _looks(recorders, encoded, len(generated))
+    words, token_weights = _looks(recorders, encoded, len(generated))
     tokenizer = processor.tokenizer
     return Attended(
         answer=tokenizer.decode(generated, skip_special_tokens=True).strip(),
         tokens=[tokenizer.decode([token]) for token in generated.tolist()],
         layers=list(chosen),
         cells=cells,
-        weights=weights,
+        weights=_normalized(words.mean(1)),
         token_weights=token_weights,
-        image_mass=mass,
+        image_mass=words.mean(1).sum(-1),
+        words=words,
+        question=question,
+        places=encoded.places[0],
     )
 
 
@@ -173,8 +187,8 @@ def question_look(
     encoded = subject.encode([image], [question], answer_next=True)
     with recording(choose_layers(subject, layers), _question_and_last(encoded)) as recorders:
         subject.model.base_model(**encoded.inputs, use_cache=False)
-    weights, _, mass = _looks(recorders, encoded, 0)
-    return cells_of(subject, image, encoded), weights, mass
+    look = _looks(recorders, encoded, 0)[0].mean(1)
+    return cells_of(subject, image, encoded), _normalized(look), look.sum(-1)
 
 
 def _question_and_last(encoded: Encoded) -> torch.Tensor:
@@ -193,24 +207,24 @@ def choose_layers(subject: Subject, wanted: Sequence[int] | None) -> dict[int, t
     return {index: known[index] for index in sorted(set(wanted))}
 
 
-def _looks(
-    recorders: Mapping[int, Recorder], encoded: Encoded, generated: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attention on the visual tokens per layer, each summing to 1: of the question `(K, V)` and of every generated
-    token `(K, N, V)`; and the share of the question's attention that is on them, `(K,)`."""
+def _looks(recorders: Mapping[int, Recorder], encoded: Encoded, generated: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attention on the visual tokens per layer: of each of the question's tokens `(K, Q, V)`, and of every generated
+    token `(K, N, V)`, each summing to 1."""
     columns: Any = slice(None) if encoded.image_BT is None else encoded.image_BT[0].cpu().numpy()
-    questions, answers, masses = [], [], []
+    questions, answers = [], []
     for recorder in recorders.values():
         prompt, *steps = (weights.numpy() for weights in recorder.weights)
         # Later steps have more keys: the text that has been generated.
         last = [row[:, : prompt.shape[1]][:, columns] for row in (prompt[-1:], *steps)]
-        tokens = np.concatenate(last)[:generated]
-        question = prompt[:-1, columns].mean(0)
-        totals = tokens.sum(1, keepdims=True)
-        questions.append(question / (question.sum() or 1))
-        answers.append(tokens / np.where(totals > 0, totals, 1))
-        masses.append(question.sum())
-    return np.stack(questions), np.stack(answers), np.stack(masses)
+        questions.append(prompt[:-1, columns])
+        answers.append(_normalized(np.concatenate(last)[:generated]))
+    return np.stack(questions), np.stack(answers)
+
+
+def _normalized(weights: np.ndarray) -> np.ndarray:
+    """Weights that sum to 1 over the last axis, where they are not all 0."""
+    totals = weights.sum(-1, keepdims=True)
+    return weights / np.where(totals > 0, totals, 1)
 
 
 def in_mask_mass(attended: Attended, mask: Image.Image, layers: slice = slice(None)) -> float:
@@ -233,9 +247,10 @@ def _peak(results: Iterable[Attended]) -> float:
 
 
 def draw_panels(
-    attended: Mapping[str, Attended], image: Image.Image, question: str, mask: Image.Image | None = None
+    attended: Mapping[str, Attended], image: Image.Image, mask: Image.Image | None = None, phrases: Sequence[str] = ()
 ) -> Image.Image:
-    """One row per model: the picture, each layer, their mean; one color scale for all."""
+    """One row per model: the picture, each layer, their mean; then one with the mean of each phrase of the question.
+    One color scale for all."""
     rows: list[list[tuple[str, Any]]] = []
     for name, result in attended.items():
         cells, small, outlined = _reduced(result, image, mask, 2 * PANEL_SIDE)
@@ -245,13 +260,15 @@ def draw_panels(
         if count > 1:
             row.append(("mean", cells.to_pixels(result.weights.mean(0))))
         rows.append([(f"{name}: {result.answer}", None), *row])
+        if phrases:
+            rows.append([(words, cells.to_pixels(result.part(words).mean(0))) for words in phrases])
     peak = peak_of(heat for row in rows for _, heat in row if heat is not None)
     shown = small if outlined is None else outline(small, outlined)
     titled = [
         [(title, shown if heat is None else overlay(small, heat, peak, outlined)) for title, heat in row]
         for row in rows
     ]
-    return panels(titled, question, PANEL_SIDE, peak)
+    return panels(titled, result.question, PANEL_SIDE, peak)
 
 
 def _layer_title(attended: Attended, index: int) -> str:
@@ -282,6 +299,7 @@ def write_attention(
     *,
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
+    phrases: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes `panels.png`, per model `overlay-NAME.png` (mean over layers), `first-NAME.png` (of several layers the
     first) and `tokens-NAME.png`, the arrays `maps.npz` and `attention.json`, whose content it returns.
@@ -295,7 +313,10 @@ def write_attention(
     Args:
         models: name -> (model, processor).
         mask: of the picture's size; outlined, and the attention inside it is measured.
+        phrases: parts of the question, each with a panel of its own.
     """
+    if lost := [words for words in phrases if words not in question]:
+        raise ValueError(f"the question {question!r} does not hold the phrase {lost[0]!r}; copy it from there")
     if mask is not None and mask.size != image.size:
         raise ValueError(
             f"the mask is {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; give a mask "
@@ -331,7 +352,7 @@ def write_attention(
         token_maps = np.stack([small.to_pixels(w).astype(np.float16) for w in result.token_weights.mean(0)])
         arrays |= {f"{name}/maps": result.maps, f"{name}/mean": result.mean, f"{name}/token_maps": token_maps}
         arrays |= {f"{name}/weights": result.weights, f"{name}/token_weights": result.token_weights}
-    save_image(draw_panels(attended, image, question, mask), output / "panels.png")
+    save_image(draw_panels(attended, image, mask, phrases), output / "panels.png")
     save_arrays(arrays, output / "maps.npz")
     write_json(output / "attention.json", summary)
     return summary
@@ -409,6 +430,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
         mask,
         layers=arguments.layers,
         max_new_tokens=arguments.max_new_tokens,
+        phrases=arguments.phrases,
     )
     for name, result in summary["models"].items():
         print(f"{name}: {result['answer']}")

@@ -14,6 +14,7 @@ def attention(argv: list[str] | None = None) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--mask", metavar="FILE", help="black and white picture of what the question is about")
+    parser.add_argument("--phrases", nargs="+", default=[], metavar="WORDS", help="of the question, for a map of each")
     parser.add_argument(
         "--layer",
         type=int,

@@ -25,11 +25,13 @@ class Encoded:
     Attributes:
         inputs: what the model takes.
         text_BT: bool; tokens of the wanted span, without special tokens.
+        places: of each row these tokens' characters in the span, (start, end).
         image_BT: bool; visual tokens; None for a cross-attention model.
     """
 
     inputs: dict[str, torch.Tensor]
     text_BT: torch.Tensor
+    places: list[list[tuple[int, int]]]
     image_BT: torch.Tensor | None
 
 
@@ -96,11 +98,12 @@ class Subject:
             self._check(prompt)
         texts = [render(self.processor, prompt, answer_next=answer_next) for prompt in prompts]
         inputs = encode(self.model, self.processor, images, texts)
-        text_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        text_BT, places = torch.zeros_like(inputs["input_ids"], dtype=torch.bool), []
         for row, (text, prompt, span) in enumerate(zip(texts, prompts, spans, strict=True)):
             tail = text.rpartition(self.processor.image_token)[2]
             chosen = self._span_tokens(tail, prompt, span, inputs["input_ids"][row].tolist())
-            text_BT[row, -len(chosen) :] = torch.tensor(chosen, device=text_BT.device)
+            text_BT[row, -len(chosen) :] = torch.tensor([place is not None for place in chosen], device=text_BT.device)
+            places.append([place for place in chosen if place is not None])
         image_BT = None
         if self.concatenates:
             token: Any = image_token_id(self.model.config)
@@ -109,7 +112,7 @@ class Subject:
                 raise ValueError(
                     f"the processor writes no image token {token}; model and processor do not belong together"
                 )
-        return Encoded(inputs, text_BT, image_BT)
+        return Encoded(inputs, text_BT, places, image_BT)
 
     def _check(self, prompt: str) -> None:
         if not prompt.strip():
@@ -120,8 +123,9 @@ class Subject:
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the processor has no chat template, so nothing says how to ask this model; give it one")
 
-    def _span_tokens(self, tail: str, prompt: str, span: str, ids: list[int]) -> list[bool]:
-        """Which of the last tokens of `ids`, those of the text `tail` behind the picture, belong to `span`."""
+    def _span_tokens(self, tail: str, prompt: str, span: str, ids: list[int]) -> list[tuple[int, int] | None]:
+        """The characters in `span` of the last tokens of `ids`, those of the text `tail` behind the picture; None for
+        tokens beside it."""
         tokenizer = self.processor.tokenizer
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} knows no character offsets; use a fast tokenizer")
@@ -143,7 +147,7 @@ class Subject:
         special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         low, high = start + shift, start + len(span) + shift
         return [
-            left < high and right > low and token not in special
+            (left - low, right - low) if left < high and right > low and token not in special else None
             for token, (left, right) in zip(tail_ids, offsets, strict=True)
         ]
 

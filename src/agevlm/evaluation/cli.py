@@ -52,6 +52,9 @@ def evaluate(argv: list[str] | None = None) -> None:
     )
     rows.add_argument("--masks", metavar="FILE", help="Parquet of image, question, mask: measure looking on it too")
     rows.add_argument(
+        "--rows", metavar="ROWS", help="rows that --masks of `agevlm ground` belong to: file, folder, Hub id"
+    )
+    rows.add_argument(
         "--language",
         metavar="TEXT",
         help="file of text, Hub set (ID or ID:CONFIG) or folder of scenes: measure the perplexity of it too",

@@ -108,7 +108,7 @@ def _answer(
     lines = [_line(row_id, asked[row_id], error=error) for row_id, error in bad.items()]
     if not questions:
         return lines, []
-    batch, query, cells = encode_questions(model, processor, benchmark, questions)
+    batch, query, cells = encode_questions(model, processor, questions)
     keys = [picture_key(question.row) for question in questions]
     with each_picture_once(model, keys), looking(model, query) as maps:
         outputs = _generate(model, processor, batch, limit)

@@ -12,13 +12,15 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from agevlm.data.rows import open_row
 from agevlm.images import open_image
-from agevlm.models import encode, messages, render
+from agevlm.models import check_messages, control_tokens, encode, messages, render
+from agevlm.processing.processing_agevlm import take_marks
 
 from .benchmark import Row
 
 
-PICTURES = ("image", "mask")  # columns
+PICTURES = ("image", "mask", "images", "guidance")  # columns; the last two of rows with masks by phrase
 
 
 class RowError(ValueError):
@@ -36,23 +38,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Question:
-    """A row with its picture and the mask of what to look at, each None where there is none, and its text in the
-    model's chat format."""
+    """A row with its picture, None where there is none, its text in the model's chat format, and for each phrase that
+    says what to look at its place (start, end) in the text and its mask."""
 
     row: Row
     image: Image.Image | None
     text: str
-    mask: Image.Image | None = None
+    phrases: list[tuple[tuple[int, int], Image.Image]]
 
 
 def without_pictures(rows: Dataset) -> Iterator[Row]:
-    """The rows without their `image` and `mask` columns: scoring needs neither."""
+    """The rows without their pictures and masks: scoring needs neither."""
     return iter(rows.remove_columns([name for name in PICTURES if name in rows.column_names]))
 
 
 def picture_key(row: Row) -> Any:
     """The same for rows that show the same stored picture."""
-    image = row["image"]
+    image = row["images"][0] if "images" in row else row["image"]
     return (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else id(image)
 
 
@@ -73,8 +75,11 @@ def open_rows(
     pictures: dict[Any, Image.Image | None] = {}
     questions, bad = [], {}
     for row in rows:
-        key = picture_key(row)
         try:
+            if "guidance" in row:
+                questions.append(_guided_question(processor, row))
+                continue
+            key = picture_key(row)
             if key not in pictures:
                 pictures[key] = row_image(row)
             text = _row_text(processor, asked, row, pictures[key] is not None)
@@ -89,8 +94,29 @@ def open_rows(
         except RowError:
             if strict:
                 raise
-        questions.append(Question(row, pictures[key], text, mask))
+        phrases = []
+        if mask is not None:
+            phrases = [(processor.message_span(messages(asked.prompt(row)), 0, asked.query(row)), mask)]
+        questions.append(Question(row, pictures[key], text, phrases))
     return questions, bad
+
+
+def _guided_question(processor: Any, row: Row) -> Question:
+    """A row of `data.rows`, which has its own messages and phrases. RowError if it is bad."""
+    try:
+        opened = open_row(row)
+        check_messages(control_tokens(processor), row, processor.image_token)
+        if len(opened["images"]) != 1:
+            raise ValueError(f"row {row['id']}: {len(opened['images'])} pictures; looking is measured on rows of one")
+        masks = [phrase["mask"] for phrase in opened["guidance"]]
+        words = [(said["message_index"], said["query"], said.get("occurrence") or 0) for said in opened["guidance"]]
+        marked, pairs = processor.mark_phrases(row["messages"], words)
+        text = processor.apply_chat_template(marked, tokenize=False)
+        text, marks = take_marks(text, len({mark for pair in pairs for mark in pair}))
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    spans = [(marks[start], marks[end]) for start, end in pairs]
+    return Question(row, opened["images"][0], text, list(zip(spans, masks, strict=True)))
 
 
 def row_image(row: Row) -> Image.Image | None:
@@ -131,25 +157,18 @@ def _opened(row: Row, field: str, mode: str) -> Image.Image:
 
 
 def encode_questions(
-    model: Any, processor: Any, asked: Any, questions: Sequence[Question]
+    model: Any, processor: Any, questions: Sequence[Question]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-    """Inputs of a batch, the bool tokens `(B, T)` of the queries of rows with a mask, and the masks' bool cells
-    `(B, V)`; None for both where no row has a mask.
-
-    Args:
-        asked: a `Benchmark` or `Asked`.
-    """
+    """Inputs of a batch, the bool tokens `(B, P, T)` of the rows' phrases, and the masks' bool cells `(B, P, V)`; None
+    for both where no row has a mask. P is the most phrases of a row."""
     images, texts = [question.image for question in questions], [question.text for question in questions]
     guidance: dict[str, Any] = {}
-    if any(question.mask is not None for question in questions):
-        guidance["guidance_masks"] = [question.mask for question in questions]
-        guidance["guidance_spans"] = [
-            None if q.mask is None else processor.message_span(messages(asked.prompt(q.row)), 0, asked.query(q.row))
-            for q in questions
-        ]
+    if any(question.phrases for question in questions):
+        guidance["guidance_spans"] = [[span for span, _ in question.phrases] for question in questions]
+        guidance["guidance_masks"] = [[mask for _, mask in question.phrases] for question in questions]
     batch = encode(model, processor, images, texts, **guidance)
     query, cells = batch.pop("guidance_query_mask", None), batch.pop("guidance_mask", None)
-    return batch, query, None if cells is None else cells.flatten(1).bool()
+    return batch, query, None if cells is None else cells.flatten(2).bool()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 The map of a row is the model's `cross_attention_maps` over the tokens of its question (mean over heads and tokens,
 section 3.2.2), the mask is on the same grid. A benchmark's maps come out of the pass that reads the prompt before the
-model answers.
+model answers. A row with masks by phrase has a map for each phrase, and its figures are means over its phrases.
 - in-mask mass: share of the attention on the mask's cells, in [0, 1].
 - pointing: whether the most attended cell is one of them.
 - token AUROC: the chance that a cell of the mask is attended more than a visible one outside it (ties count half).
@@ -22,8 +22,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 
+from agevlm.data.masks import join_masks, load_masks
 from agevlm.data.rows import undecoded
-from agevlm.data.tables import read_files
+from agevlm.data.tables import load_table, read_files
 from agevlm.stats import auroc
 
 from .benchmark import Metrics
@@ -36,14 +37,22 @@ METRICS = ("in_mask_mass", "pointing_accuracy", "token_auroc")
 Look = dict[str, Any]  # `id`; of each metric the values per layer, and under `uniform` and `centre` one value
 
 
-def load_masked(path: str | Path) -> Dataset:
+def load_masked(path: str | Path, rows_of: str | Path | None = None) -> Dataset:
     """Rows of any set with masks: a Parquet file of `image`, `question`, `mask` (of the picture's size), maybe `id`.
 
+    Args:
+        rows_of: the rows that the masks belong to (`data.tables.load_table`); `path` then names masks to join, such as
+            `agevlm ground` writes (`data.masks.load_masks`), one a row or one a phrase.
+
     Raises:
-        ValueError: no such file, a missing column, no rows.
+        ValueError: no such file, a missing column, no rows, masks that fit no row.
     """
+    if rows_of is not None:
+        rows = load_table(str(rows_of)).select_columns(["id", "images", "messages"])
+        rows = undecoded(join_masks(rows, load_masks([path])))
+        return rows.select(marked_rows(rows))
     if not Path(path).is_file():
-        raise ValueError(f"{path} is no file; give a Parquet file of image, question, mask")
+        raise ValueError(f"{path} is no file; give a Parquet file of image, question, mask, or --rows for other masks")
     rows = read_files([path], keep_in_memory=True)
     missing = [name for name in ("image", "question", "mask") if name not in rows.column_names]
     if missing or not len(rows):
@@ -55,22 +64,22 @@ def load_masked(path: str | Path) -> Dataset:
 
 def marked_rows(rows: Dataset) -> list[int]:
     """Places of the rows that have a mask."""
-    masks = rows["mask"] if "mask" in rows.column_names else []
-    return [index for index, mask in enumerate(masks) if mask is not None]
+    name = next((name for name in ("guidance", "mask") if name in rows.column_names), None)
+    return [] if name is None else [index for index, mask in enumerate(rows[name]) if mask]
 
 
 @contextmanager
-def looking(model: Any, query_BT: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
-    """While it lasts, the pass over a prompt with pictures also appends the maps `(K, B, V)` of the queries to the
-    list: `generate` answers as without it. Nothing is appended without queries."""
+def looking(model: Any, query_BPT: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """While it lasts, the pass over a prompt with pictures also appends the maps `(K, B, P, V)` of the phrases to the
+    list: `generate` answers as without it. Nothing is appended without phrases."""
     maps: list[torch.Tensor] = []
-    if query_BT is None:
+    if query_BPT is None:
         yield maps
         return
 
     def ask(module: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         reads_prompt = named.get("pixel_values") is not None
-        return inputs, {**named, "guidance_query_mask": query_BT} if reads_prompt else named
+        return inputs, {**named, "guidance_query_mask": query_BPT} if reads_prompt else named
 
     def keep(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
         if output.cross_attention_maps is not None:
@@ -87,40 +96,48 @@ def looking(model: Any, query_BT: torch.Tensor | None) -> Iterator[list[torch.Te
 
 def look_records(
     questions: Sequence[Question],
-    maps_KBV: torch.Tensor,
-    cells_BV: torch.Tensor,
+    maps_KBPV: torch.Tensor,
+    cells_BPV: torch.Tensor,
     visible_BNL: torch.Tensor,
     grid: tuple[int, int],
     strict: bool,
 ) -> list[Look]:
-    """One record per row whose mask has cells left on the grid.
+    """One record per row with a phrase whose mask has cells left on the grid, the mean over such phrases.
 
     Raises:
-        RowError: if strict, for a row whose object `crop` has cut away.
+        RowError: if strict, for a phrase whose object `crop` has cut away, or that stands before the picture.
     """
-    maps, cells = maps_KBV.float().cpu().numpy(), cells_BV.cpu().numpy()
+    maps, cells = maps_KBPV.float().cpu().numpy(), cells_BPV.cpu().numpy()
     visible = visible_BNL.flatten(1).bool().cpu().numpy()  # V = N * L with one picture per row
     records = []
     for index, question in enumerate(questions):
-        if question.mask is None:
-            continue
-        mask, shown = cells[index], visible[index]
-        if not mask.any():
-            if strict:
-                where = f"row {question.row['id']}, field mask"
-                raise RowError(f"{where}: the geometry has cut away all of it; use `pad`")
-            continue
-        share = float((mask & shown).sum() / shown.sum())
-        prior = center_prior(shown.reshape(grid)).reshape(1, -1)
-        records.append(
-            {
-                "id": question.row["id"],
-                **_measured(maps[:, index], mask, shown),
-                "uniform": {"in_mask_mass": share, "pointing_accuracy": share, "token_auroc": 0.5},
-                "centre": {name: value for name, (value,) in _measured(prior, mask, shown).items()},
-            }
-        )
+        shown, looks = visible[index], []
+        for mask, maps_KV in zip(cells[index], maps[:, index].swapaxes(0, 1), strict=True):
+            if not (mask.any() and maps_KV.any()):
+                continue
+            share = float((mask & shown).sum() / shown.sum())
+            prior = _measured(center_prior(shown.reshape(grid)).reshape(1, -1), mask, shown)
+            uniform = {"in_mask_mass": share, "pointing_accuracy": share, "token_auroc": 0.5}
+            centre = {name: value for name, (value,) in prior.items()}
+            looks.append({**_measured(maps_KV, mask, shown), "uniform": uniform, "centre": centre})
+        if strict and len(looks) < len(question.phrases):
+            raise RowError(
+                f"row {question.row['id']}, field mask: the geometry has cut away all of it (use `pad`), or the words "
+                "stand before the picture"
+            )
+        if looks:
+            records.append({"id": question.row["id"], **_mean_look(looks)})
     return records
+
+
+def _mean_look(looks: Sequence[Any]) -> Any:
+    """The mean of a row's phrases, value by value: of mappings, of lists, of numbers, of which some may be None."""
+    if isinstance(looks[0], dict):
+        return {name: _mean_look([look[name] for look in looks]) for name in looks[0]}
+    if isinstance(looks[0], list):
+        return [_mean_look(layer) for layer in zip(*looks, strict=True)]
+    known = [value for value in looks if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _measured(maps_KV: np.ndarray, mask_V: np.ndarray, visible_V: np.ndarray) -> dict[str, list[float | None]]:
@@ -157,30 +174,19 @@ def center_prior(visible: np.ndarray) -> np.ndarray:
 
 
 def measure_looking(
-    model: Any,
-    processor: Any,
-    asked: Any,
-    rows: Dataset,
-    *,
-    batch_size: int = 32,
-    strict: bool = False,
-    progress: bool = True,
+    model: Any, processor: Any, rows: Dataset, *, batch_size: int = 32, strict: bool = False, progress: bool = True
 ) -> tuple[Metrics, list[Look]]:
-    """`summarize` of the rows that have a mask, and their records, without answers.
-
-    Args:
-        asked: a `Benchmark` or `Asked`.
-    """
+    """`summarize` of the rows that have a mask, and their records, without answers."""
     marked = marked_rows(rows)
     mine, records = my_share(marked), []
-    bar = tqdm(total=len(mine), desc=f"{asked.name}: looking", unit="row", disable=not progress or not is_main())
+    bar = tqdm(total=len(mine), desc=f"{MASKED.name}: looking", unit="row", disable=not progress or not is_main())
     with bar, torch.inference_mode():
         for start in range(0, len(mine), batch_size):
             chosen = mine[start : start + batch_size]
-            questions, _ = open_rows(processor, asked, rows.select(chosen), with_masks=True, strict=strict)
-            questions = [question for question in questions if question.mask is not None]
+            questions, _ = open_rows(processor, MASKED, rows.select(chosen), with_masks=True, strict=strict)
+            questions = [question for question in questions if question.phrases]
             if questions:
-                batch, query, cells = encode_questions(model, processor, asked, questions)
+                batch, query, cells = encode_questions(model, processor, questions)
                 assert cells is not None  # every question has a mask
                 with each_picture_once(model, [picture_key(question.row) for question in questions]):
                     output = model.base_model(**batch, guidance_query_mask=query, use_cache=False)

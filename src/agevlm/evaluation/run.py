@@ -33,7 +33,7 @@ from .generate import PREDICTIONS, Prediction, generate_predictions
 from .inputs import PICTURES
 from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
-from .looking import MASKED, Look, load_masked, marked_rows, measure_looking, summarize
+from .looking import Look, load_masked, marked_rows, measure_looking, summarize
 from .processes import current_device, is_main
 from .registry import BENCHMARKS, EVERY, TEXT_ONLY
 from .sources import load_hub, load_local, prepare
@@ -230,7 +230,7 @@ def evaluate(
             "grounding": summarize(pooled, marked, layers),
         }
         if masked is not None:
-            metrics["masked"] = measure_looking(model, processor, MASKED, masked, **settings)[0]
+            metrics["masked"] = measure_looking(model, processor, masked, **settings)[0]
         if held is not None:
             metrics["language"] = {**held.stated, **perplexity(model, processor.tokenizer, held)}
     finally:
@@ -391,7 +391,9 @@ def run_verb(arguments: argparse.Namespace) -> None:
     else:
         data = load_published(benchmarks, parse_places(arguments.data), arguments.images)
         source = {"data": " ".join(arguments.data) or "Hub", "split": "test"}
-    masked = load_masked(arguments.masks) if arguments.masks else None
+    if arguments.rows and not arguments.masks:
+        raise ValueError("--rows are those of --masks; give the masks too")
+    masked = load_masked(arguments.masks, arguments.rows) if arguments.masks else None
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
     results = {}
     for name, path in zip(names, arguments.models, strict=True):

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def alone(server, image: Image.Image, question: str) -> list[str]:
             layers=answerer.layers,
             max_new_tokens=server.max_new_tokens,
         )
-        drawn.append(finished(name, image, question, attended, "mean"))
+        drawn.append(finished(name, image, attended, "mean"))
     return drawn
 
 
@@ -88,6 +89,15 @@ def test_one_model_asked_from_several_threads(example):
     for index, result in enumerate(alone):
         assert together[index]["model"].tokens == result.tokens
         assert (together[index]["model"].token_weights == result.token_weights).all()
+
+
+def test_each_word_of_the_question_has_its_maps():
+    attended = attend(tiny_model(), tiny_processor(), picture(), f" {QUESTION}\n<b>&", max_new_tokens=2)
+    html = finished("a", picture(), attended, "mean")
+    words = re.findall(r'data-token="question (\d+)">([^<]+)</span>', html)
+    assert [unescape(word) for _, word in words] == [*QUESTION.split(), "<b>&"]
+    assert all(attended.question[int(start) :].startswith(unescape(word)) for start, word in words)
+    assert len(heats(html)) == 3 * (1 + len(words) + len(attended.tokens))  # two layers and their mean
 
 
 def test_answers_grow_word_by_word():

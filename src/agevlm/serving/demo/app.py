@@ -55,14 +55,14 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
             image = _open_upload(picture, page.GRADIO_CACHE)
             question = question if isinstance(question, str) else ""
             for state in ask(answerers, image, question, max_new_tokens):
-                yield [_draw(answerers[name], name, image, question, value) for name, value in state.items()]
+                yield [_draw(answerers[name], name, image, value) for name, value in state.items()]
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     with Page(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
         gr.Markdown(
-            "# Where does it look?\nAsk about a picture; then point at the question or at a word of the answer to see "
-            "where the model looked."
+            "# Where does it look?\nAsk about a picture; then point at the question, at one of its words or at a "
+            "word of the answer to see where the model looked."
         )
         with gr.Row():
             with gr.Column(scale=2):
@@ -167,11 +167,11 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
-def _draw(answerer: Answerer, name: str, image: Image.Image, question: str, value: str | Attended) -> str:
+def _draw(answerer: Answerer, name: str, image: Image.Image, value: str | Attended) -> str:
     if isinstance(value, str):
         return growing(name, value)
     first = str(value.layers[0]) if answerer.subject.concatenates or len(value.layers) == 1 else MEAN
-    return finished(name, image, question, value, first)
+    return finished(name, image, value, first)
 
 
 def run_verb(options: argparse.Namespace) -> None:
