@@ -74,6 +74,7 @@ NEW_OUTPUT = (
     "convert", "export",
 )  # fmt: skip
 ADDED = {
+    "quickstart": {"jobs"},
     "init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"},
     "ground import": {"rows", "query"}, "data scenes": {"min-objects", "presence-first", "splits"},
     "push": {"hub-model-id", "hub_model_id"},

@@ -53,7 +53,7 @@ VERBS = {
     "export": "{inputs}/model",
     "train": "stage3_ground --size tiny --data {inputs}/scenes --init-from {inputs}/model --max-steps 6 "
     "--save-steps 2 --per-device-train-batch-size 2 --gradient-accumulation-steps 1",
-    "reproduce": "--parts {parts} --only agevlm --strict",
+    "reproduce": "--parts {parts} --only agevlm --strict --jobs 1",
 }
 OUTPUT = "out"
 PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"

@@ -261,7 +261,7 @@ def weights_of(output: Path) -> dict[Path, int]:
 def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, capsys):
     """Interrupted, resumed, once more, and another row by the other verb in the same folder."""
     output = tmp_path / "run"
-    arguments = ["--output", str(output), "--parts", str(PARTS)]
+    arguments = ["--output", str(output), "--parts", str(PARTS), "--jobs", "1"]
     cli.reproduce([*arguments, "--only", "quickstart", "--dry-run"])
     said = " ".join(capsys.readouterr().out.split())
     assert "8 stage runs (shared ones once), 0 finished, 8 to do (16 steps), 3 rows to measure" in said
@@ -331,7 +331,7 @@ def test_runs_with_the_same_tower_share_its_features(minute, tmp_path):
 @pytest.mark.timeout(900)
 def test_the_twin_end_to_end(minute, tmp_path):
     output = tmp_path / "out"
-    arguments = ["--output", str(output), "--parts", str(PARTS), "--only", "twin", "--strict"]
+    arguments = ["--output", str(output), "--parts", str(PARTS), "--only", "twin", "--strict", "--jobs", "1"]
     cli.reproduce(arguments)
     titles = set(report_of(output)["numbers"]["twin"])
     assert titles >= {answer.title for answer in TABLE_2}

@@ -147,14 +147,15 @@ def _rows_by_picture(rows: Dataset, names: list[str], source: str, path: Path) -
 def _asked(row: dict[str, Any], category: str | None, text: Any) -> dict[str, Any] | None:
     """The id of the row that shows a mask, with its words where the mask has none: all, or those that name the
     category. None where it does not name it."""
-    row_id, messages, found = text or (row["id"], None, None)
+    row_id = row["id"] if text is None else text[0]
     if None not in (row["query"], row["message_index"]) or (text is None and category is None):
         return {"id": row_id}
     if text is None:
         raise ValueError(f"an annotation of {row_id!r} has no query; pass the rows that name its category (--rows)")
+    _, messages, found = text
     if category is None:
         return {"id": row_id, "query": found[1], "message_index": found[2]}
-    phrase = category and (find_phrase(messages, found, category) or find_phrase(messages, found, plural(category)))
+    phrase = find_phrase(messages, found, category) or find_phrase(messages, found, plural(category))
     return {"id": row_id, **phrase} if phrase else None
 
 

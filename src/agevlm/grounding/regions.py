@@ -42,7 +42,7 @@ class Grounding:
     @property
     def mask(self) -> np.ndarray | None:
         """The union over all instances: bool `(height, width)`."""
-        return None if self.masks is None else self.masks.any(0)
+        return None if self.masks is None else np.any(self.masks, axis=0)
 
     @property
     def score(self) -> float | None:

@@ -31,7 +31,7 @@ def quickstart(argv: list[str] | None = None) -> None:
     """
     parser = VerbParser("quickstart", quickstart.__doc__)
     _add_run(parser, Path("runs/quickstart"))
-    parser.set_defaults(only=["quickstart"], jobs=1, strict=True, dry_run=False)
+    parser.set_defaults(only=["quickstart"], strict=True, dry_run=False)
     _run(parser.parse_args(argv))
 
 
@@ -49,7 +49,6 @@ def reproduce(argv: list[str] | None = None) -> None:
     _add_run(parser, Path("runs/reproduce"))
     parser.rename("--quickstart", "--output")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows or groups of the matrix (see --dry-run)")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="steps at a time (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
     parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
     _run(parser.parse_args(argv))
@@ -64,6 +63,11 @@ def _add_run(parser: VerbParser, output: Path) -> None:
     )
     parser.add_argument(
         "--parts", type=Path, help="pretrained tower and language model (default: ours, but for small)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=at_least(1),
+        help="steps at a time, which share the cores (default: 2; with an accelerator 1)",
     )
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
 

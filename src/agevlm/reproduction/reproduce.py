@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -224,7 +225,7 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
     failed: dict[str, str] = {}
     done: set[str] = set()
     waiting, running = list(steps), dict[Future, Step]()
-    with _Here() if jobs == 1 else worker_pool(jobs, quiet) as pool:
+    with _Here() if jobs == 1 else worker_pool(jobs, _start_worker, jobs) as pool:
         while waiting or running:
             for step in list(waiting):
                 if missing := next((name for name in step.after if name in failed), None):
@@ -257,6 +258,12 @@ def _timed(call: Callable[[], None]) -> tuple[BaseException | None, float]:
     except Exception as error:
         return error, time.monotonic() - started
     return None, time.monotonic() - started
+
+
+def _start_worker(jobs: int) -> None:
+    """Its share of the cores: small models lose more to threads that wait for each other than they gain."""
+    quiet()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def quiet() -> None:
@@ -332,7 +339,8 @@ def run_verb(args: argparse.Namespace) -> None:
             console.print(line, highlight=False)
             progress.advance(task)
 
-        failed = execute(steps, args.jobs, args.strict, tell)
+        jobs = args.jobs or (1 if torch.accelerator.is_available() else 2)
+        failed = execute(steps, jobs, args.strict, tell)
     seconds = {"scenes and parts": prepared - started, "training and measuring": time.monotonic() - prepared}
     write_report(args.output, args.size, place.scenes, collect(place), failed, seconds)
     page = args.output / "report.html"
