@@ -187,7 +187,7 @@ class AgeVlmDataCollator:
     def _why_unguided(self, row: dict[str, Any], number: int) -> str:
         """Why a phrase with a mask and a query in its row's text cannot be guided."""
         phrase, (start, _) = row["guidance"][number], row["spans"][number]
-        name = f"row {row['id']}" + (f", phrase {phrase['query']!r}" if len(row["guidance"]) > 1 else "")
+        name = f"row {row['id']}" + (f", guidance[{number}] {phrase['query']!r}" if len(row["guidance"]) > 1 else "")
         if not self.processor.image_processor.mask_to_grid(phrase["mask"]).any():
             return f"{name}: its mask covers no cell of the grid. Look at the mask and the geometry of the processor."
         if row["text"].find(self.processor.image_token) > start:

@@ -417,7 +417,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
 
         Raises:
             ValueError: pictures, masks and placeholders of a row do not fit each other, as after tokens were moved
-                and `cross_attention_mask` was not; `guidance_mask` without `guidance_query_mask`.
+                and `cross_attention_mask` was not; `guidance_mask` without `guidance_query_mask`, or not one mask for
+                each of its phrases.
         """
         if guidance_mask is not None and guidance_query_mask is None:
             raise ValueError("`guidance_mask` says where to look; `guidance_query_mask` must say which tokens should.")
@@ -426,6 +427,11 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             one_phrase = True
             guidance_query_mask = guidance_query_mask[:, None]
             guidance_mask = None if guidance_mask is None else guidance_mask[:, None]
+        if guidance_mask is not None and guidance_mask.shape[:2] != guidance_query_mask.shape[:2]:
+            raise ValueError(
+                f"`guidance_query_mask` has the shape {tuple(guidance_query_mask.shape)} (rows, phrases, tokens) and "
+                f"`guidance_mask` {tuple(guidance_mask.shape)}. Give each phrase one mask."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_outputs = image_states = None

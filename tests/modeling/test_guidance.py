@@ -289,6 +289,13 @@ def test_a_mask_without_query_tokens_is_refused(model):
         model(input_ids=torch.tensor([[5]]), guidance_mask=torch.ones(1, 9, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (1, 2, 9), (2, 3, 9)])
+def test_masks_of_another_number_than_the_phrases_are_refused(model, shape):
+    query = torch.ones(1, 3, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"\(1, 3, 1\) \(rows, phrases, tokens\).*Give each phrase one mask"):
+        model(input_ids=torch.tensor([[5]]), guidance_query_mask=query, guidance_mask=torch.ones(shape))
+
+
 def test_the_model_returns_the_same_mass_as_its_maps(model):
     assert model.config.cross_attention_layers == tiny_model().config.cross_attention_layers
     inputs = {

@@ -1,6 +1,7 @@
 """What a run reports about itself, and that it stops before a step that would ruin it."""
 
 import json
+import re
 from unittest.mock import patch
 
 import pytest
@@ -251,6 +252,25 @@ def test_a_row_that_cannot_be_guided_is_counted_listed_and_trained_on(tmp_path):
     assert entries[-1]["unguided_rows"] == 1 and "skipped_rows" not in entries[-1]
     (line,) = (tmp_path / "unguided_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "early" and "before the picture" in json.loads(line)["reason"]
+
+
+def test_a_row_that_loses_a_phrase_to_its_length_is_counted_listed_and_guided_by_the_others(tmp_path):
+    item = row("long", guided=True)
+    item["messages"][1]["content"] = " ".join(["Yes"] * 150)
+    last = {**item["guidance"], "message_index": 1, "query": "Yes", "occurrence": 149}
+    item["guidance"] = [{**item["guidance"], "occurrence": None}, last]
+    others = make_rows("3i")
+    rows = concatenate_datasets([others, Dataset.from_list([item], features=others.features)])
+    trainer = trained(tmp_path / "lenient", rows, per_device_train_batch_size=3)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["guided_share"] for entry in entries] == [pytest.approx(2 / 3)] * 2
+    assert [entry["partly_guided_rows"] for entry in entries] == [1, 1] and "unguided_rows" not in entries[-1]
+    (line,) = (tmp_path / "lenient/partly_guided_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "long"
+    named = r"guidance\[1\] 'Yes': its query lies behind the first 128 tokens"
+    assert re.search(named, json.loads(line)["reason"])
+    with pytest.raises(ValueError, match=named):
+        trained(tmp_path / "strict", rows, per_device_train_batch_size=3, strict=True)
 
 
 def test_a_run_in_which_no_mask_can_guide_stops(tmp_path):

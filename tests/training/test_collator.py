@@ -165,6 +165,9 @@ def test_a_phrase_may_mean_a_later_occurrence(collator):
     item["guidance"][0]["occurrence"] = 3
     with pytest.raises(ValueError, match=r"guidance\[0\].query 'Yes' is not in messages\[1\].* 4 times"):
         collator([item])
+    item["guidance"] = [{**phrase, "message_index": 0, "query": "image", "occurrence": 1}]  # once, and in `<|image|>`
+    with pytest.raises(ValueError, match=r"guidance\[0\].query 'image' is not in messages\[0\].* 2 times"):
+        collator([item])
 
 
 def test_phrases_that_are_cut_off_are_named_and_the_row_is_guided_by_the_others(collator):
@@ -176,7 +179,7 @@ def test_phrases_that_are_cut_off_are_named_and_the_row_is_guided_by_the_others(
     ((place, name, reason),) = batch["partly_guided_rows"]
     assert place == name == item["id"] and "unguided_rows" not in batch
     assert reason.count("lies behind the first 40 tokens") == 8 - guided[0].sum()
-    assert f"row {item['id']}, phrase {QUESTION!r}" in reason
+    assert f"row {item['id']}, guidance[6] {QUESTION!r}" in reason
 
 
 def test_masks_may_be_encoded(collator):
@@ -319,6 +322,7 @@ EARLY = {
 UNGUIDABLE = {
     "before the picture": (guide(text_row(**EARLY), message_index=0), "its query stands before the picture"),
     "cut off": (guide(conversation(), message_index=3), "its query lies behind the first 40 tokens"),
+    "all phrases cut off": (phrased(2), "guidance[1] 'apple': its query lies behind the first 40 tokens"),
     "cropped off": (guide(row(images=1) | {"images": [picture(300, 40)]}, message_index=0), "covers no cell"),
 }
 
@@ -331,7 +335,7 @@ def test_a_row_that_cannot_be_guided_is_named_with_the_reason(case):
     batch = collator([guide(row("good"), message_index=0), bad])
     ((place, name, reason),) = batch["unguided_rows"]
     assert place == name == bad["id"] and message in reason and f"row {name}" in reason
-    assert (batch["labels"][1] != -100).any() or case == "cut off"  # it is trained on all the same
+    assert (batch["labels"][1] != -100).any() or "cut off" in case  # it is trained on all the same
 
 
 def test_a_batch_without_any_good_row_teaches_nothing(collator):

@@ -197,8 +197,11 @@ def which_guided(guidance: pa.Array) -> np.ndarray:
 
 
 def find_query(content: str, phrase: Mapping[str, Any]) -> int:
-    """Where the words of a phrase start in its message, -1 where they do not occur (so often)."""
+    """Where the words of a phrase start in its message, -1 where they do not occur (so often). Words inside of a
+    placeholder do not count."""
     query, start = phrase["query"], -1
+    if IMAGE_PLACEHOLDER not in query:
+        content = content.replace(IMAGE_PLACEHOLDER, "\0" * len(IMAGE_PLACEHOLDER))
     for _ in range((phrase.get("occurrence") or 0) + 1):
         start = content.find(query, start + 1)
         if start < 0:
