@@ -103,7 +103,8 @@ def read_coco(
             made = [row for part in parts.values() if (row := _row(by_id[image_id], part, path))]
             empty += not made
             found = []
-            for text in [None] if shown is None else shown.get(by_id[image_id]["file_name"], []):
+            texts: list[Any] = [None] if shown is None else shown.get(by_id[image_id]["file_name"], [])
+            for text in texts:
                 told = (_asked(row, categories.get(row["category"], "") if by_phrase else None, text) for row in made)
                 named = [{**row, **words} for row, words in zip(made, told, strict=True) if words]
                 many += len(named) > MAX_PHRASES
