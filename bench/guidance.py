@@ -1,8 +1,10 @@
 """What guidance costs: cross-attention of Llama-1B's dimensions over 576 visual tokens, forward and backward.
 
 Ways to come by the loss of Eq. 3: `eager` keeps all attention weights; `tap` and `mass` are the model's own
-(`modeling_agevlm/guidance_agevlm.py`); the ratios are to attention without guidance in the same round, rounds being
-interleaved. Times are processor time: set OMP_NUM_THREADS=1. `--step` measures a whole training step of a model.
+(`modeling_agevlm/guidance_agevlm.py`), for one mask and for 8 phrases: `divided`, each phrase has an eighth of the
+selected tokens, or `shared`, each has all of them. Ratios are to attention without guidance and, for phrases, to one
+mask in the same way, both in the same round, rounds being interleaved. Times are processor time: set
+OMP_NUM_THREADS=1. `--step` measures a whole training step of a model.
 
     python bench/guidance.py [--tokens 512] [--batch 8] [--rounds 5] [--dtype float32]
     python bench/guidance.py --step [--layers 4]
@@ -29,6 +31,7 @@ HEADS, GROUPS, WIDTH, CELLS = 32, 8, 64, 576
 SCALING = WIDTH**-0.5
 MODULE = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, training=True, is_causal=False)
 SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
+PHRASES = 8
 CASES = (("1/8 rows, 32 tokens", 1 / 8, 32), ("all rows, 32 tokens", 1.0, 32), ("all rows, all tokens", 1.0, None))
 
 
@@ -36,10 +39,9 @@ def eager(query, key, value, selected, visibility, mask):
     """All weights kept; their mean over heads and selected tokens is the map."""
     weights = (query @ repeat_kv(key, HEADS // GROUPS).transpose(2, 3) * SCALING).softmax(-1, dtype=torch.float32)
     chosen = selected.float()
-    maps = torch.einsum("bhtv,bt->bv", weights, chosen) / (HEADS * chosen.sum(1, keepdim=True)).clamp(min=1)
-    return (weights.to(value.dtype) @ repeat_kv(value, HEADS // GROUPS)).transpose(1, 2), guidance_loss(
-        maps[None], mask
-    )
+    maps = torch.einsum("bhtv,bpt->bpv", weights, chosen) / (HEADS * chosen.sum(2, keepdim=True)).clamp(min=1)
+    attended = (weights.to(value.dtype) @ repeat_kv(value, HEADS // GROUPS)).transpose(1, 2)
+    return attended, guidance_loss(maps.flatten(0, 1)[None], mask.flatten(0, 1))
 
 
 def plain(query, key, value, selected, visibility, mask):
@@ -49,17 +51,45 @@ def plain(query, key, value, selected, visibility, mask):
 def tapped(query, key, value, selected, visibility, mask):
     query, key, maps = tap(query, key, selected, visibility, SCALING)
     attended, _ = SDPA(MODULE, query, key, value, None, scaling=SCALING, is_causal=False)
-    return attended, guidance_loss(maps[None], mask)
+    return attended, guidance_loss(maps.flatten(0, 1)[None], mask.flatten(0, 1))
 
 
 def with_mass(query, key, value, selected, visibility, mask):
     attended, _, mass = attend_with_mass(
         SDPA, MODULE, query, key, value, None, selected, mask, visibility, scaling=SCALING, is_causal=False
     )
-    return attended, guidance_loss_of_mass(mass[None], mask)
+    return attended, guidance_loss_of_mass(mass.flatten()[None], mask.flatten(0, 1))
+
+
+def by_phrase(selected_BT: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (batch, phrases, text) and random masks (batch, phrases, cells), bool: of one phrase, or of 8 that divide
+    or share the tokens."""
+    selected_BPT = selected_BT[:, None].repeat(1, PHRASES if how else 1, 1)
+    if how == "divided":
+        phrase_BT = (selected_BT.cumsum(1) - 1) * PHRASES // selected_BT.sum(1, keepdim=True).clamp(min=1)
+        selected_BPT &= phrase_BT[:, None] == torch.arange(PHRASES)[:, None]
+    return selected_BPT, torch.rand(*selected_BPT.shape[:2], CELLS) < 0.15
+
+
+def report(title: str, times: dict[tuple[str, str], list[float]]) -> None:
+    """Medians over the rounds behind the first one, which warms up."""
+
+    def ratio(way: tuple[str, str], base: tuple[str, str]) -> float:
+        return statistics.median(a / b for a, b in zip(times[way][1:], times[base][1:], strict=True))
+
+    for way, values in times.items():
+        name, how = way
+        to_one = f"{ratio(way, (name, '')):.3f}" if how else ""
+        row = (title, f"{name}, 8 phrases, {how}" if how else name, f"{ratio(way, ('none', '')):.2f}", to_one)
+        print("| " + " | ".join(row) + f" | {statistics.median(values[1:]):.2f} s |", flush=True)
 
 
 WAYS: dict[str, Callable] = {"none": plain, "eager": eager, "tap": tapped, "mass": with_mass}
+MEASURED = [
+    ("none", ""),
+    ("eager", ""),
+    *((name, how) for name in ("tap", "mass") for how in ("", "divided", "shared")),
+]
 
 
 def attention_seconds(way: Callable, inputs: list[torch.Tensor], guidance: tuple) -> float:
@@ -68,7 +98,7 @@ def attention_seconds(way: Callable, inputs: list[torch.Tensor], guidance: tuple
     attended, loss = way(*inputs, *guidance)
     total = attended.float().square().mean()
     if loss is not None:
-        total = total + loss.masked_fill(~guidance[0].any(1), 0).sum()
+        total = total + loss.masked_fill(~guidance[0].any(-1).flatten(), 0).sum()
     total.backward()
     return time.process_time() - start
 
@@ -80,19 +110,15 @@ def attention(tokens: int, batch: int, rounds: int, dtype: torch.dtype) -> None:
     visibility = Visibility(
         torch.ones(batch, tokens, 1, dtype=torch.bool), torch.ones(batch, 1, CELLS, dtype=torch.bool)
     )
-    mask = torch.rand(batch, CELLS) < 0.15
     for title, share, count in CASES:
         selected = torch.zeros(batch, tokens, dtype=torch.bool)
         selected[: max(1, round(share * batch)), : count or tokens] = True
-        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        times: dict[tuple[str, str], list[float]] = {way: [] for way in MEASURED}
         for _ in range(rounds + 1):
-            for name, way in WAYS.items():
-                seconds[name].append(attention_seconds(way, inputs, (selected, visibility, mask)))
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(values[1:], seconds["none"][1:], strict=True))
-            for name, values in seconds.items()
-        }
-        print(f"| {title} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios.values()) + " |", flush=True)
+            for (name, how), seconds in times.items():
+                chosen, mask = by_phrase(selected, how)
+                seconds.append(attention_seconds(WAYS[name], inputs, (chosen, visibility, mask)))
+        report(title, times)
 
 
 def training_step(layers: int, rounds: int, dtype: torch.dtype) -> None:
@@ -114,34 +140,27 @@ def training_step(layers: int, rounds: int, dtype: torch.dtype) -> None:
     ids = torch.randint(10, 1000, (1, 512))
     ids[:, 0] = 5
     batch = {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 768, 768), "labels": ids}
-    query = torch.ones(1, 512, dtype=torch.bool)
-    few = query & (torch.arange(512) < 32)
-    mask = torch.rand(1, CELLS) < 0.15
 
-    def seconds(**guidance) -> float:
+    def seconds(name: str, selected: torch.Tensor, mask: torch.Tensor) -> float:
+        guidance = {"none": {}, "tap": {"guidance_query_mask": selected}}.get(
+            name, {"guidance_query_mask": selected, "guidance_mask": mask}
+        )
         start = time.process_time()
         output = model(**batch, use_cache=False, **guidance)
         loss = output.loss
-        if output.cross_attention_maps is not None:
-            loss = loss + guidance_loss(output.cross_attention_maps, mask).mean()
-        if output.cross_attention_mass is not None:
-            loss = loss + guidance_loss_of_mass(output.cross_attention_mass, mask).mean()
+        if name == "tap":
+            loss = loss + guidance_loss(output.cross_attention_maps.flatten(1, 2), mask.flatten(0, 1)).mean()
+        if name == "mass":
+            loss = loss + guidance_loss_of_mass(output.cross_attention_mass.flatten(1), mask.flatten(0, 1)).mean()
         loss.backward()
         return time.process_time() - start
 
-    ways = {
-        "none": {},
-        "tap, 32 tokens": {"guidance_query_mask": few},
-        "tap, all tokens": {"guidance_query_mask": query},
-        "mass, all tokens": {"guidance_query_mask": query, "guidance_mask": mask},
-    }
-    times = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, guidance in ways.items():
-            times[name].append(seconds(**guidance))
-    for name, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(values[1:], times["none"][1:], strict=True))
-        print(f"| {name} | {ratio:.3f} | {statistics.median(values[1:]):.2f} s |", flush=True)
+    for count in (32, 512):
+        times: dict[tuple[str, str], list[float]] = {way: [] for way in MEASURED if way[0] != "eager"}
+        for _ in range(rounds + 1):
+            for (name, how), measured in times.items():
+                measured.append(seconds(name, *by_phrase(torch.arange(512)[None] < count, how)))
+        report(f"{count} tokens", times)
 
 
 def main() -> None:
@@ -155,11 +174,10 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {options}")
+    print("| guided | way | to none | to one mask | median |\n|---|---|---|---|---|")
     if options.step:
-        print("| guidance | ratio | median |\n|---|---|---|")
         training_step(options.layers, options.rounds, dtype)
     else:
-        print("| guided | " + " | ".join(WAYS) + " |\n|---|" + "---|" * len(WAYS))
         attention(options.tokens, options.batch, options.rounds, dtype)
 
 

@@ -22,8 +22,8 @@ from builders import save_tiny
 
 
 # 4 rows a step over two processes that take turns: one process with text alone, a step of text alone, masks on one
-# process alone.
-KINDS = "gtit" + "tttt" + "ggig" + "tgtg" + "iitg"
+# process alone. Rows have 1, 3 or 8 phrases.
+KINDS = "3tit" + "tttt" + "g8ig" + "t1t3" + "iitg"
 # Rows per process and batch: two batches accumulated, with a shorter last step, or one.
 DIVISIONS = {1: KINDS + "ig", 2: KINDS}
 

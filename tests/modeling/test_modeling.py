@@ -185,15 +185,22 @@ def test_query_tokens_that_see_no_picture_are_left_out_of_the_map(model, batch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(batch, position, query_mask, reentrant):
+@pytest.mark.parametrize("field", ["cross_attention_maps", "cross_attention_mass"])
+def test_gradient_checkpointing_changes_no_gradient(batch, position, reentrant, field):
+    """Guided by 8 phrases and by 3."""
+    generator = torch.Generator().manual_seed(0)
+    guidance = {"guidance_query_mask": torch.rand(3, 8, LENGTH, generator=generator) < 0.5}
+    guidance["guidance_query_mask"][2, 3:] = False
+    if field == "cross_attention_mass":
+        guidance["guidance_mask"] = torch.rand(3, 8, 2 * CELLS, generator=generator) < 0.5
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model(cross_attention_position=position).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        output = model(**batch, guidance_query_mask=query_mask, labels=batch["input_ids"], use_cache=False)
-        (output.loss + output.cross_attention_maps.square().sum()).backward()
+        output = model(**batch, **guidance, labels=batch["input_ids"], use_cache=False)
+        (output.loss + output[field].square().sum()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

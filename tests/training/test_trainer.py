@@ -80,11 +80,11 @@ def test_weight_zero_is_stock_sft(tmp_path):
         model=model,
         args=make_arguments(tmp_path / "stock", config=SFTConfig, max_steps=10),
         data_collator=WithoutGuidance(processor, max_length=1024),
-        train_dataset=make_rows("giiggiig"),  # stock SFT cannot train text rows through frozen weights
+        train_dataset=make_rows("8ii31iig"),  # stock SFT cannot train text rows through frozen weights
         processing_class=processor,
     )
     stock.train()
-    ours = make_trainer(tmp_path / "ours", "giiggiig", guidance_weight=0.0, max_steps=10)
+    ours = make_trainer(tmp_path / "ours", "8ii31iig", guidance_weight=0.0, max_steps=10)
     ours.train()
 
     before = dict(sharp_model().named_parameters())
@@ -94,22 +94,30 @@ def test_weight_zero_is_stock_sft(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight", "normalization", "loss"),
-    [(1.0, "sum", "dice"), (0.3, "max", "dice"), (1.0, "sum", "bce"), (0.3, "sum", "kl")],
+    ("kinds", "weight", "normalization", "loss"),
+    [
+        (KINDS, 1.0, "sum", "dice"),
+        (PHRASES, 1.0, "sum", "dice"),
+        (PHRASES, 0.3, "max", "dice"),
+        (PHRASES, 1.0, "sum", "bce"),
+        (PHRASES, 0.3, "sum", "kl"),
+    ],
 )
-@pytest.mark.parametrize("kinds", [KINDS, PHRASES])
-def test_gradients_are_those_of_the_plain_objective(tmp_path, weight, normalization, loss, kinds):
+def test_gradients_are_those_of_the_plain_objective(tmp_path, kinds, weight, normalization, loss):
     settings = {"guidance_weight": weight, "guidance_normalization": normalization, "guidance_loss": loss}
     gradients = step_gradients(tmp_path, batch_size=8, kinds=kinds, **settings)
     _, reference = plain_objective(kinds, weight=weight, normalization=normalization, loss=loss)
     assert_same_tensors(gradients, reference, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kinds", [KINDS, PHRASES])
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, batch_size, kinds):
-    """Some of the small batches have no guided row, some no picture at all."""
-    divided = step_gradients(tmp_path, batch_size, accumulation=8 // batch_size, kinds=kinds)
+@pytest.mark.parametrize(
+    ("kinds", "batch_size", "settings"),
+    [(KINDS, 1, {}), (PHRASES, 1, {}), (PHRASES, 2, {"logging_steps": 2}), (PHRASES, 4, {})],
+)
+def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path, kinds, batch_size, settings):
+    """Some of the small batches have no guided row, some no picture at all; in a step that is not logged some ask for
+    the mass."""
+    divided = step_gradients(tmp_path, batch_size, accumulation=8 // batch_size, kinds=kinds, **settings)
     assert_same_tensors(divided, step_gradients(tmp_path, batch_size=8, kinds=kinds), atol=1e-6, rtol=1e-4)
 
 
@@ -210,25 +218,29 @@ def test_rows_that_cannot_be_guided_do_not_count():
 # ---- Metrics ----
 
 
-def expected_metrics(kinds, model):
-    _, guided, masks, output = batch_of(kinds, model)
-    maps, masks = output.cross_attention_maps[:, guided], masks[guided]
-    return {
-        "guidance_loss": guidance_loss(maps, masks).mean().item(),
-        "in_mask_mass": in_mask_mass(maps, masks).mean().item(),
-        "pointing_accuracy": pointing_accuracy(maps, masks).mean().item(),
-        "guided_share": guided.float().mean().item(),
+METRIC_KINDS = "3t8iitig"
+
+
+def expected_metrics(model):
+    """Of `METRIC_KINDS`: averages over guided rows of averages over their phrases."""
+    _, guided, masks, output = batch_of(METRIC_KINDS, model)
+    maps, rows = output.cross_attention_maps, guided.any(1).nonzero().flatten().tolist()
+    metrics = {"guidance_loss": guidance_loss, "in_mask_mass": in_mask_mass, "pointing_accuracy": pointing_accuracy}
+    averages = {
+        name: sum(metric(maps[:, row, guided[row]], masks[row, guided[row]]).mean().item() for row in rows) / len(rows)
+        for name, metric in metrics.items()
     }
+    return {**averages, "guided_share": len(rows) / len(guided)}
 
 
 def test_training_metrics_are_averages_over_rows_not_batches(tmp_path):
     """8 rows in batches of 3, 3 and 2 with 2, 0 and 1 guided rows; the weights do not move."""
     trainer = make_trainer(
-        tmp_path, "gtgiitig", per_device_train_batch_size=3, logging_steps=3, max_steps=3, learning_rate=0.0
+        tmp_path, METRIC_KINDS, per_device_train_batch_size=3, logging_steps=3, max_steps=3, learning_rate=0.0
     )
     trainer.train()
     logged = trainer.state.log_history[0]
-    for name, value in expected_metrics("gtgiitig", sharp_model()).items():
+    for name, value in expected_metrics(sharp_model()).items():
         assert logged[name] == pytest.approx(value, rel=1e-4), name
 
 
@@ -245,9 +257,9 @@ def test_the_logged_loss_is_the_plain_objective(tmp_path, accumulation):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_evaluation_measures_guidance_at_any_weight(tmp_path, weight):
-    trainer = make_trainer(tmp_path, "gtgiitig", per_device_eval_batch_size=3, guidance_weight=weight)
+    trainer = make_trainer(tmp_path, METRIC_KINDS, per_device_eval_batch_size=3, guidance_weight=weight)
     metrics = trainer.evaluate()
-    for name, value in expected_metrics("gtgiitig", sharp_model()).items():
+    for name, value in expected_metrics(sharp_model()).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
 
 
