@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,31 @@ def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
+    """And a temporary one, which the next writer takes over: a table of that folder would be read with it."""
     path = tmp_path / "file.txt"
     store.write_text(path, "old")
     killed_inside("replacing", path)
     assert path.read_text() == "old"
-    store.write_text(path, "new")
-    assert path.read_text() == "new"
+    with store.replacing(path) as temporary:
+        assert not temporary.read_bytes()
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_take_turns(tmp_path):
+    """Each writes it whole: it holds at any time what one of them has written."""
+    path, text = tmp_path / "file.txt", "x" * 10_000
+
+    def write(number: int) -> None:
+        with store.replacing(path) as temporary, temporary.open("w") as file:
+            for _ in range(3):
+                file.write(str(number) + text)
+                file.flush()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    content = path.read_text()
+    assert content == content[: len(content) // 3] * 3 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_appears_complete_and_takes_over_from_a_killed_one(tmp_path):

@@ -36,14 +36,33 @@ def publish(source: Path, target: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path for a file (same suffix), renamed to `path` at the end and removed if the block fails."""
+    """A temporary path for a file (same suffix), renamed to `path` at the end and removed if the block fails.
+
+    One writer at a time, the others wait; what a killed one has left is written over.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.incomplete{path.suffix}")
+    place = _own(temporary)
     try:
         yield temporary
         publish(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(place)
+
+
+def _own(path: Path) -> int:
+    """Opens an empty file that no other process has open this way; waits for one that has."""
+    while True:
+        place = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(place, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(place), os.stat(path)):
+                os.ftruncate(place, 0)
+                return place
+        os.close(place)  # who had it has renamed or removed it
 
 
 @contextmanager
