@@ -75,8 +75,9 @@ NEW_OUTPUT = (
 )  # fmt: skip
 ADDED = {
     "quickstart": {"jobs"},
-    "init": {"cross-attention-position"}, "eval": {"images", "language"}, "serve": {"open-addresses"},
-    "ground import": {"rows", "query"}, "data scenes": {"min-objects", "presence-first", "splits"},
+    "init": {"cross-attention-position"}, "eval": {"images", "language", "rows"}, "ground": {"by-phrase"},
+    "analyze attention": {"phrases"}, "serve": {"open-addresses"},
+    "ground import": {"rows", "query", "by-phrase"}, "data scenes": {"min-objects", "presence-first", "splits"},
     "push": {"hub-model-id", "hub_model_id"},
 }  # fmt: skip
 

@@ -264,7 +264,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     arguments = ["--output", str(output), "--parts", str(PARTS), "--jobs", "1"]
     cli.reproduce([*arguments, "--only", "quickstart", "--dry-run"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "8 stage runs (shared ones once), 0 finished, 8 to do (16 steps), 3 rows to measure" in said
+    assert "8 stage runs (shared ones once), 0 finished, 8 to do (22 steps), 3 rows to measure" in said
     assert not output.exists()
 
     def interrupt(*_):
@@ -291,7 +291,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     turns = sum(message["role"] == "assistant" for messages in conversations for message in messages)
     for name in QUICKSTART:
         points = report["curves"][name]["0"]["points"]
-        assert len(points) == 3 and (points[0][0], points[-1][0]) == (0, turns)  # two steps see every row
+        assert len(points) == 5 and (points[0][0], points[-1][0]) == (0, turns)  # four steps see every row
     assert (output / "curves.png").is_file()
     page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for shown in (page, text):

@@ -231,9 +231,12 @@ def _names(size: Size) -> dict[str, str]:
     return names
 
 
-def _from_scratch(recipe: StageRecipe) -> StageRecipe:
-    """The recipe with a language model that trains too, at a rate that would make a pretrained one forget. Lookup is
-    found after a number of steps rather than of questions, so the questions come in smaller ones."""
+def _recipe(stage: int, size: Size, **variant: str) -> StageRecipe:
+    """The recipe of a stage. From scratch, the language model trains too, at a rate that would make a pretrained one
+    forget. Lookup is found after a number of steps rather than of questions, so the questions come in smaller ones."""
+    recipe = STAGES[stage](size=size.recipes, **variant)
+    if not size.scratch:
+        return recipe
     trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
     recipe = recipe.override(trains=trains, learning_rate=max(recipe.training["learning_rate"], 2e-3))
     if recipe.data == "instructions":
@@ -248,12 +251,8 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
     for stage in row.stages:
         guided = stage in row.guided
         query: Query = row.query if guided else "text"
-        recipe = STAGES[stage](size=size.recipes, variant=_variant(stage, row.guided, query))
-        if size.scratch:
-            recipe = _from_scratch(recipe)
-        inherited = [
-            STAGES[s](size=size.recipes) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage
-        ]
+        recipe = _recipe(stage, size, variant=_variant(stage, row.guided, query))
+        inherited = [_recipe(s, size) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
         steps = sum(map(size.steps, [recipe, *inherited])) / size.steps(recipe)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
