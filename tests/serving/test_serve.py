@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import os
+import re
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -20,6 +22,8 @@ from transformers.utils.import_utils import is_serve_available
 from agevlm.serving.serve import build_app, open_data_urls
 from builders import picture, save_tiny, tiny_model, tiny_processor
 
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     not is_serve_available(), reason="the packages of `pip install 'agevlm[serve]'` are missing"
@@ -278,3 +282,15 @@ def test_data_urls_are_opened_and_pictures_pass():
     (opened, passed), nothing = open_data_urls([[data_url(1), image], None])
     assert isinstance(opened, Image.Image) and opened.tobytes() == image.tobytes()
     assert passed is image and nothing is None
+
+
+def test_the_blocks_of_the_documentation_run(server):
+    """With the address and the name of this server; both clients get the same answer."""
+    address, checkpoint = server
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = text.replace("http://localhost:8000", address).replace('"agevlm-tiny"', json.dumps(checkpoint))
+    python, bash = re.findall(r"^```(?:python|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    commands = ([sys.executable, "-c", python], ["bash", "-c", bash])
+    ours, curls = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True, timeout=120) for c in commands)
+    assert ours.returncode == 0 == curls.returncode, ours.stderr + curls.stderr
+    assert json.loads(curls.stdout)["choices"][0]["message"]["content"] == ours.stdout.removesuffix("\n")
