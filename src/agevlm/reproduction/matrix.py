@@ -78,7 +78,7 @@ SIZES = {
     "clutter": replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0),
     "clutter-able": _CLUTTER,
     "tiny": _TINY,
-    "tiny-scratch": replace(_TINY, scratch=True),
+    "tiny-scratch": replace(_TINY, scratch=True, presence_first=1.0),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
 }
 
