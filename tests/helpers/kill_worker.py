@@ -86,8 +86,8 @@ def run_verb(verb: str, inputs: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     if verb == "reproduce":
-        SIZES["clutter"] = dataclasses.replace(
-            SIZES["clutter"], captions=8, instructions=8, questions=4, pairs=4, oblong=2, turns=1
+        SIZES["tiny-scratch"] = dataclasses.replace(
+            SIZES["tiny-scratch"], captions=8, instructions=8, questions=4, pairs=4, oblong=2, turns=1
         )
     flag = "--output-dir" if verb == "train" else "--output"
     vars(sys.modules["__main__"]).pop("__file__")  # workers of the verb need not import this module

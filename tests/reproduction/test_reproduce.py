@@ -244,8 +244,8 @@ def test_missing_parts_say_what_to_do(tmp_path):
 @pytest.fixture
 def minute(monkeypatch):
     """The default size, cut down: two stages' rows and few questions."""
-    size = dataclasses.replace(SIZES["clutter"], captions=64, instructions=64, questions=12, pairs=8, oblong=3)
-    monkeypatch.setitem(SIZES, "clutter", size)
+    size = dataclasses.replace(SIZES["tiny-scratch"], captions=64, instructions=64, questions=12, pairs=8, oblong=3)
+    monkeypatch.setitem(SIZES, "tiny-scratch", size)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 
 
@@ -309,7 +309,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     assert weights_of(output).items() > weights.items() and len(weights_of(output)) == 10
     assert set(again["numbers"]) == {*QUICKSTART, "query-things"}
     lineages = [
-        read_lineage(output / "seed-0" / chain(ROWS[n], "clutter", 0)[2].name) for n in ("agevlm", "query-things")
+        read_lineage(output / "seed-0" / chain(ROWS[n], "tiny-scratch", 0)[2].name) for n in ("agevlm", "query-things")
     ]
     assert lineages[0]["data"]["fingerprint"] != lineages[1]["data"]["fingerprint"]  # other words are guided
 
@@ -317,14 +317,14 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_runs_with_the_same_tower_share_its_features(minute, tmp_path):
     """Over seeds; the twin opens its pictures."""
-    place = Place(tmp_path / "out", "clutter", PARTS)
-    draw_scenes(place.scenes, SIZES["clutter"], None)
+    place = Place(tmp_path / "out", "tiny-scratch", PARTS)
+    draw_scenes(place.scenes, SIZES["tiny-scratch"], None)
     sizes = []
     for seed in (0, 1):
-        train_step(place, seed, chain(ROWS["agevlm"], "clutter", seed)[0])
+        train_step(place, seed, chain(ROWS["agevlm"], "tiny-scratch", seed)[0])
         sizes.append([(path.name, path.stat().st_size) for path in sorted(place.features.rglob("*.bin"))])
     assert sizes[0] == sizes[1] and len(sizes[0]) == 2
-    train_step(place, 0, chain(ROWS["twin"], "clutter", 0)[0])
+    train_step(place, 0, chain(ROWS["twin"], "tiny-scratch", 0)[0])
 
 
 @pytest.mark.slow

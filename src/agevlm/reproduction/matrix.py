@@ -72,13 +72,14 @@ _TINY = Size(
     colors=COLORS,
     cross_attention_layers=(1, 4),
 )
-# Four to six small things, so that looking at things is not yet looking at the right one
+# From scratch, because a language model that looks things up answers without guidance too. Clutter: four to six small
+# things, so that looking at things is not yet looking at the right one.
 _CLUTTER = replace(_TINY, min_objects=4, max_objects=6, image_size=320)
 SIZES = {
+    "tiny-scratch": replace(_TINY, scratch=True, presence_first=1.0),
+    "tiny": _TINY,
     "clutter": replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0),
     "clutter-able": _CLUTTER,
-    "tiny": _TINY,
-    "tiny-scratch": replace(_TINY, scratch=True, presence_first=1.0),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
 }
 
