@@ -97,3 +97,16 @@ def test_steps_of_a_reproduction_end_with_it(tmp_path, number):
         for worker in workers:
             if runs(worker):
                 os.kill(worker, signal.SIGKILL)
+
+
+STEP = "Step(name, partial(time.sleep, 600)) for name in \"ab\""
+FAILS = STEPS.replace(STEP, "Step(str(seconds), partial(time.sleep, seconds)) for seconds in (600, -1)")
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_strictly_does_not_wait_for_the_others(tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(FAILS.replace("strict=False", "strict=True"), encoding="utf-8")
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "sleep length must be non-negative" in ended.stderr

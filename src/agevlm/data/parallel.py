@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 @contextmanager
 def worker_pool(workers: int, setup: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are started afresh ("spawn") and end with this one: at once when it is killed or interrupted.
+    """Processes that are started afresh ("spawn") and end with this one: at once when it is killed, interrupted or fails.
 
     Args:
         setup, arguments: called with them in every process before its first job.
@@ -26,8 +26,8 @@ def worker_pool(workers: int, setup: Callable[..., None], *arguments: Any) -> It
     with ProcessPoolExecutor(workers, context, _start, (setup, *arguments)) as pool:
         try:
             yield pool
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():  # SIGTERM reaches this process alone
+        except BaseException:  # one job that fails need not wait for the others; SIGTERM reaches this process alone
+            for process in multiprocessing.active_children():
                 process.terminate()
             raise
         finally:
