@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from scale_worker import DIVISIONS, run_scaled_stage, save_start
-from training_worker import Stop, StopAt, step_gradients
+from training_worker import KINDS, PHRASES, Stop, StopAt, step_gradients
 from transformers import AutoModel
 from workers import TORCHRUN, run_worker, same_weights
 
@@ -94,11 +94,11 @@ def test_rates_of_parts_survive_an_interruption(tmp_path):
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
 
 
-@pytest.mark.parametrize("mass_only", [True, False])
-def test_bfloat16_with_checkpointing_and_guidance_stays_close_to_float32(tmp_path, monkeypatch, mass_only):
+@pytest.mark.parametrize(("mass_only", "kinds"), [(True, PHRASES), (True, KINDS), (False, KINDS)])
+def test_bfloat16_with_checkpointing_and_guidance_stays_close_to_float32(tmp_path, monkeypatch, mass_only, kinds):
     """By the loss and the direction of the gradient of a step, with whole maps and with the attention in the mask."""
     monkeypatch.setattr("agevlm.training.trainer.MASS_FROM_SHARE", 0.0)
-    step = {"batch_size": 4, "accumulation": 2, "logging_steps": 2 if mass_only else 1}
+    step = {"batch_size": 4, "accumulation": 2, "logging_steps": 2 if mass_only else 1, "kinds": kinds}
     exact = step_gradients(tmp_path, **step)
     checkpointed = step_gradients(tmp_path, **step, activation_checkpointing=True)
     rounded = step_gradients(tmp_path, **step, activation_checkpointing=True, bf16=True)
