@@ -49,8 +49,8 @@ PAGE = """\
 # Versions of transformers
 
 The shipped checkpoint is loaded with `trust_remote_code=True` in a fresh process that has torch, transformers and
-Pillow, and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways: processor and Auto classes, saving, forward
-passes and guidance, generation with several kinds of cache, backward passes.
+Pillow, and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways: processor and Auto classes,
+saving, forward passes and guidance, generation with several kinds of cache, backward passes.
 
 A version passes if every probe does. Tokens and masks must equal those of {reference}, the installed version; numbers
 must be within {tolerance}. A version before {minimum} must refuse the checkpoint: model and processor each raise one
