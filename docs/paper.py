@@ -21,8 +21,8 @@ Made by `make paper` from `paper.yaml`; do not edit. Claims that the paper only 
 - **as in the paper**: the code does what the paper says; where it is silent, the reading follows.
 - **deviates**: the code does something else, for the reason given.
 - **open**: not shown. Most need the paper's models or data, none of which have been trained, run or read here.
-  "Tiny" is the tiny size on drawn scenes with exact masks ([reproduction](reproduction.md)), mean over seeds; it
-  decides nothing about the paper's size.
+  "Tiny" is the tiny size on drawn scenes with exact masks and the parts of before 2026-11-30
+  ([reproduction](reproduction.md)), mean over seeds; it decides nothing about the paper's size.
 
 Files `test_...` belong to the default suite; those on public files are skipped without them
 ([evaluation](evaluation.md#the-public-question-files)). Mass is attention inside the mask.

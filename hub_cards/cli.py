@@ -1,4 +1,4 @@
-"""The verb `card`: its parser. What it does is imported once the arguments are parsed."""
+"""The verb `card`: its parser. The implementation is imported after the arguments are parsed."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """A processor around any tokenizer. Never shipped with a checkpoint.
 
-A language model that stays frozen for three stages must be spoken to in the tokens it knows: tokenizers with ChatML's
-turn tokens (SmolLM2, Qwen) get ChatML's template, those with one token a role (our tiny parts) the short one, all
-others Llama-3's, whose tokens are added where they are missing.
+The language model stays frozen for three stages, so prompts use only chat tokens that it knows: tokenizers with
+ChatML's turn tokens (SmolLM2, Qwen) get ChatML's template, those with one token a role (our tiny parts) the short one,
+all others Llama-3's, whose tokens are added where they are missing.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
 """Stage 4 with adapters (LoRA, QLoRA) in place of the language model's own weights, for a small GPU; not in the paper.
 
-The flags are TRL's (`--use_peft --lora_r 16 ...`, `--load_in_4bit`). What they mean here:
+The flags are TRL's (`--use_peft --lora_r 16 ...`, `--load_in_4bit`). Here:
 - Adapters on every linear layer of Llama's own layers; projector and cross blocks, which the paper's method lives in,
   train whole (`modules_to_save`); tower, embeddings and norms stay as they are.
-- Checkpoints hold the adapters and what trains whole. The finished folder is a complete model like any other stage's,
-  the adapters merged into the weights in full precision: with `--load_in_4bit` into those of `init_from`, which were
-  quantized for training only.
+- Checkpoints hold the adapters and the parts that train whole. The finished folder is a complete model like any other
+  stage's, the adapters merged into the weights in full precision: with `--load_in_4bit` into those of `init_from`,
+  which were quantized for training only.
 """
 
 import importlib.util
@@ -77,7 +77,7 @@ class AdapterArguments(ModelConfig):
         return adapter
 
     def identity(self, adapter: LoraConfig | None) -> dict[str, Any]:
-        """What of it decides the result of a run; empty without adapters."""
+        """The settings that decide the result of a run; empty without adapters."""
         if adapter is None:
             return {}
         names = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")

@@ -1,4 +1,4 @@
-"""What a run says about itself: speed, waiting, memory, where it looks; and a stop before it is ruined.
+"""Logging of a run: speed, waiting, memory, where it looks; and a stop at a loss that is not finite or spikes.
 
 - `WatchedTrainer` logs, with every entry, `tokens_per_second`, `images_per_second`, `data_wait` (share of the time
   spent waiting for batches), `mfu` (model FLOPs over the devices' peak) and `memory_gib` (peak of one device; on a CPU
@@ -6,9 +6,9 @@
 - It stops before the optimizer's step if that step's loss or gradient is not finite, or the loss is `loss_spike` times
   the usual one, and writes down which rows were in it. All processes agree on it: one that stopped alone would leave
   the others waiting.
-- A row that cannot be used is left out (`collator.py`), listed in `skipped_rows.jsonl` in the run's folder, once, and
-  counted in the log. So is, in `unguided_rows.jsonl`, one whose mask cannot guide; it trains without,
-  unless it is left out as well. More bad rows than good ones are no accident: the run stops.
+- A row that cannot be used is left out (`collator.py`), listed once in `skipped_rows.jsonl` in the run's folder, and
+  counted in the log. A row whose mask cannot guide is listed in `unguided_rows.jsonl` and trains without guidance. The
+  run stops if more than half of the rows are unusable.
 - `Probes` draws, every so many steps, where the model looks on a few fixed rows.
 - `MeasureLanguage` measures the perplexity of a held text before the first step and after the last one.
 - `LearningCurve` (`curve.py`) answers questions every so many steps.
@@ -86,7 +86,7 @@ class ListedRows:
         self.counts += torch.tensor([rows, len(faulty)])
 
     def start(self, args: Any, going_on: bool) -> None:
-        """Start from what an interrupted run has listed, or from nothing."""
+        """Start from the list of an interrupted run, or from an empty one."""
         self.clear()
         self.whole = not going_on
         path = self.path(args.output_dir)
@@ -97,7 +97,7 @@ class ListedRows:
             path.unlink(missing_ok=True)
 
     def record(self, trainer: SFTTrainer, at_end: bool) -> None:
-        """Exchanges what is new and lists it; all processes call it.
+        """Exchanges new rows and lists them; all processes call it.
 
         Raises:
             ValueError: most rows are faulty, in all processes; at the end of a run that was not interrupted, all are.
@@ -118,9 +118,8 @@ class ListedRows:
 
 
 class Watch(TrainerCallback):
-    """Lets a [`WatchedTrainer`] look at a step's loss and gradient before the optimizer uses them; and lets a run that
-    goes on from a checkpoint log what the interrupted one would have: a checkpoint comes with a log entry, from which
-    tokens are counted on."""
+    """Lets a [`WatchedTrainer`] check a step's loss and gradient before the optimizer uses them. A resumed run logs
+    the same as an uninterrupted one: each checkpoint comes with a log entry, from which tokens are counted on."""
 
     def __init__(self, trainer: "WatchedTrainer"):
         self.trainer = trainer
@@ -345,11 +344,11 @@ class Flops:
         return tokens, images, flops
 
 
-def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.2) -> float:
+def measured_peak(device: torch.device, bf16: bool) -> float:
     """FLOPs per second of the largest matrix products one device makes in the type that trains."""
     size, dtype = (8192 if device.type != "cpu" else 512), torch.bfloat16 if bf16 else torch.float32
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
+    best, end = 0.0, time.perf_counter() + 0.2
     while time.perf_counter() < end or not best:
         start = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for the device
@@ -429,7 +428,7 @@ class Probes(TrainerCallback):
 class MeasureLanguage(TrainerCallback):
     """Measures how well the model predicts a held text, as `before` and `after` of its trainer's lineage.
 
-    All processes compute (parameters may be sharded). A run that goes on keeps the number measured before.
+    All processes compute (parameters may be sharded). A resumed run keeps the number measured before.
 
     Args:
         trainer: a `StageTrainer`, whose lineage has a field `language`.

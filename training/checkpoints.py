@@ -1,8 +1,8 @@
 """Checkpoint folders that are either complete or invisible.
 
-Trainer writes `checkpoint-N` file by file; a run killed meanwhile leaves a folder that looks like a checkpoint and is
-none. Here everything is written below `.incomplete` in the run's folder and renamed when nothing is missing. The
-promise is against killed processes; a power cut may still lose what the operating system has not written to disk.
+Trainer writes `checkpoint-N` file by file; a run killed meanwhile leaves a folder that only looks like a checkpoint.
+Here everything is written below `.incomplete` in the run's folder and renamed when it is complete. The promise is
+against killed processes; a power cut may still lose data that the operating system has not written to disk.
 """
 
 import os
@@ -18,7 +18,7 @@ STAGING = ".incomplete"
 
 
 def staging_folder(run_folder: str | os.PathLike) -> Path:
-    """Where `run_folder` collects what is not complete yet."""
+    """The folder in which `run_folder` collects incomplete checkpoints."""
     return Path(run_folder) / STAGING
 
 

@@ -1,4 +1,4 @@
-"""The verbs `train`, `init`, `parts` and `push`. What they do is imported once their arguments are read."""
+"""The verbs `train`, `init`, `parts` and `push`. Their implementation is imported after the arguments are parsed."""
 
 import argparse
 import inspect
@@ -132,7 +132,7 @@ def push(argv: list[str] | None = None) -> None:
 
     agevlm push runs/agevlm/stage1_align org/agevlm
 
-    What an interrupted push has sent is not sent again.
+    A second push does not send again the files that an interrupted one has sent.
     """
     parser = VerbParser("push", push.__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="finished stage, or any AGE-VLM checkpoint")

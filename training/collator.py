@@ -38,7 +38,7 @@ class AgeVlmDataCollator:
             changes, but the tower and the cross blocks run. Where FSDP or DeepSpeed shard them, a process that left
             them out would leave the others waiting for its share. The trainer turns it on there.
         pixels_as_bytes: `pixel_values` are uint8, a quarter of the memory on the way from a worker to the device, and
-            `normalized` makes of them there what the processor would have made. The trainer turns it on and does so.
+            `normalized` gives the processor's result there. The trainer turns it on and calls it.
         row_ids: the batch names its rows (`row_ids`, a list of strings), and those with a mask that cannot be guided,
             bad rows included (`unguided_rows`, a list of [place, id, reason]), which the trainer wants and takes out;
             so too those of whose phrases only some can be guided (`partly_guided_rows`). The place is that of
@@ -76,7 +76,7 @@ class AgeVlmDataCollator:
         return {"do_rescale": False, "do_normalize": False} if self.pixels_as_bytes else {}
 
     def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels, rescaled and normalized on their device: float32, bit for bit what the processor returns."""
+        """uint8 pixels, rescaled and normalized on their device: float32, equal bit for bit to the processor's."""
         processor = self.processor.image_processor
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         scale, shift = scale_and_shift(factor, processor.do_normalize, processor.image_mean, processor.image_std)

@@ -1,12 +1,12 @@
 """Training arguments of AGE-VLM: TRL's, with the guidance loss (paper section 3.2.2) and a learning rate per part.
 
-Deviations from TRL's defaults, each because of what a row of ours is:
-- `assistant_only_loss=True`, and it stays so: the answers of all turns are learned, nothing else.
-- `remove_unused_columns=False`, and it stays so: the collator reads `id` and `guidance`, which no model takes as
+Deviations from TRL's defaults, because of the form of our rows:
+- `assistant_only_loss=True` always: the answers of all turns are learned, nothing else.
+- `remove_unused_columns=False` always: the collator reads `id` and `guidance`, which no model takes as
   inputs.
 - `activation_checkpointing=True`: TRL's `gradient_checkpointing=True` under the name that is not deprecated.
 - `report_to="none"`: a run reports to its own folder; trackers are opt-in.
-- `hub_strategy="end"`, and it stays so: what goes to the Hub is complete (`publish.py`).
+- `hub_strategy="end"` always: only complete checkpoints go to the Hub (`publish.py`).
 """
 
 import os

@@ -2,9 +2,9 @@
 
 A point is an entry of the log with `presence` (share of right answers), `presence_yes` (share answered Yes) and
 `questions` (assistant turns that the stage has trained on so far). The answer is the larger of the logits of Yes and
-No where the answer begins: one forward pass, no text is generated. What is trained stays the same to the last bit.
+No where the answer begins: one forward pass, no text is generated. The weights stay equal bit for bit.
 
-Choose other questions than those that are reported: whoever watches a curve chooses by it.
+Use other questions than those that are reported, because settings are chosen by this curve.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class CurveQuestions:
 
     @cached_property
     def stated(self) -> dict[str, Any]:
-        """What a curve depends on beside the run, JSON-ready."""
+        """The inputs of a curve other than the run, JSON-ready."""
         facts = {"rows": self.name, "number": len(self.rows), "yes": int(self.yes.sum()) / len(self.yes)}
         return {**facts, "digest": content_digest(self.rows, COLUMNS)}
 

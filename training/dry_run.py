@@ -1,4 +1,4 @@
-"""What a stage would do, beside what the paper says: every setting, what trains, rows and steps, each with its source.
+"""The dry run of a stage beside the paper: every setting, the trained parts, rows and steps, each with its source.
 
 Nothing is downloaded, loaded or written: parameters are counted on a model without weights.
 """
@@ -62,7 +62,7 @@ def print_dry_run(
     adapters: AdapterArguments,
     console: Console,
 ) -> dict[str, Any]:
-    """Print what a run would do and return it, JSON-ready: `recipe`, `resolved` and `counts`.
+    """Print the plan of a run and return it, JSON-ready: `recipe`, `resolved` and `counts`.
 
     Without `rows` the counts are those of the paper's data.
     """
@@ -129,6 +129,6 @@ def _number(value: Any) -> str:
 
 
 def _source(name: str, value: Any, papers: dict[str, Any]) -> str:
-    """Where the paper states a value, and what it says if that is something else."""
+    """The place in the paper that states a value, with the paper's value if it differs."""
     source, paper = SOURCES.get(name, ""), papers.get(name, value)
     return source if paper == value else f"{_number(paper)} ({source})"

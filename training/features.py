@@ -1,7 +1,7 @@
 """Stored features: where the vision tower does not train, its output for each picture is computed once and then read.
 
-Equal steps. What a kernel computes for one picture depends, in the last bits, on how many pictures are in its call: a
-picture alone differs by 1e-5 from the same one among others (tiny tower, 224 pixels, CPU). So a frozen tower always
+Equal steps. The last bits of a kernel's result for one picture depend on how many pictures are in its call: a picture
+alone differs by 1e-5 from the same one among others (tiny tower, 224 pixels, CPU). So a frozen tower always
 runs in one layout (`fix_layout`), whether its output is stored or not: `per_device_train_batch_size` pictures a call,
 blank ones after the last. That is the call of a full batch with a picture in each row, which costs nothing. A run
 that reads ends with the weights of one that computes, bit for bit, on the same machine with the same libraries.
@@ -10,10 +10,10 @@ In a batch, features `(B, N, 1, L, C)` stand in the place of `pixel_values (B, N
 tells them from pictures (`are_features`). The model casts and counts them as it does pictures, and the tower passes
 them on.
 
-A store is a folder whose name is a digest of what decides the bits: tower, image processor, layout, type, libraries,
-device. It is shared by all runs with these, whatever rows they have: a picture is found by the digest of its file.
-Each process adds to a part of its own, two files that only grow; what a kill leaves torn is cut off. Reading keeps
-nothing in memory but 24 bytes a picture.
+A store is a folder whose name is a digest of the inputs that decide the bits: tower, image processor, layout, type,
+libraries, device. It is shared by all runs with these, whatever rows they have: a picture is found by the digest of
+its file. Each process adds to a part of its own, two files that only grow; the torn end that a kill leaves is cut off.
+Reading keeps nothing in memory but 24 bytes a picture.
 """
 
 import copy
@@ -75,7 +75,7 @@ def are_features(pixel_values: torch.Tensor) -> bool:
 
 
 def fix_layout(tower: nn.Module, pictures: int) -> None:
-    """Let a frozen tower run on exactly so many pictures a call, and pass on what it is given of features.
+    """Let a frozen tower run on exactly so many pictures a call, and pass stored features on.
 
     It runs in eval mode and without gradients. `del tower.forward` takes it back.
     """
@@ -128,7 +128,7 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find what is stored by now."""
+        """Find the stored pictures."""
         self._parts = sorted(path.parent for path in self.folder.glob(f"*/{PICTURES}"))
         known = []
         for part in self._parts:

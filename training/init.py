@@ -5,7 +5,7 @@ and a chat template, and fresh projector and cross blocks. Parts come from folde
 (`conversion/sources.py`).
 
 Everything is resolved and built without weights first; `--dry-run` stops there. So a wrong layer index is noticed
-before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm_init.json` says what it was made of.
+before gigabytes are downloaded. OUT appears complete or not at all; its `agevlm_init.json` names its sources.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def plan_parts(args: argparse.Namespace) -> Plan:
 def join_parts(
     plan: Plan, language_model: LlamaForCausalLM, tower: ConvNextModel, seed: int
 ) -> AgeVlmForConditionalGeneration:
-    """The model around its parts; what is new in it is drawn from `seed`.
+    """The model around its parts; new weights are drawn from `seed`.
 
     Raises:
         ValueError: cross-attention layers that do not fit the stack.
@@ -228,7 +228,7 @@ def _shown(source: Source) -> str:
 
 
 def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed: int) -> dict[str, Any]:
-    """What the model is made of, JSON-ready."""
+    """The parts of the model, JSON-ready."""
     text, image = model.config.text_config, plan.processor.image_processor
     sources = {"language_model": plan.language_source, "vision_tower": plan.vision_source}
     parts: dict[str, dict[str, Any]] = {
@@ -264,7 +264,7 @@ def describe(plan: Plan, model: AgeVlmForConditionalGeneration, dtype: str, seed
 
 
 def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console: Console) -> None:
-    """Print what the model is made of and how large it is."""
+    """Print the parts of the model and their sizes."""
     table = Table("", "", title="The model that stage 1 starts from", show_header=False)
     for name, value in flatten(record):
         if value is not None:
@@ -279,7 +279,7 @@ def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """What the model was made of, and with which code."""
+    """The parts of the model, and the version of the code."""
     record = {**record, "git_commit": git_commit(), "versions": library_versions()}
     write_json(folder / RECORD_FILE, record)
 

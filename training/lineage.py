@@ -1,7 +1,8 @@
-"""What a run leaves behind about itself: recipe, parent, data, code, libraries and metrics in `agevlm_stage.json`.
+"""The record of a run: recipe, parent, data, code, libraries and metrics in `agevlm_stage.json`.
 
 The *identity* of a run is everything that decides its result. It is hashed, stored when the run starts, and compared
-when the same folder is used again: same identity means resume or done, another one is refused by naming what changed.
+when the same folder is used again: the same identity means resume or done; another one is refused by naming the
+changed fields.
 """
 
 import dataclasses
@@ -199,7 +200,7 @@ def read_lineage(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def parent_lineage(init_from: str | os.PathLike | None, revision: str = "main") -> dict[str, Any]:
-    """What a run knows about the model it starts from.
+    """The model that a run starts from.
 
     Returns:
         `parent`: `init_from` (the name of a folder, not its place: paths say more about a machine than about a model),

@@ -112,12 +112,12 @@ def tiny_config(processor: AgeVlmProcessor) -> AgeVlmConfig:
 
 
 def _arguments(work: Path, seed: int, steps: int, **changes) -> dict:
-    """What the trainings of all parts share; a killed one goes on in `work`."""
+    """Arguments shared by the trainings of all parts; a killed one resumes in `work`."""
     return {
         "output_dir": str(work),
         "seed": seed,
         "num_train_epochs": 1,
-        # At the full rate up to the last quarter: what is hard to find is found there
+        # At the full rate up to the last quarter: hard lookups are learned there
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": steps // 4},
         "warmup_steps": 0.03,

@@ -1,4 +1,4 @@
-"""What the tiny parts know, measured on unseen color and name pairs, and the card that says so."""
+"""The abilities of the tiny parts, measured on unseen color and name pairs, and their card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +85,7 @@ def measure_parts(folder: Path, scenes: SceneArguments, number: int = 500) -> di
 
 
 def write_card(folder: Path, figures: Mapping[str, Mapping[str, float]], made: Mapping[str, Any]) -> None:
-    """`README.md` of the parts: what they are, what they know, the numbers that made them (`made`)."""
+    """`README.md` of the parts: their architecture, their abilities, the numbers that made them (`made`)."""
     lines = [
         "# Pretrained parts of the size tiny",
         "",

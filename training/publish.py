@@ -1,16 +1,16 @@
 """Finished checkpoints on the Hub: complete in one commit, or not there at all.
 
-The flags are transformers' own, what they do is not. Trainer's push asks the Hub before training (which then ends the
-run), writes into the finished folder file by file, and pickles the training arguments, token included, next to the
-weights that it uploads. And `upload_folder` (huggingface_hub 2.4 with hf_xet) divides a commit of more than 20 files
-that fails, so a part of a checkpoint could be seen.
+The flags are transformers' own, the implementation is not. Trainer's push asks the Hub before training (which then
+ends the run), writes into the finished folder file by file, and pickles the training arguments, token included, next
+to the weights that it uploads. And `upload_folder` (huggingface_hub 2.4 with hf_xet) divides a commit of more than 20
+files that fails, so a part of a checkpoint could be seen.
 
-Here the files go up first and become visible by one commit; what an interrupted push has sent is not sent again
-(LFS and Xet find it by its hash). Each stage gets a tag (`stage1-align`), which moves if the stage is trained again.
-`main` shows what was pushed last.
+Here the files go up first and become visible by one commit. Files that an interrupted push has sent are not sent again
+(LFS and Xet find them by their hash). Each stage gets a tag (`stage1-align`), which moves if the stage is trained
+again. `main` shows the latest push.
 
-A push that fails never fails the run. `agevlm_push.json` in the folder, which stays here, says what happened; the same
-command again, the end of the next stage, and `agevlm push` finish it.
+Push errors are logged, not raised: training is already finished. `agevlm_push.json` in the folder, which is not
+pushed, records them; the same command, the end of the next stage, and `agevlm push` finish the push.
 """
 
 import argparse
@@ -48,7 +48,7 @@ PUBLISHED = (
     *(LINEAGE_FILE, INIT_FILE, STATE_FILE, "agevlm_conversion.json", EVALUATION_FILE, ".eval_results/*.yaml"),
     *(LOSS_FILE, ATTENTION_FILE),
 )
-# What would be wrong beside another checkpoint's files.
+# Files that would be wrong beside another checkpoint's.
 RESULTS = (EVALUATION_FILE, ".eval_results/*.yaml")
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.png", *RESULTS)
 _TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )[^\s'\"]+")
@@ -196,7 +196,7 @@ def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
-    """What is known of the last push of a folder; empty if there was none."""
+    """The record of the last push of a folder; empty if there was none."""
     return read_table(Path(folder) / PUSH_FILE)
 
 
@@ -211,7 +211,7 @@ def publish_stage(folder: Path, args: AgeVlmSFTConfig, init_from: str | Path | N
     """Push a finished stage as its flags say; first the one that it started from, if its push to the same repository
     has failed. A folder of other origin cannot name another repository.
 
-    What goes wrong is recorded and printed, not raised.
+    Errors are recorded and printed, not raised.
     """
     if not args.push_to_hub or args.process_index != 0:
         return
@@ -267,7 +267,7 @@ def warn_early(args: AgeVlmSFTConfig, console: Console) -> None:
     except Exception as error:  # as in `push`
         reason = explain(error, repository_name(args))
         console.print(
-            f"As things are, nothing can be pushed: {reason}. Training goes on; the push is tried after it.",
+            f"The push would fail: {reason}. Training continues; the push is tried after it.",
             style="yellow",
             soft_wrap=True,
         )

@@ -95,7 +95,7 @@ def run_stage(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> StageResult:
-    """Train one stage into `output_dir`, or go on with it, or find it done.
+    """Train one stage into `output_dir`, resume it, or find it done.
 
     Args:
         data: folder or URL of a data set (`agevlm data scenes`, or shards: `training/streaming.py`), a published one
@@ -113,7 +113,7 @@ def run_stage(
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
         callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
-        resume: go on from the newest checkpoint. Otherwise an unfinished run of the folder is started again.
+        resume: continue from the newest checkpoint. Otherwise an unfinished run of the folder is started again.
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
     Raises:
@@ -255,7 +255,7 @@ def _load_data(
             data = join_masks(data, joined, share_of_masks(recipe.mask_fraction, len(data), guided))
         return data
     if isinstance(data, IterableDataset):
-        raise ValueError("An `IterableDataset` cannot go on where it stopped. Give a folder of Parquet shards.")
+        raise ValueError("An `IterableDataset` cannot be resumed. Give a folder of Parquet shards.")
     data = prepare(data, recipe.data)
     by_length = args.train_sampling_strategy == BY_LENGTH
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, by_length, joined, recipe.by_phrase)
@@ -306,7 +306,7 @@ def _lineage(
 
 
 def _language(held: HeldText, output_dir: Path, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the lineage says of the language ability: `before` is that of an interrupted run.
+    """The lineage's entry on the language ability: `before` is that of an interrupted run.
 
     Raises:
         ValueError: the interrupted run has measured another text.

@@ -1,7 +1,7 @@
 """In which order an epoch shows its rows: pure functions of seed and epoch, and the sampler that hands them out.
 
 An order does not depend on devices, workers or the batch of one device: rows `[s x 128, (s + 1) x 128)` of it make up
-step `s` of a run with 128 rows per step, on any machine. That is what makes a position in an epoch one number.
+step `s` of a run with 128 rows per step, on any machine. So a position in an epoch is one number.
 
 - Sets in shards: row groups together (`streaming.shard_order`); other sets: transformers' own `RandomSampler`.
 - `group_by_length`: batches of rows of similar length. transformers' `LengthGroupedSampler` draws from torch's global
@@ -174,8 +174,8 @@ def row_lengths(rows: Dataset, column: str = LENGTH) -> np.ndarray:
 def grouped_by_length(order: np.ndarray, lengths: np.ndarray, group_rows: int, rng: np.random.Generator) -> np.ndarray:
     """`order`, rearranged so that each `group_rows` rows in a row have similar lengths.
 
-    Rows are sorted among the next `SORTED_TOGETHER` groups only, and the groups shuffled again: what is far apart in
-    `order` stays so. The longest rows come first of all, to find out at once whether they fit into memory.
+    Rows are sorted among the next `SORTED_TOGETHER` groups only, and the groups shuffled again, so rows that are far
+    apart in `order` stay so. The longest rows come first, to find out at once whether they fit into memory.
     """
     whole = len(order) // group_rows * group_rows
     stretch = group_rows * SORTED_TOGETHER

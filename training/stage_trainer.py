@@ -1,4 +1,4 @@
-"""What every stage's trainer needs, whatever the model: the order of rows, rates per part, checkpoints, lineage.
+"""The trainer of every stage and model: the order of rows, rates per part, checkpoints, lineage.
 
 `StageTrainer` is `WatchedTrainer` with complete or invisible checkpoints (`checkpoints.py`) and a lineage file
 in every saved folder. `AgeVlmSFTTrainer` adds guidance (`trainer.py`), `TwinTrainer` the twin's collator (`twin.py`).
@@ -116,7 +116,7 @@ class StageTrainer(WatchedTrainer):
         staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
         if self.args.should_save:
             remove_leftovers(run_folder)
-        self.record_rows()  # whoever goes on from here finds what was skipped before
+        self.record_rows()  # a resumed run finds the rows that were skipped before
         self.accelerator.wait_for_everyone()
         try:
             self._staging = staging

@@ -1,12 +1,12 @@
-"""Rows in Parquet shards, read where they lie and never all at once (Cambrian: 10M rows, terabytes of pictures).
+"""Rows in Parquet shards, read in place and never all at once (Cambrian: 10M rows, terabytes of pictures).
 
 `open_shards` returns an ordinary `datasets.Dataset` of a few bytes per row: the number of each row over all shards,
 and of its mask. Its transform reads rows by row groups, from a disk or over HTTP (`hf://datasets/...`), in the worker
-that needs them. Trainer therefore knows the length, and a position in an epoch is one number: an interrupted run goes
-on at it without reading what it has seen, with other workers and on another number of devices too.
+that needs them. Trainer therefore knows the length, and a position in an epoch is one number: an interrupted run
+resumes at it without reading earlier rows, with other workers and on another number of devices too.
 
-`datasets.IterableDataset` is not used for that: its state leaves out what lies in the shuffle buffer and holds for one
-number of workers, and shards of unequal length end at different steps on different devices, which then wait for ever.
+`datasets.IterableDataset` is not used for that: its state leaves out the shuffle buffer and holds for one number of
+workers, and shards of unequal length end at different steps on different devices, which then wait for ever.
 
 What remains of streaming is the order (`shard_order`): a shuffle in which few row groups are in use at a time.
 """
@@ -35,7 +35,7 @@ POSITION, MASK = "position", "mask"
 CACHE_BYTES = 512 * 2**20
 # The order takes RUN rows from each of LANES streams in turn, and each stream shuffles WINDOW row groups at a time:
 # with row groups of 100 rows some 6,000 rows are in flight over all workers of all devices together. Workers times
-# devices had better divide LANES; then every row group is read by one worker only.
+# devices should divide LANES; then every row group is read by one worker only.
 LANES, WINDOW, RUN = 32, 2, 16
 
 

@@ -1,4 +1,4 @@
-"""The pretrained vision tower of the sizes `tiny` and `small`: a ConvNeXt that knows what each of its cells shows.
+"""The pretrained vision tower of the sizes `tiny` and `small`: a ConvNeXt whose cells name what they show.
 
 The paper's tower is CLIP's, whose patches name what they show (section 4). Ours learns it on drawn scenes: every cell
 names its thing, its color and its place in the picture. A tower that learned from pooled cells of whole objects named

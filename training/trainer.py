@@ -135,7 +135,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         self._attention = output.cross_attention_maps, output.cross_attention_mass
         if torch.is_grad_enabled() and output.image_outputs is None:
             # A batch without pictures passes by the tower, the projector and the cross blocks. Their gradients are
-            # zero, not missing: an optimizer takes no step with what is missing, so that a step of text alone would
+            # zero, not missing: an optimizer takes no step without a gradient, so that a step of text alone would
             # depend on how its batches are divided. And in stages 1 to 3 nothing else trains. Added inside the forward
             # pass, where DistributedDataParallel looks for the weights in use.
             passed_by = [
@@ -280,11 +280,11 @@ class AgeVlmSFTTrainer(StageTrainer):
     # ---- Cards ----
 
     def write_card(self, folder: Path) -> None:
-        """Write our card, made of what lies in the folder."""
+        """Write our card, made from the folder's files."""
         write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's hook, called at each checkpoint: our card, made of what lies in the folder."""
+        """TRL's hook, called at each checkpoint: our card, made from the folder's files."""
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir))
 
@@ -307,7 +307,7 @@ class AgeVlmSFTTrainer(StageTrainer):
         """Save into the output folder and push it in one commit (`publish.py`); the main process gets the record.
 
         Raises:
-            PushError: what is saved stays saved, and `agevlm push` pushes it later.
+            PushError: the folder stays complete, and `agevlm push` pushes it later.
             ValueError: `blocking=False`, which there is not.
         """
         if not blocking:

@@ -148,7 +148,7 @@ def main() -> None:
         dispatch(sys.argv[1:])
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print("agevlm: interrupted; the same command goes on or begins again", file=sys.stderr)
+        print("agevlm: interrupted; the same command resumes or begins again", file=sys.stderr)
         sys.exit(128 + number)
     except ValueError as error:
         sys.exit(_refuse(str(error)))

@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the versions and the machine: what a bug report needs."""
+    """Print the versions and the machine for a bug report."""
     VerbParser("env", main.__doc__).parse_args(argv)
     import torch
 

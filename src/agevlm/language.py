@@ -39,7 +39,7 @@ class HeldText:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """What a measurement depends on beside the model, JSON-ready."""
+        """The inputs of a measurement other than the model, JSON-ready."""
         return {"text": self.name, "digest": digest("\0".join(map("\0".join, self.texts))), "window": WINDOW}
 
 

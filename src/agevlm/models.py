@@ -174,7 +174,7 @@ def _check_kind(name: Name, fields: Mapping[str, Any], trust_remote_code: bool) 
 
 
 def _forget_code(config: PreTrainedConfig) -> None:
-    """Drop what a configuration says of code. It is not run here, and would be saved on."""
+    """Drop a configuration's references to code. It is not run here, and would be saved again."""
     for field in CODE_FIELDS:
         vars(config).pop(field, None)
     for part in config.sub_configs:
@@ -210,7 +210,7 @@ def stored_shapes(name: Name, revision: str = "main") -> dict[str, tuple[int, ..
 def load_weights(
     model_class: Any, name: Name, *, exact: bool = False, revision: str = "main", **settings: Any
 ) -> PreTrainedModel:
-    """`model_class.from_pretrained` that refuses what does not fit.
+    """`model_class.from_pretrained` that refuses weights that do not fit.
 
     Args:
         model_class: a class of transformers; without `exact` one of its Auto classes too.

@@ -39,26 +39,26 @@ class Measure:
         total = float(sum(w * _ratio(self.scale * top.sum(), below.sum()) for w, top, below in self.terms))
         return round(total) if self.counts else total
 
-    def resampled(self, units: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-        """Values `(draws,)` on resampled units; the same units give the same draws every time."""
+    def resampled(self, units: np.ndarray) -> np.ndarray:
+        """Values `(DRAWS,)` on resampled units; the same units give the same draws every time."""
         number = int(units.max()) + 1
         sums = [
             (w, np.bincount(units, top, number), np.bincount(units, below, number)) for w, top, below in self.terms
         ]
         parts = []
-        for counts in _draws(number, draws):
+        for counts in _draws(number):
             parts.append(sum(w * self.scale * _ratio(counts @ top, counts @ below) for w, top, below in sums))
         return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)
-def _draws(units: int, draws: int) -> list[np.ndarray]:
-    """How often each unit is drawn, `(draws, units)` in chunks."""
+def _draws(units: int) -> list[np.ndarray]:
+    """How often each unit is drawn, `(DRAWS, units)` in chunks."""
     random, size = np.random.default_rng(0), max(1, _CHUNK // units)
     chances = np.full(units, 1 / units)
     return [
-        random.multinomial(units, chances, size=min(size, draws - start)).astype(np.float32)
-        for start in range(0, draws, size)
+        random.multinomial(units, chances, size=min(size, DRAWS - start)).astype(np.float32)
+        for start in range(0, DRAWS, size)
     ]
 
 
@@ -206,7 +206,7 @@ def separation(matched: np.ndarray, mismatched: Sequence[np.ndarray], bounded: b
     low, high = (-1.0, 1.0) if bounded else _range(np.concatenate([matched, pooled]))
     table = np.mean([wins(matched, values) for values in seeds], axis=0)
     n = len(matched)
-    resampled = np.concatenate([((counts @ table) * counts).sum(1) for counts in _draws(n, DRAWS)]) / n**2
+    resampled = np.concatenate([((counts @ table) * counts).sum(1) for counts in _draws(n)]) / n**2
     return {
         "matched": {"mean": float(matched.mean()), "std": float(matched.std(ddof=1))},
         "mismatched": {"mean": float(pooled.mean()), "std": float(pooled.std(ddof=1))},

@@ -1,8 +1,8 @@
 """Files that survive an interruption: whole or absent, folders that know what they hold, journals, digests.
 
 A file or folder is written under a temporary name beside its place and renamed at the end. A journal is appended to
-and synced; what a kill leaves torn at its end is cut off when it is opened again. The promise is against killed
-processes: a power cut may lose what the operating system has not written yet, except in journals.
+and synced; a torn end that a kill leaves is cut off when it is opened again. The promise is against killed processes:
+a power cut may lose data that the operating system has not written yet, except in journals.
 """
 
 import fcntl
@@ -38,7 +38,7 @@ def publish(source: Path, target: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path for a file (same suffix), renamed to `path` at the end and removed if the block fails.
 
-    One writer at a time, the others wait; what a killed one has left is written over.
+    One writer at a time, the others wait; the remains of a killed one are overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.incomplete{path.suffix}")
@@ -184,7 +184,7 @@ def check_same(
 
 
 def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Collection[str] = ()) -> bool:
-    """Writes what the folder of `file` is for, or finds the same there (`check_same`).
+    """Records the purpose of the folder of `file`, or finds the same one there (`check_same`).
 
     Returns:
         Whether it was there: the work can be resumed.
@@ -235,7 +235,7 @@ class Journal:
     """Appends to a file; rows are on the disk when `append` returns. One writer at a time.
 
     Args:
-        whole: length in bytes of what is whole in an existing file; the rest is cut off. Default: JSON lines.
+        whole: length in bytes of the whole part of an existing file; the rest is cut off. Default: JSON lines.
 
     Raises:
         ValueError: another process is writing to the file.

@@ -134,14 +134,13 @@ def test_examples_for_the_report(tmp_path):
         models, rows, tmp_path, prompt=lambda row: asked.append(row["id"]) or row["question"], correct=lambda *_: True
     )
     assert asked == ["q/1", "q/2"]
-    assert [example["has_mask"] for example in examples] == [True, False]
     assert examples[0]["question"] == QUESTION
-    for example in examples:
+    for example, masked in zip(examples, (True, False), strict=True):
         assert [panel["title"] for panel in example["panels"]] == ["One", "Two"]
         assert all(panel["correct"] for panel in example["panels"])
         looks = [look for panel in example["panels"] for look in panel["looks"]]
         assert [look["title"] for look in looks] == ["layer 1", "mean"] * 2
-        assert all((look["in_mask_mass"] is not None) == example["has_mask"] for look in looks)
+        assert all((look["in_mask_mass"] is not None) == masked for look in looks)
     written = {path.name for path in tmp_path.iterdir()}
     ends = ("", "-One-first", "-One-mean", "-Two-first", "-Two-mean")
     assert written == {f"q-{i}{end}.png" for i in (1, 2) for end in ends}

@@ -100,11 +100,11 @@ def test_an_interrupted_run_goes_on_past_a_picture_that_is_gone(tmp_path, monkey
     calls, once = [], padding.measure_picture
 
     def measure(limit):
-        def counted(subject, pair, layers):
+        def counted(subject, pair):
             if len(calls) == limit:
                 raise KeyboardInterrupt
             calls.append(pair.id)
-            return once(subject, pair, layers)
+            return once(subject, pair)
 
         monkeypatch.setattr(padding, "measure_picture", counted)
 

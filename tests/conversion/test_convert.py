@@ -73,7 +73,7 @@ def test_shards_hold_the_same_tensors_one_shard_at_a_time(pair, tmp_path, monkey
 
     monkeypatch.setattr(type(target), "tensor", counted)
     monkeypatch.setattr(convert, "save_file", saved)
-    convert.write_weights(target, tmp_path, shard_size="200KB", progress=False)
+    convert.write_weights(target, tmp_path, shard_size="200KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2 and most[0] <= max(200_000, max((tmp_path / file).stat().st_size for file in files))

@@ -488,7 +488,7 @@ def test_a_useless_token_is_noticed_before_training(hub, stage):
     good, bad = arguments(stage), arguments(stage, hub_token="hf_wrong")
     assert told(lambda console: publish.warn_early(good, console)) == ""
     text = told(lambda console: publish.warn_early(bad, console))
-    assert "does not accept the token" in text and "Training goes on" in text and "hf_wrong" not in text
+    assert "does not accept the token" in text and "Training continues" in text and "hf_wrong" not in text
 
 
 def test_trainers_own_push_goes_the_same_way(hub, tmp_path):

@@ -49,13 +49,8 @@ PAGE = """\
 # Versions of transformers
 
 The shipped checkpoint is loaded with `trust_remote_code=True` in a fresh process that has torch, transformers and
-Pillow, and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways:
-
-- processor, chat template, each Auto class, the pipeline, saving and reloading;
-- forward passes with one picture, two and none, guidance maps and mass, eager attention weights;
-- generation with and without a cache, left-padded batches against single rows, beams, a static cache, drafted tokens,
-  a second turn over a returned cache, a cache of the caller's;
-- backward passes with and without gradient checkpointing.
+Pillow, and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways: processor and Auto classes,
+saving, forward passes and guidance, generation with several kinds of cache, backward passes.
 
 A version passes if every probe does. Tokens and masks must equal those of {reference}, the installed version; numbers
 must be within {tolerance}. A version before {minimum} must refuse the checkpoint: model and processor each raise one

@@ -3,7 +3,7 @@
 A recipe is one complete, frozen description of a stage; variants and sizes are the same recipe with named fields
 changed. This module imports nothing heavy at its top: the help of `agevlm train` names the stages.
 
-What the paper does not state is decided here once: beta1 0.9 and the cosine schedule are the usual choice of
+Settings that the paper does not state are decided here once: beta1 0.9 and the cosine schedule are the usual choice of
 the models it builds on; the number of masks follows its counts (77K, 150K) rather than its percentages, which
 contradict them.
 """

@@ -66,7 +66,6 @@ class Example(TypedDict):
     question: str
     answer: str
     image: str
-    has_mask: bool
     panels: list[Panel]
 
 
@@ -180,7 +179,7 @@ def attend(
 
 @torch.inference_mode()
 def question_look(
-    subject: Subject, image: Image.Image, question: str, layers: Sequence[int] | None = None
+    subject: Subject, image: Image.Image, question: str, layers: Sequence[int]
 ) -> tuple[Cells, np.ndarray, np.ndarray]:
     """The look of the question's tokens alone, without an answer: cells, `weights (K, V)` and `image_mass (K,)` of
     [`Attended`]."""
@@ -407,7 +406,6 @@ def write_examples(
                 "question": question,
                 "answer": row["answer"],
                 "image": str(picture),
-                "has_mask": mask is not None,
                 "panels": drawn,
             }
         )

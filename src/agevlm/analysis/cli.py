@@ -1,4 +1,4 @@
-"""The verbs of `agevlm analyze`: their parsers. What they do is imported once the arguments are parsed."""
+"""The verbs of `agevlm analyze`: their parsers. The implementation is imported after the arguments are parsed."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def architecture(argv: list[str] | None = None) -> None:
 
 
 def _add_data(parser: VerbParser, data: str, things: str, limit: int) -> None:
-    """What the verbs that measure a model on many rows have in common."""
+    """The arguments shared by the verbs that measure a model on many rows."""
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of ours or of a concatenating model")
     parser.add_argument("data", metavar="DATA", help=data)
     parser.add_argument("--output", required=True, metavar="DIR")

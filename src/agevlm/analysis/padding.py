@@ -6,12 +6,11 @@ and per layer, the look of the question's tokens gives
 
 - `share`: attention on the cells that show less than half picture under `own`, or under `pad` for the three others;
 - `area`: those cells' share of all cells;
-- `enrichment`: share / area, 1 for a model that does not care. Under `stretch` and `crop` the same cells show picture:
-  what they get there is what a model gives to a border anyway, and only more than that is due to padding.
+- `enrichment`: share / area, 1 for an even spread. Under `stretch` and `crop` the same cells show picture: their
+  share is the attention of any border, and only more than that is due to padding.
 
-Ours masks cells without any picture out, so what is left of its `own` share is that of border cells that show a little
-(none at all would be 0 by construction); `pad` is what it would do if nobody told it. Where rows have masks of what is
-asked about, `in_mask` is the attention inside them.
+Our processor masks cells without any picture, so its `own` share is that of border cells that show a little; under
+`pad` it cannot mask the padding. `in_mask` is the attention inside the masks of rows that have one.
 """
 
 import argparse
@@ -63,16 +62,16 @@ def mean_color(subject: Subject) -> tuple[int, ...]:
     return tuple(int(255 * value) for value in mean)
 
 
-def measure_picture(subject: Subject, pair: Pair, layers: Sequence[int] | None = None) -> dict[str, dict[str, Any]]:
+def measure_picture(subject: Subject, pair: Pair) -> dict[str, dict[str, Any]]:
     """Variant -> `share (K,)`, `area`, `image_mass (K,)`, and with a mask `in_mask (K,)` and `mask_area` (but not
-    where `crop` has cut the masked part away)."""
+    where `crop` has cut the masked part away), for the K layers in which text looks at pictures."""
     results: dict[str, dict[str, Any]] = {}
     own, outline = pair.image, pair.mask
     everywhere = Image.new("1", own.size, 1)
     for variant in VARIANTS:
         image = squared(own, variant, mean_color(subject))
         mask = None if outline is None else squared(outline, variant)
-        cells, weights, mass = question_look(subject, image, pair.text, layers)
+        cells, weights, mass = question_look(subject, image, pair.text, list(subject.attention))
         if variant in ("own", "pad"):  # the others are measured on the cells that `pad` leaves empty
             padding = cells.coverage(np.asarray(squared(everywhere, variant))) < PADDING
         result = {"share": weights[:, padding].sum(1), "area": float(padding.mean()), "image_mass": mass}
@@ -115,7 +114,6 @@ def measure_padding(
     subject: Subject,
     pairs: Sequence[Pair],
     *,
-    layers: Sequence[int] | None = None,
     keep: Keep = without_keeping,
     strict: bool = False,
     progress: bool = True,
@@ -123,18 +121,16 @@ def measure_padding(
     """The four variants over all pictures that are not square.
 
     Args:
-        layers: indices. Default: every layer in which text looks at pictures.
         keep: see `Parts.keep`.
         strict: stop at a picture that cannot be measured; else it is left out and named in `left_out`.
 
     Raises:
         ValueError: all pictures are square, or so nearly that no cell is padding.
     """
-    chosen = list(subject.attention) if layers is None else sorted(set(layers))
 
     def measure(pair: Pair) -> Row:
         """[`measure_picture`] with keys `VARIANT/NAME`; nothing of a picture that leaves no cell empty."""
-        record = {} if pair.image.width == pair.image.height else measure_picture(subject, pair, chosen)
+        record = {} if pair.image.width == pair.image.height else measure_picture(subject, pair)
         if not record or not record["pad"]["area"]:
             return {}
         return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
@@ -156,8 +152,8 @@ def measure_padding(
         "pictures": len(records),
         "without_padding": len(pairs) - len(records) - len(left_out),
         "left_out": left_out,
-        "layers": chosen,
-        "variants": summarize(records, chosen),
+        "layers": list(subject.attention),
+        "variants": summarize(records, list(subject.attention)),
     }
 
 

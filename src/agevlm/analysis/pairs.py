@@ -20,7 +20,7 @@ COLUMNS = ("caption", "text", "question")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and what is said or asked about it. Pictures are decoded each time they are asked for: a thousand
+    """A picture and a text about it. Pictures are decoded each time they are asked for: a thousand
     decoded photographs would fill the memory.
 
     Attributes:
@@ -65,7 +65,7 @@ def load_pairs(
     strict: bool = False,
     progress: bool = False,
 ) -> tuple[list[Pair], LeftOut]:
-    """The first `limit` usable pairs, and what was left out on the way.
+    """The first `limit` usable pairs, and the rows that were left out before them.
 
     Args:
         data: a folder of scenes, whose captions are read, or one `.parquet`, `.json` or `.jsonl` file with `image` or

@@ -25,7 +25,7 @@ IMPLEMENTATION = "agevlm_recorded"
 
 @dataclass
 class Recorder:
-    """What one layer looked at, in a batch of one row.
+    """The attention of one layer, in a batch of one row.
 
     Attributes:
         tokens: int `(Q,)`, the tokens of the prompt whose weights are wanted.

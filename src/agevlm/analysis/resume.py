@@ -1,8 +1,8 @@
 """Measurements of many pictures that survive an interruption, and a bad picture among them; files of an analysis.
 
-What has been measured lies in `parts/` below the output, some pictures a file, and is read from there when the same
-run is started again; it is deleted when the results are written. A picture that cannot be measured is a row of its own
-with the reason, unless strict.
+Measurements are stored in `parts/` below the output, some pictures a file. The same call reads them again; they
+are deleted when the results are written. A picture that cannot be measured is a row with the reason; with strict it
+raises.
 """
 
 import re

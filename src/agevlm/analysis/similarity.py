@@ -322,8 +322,8 @@ def write_similarity(
     left_out: LeftOut | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Writes `similarity.json` (returned), `scores.npz`, `histogram.png` (as figure 2) and `layers.png`. Stopped
-    before, it goes on where it was.
+    """Writes `similarity.json` (returned), `scores.npz`, `histogram.png` (as figure 2) and `layers.png`. An
+    interrupted call resumes.
 
     Args:
         left_out: of the rows that `pairs` come from, for the summary.

@@ -1,4 +1,4 @@
-"""The verb `convert`: its parser. What it does is imported once the arguments are parsed."""
+"""The verb `convert`: its parser. The implementation is imported after the arguments are parsed."""
 
 from agevlm.arguments import VerbParser
 

@@ -26,7 +26,7 @@ RECORD_FILE = "agevlm_conversion.json"
 SHARD_SIZE = "2GB"
 
 
-def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE, progress: bool = True) -> None:
+def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE) -> None:
     """The model's tensors as safetensors, at most one shard of them in memory.
 
     Raises:
@@ -35,9 +35,7 @@ def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE, pr
     shapes = check_names(target)
     sizes = {name: torch.empty(shape.shape, dtype=target.dtype(name), device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
-    with tqdm(
-        total=split.metadata["total_size"], unit="B", unit_scale=True, desc="converting", disable=not progress
-    ) as bar:
+    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="converting") as bar:
         for file, names in split.filename_to_tensors.items():
             shard = {name: target.tensor(name).contiguous() for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
@@ -47,13 +45,13 @@ def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE, pr
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_checkpoint(target: Target, source: Source, system: str, folder: Path, shard_size: str = SHARD_SIZE) -> None:
+def write_checkpoint(target: Target, source: Source, system: str, folder: Path) -> None:
     """Weights, configuration, processor, code where there is any, and the record.
 
     Raises:
         ValueError: see `check_names`.
     """
-    write_weights(target, folder, shard_size)
+    write_weights(target, folder)
     config = target.config
     config.architectures = [target.model_class.__name__]
     config.dtype = target.dtype("lm_head.weight")

@@ -86,10 +86,9 @@ class Conversion(NamedTuple):
     left_out: dict[str, int]
 
 
-def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first few of many names, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def some(names: Sequence[str]) -> str:
+    """The first four of many names, for a message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def find_layout(names: Sequence[str]) -> Layout:
@@ -179,7 +178,7 @@ def plan_conversion(shapes: Mapping[str, Sequence[int]], hidden_act: str = "gelu
 
 
 def describe_misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, tuple[str, Sequence[int]]]) -> str:
-    """What is missing, unexpected or of another shape, some of each by name; empty where everything fits.
+    """Names that are missing, unexpected or of another shape, some of each; empty if everything fits.
 
     Args:
         expected: name in the model -> shape.

@@ -20,7 +20,6 @@ from agevlm.conversion.weights import Weights
 
 
 TOWER = "model.vision_tower."
-INSIDE = "model.vision_tower.vision_tower."
 RENAMES = (
     *LANGUAGE_MODEL,
     (r"model\.vision_tower\.vision_tower\.", TOWER),

@@ -36,7 +36,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class Target:
-    """What a checkpoint becomes.
+    """The result of a conversion.
 
     Attributes:
         model_class, config, processor: of transformers, or remote code of ours.

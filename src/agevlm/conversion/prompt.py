@@ -46,8 +46,8 @@ def load_tokenizer(source: Source) -> LlamaTokenizer:
                 f"{source.name} holds its tokenizer as SentencePiece only: `pip install sentencepiece protobuf` "
                 "(or `pip install agevlm[baselines]`)."
             )
-    # What the versions of transformers that these repositories were written for took no statement for. Today's leave
-    # out `<s>` then. `legacy` decides whether a second turn starts with a space; single turns are the same either way.
+    # Defaults of the versions of transformers that these repositories were written for. Today's versions leave out
+    # `<s>` without them. `legacy` decides whether a second turn starts with a space; single turns do not depend on it.
     defaults = {"legacy": True, "add_bos_token": True, "add_eos_token": False}
     stated = {name: value for name in defaults if (value := settings.get(name)) is not None}
     try:

@@ -62,7 +62,7 @@ class Source:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """What goes wrong with a repository, as one sentence that says what to do.
+    """Errors of a repository as one sentence that names the fix.
 
     Raises:
         ValueError: for every error of the Hub.
@@ -96,7 +96,7 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
     """The safetensors files that make up one model, or with `bins` its `pytorch_model.bin` if there are none.
 
     Raises:
-        PickledWeightsError: only pickles, and nobody has asked for them.
+        PickledWeightsError: only pickles, without a request to read them.
         ValueError: nothing, or several files that do not belong together.
     """
     found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
@@ -124,8 +124,8 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
 
 
 def _shards(index: Path) -> tuple[str, ...]:
-    """The files that an index names. They are files beside it, of the kind that its own name says: an index must not
-    lead out of the folder, nor to pickles where nobody has asked for them.
+    """The files that an index names. They are files beside it, of the same kind as the index: it must not lead out of
+    the folder, nor to pickles that were not requested.
 
     Raises:
         ValueError: no index of weights, or one that names other files.

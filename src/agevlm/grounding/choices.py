@@ -1,4 +1,4 @@
-"""What a run can choose from: backends with their checkpoints, and texts to ground. Nothing heavy is imported here."""
+"""The choices of a run: backends with their checkpoints, and texts to ground. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -22,7 +22,7 @@ def ground(argv: list[str] | None = None) -> None:
     agevlm ground export OUT --output coco.json  # COCO annotations with run lengths
     agevlm ground import coco.json --output MASKS.parquet
 
-    The same command again goes on where it was stopped; with other filters it only writes the output anew. Several
+    The same command resumes an interrupted run; with other filters it only writes the output again. Several
     processes or nodes: accelerate launch -m agevlm ground DATASET ...
     """
     default = Filters()
@@ -116,7 +116,7 @@ def ground(argv: list[str] | None = None) -> None:
 
 
 def _weights(name: str | None) -> str | None:
-    """What a model is known by: the fingerprint of a folder's weights, else its name."""
+    """Identity of a model: the fingerprint of a folder's weights, else its name."""
     from agevlm.hub_cards import weights_fingerprint
 
     return weights_fingerprint(name) if name is not None and Path(name).is_dir() else name

@@ -1,8 +1,8 @@
-"""Which masks are kept: every reason a mask can be refused for, and a fixed number out of the rest.
+"""The filters of masks: every reason to reject a mask, and a fixed number of the rest.
 
-Filters read what the run measured and need neither pictures nor models: with other thresholds a finished run is
-written anew in moments. The paper keeps 77K masks of captions and 150K of instructions and names no criterion; these
-are what makes a mask useless to Eq. 3.
+Filters read the measurements of a run and need neither pictures nor models, so other thresholds take moments. The
+paper keeps 77K masks of captions and 150K of instructions and names no criterion; these filters reject masks that are
+useless to Eq. 3.
 """
 
 from collections.abc import Iterable

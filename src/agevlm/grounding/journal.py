@@ -1,7 +1,7 @@
 """The journal of a run: one Arrow stream for each process, appended to after every batch, readable up to the last one.
 
-A process that is killed loses the batch in flight. What a torn write left at the end of its journal is cut off when
-the run goes on; journals of other processes, of this run or an earlier one with more of them, are only read.
+A killed process loses the batch in flight. The torn end of its journal is cut off when the run resumes; journals of
+other processes, of this run or of an earlier one with more processes, are only read.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
-"""What a run leaves: a `datasets` folder of masks kept and rejected, its card, and `summary.json`.
+"""The output of a run: a `datasets` folder of masks kept and rejected, its card, and `summary.json`.
 
 `load_dataset(OUT, split="kept")` has the columns that `data/masks.py` joins (id, query, message_index, mask, source,
-score) and what a person wants to know of a mask. Rejected rows have the reason, and their mask where there was one.
+score) and the measurements of each mask. Rejected rows have the reason, and their mask if there was one.
 """
 
 from collections import Counter
@@ -162,7 +162,7 @@ def card(summary: Mapping[str, Any]) -> str:
 
 
 def environment() -> Environment:
-    """The templates of this folder. What a page shows is escaped, a card in Markdown is not."""
+    """The templates of this folder. Pages are escaped, cards in Markdown are not."""
     escaped = select_autoescape(["html.jinja"])
     loader = PackageLoader("agevlm.grounding", "templates")
     return Environment(loader=loader, autoescape=escaped, trim_blocks=True, keep_trailing_newline=True)

@@ -89,7 +89,7 @@ def find_phrase(messages: Sequence[Mapping[str, str]], found: Any, words: str) -
 
 def split_phrases(item: Item, whole: Grounding, most: int) -> list[tuple[dict[str, Any], Grounding]]:
     """The phrases that a row's boxes belong to (see `find_phrase`), at most so many, each with its part of the
-    grounding; the first one tells what was left out. Without masks, or where one is asked for, it stays whole."""
+    grounding; the first one names what was left out. Without masks, or if one phrase is asked for, it stays whole."""
     if most == 1 or whole.masks is None:
         return [({}, whole)]
     asked, told = (item.text, item.query, item.message_index), [whole.detail] if whole.detail else []
@@ -110,7 +110,7 @@ def split_phrases(item: Item, whole: Grounding, most: int) -> list[tuple[dict[st
 
 
 class Items(TorchDataset):
-    """Rows as `Item`s; what is wrong with one is recorded in it, not raised.
+    """Rows as `Item`s; the fault of a row is recorded in it, not raised.
 
     Args:
         data: rows with id, images and messages.

@@ -1,7 +1,7 @@
 """Grounding a data set: batches through a backend, a journal that survives a kill, several processes.
 
-Every process takes its share of the rows that no journal has yet, so that a run can be stopped at any time and go on,
-also with another number of processes. The main process writes the output when all are through.
+Every process takes its share of the rows that no journal has yet, so a run can be interrupted at any time and resumed,
+also with another number of processes. The main process writes the output when all have finished.
 """
 
 import math
@@ -52,7 +52,7 @@ def ground(
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Grounds `rows` and writes `out`, or goes on where it was stopped.
+    """Grounds `rows` and writes `out`; resumes an interrupted run.
 
     Args:
         rows: id, images, messages; ids are unique.
@@ -62,13 +62,13 @@ def ground(
         attempt: how many rows to try, by a hash of their ids (None: all).
         num_workers: processes that read and decode ahead.
         strict: stop at a row that cannot be used instead of recording it.
-        settings: what else decides the backend's masks.
+        settings: other settings that decide the backend's masks.
 
     Returns:
         The content of `summary.json`; None in all processes but the main one.
 
     Raises:
-        ValueError: `out` holds another run, ids repeat, the backend tells no phrases, or with `strict` a row that
+        ValueError: `out` holds another run, ids repeat, the backend names no phrases, or with `strict` a row that
             cannot be used.
     """
     out, state = Path(out), PartialState()

@@ -1,4 +1,4 @@
-"""`agevlm ground view`: one page to judge masks by eye, with nothing to fetch from anywhere.
+"""`agevlm ground view`: one self-contained page to judge masks by eye.
 
 For each row the picture with what the grounding model drew, the mask's outline (or that of each phrase in a color of
 its own), and the cells of the grid; rows are a fixed random share of the kept and of the rejected ones, sorted and

@@ -1,1 +1,1 @@
-"""The paper at toy size: every variant trained and measured, and a page of what holds."""
+"""The paper at toy size: every variant trained and measured, and a page with the verdict on each claim."""

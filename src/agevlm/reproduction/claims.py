@@ -40,7 +40,7 @@ class Claim:
 
 
 def claims(scores: Scores, similarity: Files, padding: Files) -> list[Claim]:
-    """What the method promises first, then the paper's claims in its order."""
+    """The promises of the method first, then the paper's claims in its order."""
     return [
         against(scores, BASELINE, GUIDED, MASS, "Looks where it should: attention inside the mask is above unguided"),
         _uses_the_picture(scores),
@@ -75,7 +75,7 @@ def summary(made: Sequence[Claim]) -> str:
 
 
 def reading(difference: Mapping[str, Any]) -> str:
-    """What a difference of `Scores.difference` says: `HIGHER`, `LOWER`, `UNCLEAR` or `ONE_SEED`."""
+    """The verdict of a difference of `Scores.difference`: `HIGHER`, `LOWER`, `UNCLEAR` or `ONE_SEED`."""
     return ONE_SEED if len(difference["seeds"]) < 2 else _direction(difference)
 
 
@@ -204,7 +204,7 @@ def _looks_at_padding(padding: Files) -> Claim:
 
 
 def _padding(padding: Files) -> Claim:
-    """`pad`: what the models do where nobody tells them what is padding."""
+    """Of `pad`, where the models do not know which cells are padding."""
     title = "Appendix C: guidance takes attention off padding"
     low, high = (_enrichment(padding, name) for name in (GUIDED, BASELINE))
     if not low or not high:

@@ -1,4 +1,4 @@
-"""The verbs `quickstart` and `reproduce`: their parsers. What they do is imported once the arguments are parsed."""
+"""The verbs `quickstart` and `reproduce`: their parsers. The implementation is imported after parsing."""
 
 import argparse
 import os

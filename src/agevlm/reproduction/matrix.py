@@ -31,12 +31,12 @@ Position = Literal["after_layer", "after_self_attention"]
 @dataclass(frozen=True)
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
-    stages' recipes, the share of rows that ask for presence alone and come first, what is in the pictures (None:
+    stages' recipes, the share of rows that ask for presence alone and come first, the content of the pictures (None:
     everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), and the pairs of
     the similarity and pictures of the padding (`oblong`).
 
     From `scratch`, the language model is drawn at random, with half of the pretrained one's width, and trains in all
-    stages: what it knows of looking things up it learned here."""
+    stages, so it learns to look things up here."""
 
     captions: int
     instructions: int

@@ -1,4 +1,4 @@
-"""What a reproduction trains on and starts from: scenes, guided words, pretrained parts, and the model of stage 1."""
+"""The inputs of a reproduction: scenes, guided words, pretrained parts, and the model that stage 1 starts from."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CURVE_QUESTIONS, CURVE_SEED = 500, 2000  # the seed of scenes is 0, that of part
 
 
 def _pictures(size: Size, cutouts: Path | None) -> dict[str, Any]:
-    """What is in the pictures of a size, as arguments of `SceneArguments`."""
+    """The content of the pictures of a size, as arguments of `SceneArguments`."""
     return {
         "size": size.image_size,
         "min_objects": size.min_objects,

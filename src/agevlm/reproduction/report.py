@@ -1,4 +1,4 @@
-"""What a reproduction found, as `report.html` (one file that needs nothing else), `report.json` and `report.md`.
+"""The report of a reproduction: `report.html` (one file that needs nothing else), `report.json` and `report.md`.
 
 `LEAD` and `SECTIONS` say what the page shows above and below the claims, and `CURVES` in `charts.py` which curves of
 training. `report.md` and the pictures that it shows are made to be copied.
@@ -336,7 +336,7 @@ SECTIONS = (
     Section(
         "Appendix C's analogue: padding",
         "Attention on padded cells over their share of the area (enrichment), mean over seeds (lowest to highest): "
-        "`own` is the processor as it is, which masks empty cells; under `pad` nobody tells the model; under "
+        "`own` is the processor as it is, which masks empty cells; `pad` does not; under "
         "`stretch` and `crop` the same cells show picture.",
         partial(file_lines, PADDING, ENRICHMENTS, 2),
     ),

@@ -1,8 +1,8 @@
 """`agevlm reproduce`: rows of the matrix on scenes, at equal compute and seeds, and one report (sections 3 to 5).
 
-Work is a graph of steps (a stage run, the measuring of a row), each of which does nothing where its result lies. A
-step that fails is named, what needs it is left out, the rest goes on. The report holds whatever is finished in the
-folder, and lists what is not. The quickstart is a choice of rows: both verbs go on in each other's folders.
+Work is a graph of steps (a stage run, the measuring of a row). A step whose result exists does nothing. A step that
+fails is named, the steps that need it are left out, the others run. The report holds every finished row of the folder
+and lists the others. The quickstart is a choice of rows: each verb resumes the other's folders.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def oblong_pairs(scenes: Path, count: int) -> list[Pair]:
 
 
 def make_steps(place: Place, rows: Sequence[Row], seeds: Sequence[int]) -> list[Step]:
-    """All work, what is needed first in front: seed by seed, rows in their order."""
+    """All work in the order of its dependencies: seed by seed, rows in their order."""
     steps: dict[str, Step] = {}
     for seed in seeds:
         for row in rows:
@@ -251,7 +251,7 @@ def execute(steps: Sequence[Step], jobs: int, strict: bool, tell: Callable[[str]
 
 
 def _timed(call: Callable[[], None]) -> tuple[BaseException | None, float]:
-    """What a call raised, and how long it took."""
+    """The error of a call, and how long it took."""
     started = time.monotonic()
     try:
         call()
@@ -276,7 +276,7 @@ def quiet() -> None:
 
 
 def describe(place: Place, rows: Sequence[Row], seeds: Sequence[int], console: Console) -> None:
-    """Print the matrix and what is to be done; nothing is changed."""
+    """Print the matrix and the steps that remain; nothing is changed."""
     every = [(seed, run) for seed in seeds for run in unique(chain(row, place.size, seed) for row in rows)]
     rest = [(seed, run) for seed, run in every if not place.is_trained(seed, run)]
     table = Table("row", "group", "what", "stage runs", title=f"Matrix, size {place.size}, seeds {seeds}")

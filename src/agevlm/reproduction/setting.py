@@ -1,4 +1,4 @@
-"""How the numbers of a reproduction came about: its settings, and what of them deviates from the paper's."""
+"""The settings of a reproduction, and those that deviate from the paper's."""
 
 from collections.abc import Mapping
 from datetime import date
@@ -15,7 +15,7 @@ from .scores import Found
 
 
 def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, str]:
-    """What the report says about how the numbers came about."""
+    """The report's lines about settings."""
     folders = {folder for runs in found.values() for run in runs.values() for _, folder in run.stages}
     counts = SIZES[size]
     told = {
@@ -56,7 +56,7 @@ def deviation_lines(size: str) -> list[list[str]]:
 
 
 def _deciding(recipe: StageRecipe) -> dict[str, Any]:
-    """What of a recipe decides the result, but the seed."""
+    """The settings of a recipe that decide the result, without the seed."""
     parts = {"trains": ", ".join(recipe.trains), "frozen": ", ".join(recipe.frozen) or "nothing"}
     own = {"masks on": f"{100 * recipe.mask_fraction:.3g} %", "rows in a step": recipe.global_batch_size}
     training = {name: recipe.training[name] for name in RESULT_FIELDS if name in recipe.training and name != "seed"}

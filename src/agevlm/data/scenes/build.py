@@ -64,13 +64,12 @@ def load_rows(
     folder: str | Path,
     part: Literal["captions", "instructions"],
     mask_fraction: float = 1.0,
-    seed: int = 0,
     masks: Dataset | None = None,
     by_phrase: bool = False,
 ) -> Dataset:
     """Training rows of a folder of scenes with their `guidance` column.
 
-    `mask_fraction`: share of the rows that are guided, chosen by a hash of their id and `seed`; null elsewhere. Where
+    `mask_fraction`: share of the rows that are guided, chosen by a hash of their id; null elsewhere. Where
     there are fewer masks, all are used. `masks`: in place of those in the folder (`masks_of`); `by_phrase`: of those,
     the ones by phrase."""
     if part not in PARTS:
@@ -82,7 +81,7 @@ def load_rows(
         masks = _read(drawn) if files == [str(drawn)] else masks_of(folder, part, by_phrase)
     if masks is None:
         masks = Dataset.from_dict({name: [] for name in MASK_FEATURES}, features=MASK_FEATURES)
-    return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(mask_places(masks)[0])), seed)
+    return join_masks(rows, masks, share_of_masks(mask_fraction, len(rows), len(mask_places(masks)[0])))
 
 
 def load_benchmark(folder: str | Path, split: str, benchmark: str) -> Dataset:
@@ -121,14 +120,13 @@ def text_corpus(
     seed: int = 0,
     names: Collection[str] | None = None,
     colors: Collection[str] | None = None,
-    cutouts: str | Path | None = None,
 ) -> Iterator[list[Message]]:
     """About `n` conversations without pictures, in lessons from easy to hard, for training a language model alone.
 
-    `names`, `colors` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
+    `names` and `colors` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
     about it), held-out (color, name) pairs do not.
     """
-    source = make_source(cutouts, names, colors)
+    source = make_source(None, names, colors)
     pool = make_pools(source.kinds, source.colors)["text"]
     return text_conversations(random.Random(f"{seed}/text"), pool, n)
 

@@ -55,7 +55,7 @@ def _archive(folder: Path, pattern: str) -> Path:
 
 
 def download(folder: Path) -> None:
-    """Downloads what is not yet in `folder`."""
+    """Downloads the files that `folder` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(f"{APT_PACKAGE}_*.deb")):
         _run(["apt-get", "download", APT_PACKAGE], folder)

@@ -66,11 +66,11 @@ def order(a: SceneObject, b: SceneObject, axis: str) -> int:
     return -1 if first < second else 1
 
 
-def sample_names(rng: random.Random, pool: Pool, count: int, repeat_rate: float = 0.25) -> list[str]:
+def sample_names(rng: random.Random, pool: Pool, count: int) -> list[str]:
     """`count` names: some repeated (for counting), often from one category, never two near synonyms."""
     names: list[str] = []
     while len(names) < count:
-        if names and rng.random() < repeat_rate:
+        if names and rng.random() < 0.25:
             names.append(rng.choice(names))
             continue
         if names and rng.random() < 0.4:

@@ -96,12 +96,10 @@ def _mixed(known: Kinds, lesson: Lesson) -> Kinds:
     return old | {kind: weight / sum(lesson.kinds.values()) * (1 - earlier) for kind, weight in lesson.kinds.items()}
 
 
-def draw_questions(
-    rng: random.Random, scene: Scene, pool: Pool, lesson: Lesson, kinds: Kinds, number: int = TURNS
-) -> list[Question]:
-    """`number` different questions of a lesson; fewer if the scene has no more."""
+def draw_questions(rng: random.Random, scene: Scene, pool: Pool, lesson: Lesson, kinds: Kinds) -> list[Question]:
+    """`TURNS` different questions of a lesson; fewer if the scene has no more."""
     found: dict[str, Question] = {}
-    for _ in range(8 * number):
+    for _ in range(8 * TURNS):
         if not kinds or rng.random() < lesson.presence:
             question: Question | None = presence(rng, scene, pool)
         else:
@@ -113,6 +111,6 @@ def draw_questions(
         elif question.choices and rng.random() < FIRST_OPEN:
             found.setdefault(opened(question).prompt, opened(question))
         found.setdefault(question.prompt, question)
-        if len(found) >= number:
+        if len(found) >= TURNS:
             break
-    return list(found.values())[:number]
+    return list(found.values())[:TURNS]

@@ -34,7 +34,7 @@ def is_held_out_pair(color: str | None, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Pool:
-    """What the scenes of one split are drawn from. Names are ordered from most to least frequent."""
+    """The things, colors and styles that one split draws. Names are ordered from most to least frequent."""
 
     kinds: Mapping[str, Kind]
     names: tuple[str, ...]
