@@ -5,6 +5,7 @@ The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb an
 
 import gc
 import inspect
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from trl import TrlParser
 
+from agevlm.progress import lines, written
 from agevlm.store import locked
 from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
@@ -108,11 +110,11 @@ def main(argv: list[str]) -> StageResult:
         )
     if result.status == "trained" and training.process_index == 0:
         later = [name for name in STAGES if name > result.lineage["name"]]
-        then = f"agevlm train {later[0]} --init_from {output_dir}" if later else f"agevlm eval {output_dir}"
-        print(f"written to {output_dir}; next: {then} ...")
+        written(output_dir, f"agevlm train {later[0]} --init-from {{}}" if later else "agevlm eval {}")
     end_processes()
     return result
 
 
 if __name__ == "__main__":  # what `accelerate launch -m` runs
-    cli.train()
+    with nullcontext() if sys.stderr.isatty() else lines("train"):
+        cli.train()

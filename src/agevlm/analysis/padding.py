@@ -15,6 +15,7 @@ asked about, `in_mask` is the attention inside them.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from agevlm.models import load
+from agevlm.progress import written
 from agevlm.stats import Measure, interval, nested
 from agevlm.store import write_json
 
@@ -183,4 +185,4 @@ def run_verb(arguments: argparse.Namespace) -> None:
         ratio = "-" if entry["enrichment"] is None else f"{entry['enrichment']:.2f}"
         inside = f", in the mask {entry['in_mask']['share']:.3f}" if "in_mask" in entry else ""
         print(f"  {variant:8} share {entry['share']:.3f} of area {entry['area']:.3f}, enrichment {ratio}{inside}")
-    print(f"written to {output}")
+    written(output, f"agevlm analyze attention {shlex.quote(arguments.model)} PICTURE QUESTION --output OUT")
