@@ -24,11 +24,11 @@ class StepBar(TrainerCallback):
         self.bar = Bar(total=state.max_steps, initial=step, desc=self.name, unit="step", disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.shown |= {key: value for key, value in logs.items() if key.endswith("loss") or key == PRESENCE}
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

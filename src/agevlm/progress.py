@@ -83,6 +83,5 @@ def _tell(verb: str | None, ended: threading.Event) -> None:
 
 def written(place: str | Path, then: str = "") -> None:
     """Print a verb's last line: where its result lies, and the command that uses it, with `{}` for the place."""
-    print(
-        f"written to {place}" + (f"; next: {then.replace('{}', shlex.quote(str(place)))}" if then else ""), flush=True
-    )
+    command = then.replace("{}", shlex.quote(str(place)))
+    print(f"written to {place}" + (f"; next: {command}" if command else ""), flush=True)
