@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from agevlm import progress
 from agevlm.data.scenes.build import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
@@ -255,7 +256,7 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
     with monkeypatch.context() as patched:
         patched.setattr(reproduce, "measure_step", interrupt)
         patched.setattr(progress, "EVERY", 0.01)
-        with lines("quickstart"), pytest.raises(KeyboardInterrupt):
+        with progress.lines("quickstart"), pytest.raises(KeyboardInterrupt):
             cli.quickstart(arguments)
     assert "seed-0/stage1: 1 of 2, " in capsys.readouterr().err
     before = weights_of(output)
