@@ -67,9 +67,22 @@ def test_a_line_comes_while_nothing_is_done(often, capsys):
     assert "\r" not in said
 
 
+def test_a_bar_that_closes_says_what_it_came_to(capsys):
+    """However short it was; one that has done nothing says nothing."""
+    with lines("work"):
+        with Bar(total=2, desc="short", unit="step") as bar:
+            bar.set_postfix(loss=0.25, refresh=False)
+            bar.update(2)
+        with pytest.raises(RuntimeError), Bar(total=1, desc="fails"):
+            raise RuntimeError
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("short: 2 of 2, ") and line.endswith("loss=0.25")
+
+
 def test_other_processes_are_silent(often, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with lines("work"), Bar(total=2):
+    with lines("work"), Bar(total=2) as bar:
+        bar.update(2)
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
 
@@ -163,7 +176,7 @@ def test_long_verbs_tell_how_far_they_are_and_end_with_what_to_do_next(tmp_path,
         assert "{'" not in said.err
         check_last_line(verb, words, said.out)
         if verb == "train":
-            assert re.search(r"^stage3_ground: \d of 3, .* left, .*loss=", said.err, re.MULTILINE), said.err
+            assert re.search(r"^stage3_ground: 3 of 3, .* left, .*loss=", said.err, re.MULTILINE), said.err
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 A file (nohup, SLURM, CI) shows no bar. While `lines` runs, a thread prints every `EVERY` seconds how far the innermost
 open `Bar` is: count, rate, time left and what it carries, such as a loss. Where none is open, it says for how long the
-verb has worked.
+verb has worked. A bar's last line comes when it closes.
 """
 
 import io
@@ -39,12 +39,14 @@ class Bar(tqdm):
             _open[id(self)] = self
 
     def close(self) -> None:
-        _open.pop(id(self), None)
+        if _open.pop(id(self), None) is not None and _by_line and self.n:
+            _say(self.line())
         super().close()
 
     def line(self) -> str:
         """How far it is."""
-        return self.format_meter(**{**self.format_dict, "bar_format": _LINE, "ncols": None})
+        line = self.format_meter(**{**self.format_dict, "bar_format": _LINE, "ncols": None})
+        return line.replace(",  ", ", ")  # tqdm pads some rates
 
 
 def start_lines(verb: str | None = None) -> threading.Event:
@@ -55,8 +57,7 @@ def start_lines(verb: str | None = None) -> threading.Event:
     """
     global _by_line
     _by_line, ended = True, threading.Event()
-    if os.environ.get("RANK", "0") == "0":
-        threading.Thread(target=_tell, args=(verb, ended), daemon=True).start()
+    threading.Thread(target=_tell, args=(verb, ended), daemon=True).start()
     return ended
 
 
@@ -78,7 +79,12 @@ def _tell(verb: str | None, ended: threading.Event) -> None:
         bars = list(_open.values())
         if bars or verb:
             minutes = (time.monotonic() - begun) / 60
-            print(bars[-1].line() if bars else f"{verb}: {minutes:.1f} minutes so far", file=sys.stderr, flush=True)
+            _say(bars[-1].line() if bars else f"{verb}: {minutes:.1f} minutes so far")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def written(place: str | Path, then: str = "") -> None:
