@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "agevlm"
 # A floor may import from the floors above it in this list, and a room from itself.
 FLOORS = (
-    {"arguments", "store"},
+    {"arguments", "progress", "store"},
     {"images", "drawing", "stats"},
     {"modeling_agevlm", "processing"},
     {"models"},

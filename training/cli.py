@@ -16,6 +16,7 @@ def train(argv: list[str] | None = None) -> None:
     """Run one training stage; the same command again resumes it.
 
     agevlm train stage3_ground --data scenes --init-from runs/agevlm/stage2_adapt_vision --size tiny
+    agevlm train stage3_ground --config examples/stage3.yaml
     accelerate launch -m agevlm.training.train stage1_align --data DATA --init-from REPO
 
     The stage's recipe sets the defaults of all flags. Flags are written with dashes or underscores. --push-to-hub

@@ -40,6 +40,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from agevlm.images import open_image, stored_bytes
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.image_processing_agevlm import checked_fit, visible_cells
+from agevlm.progress import Bar
 from agevlm.store import Journal, as_json, claim, digest, locked, write_text
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import data_fingerprint, model_fingerprint
@@ -238,7 +239,8 @@ class FeatureStore:
                     collate_fn=_Missing(self, images),
                     generator=torch.Generator(),  # the process's own goes on to dropout as it would without a store
                 )
-                for records, values in _blocks(self._computed(loader, compute)):
+                bar = Bar(loader, desc="stored features", unit="batch", disable=number > 0)
+                for records, values in _blocks(self._computed(bar, compute)):
                     features.write(values.view(torch.uint8).numpy().tobytes())
                     pictures.write(records.tobytes())
 

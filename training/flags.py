@@ -159,7 +159,7 @@ def current_name(flag: str) -> str:
 # The flags of transformers, TRL and peft that most runs need
 FREQUENT = {
     "output_dir": "Folder of the stage. Default: runs/VARIANT/STAGE.",
-    "config": "YAML file of flags; those of the command line win.",
+    "config": "YAML file of flags, such as examples/stage3.yaml; those of the command line win.",
     "learning_rate": "Of all parts that have none of their own.",
     "per_device_train_batch_size": "Rows at once on one device; a step keeps the recipe's number of rows.",
     "num_train_epochs": "Passes over the data.",

@@ -36,6 +36,7 @@ from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import IMAGE_TOKEN, build_processor, chat_style
+from agevlm.progress import written
 from agevlm.store import flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
@@ -312,4 +313,4 @@ def run_verb(args: argparse.Namespace) -> None:
     model = build(plan, args.seed).to(getattr(torch, args.dtype))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save(model, plan.processor, record, args.output)
-    console.print(f"{args.output}: ready for `agevlm train stage1_align --init_from {args.output}`.")
+    written(args.output, "agevlm train stage1_align --init-from {} --data DATA")

@@ -48,9 +48,11 @@ from agevlm.data.scenes.builder import SceneArguments
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
+from agevlm.progress import start_lines, written
 from agevlm.store import new_folder
 
 from .parts_card import measure_parts, write_card
+from .step_bar import use_step_bar
 from .tower import train_cells
 
 
@@ -178,6 +180,7 @@ def train_language_model(
         )
         rows = Dataset.from_list([{"messages": messages} for messages in corpus])
         trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        use_step_bar(trainer, "language model")
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
         model.config.use_cache = True  # TRL trains without
         return model
@@ -208,6 +211,7 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def _in_one_thread() -> None:
     torch.set_num_threads(1)
+    start_lines()
 
 
 def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: int) -> None:
@@ -268,6 +272,7 @@ def run_verb(args: argparse.Namespace) -> None:
         make_tiny(args.output, work, args.conversations, args.scenes, args.seed)
     else:
         make_small(args.output, work, args.cutouts, args.scenes, args.seed)
+    written(args.output, "agevlm init --parts {} --output START")
 
 
 if __name__ == "__main__":  # as it was called, for one more release

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -52,6 +52,7 @@ from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH, check_guided
 from agevlm.training.stage_trainer import StageTrainer
 from agevlm.training.stages.recipe import TWIN, TWINS, StageRecipe
+from agevlm.training.step_bar import use_step_bar
 from agevlm.training.streaming import load_shards
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from agevlm.training.twin import TwinTrainer, check_twin, load_twin
@@ -91,6 +92,7 @@ def run_stage(
     args: AgeVlmSFTConfig | None = None,
     adapters: AdapterArguments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    name: str | None = None,
     resume: bool = True,
     dry_run: bool = False,
     console: Console | None = None,
@@ -112,7 +114,8 @@ def run_stage(
             every `args.answer_steps` and after the last one, for the log.
         args: training arguments; by default those of the recipe. Their `output_dir` is replaced.
         adapters: train adapters (LoRA) on the language model in place of its weights; stage 4 alone.
-        callbacks: Trainer's. With `disable_tqdm` they are the only ones that report progress.
+        callbacks: Trainer's.
+        name: of the progress bar; by default the stage's.
         resume: continue from the newest checkpoint. Otherwise an unfinished run of the folder is started again.
         dry_run: print the resolved configuration, what trains, counts and steps, and change nothing.
 
@@ -202,12 +205,11 @@ def run_stage(
         callbacks=list(callbacks),
         peft_config=lora,
     )
+    bar = use_step_bar(trainer, name or recipe.name)
     if held is not None:
         trainer.add_callback(MeasureLanguage(trainer, held))
     if questions is not None:
         trainer.add_callback(LearningCurve(trainer, questions, args.answer_steps))
-    if args.disable_tqdm and (callbacks or console.quiet):  # whoever called shows what is to be seen
-        trainer.remove_callback(PrinterCallback)
     try:
         if stored_features is not None:
             use_stored_features(trainer, stored_features, partial(console.print, soft_wrap=True))
@@ -240,6 +242,7 @@ def run_stage(
             trainer.model = merge(trainer.model, init_from, revision, adapters)
         _save_finished(trainer, output_dir)
     finally:
+        bar.bar.close()
         trainer.release_model()
     publish_stage(output_dir, args, init_from, console)
     return StageResult("trained", output_dir, lineage, list(trainer.state.log_history))

@@ -21,6 +21,8 @@ from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 
+from .step_bar import use_step_bar
+
 
 HUE_SHIFTED = 0.4  # share of the pictures whose colors are turned: a name must not hang on a color
 NOTHING_WEIGHT = 0.3  # of a cell of the background, which most are
@@ -106,6 +108,7 @@ def train_cells(
     data = Cells(scenes, number, processor)
     model = CellReader(ConvNextModel(config.vision_config), len(data.names), len(data.colors))
     trainer = Trainer(model, args=args, data_collator=data.collate, train_dataset=data)
+    use_step_bar(trainer, "vision tower")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
     return model.vision
 

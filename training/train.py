@@ -5,13 +5,17 @@ The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb an
 
 import gc
 import inspect
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from trl import TrlParser
 
+from agevlm.progress import lines, written
 from agevlm.store import locked
 from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
@@ -40,8 +44,30 @@ def build_stage(stage: str, arguments: StageArguments) -> StageRecipe:
     return built if arguments.mask_fraction is None else built.override(mask_fraction=arguments.mask_fraction)
 
 
-class StageParser(TrlParser):
-    """TRL's, whose configuration files may hold old names of flags."""
+class FileParser(TrlParser):
+    """TRL's, whose configuration files are read as the command line is: names with dashes, choices checked."""
+
+    def parse_args_and_config(self, args: Sequence[str], **kwargs: Any) -> tuple:  # type: ignore[override]
+        """Raises ValueError: the file is no YAML, or a field is unknown or has a value that its flag does not take."""
+        try:
+            return super().parse_args_and_config(args, **kwargs)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`--config`: the file is no YAML ({' '.join(str(error).split())})") from error
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        given = {name.replace("-", "_"): value for name, value in kwargs.items()}
+        for action in self._actions:
+            value = given.get(action.dest)
+            if value is not None and action.choices and value not in action.choices:
+                allowed = ", ".join(map(str, action.choices))
+                raise ValueError(f"`--config`: the field {action.dest} is {value!r}; choose from {allowed}")
+        if isinstance(given.get("masks"), str):
+            given["masks"] = [given["masks"]]
+        return super().set_defaults_with_config(**given)
+
+
+class StageParser(FileParser):
+    """Its configuration files may hold old names of flags."""
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         return super().set_defaults_with_config(**{current_name(name): value for name, value in kwargs.items()})
@@ -55,9 +81,9 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     """
     # All flags are shown for the first stage, which has what all of them have.
     stage, flags = (next(iter(STAGES)), argv) if argv[0] == "--help-all" else (argv[0], argv[1:])
-    flags = [current_name(word) for word in flags]
+    flags = [part for word in flags for part in current_name(word).split("=", word.startswith("--config="))]
     # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
-    first = TrlParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
+    first = FileParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
     first.add_argument("--per_device_train_batch_size", type=int)
     arguments, namespace, *_ = first.parse_args_and_config(flags, return_remaining_strings=True)
     recipe = build_stage(stage, arguments)
@@ -72,7 +98,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
         add_help=False,
     )
     parser.add_argument("--help-all", action="help", help="show every flag")
-    parser.set_defaults_with_config(**recipe.training_arguments(**defaults))
+    TrlParser.set_defaults_with_config(parser, **recipe.training_arguments(**defaults))
     arguments, training, adapters = parser.parse_args_and_config(flags)
     return recipe, arguments, training, adapters
 
@@ -108,11 +134,11 @@ def main(argv: list[str]) -> StageResult:
         )
     if result.status == "trained" and training.process_index == 0:
         later = [name for name in STAGES if name > result.lineage["name"]]
-        then = f"agevlm train {later[0]} --init_from {output_dir}" if later else f"agevlm eval {output_dir}"
-        print(f"written to {output_dir}; next: {then} ...")
+        written(output_dir, f"agevlm train {later[0]} --init-from {{}}" if later else "agevlm eval {}")
     end_processes()
     return result
 
 
 if __name__ == "__main__":  # what `accelerate launch -m` runs
-    cli.train()
+    with nullcontext() if sys.stderr.isatty() else lines("train"):
+        cli.train()

@@ -12,9 +12,11 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 
 from agevlm import __version__
+from agevlm.progress import lines
 
 
 # Verb -> module below `agevlm`, and its function; the first line of its docstring says what it does
@@ -48,6 +50,7 @@ VERBS = {
     "env": "env:main",
 }
 _WIDTH = 21
+_ENDLESS = ("serve", "demo")  # they are never nearly done
 # What to do about a system error, by its number
 _FIXES = {
     errno.ENOENT: "check the path",
@@ -108,7 +111,8 @@ def dispatch(words: list[str]) -> None:
         return
     verb = find(words)
     if verb is not None:
-        function_of(verb)(words[len(verb.split()) :])
+        with nullcontext() if verb in _ENDLESS or sys.stderr.isatty() else lines(verb):
+            function_of(verb)(words[len(verb.split()) :])
         return
     if words[0] in groups and (len(words) == 1 or words[1] in ("-h", "--help")):
         print(overview(words[0]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from agevlm.store import replacing
 
@@ -127,7 +127,8 @@ def _decoding(where: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # our limit of pixels is stricter; damaged metadata does not matter
             yield
     except Exception as error:
-        raise ValueError(f"{where}: the picture cannot be decoded ({error}); {FIX}") from error
+        reason = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{where}: the picture cannot be decoded ({reason}); {FIX}") from error
 
 
 def _file(source: Any) -> Any:

@@ -118,7 +118,9 @@ def test_fetching(clients, capsys):
     assert found == {("owl", "drawing", "bird"), ("owl", "photo", "bird"), ("airplane", "drawing", "vehicle"),
                      ("apricot", "photo", "food")}  # fmt: skip
     assert all((clients / "cutouts" / e["file"]).is_file() for e in listing)
-    assert "3 names (2 drawing, 2 photo)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 names (2 drawing, 2 photo)" in said
+    assert said.endswith(f"; next: agevlm data scenes --cutouts {clients / 'cutouts'} --output scenes\n")
     asked = (clients / "log").read_text().split()
     assert sorted(asked) == ["apt-get", "dpkg-deb", "npm", "npm"]
     fetch_cutouts(clients / "second", clients / "downloads")

@@ -1,18 +1,16 @@
 """`agevlm quickstart` and `reproduce`: a matrix of reachable runs, each once; steps; the whole chain in one folder."""
 
 import dataclasses
-import itertools
 import json
 import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
-from transformers import TrainerState
 
+from agevlm import progress
 from agevlm.data.scenes.build import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
@@ -200,21 +198,6 @@ def test_a_failure_takes_along_what_needs_it_and_nothing_else(tmp_path, jobs):
         execute(steps, jobs, strict=True, tell=lambda text: None)
 
 
-@pytest.mark.parametrize("first", [0, 40])
-def test_a_stage_run_tells_how_far_it_is_now_and_then(first, monkeypatch, capsys):
-    """From its first step, or from a checkpoint on: 7 seconds a step, a line after 30."""
-    clock = itertools.count(step=7)
-    monkeypatch.setattr(reproduce, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    tell, state = reproduce.Tell("seed-0/stage1"), TrainerState(global_step=first, max_steps=first + 10)
-    tell.on_train_begin(None, state, None)
-    for state.global_step in range(first + 1, first + 11):
-        tell.on_step_end(None, state, None)
-    assert capsys.readouterr().out.splitlines() == [
-        f"seed-0/stage1: step {first + 5} of {first + 10}, 0.6 minutes left",
-        f"seed-0/stage1: step {first + 10} of {first + 10}, 0.0 minutes left",
-    ]
-
-
 def test_both_verbs_are_one_reproduction(monkeypatch, tmp_path, capsys):
     """Same function, same arguments, one folder; a call sees one accelerator."""
     seen = []
@@ -272,14 +255,16 @@ def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patched:
         patched.setattr(reproduce, "measure_step", interrupt)
-        patched.setattr(reproduce, "EVERY", 0)
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(progress, "EVERY", 0.01)
+        with progress.lines("quickstart"), pytest.raises(KeyboardInterrupt):
             cli.quickstart(arguments)
-    assert "seed-0/stage1: step 2 of 2, 0.0 minutes left" in capsys.readouterr().out
+    assert "seed-0/stage1: 1 of 2, " in capsys.readouterr().err
     before = weights_of(output)
     assert {path.parent.name for path in before} == {"stage1", "stage2", "stage3-unguided", "stage4-ca-baseline"}
     cli.quickstart(arguments)
-    assert f"Report: {output / 'report.html'}" in capsys.readouterr().out.replace("\n", "")
+    last = capsys.readouterr().out.splitlines()[-1]
+    ends = " ".join(str(output / "seed-0" / name) for name in ("stage4-phrases", "stage4-ca-baseline"))
+    assert last == f"written to {output / 'report.html'}; next: agevlm demo {ends}"
     weights = weights_of(output)
     assert weights.items() > before.items() and len(weights) == 8
     files = {"config.json", "model.safetensors", "modeling_agevlm.py", "processing_agevlm.py", "README.md"}

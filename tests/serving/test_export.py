@@ -58,6 +58,9 @@ def test_onnx_runtime_gives_the_tokens_of_the_checkpoint(onnx, tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     said = capsys.readouterr()
+    place = str(tmp_path / "out")
+    last = f"written to {place}; next: agevlm.serving.exported.ExportedAgeVlm.from_pretrained({place!r})"
+    assert said.out.splitlines()[-1] == last
     assert "decoder.onnx.data" in said.out and "[torch.onnx]" not in said.out and "experimental" not in said.err
     model = AgeVlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
     processor = AgeVlmProcessor.from_pretrained(tmp_path / "out")

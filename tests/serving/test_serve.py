@@ -177,10 +177,21 @@ def test_a_request_may_name_no_file_and_no_address(server, private):
             listener.accept()
 
 
-def test_a_damaged_picture_is_the_clients_error(server):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no picture", "the picture cannot be decoded (of no format that Pillow knows)"),
+        (base64.b64decode(data_url(0).partition(",")[2])[:-40], "the picture cannot be decoded"),
+        (bomb_png(65_000, 65_000), "exceeds limit"),
+        (b"", "the picture"),
+    ],
+    ids=["foreign", "cut", "huge", "empty"],
+)
+def test_a_bad_picture_is_the_clients_error(server, content, message):
     address, checkpoint = server
-    damaged = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
-    assert "cannot be decoded" in refusal(f"{address}/v1/chat/completions", body(checkpoint, 0, url=damaged))
+    bad = "data:image/png;base64," + base64.b64encode(content).decode()
+    said = refusal(f"{address}/v1/chat/completions", body(checkpoint, 0, url=bad))
+    assert message in said and " object at 0x" not in said
     reply = json.loads(request(f"{address}/v1/chat/completions", body(checkpoint, 0)))
     assert reply["choices"][0]["message"]["content"] == expected(0)
 

@@ -1,11 +1,19 @@
 """The command line: recipes set the defaults, flags win."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+import yaml
+
+from agevlm import TINY
+from agevlm.data.scenes.build import build_scenes
 from agevlm.training import cli
 from agevlm.training.lineage import stored_names, training_identity
 from agevlm.training.stages import STAGES
 from agevlm.training.train import main, parse
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "stage3.yaml"
 
 
 def test_a_stage_without_flags_is_its_recipe():
@@ -62,6 +70,45 @@ def test_a_config_file_stands_between_recipe_and_flags(tmp_path):
     assert recipe.size == "tiny"
     assert (training.learning_rate, training.seed) == (0.5, 9)
     assert training.lr_scheduler_type == "cosine"
+
+
+def test_the_example_of_a_whole_stage_is_its_command_line(tmp_path, capsys):
+    """What the file says gives the same arguments as the same flags, and can be run."""
+    flags = []
+    for name, value in yaml.safe_load(EXAMPLE.read_text(encoding="utf-8")).items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    by_file, by_flags = parse(["stage3_ground", "--config", str(EXAMPLE)]), parse(["stage3_ground", *flags])
+    assert len(flags) > 20 and by_file[0] == by_flags[0]
+    for said, wanted in zip(by_file[1:], by_flags[1:], strict=True):
+        assert vars(said) == vars(wanted) or said.to_dict() == wanted.to_dict()
+    scenes = build_scenes(tmp_path / "scenes", captions=8, instructions=2, test=0, size=96, progress=False)
+    here = ["--data", str(scenes), "--masks", str(scenes / "masks" / "captions.parquet"), "--init-from", str(TINY)]
+    result = main(["stage3_ground", f"--config={EXAMPLE}", "--dry-run", *here])
+    assert result.status == "dry run" and result.lineage["counts"]["rows with a mask"] == 8
+    assert "stage3_ground (stage 3, agevlm, size tiny)" in capsys.readouterr().out
+
+
+def test_a_configuration_file_is_written_as_a_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("size: tiny\nmask-fraction: 0.5\nmasks: a.parquet\nlearning-rate: 1e-3\n")
+    recipe, arguments, training, _ = parse(["stage3_ground", "--config", str(path)])
+    assert recipe.mask_fraction == 0.5 and arguments.masks == ["a.parquet"] and training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("size: tinny", "the field size is 'tinny'; choose from paper, small, tiny"),
+        ("guidance-loss: dise", "the field guidance_loss is 'dise'; choose from dice, bce, kl"),
+        ("learning_rat: 1", "learning_rat"),
+        ("size: [tiny", "the file is no YAML"),
+        ("- size", "must contain a YAML mapping"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["stage3_ground", "--config", str(tmp_path / "run.yaml")])
 
 
 def test_the_old_name_of_the_normalization_works_with_a_note(tmp_path, capsys):

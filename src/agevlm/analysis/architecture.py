@@ -16,6 +16,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D
 
 from agevlm.modeling_agevlm import AgeVlmConfig
+from agevlm.progress import written
 from agevlm.store import replacing
 
 
@@ -116,7 +117,7 @@ def run_verb(arguments: Any) -> None:
         config = load_config(arguments.model, ours=True)
         image_size = load_processor(arguments.model, ours=True).image_processor.size["height"]
     save(draw(config, image_size), arguments.output)
-    print(f"Wrote {arguments.output}")
+    written(arguments.output)
 
 
 def _tower(axes: Any, config: AgeVlmConfig, image_size: int, cells: int) -> None:

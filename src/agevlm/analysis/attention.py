@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from agevlm.drawing import outline, overlay, panels, peak_of
 from agevlm.images import open_image, save_image
 from agevlm.models import load, unique_names
+from agevlm.progress import written
 from agevlm.store import write_json
 
 from .cells import Cells, cells_of
@@ -436,4 +437,4 @@ def run_verb(arguments: argparse.Namespace) -> None:
         layers = ", ".join(map(str, result["layers"]))
         inside = f"; in-mask attention mass {result['in_mask_mass']:.3f}" if mask is not None else ""
         print(f"  layer {layers}: {shares} of the question's attention on the picture{inside}")
-    print(f"written to {arguments.output}")
+    written(arguments.output)

@@ -14,6 +14,7 @@ Our processor masks cells without any picture, so its `own` share is that of bor
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from agevlm.models import load
+from agevlm.progress import written
 from agevlm.stats import Measure, interval, nested
 from agevlm.store import write_json
 
@@ -179,4 +181,4 @@ def run_verb(arguments: argparse.Namespace) -> None:
         ratio = "-" if entry["enrichment"] is None else f"{entry['enrichment']:.2f}"
         inside = f", in the mask {entry['in_mask']['share']:.3f}" if "in_mask" in entry else ""
         print(f"  {variant:8} share {entry['share']:.3f} of area {entry['area']:.3f}, enrichment {ratio}{inside}")
-    print(f"written to {output}")
+    written(output, f"agevlm analyze attention {shlex.quote(arguments.model)} PICTURE QUESTION --output OUT")

@@ -7,11 +7,11 @@ from typing import Any
 
 from datasets import Dataset
 from PIL import Image
-from tqdm import tqdm
 
 from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside, undecoded
 from agevlm.data.tables import read_files
 from agevlm.images import open_image
+from agevlm.progress import Bar
 
 
 CAPTIONS = "captions/train.parquet"  # of a folder of scenes
@@ -83,7 +83,7 @@ def load_pairs(
     texts: set[str] = set()
     bad: list[dict[str, str]] = []
     repeated = 0
-    with tqdm(desc="reading", total=limit, unit="pair", disable=not progress) as bar:
+    with Bar(desc="reading", total=limit, unit="pair", disable=not progress) as bar:
         for index, row in enumerate(undecoded(_open(path))):
             if len(pairs) == limit:
                 break

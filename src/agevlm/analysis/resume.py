@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from agevlm.images import stored_bytes
 from agevlm.models import weights_digest
+from agevlm.progress import Bar
 from agevlm.store import claim, digest, replacing
 
 from .pairs import Pair
@@ -105,7 +105,7 @@ def measure_parts(
 ) -> list[Row]:
     """The rows of all items, `size` items at a time; see `Parts.keep`."""
     rows: list[Row] = []
-    with tqdm(total=len(items), desc=title, unit=unit, disable=not progress) as bar:
+    with Bar(total=len(items), desc=title, unit=unit, disable=not progress) as bar:
         for start in range(0, len(items), size):
             part = items[start : start + size]
             rows += keep(f"{title}-{start}", partial(measure, part))

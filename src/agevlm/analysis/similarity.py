@@ -19,6 +19,7 @@ Wk, so for ours the Q/K rows are the ones with a meaning of their own.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,6 +32,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from agevlm.models import load
+from agevlm.progress import written
 from agevlm.stats import derangement, separation
 from agevlm.store import write_json
 
@@ -371,4 +373,4 @@ def run_verb(arguments: argparse.Namespace) -> None:
         f"[{low:.3f}, {high:.3f}] over {summary['pairs']} pairs "
         f"({LeftOut(summary['left_out'], left_out.repeated)})"
     )
-    print(f"written to {output}")
+    written(output, f"agevlm analyze attention {shlex.quote(arguments.model)} PICTURE QUESTION --output OUT")

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from agevlm.conversion import convllava, mobilevlm
 from agevlm.conversion.layout import Target, check_names, generation_config
 from agevlm.conversion.sources import INDEX_FILE, PickledWeightsError, Source, locate
+from agevlm.progress import Bar, written
 from agevlm.store import new_folder, write_json
 
 
@@ -35,7 +35,7 @@ def write_weights(target: Target, folder: Path, shard_size: str = SHARD_SIZE) ->
     shapes = check_names(target)
     sizes = {name: torch.empty(shape.shape, dtype=target.dtype(name), device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
-    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="converting") as bar:
+    with Bar(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="converting") as bar:
         for file, names in split.filename_to_tensors.items():
             shard = {name: target.tensor(name).contiguous() for name in names}
             save_file(shard, folder / file, metadata={"format": "pt"})
@@ -105,3 +105,4 @@ def run_verb(args: argparse.Namespace) -> None:
         + ("" if args.system == "convllava" else " and trust_remote_code=True")
         + "."
     )
+    written(args.output, "agevlm eval {}" + ("" if args.system == "convllava" else " --trust-remote-code"))

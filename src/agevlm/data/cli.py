@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from agevlm.arguments import VerbParser
+from agevlm.progress import written
 
 from .published.defaults import MAX_LENGTH, ROWS_PER_SHARD
 from .scenes.arguments import SPLITS, SceneArguments
@@ -49,7 +50,8 @@ def scenes(argv: list[str] | None = None) -> None:
     from .scenes.build import build_scenes
 
     out = build_scenes(options.pop("output"), num_proc=options.pop("workers"), **options)
-    print(f"Scenes in {out}: look at {out / 'contact_sheet.png'}")
+    print(f"look at {out / 'contact_sheet.png'}")
+    written(out, "agevlm train stage3_ground --size tiny --data {} --init-from CHECKPOINT")
 
 
 def cutouts(argv: list[str] | None = None) -> None:
@@ -67,7 +69,8 @@ def cutouts(argv: list[str] | None = None) -> None:
     listing = fetch_cutouts(options.output, options.downloads)
     styles = sorted({entry["style"] for entry in listing})
     counts = ", ".join(f"{sum(entry['style'] == style for entry in listing)} {style}" for style in styles)
-    print(f"{len({entry['name'] for entry in listing})} names ({counts}) in {options.output}")
+    print(f"{len({entry['name'] for entry in listing})} names ({counts})")
+    written(options.output, "agevlm data scenes --cutouts {} --output scenes")
 
 
 def cambrian(argv: list[str] | None = None) -> None:
@@ -96,10 +99,11 @@ def cambrian(argv: list[str] | None = None) -> None:
     out = options.pop("output")
     summary = convert(options.pop("source"), out, **options)
     dropped = sum(summary["dropped"].values())
-    print(f"{summary['rows']:,} rows with {summary['pictures']:,} pictures in {out}; {dropped:,} dropped")
+    print(f"{summary['rows']:,} rows with {summary['pictures']:,} pictures; {dropped:,} dropped")
     for what in ("dropped", "repaired"):
         for kind, count in sorted(summary[what].items(), key=lambda item: -item[1]):
             print(f"  {what} {count:>10,}  {kind}: {(DROPPED | REPAIRED)[kind]}")
+    written(out, "agevlm train stage1_align --data {} --init-from START")
 
 
 def check(argv: list[str] | None = None) -> None:

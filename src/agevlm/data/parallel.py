@@ -3,7 +3,6 @@
 import multiprocessing
 import multiprocessing.connection
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
+from agevlm.progress import Bar
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def run_jobs(
     Args:
         weight: how many rows of the bar a job stands for.
     """
-    bar = tqdm(total=sum(map(weight, jobs)), desc=description, unit="row", disable=not progress, file=sys.stderr)
+    bar = Bar(total=sum(map(weight, jobs)), desc=description, unit="row", disable=not progress)
     with bar, worker_map(workers, setup, arguments) as work:
         for job, result in zip(jobs, work(function, jobs), strict=True):
             yield result

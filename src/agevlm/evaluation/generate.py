@@ -16,9 +16,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm import tqdm
 
 from agevlm.models import encode, render
+from agevlm.progress import Bar
 from agevlm.store import Journal, claim, read_lines, write_lines
 
 from .benchmark import Benchmark, verdict
@@ -79,7 +79,7 @@ def generate_predictions(
             if row_id not in done or (index in marked and row_id not in looked)
         ]
     )
-    bar = tqdm(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or not is_main())
+    bar = Bar(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or not is_main())
     new: list[tuple[list[Prediction], list[Look]]] = []
     with bar, Journal(_own(folder, PREDICTIONS)) as answers, Journal(_own(folder, LOOKS)) as attention:
         for start in range(0, len(pending), batch_size):

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agevlm.models import TOKENIZER, load_weights, reading, weights_digest
+from agevlm.progress import Bar
 from agevlm.stats import share
 from agevlm.store import Journal, digest, read_lines
 
@@ -102,7 +102,7 @@ class Judge:
         new = my_share([prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.replies])
         found = []
         with (
-            tqdm(total=len(new), desc="judge", unit="row", disable=not progress or not is_main()) as bar,
+            Bar(total=len(new), desc="judge", unit="row", disable=not progress or not is_main()) as bar,
             Journal(self.cache / f"replies.{PartialState().process_index}.jsonl") as journal,
         ):
             for start in range(0, len(new), self.batch_size):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agevlm.progress import written
 from agevlm.store import write_text
 
 from .benchmark import Column, Metrics
@@ -148,7 +149,7 @@ def read_metrics(path: Path) -> Metrics:
 def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm results`, with the arguments of `cli.py`."""
     write_text(arguments.output, results_page([read_metrics(path) for path in arguments.metrics]))
-    print(f"written to {arguments.output}")
+    written(arguments.output)
 
 
 if __name__ == "__main__":  # as it was called, for one more release

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm import tqdm
 
 from agevlm.data.masks import join_masks, load_masks
 from agevlm.data.rows import undecoded
 from agevlm.data.tables import load_table, read_files
+from agevlm.progress import Bar
 from agevlm.stats import auroc
 
 from .benchmark import Metrics
@@ -179,7 +179,7 @@ def measure_looking(
     """`summarize` of the rows that have a mask, and their records, without answers."""
     marked = marked_rows(rows)
     mine, records = my_share(marked), []
-    bar = tqdm(total=len(mine), desc=f"{MASKED.name}: looking", unit="row", disable=not progress or not is_main())
+    bar = Bar(total=len(mine), desc=f"{MASKED.name}: looking", unit="row", disable=not progress or not is_main())
     with bar, torch.inference_mode():
         for start in range(0, len(mine), batch_size):
             chosen = mine[start : start + batch_size]

@@ -7,6 +7,7 @@ Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchm
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from agevlm.data.scenes.build import load_benchmark, load_told
 from agevlm.hub_cards import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
+from agevlm.progress import written
 from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, locked, read_json, read_lines, write_json, write_lines, write_text
 
@@ -431,7 +433,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
     write_text(output / "results.md", markdown_page(results, comparisons))
     write_text(output / "results.html", html_page(results, comparisons))
     Console(markup=False).print(summary_table(results))
-    print(f"written to {output}")
+    written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
 
 
 if __name__ == "__main__":  # as it was called with `accelerate launch -m`, for one more release

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from agevlm.arguments import VerbParser
+from agevlm.progress import written
 
 from .choices import QUERY_SOURCES, names
 from .filters import Filters
@@ -106,11 +108,10 @@ def ground(argv: list[str] | None = None) -> None:
     )
     if summary is not None:
         reasons = ", ".join(f"{name} {count:,}" for name, count in summary["status"].items())
-        print(
-            f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons}): {options.output}"
-        )
+        print(f"{summary['kept']:,} masks kept of {summary['attempted']:,} rows attempted ({reasons})")
         if options.keep is not None and summary["kept_rows"] < options.keep:
             print(f"{options.keep - summary['kept_rows']:,} fewer than asked for: raise --attempt", file=sys.stderr)
+        written(options.output, "agevlm ground view {}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -152,7 +153,8 @@ def view(argv: list[str] | None = None) -> None:
     count = write_view(
         options.run, load_table(name, options.split) if name else None, output, _grid(options.model), options.count
     )
-    print(f"{count} rows: {output}")
+    print(f"{count} rows")
+    written(output, f"agevlm train stage3_ground --data DATA --masks {shlex.quote(str(options.run))}")
 
 
 def quality(argv: list[str] | None = None) -> None:
@@ -184,7 +186,8 @@ def export_coco(argv: list[str] | None = None) -> None:
     from agevlm.grounding.coco import write_coco
     from agevlm.grounding.quality import load_masks
 
-    print(f"{write_coco(load_masks(options.masks), options.output)} annotations: {options.output}")
+    print(f"{write_coco(load_masks(options.masks), options.output)} annotations")
+    written(options.output)
 
 
 def import_coco(argv: list[str] | None = None) -> None:
@@ -205,7 +208,8 @@ def import_coco(argv: list[str] | None = None) -> None:
 
     rows = load_table(options.rows) if options.rows else None
     count = read_coco(options.coco, options.output, rows, options.query, options.by_phrase)
-    print(f"{count} masks: {options.output}")
+    print(f"{count} masks")
+    written(options.output, "agevlm train stage3_ground --data DATA --masks {}")
 
 
 def _add_model(parser: VerbParser, purpose: str) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
-from tqdm import tqdm
 
 from agevlm.data.masks import OCCURRENCE
 from agevlm.data.rows import MASK_FEATURES, MAX_PHRASES, PHRASE_FEATURES, undecoded
 from agevlm.data.scenes.words import plural
 from agevlm.images import MAX_PIXELS
+from agevlm.progress import Bar
 from agevlm.store import read_json, replacing, write_json
 
 from .masks import from_segmentation, mask_box, read_mask, to_png, to_rle
@@ -33,7 +33,7 @@ def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
     images: dict[str, dict[str, Any]] = {}
     numbers: dict[str, int] = {}
     annotations: list[dict[str, Any]] = []
-    for row in tqdm(undecoded(masks), desc="export", unit="mask", disable=not progress):
+    for row in Bar(undecoded(masks), desc="export", unit="mask", disable=not progress):
         if row["mask"] is None:
             continue
         mask = read_mask(row["mask"], row["id"])
@@ -95,7 +95,7 @@ def read_coco(
     schema = (PHRASE_FEATURES if by_phrase else MASK_FEATURES).arrow_schema
     written, empty, many = 0, 0, 0
     with replacing(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for image_id in tqdm(grouped, desc="import", unit="picture"):
+        for image_id in Bar(grouped, desc="import", unit="picture"):
             parts: dict[Any, list[dict[str, Any]]] = defaultdict(list)
             for annotation in grouped[image_id]:
                 which = [annotation.get(name) for name in ("category_id", *_PHRASE)] if by_phrase else None

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tqdm import tqdm
 
 from agevlm.data.masks import OCCURRENCE
 from agevlm.data.rows import undecoded
 from agevlm.data.tables import load_table
+from agevlm.progress import Bar
 
 from .masks import boundary_f, iou, read_mask
 from .output import SUMMARY, read_masks
@@ -61,7 +61,7 @@ def measure_quality(masks: Dataset, exact: Dataset, grid: Grid, progress: bool =
             "the two have no row with a mask in common; ids (and words of phrases) must be those of the same data set"
         )
     values = []
-    for row_id, other, place in tqdm(common, desc="quality", unit="mask", disable=not progress):
+    for row_id, other, place in Bar(common, desc="quality", unit="mask", disable=not progress):
         mask, reference = (read_mask(row["mask"], row_id) for row in (first[other], second[place]))
         try:
             values.append(compare(mask, reference, grid))

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from agevlm.data.rows import MAX_PHRASES, content_digest
+from agevlm.progress import Bar
 from agevlm.store import check_same, digest, read_json, write_json
 
 from .choices import BY_PHRASE, QUERY_SOURCES
@@ -160,7 +160,7 @@ def _work(
     progress: bool,
 ) -> None:
     grounded = 0
-    with tqdm(total=total, desc="ground", unit="row", disable=not progress, smoothing=0.05) as bar:
+    with Bar(total=total, desc="ground", unit="row", disable=not progress, smoothing=0.05) as bar:
         for items in batches:
             groundings = ground_batch(items, backend, strict)
             records = [

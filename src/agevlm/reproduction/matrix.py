@@ -216,7 +216,7 @@ def chain(row: Row, size: str, seed: int) -> list[Run]:
     """The stage runs that lead to a row, first stage first."""
     runs: list[Run] = []
     for address, recipe, query in _addressed(row, SIZES[size]):
-        recipe = recipe.override(seed=seed, disable_tqdm=True)
+        recipe = recipe.override(seed=seed, disable_tqdm=False)  # the default without warnings is True
         runs.append(Run(_names(SIZES[size])[address], recipe, runs[-1].name if runs else None, row.start, query))
     return runs
 

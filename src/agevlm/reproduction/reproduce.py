@@ -6,6 +6,7 @@ and lists the others. The quickstart is a choice of rows: each verb resumes the 
 """
 
 import argparse
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -17,10 +18,8 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from agevlm.analysis.padding import measure_padding
@@ -33,6 +32,7 @@ from agevlm.evaluation import pope, told
 from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
+from agevlm.progress import Bar, start_lines, written
 from agevlm.store import locked, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.features import why_not
@@ -48,7 +48,6 @@ from .scores import LANGUAGE, PADDING, SIMILARITY, Trained
 MAX_NEW_TOKENS = 32
 MISMATCHED_SEEDS = (0, 1, 2)  # of the similarity
 CURVE_POINTS = 12  # of a learning curve
-EVERY = 30  # seconds between the lines that a stage run prints
 
 
 @dataclass(frozen=True)
@@ -102,24 +101,6 @@ class Step:
     after: tuple[str, ...] = ()
 
 
-class Tell(TrainerCallback):
-    """Prints a line now and then: how far a stage run is, and the time left. A log file has no progress bar."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.begun = self.told = time.monotonic()
-        self.first = state.global_step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        step, steps, now = state.global_step, state.max_steps, time.monotonic()
-        if now - self.told >= EVERY:
-            self.told = now
-            left = (now - self.begun) * (steps - step) / (step - self.first)
-            print(f"{self.name}: step {step:,} of {steps:,}, {left / 60:.1f} minutes left", flush=True)
-
-
 def train_step(place: Place, seed: int, run: Run) -> None:
     """One stage run, with the model it starts from if it is the first."""
     origin = place.output / f"seed-{seed}" / run.origin
@@ -140,7 +121,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             stored_features=place.features if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
-            callbacks=[Tell(f"seed-{seed}/{run.name}")],
+            name=f"seed-{seed}/{run.name}",
             console=Console(quiet=True, markup=False),
         )
 
@@ -263,6 +244,7 @@ def _timed(call: Callable[[], None]) -> tuple[BaseException | None, float]:
 def _start_worker(jobs: int) -> None:
     """Its share of the cores: small models lose more to threads that wait for each other than they gain."""
     quiet()
+    start_lines()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
@@ -331,20 +313,20 @@ def run_verb(args: argparse.Namespace) -> None:
     describe(place, rows, args.seeds, console)
     prepared = time.monotonic()
     steps = make_steps(place, rows, args.seeds)
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(steps))
+    with Bar(total=len(steps), desc=args.output.name, unit="step") as bar:
 
         def tell(line: str) -> None:
-            console.print(line, highlight=False)
-            progress.advance(task)
+            bar.write(line)
+            bar.update()
 
         jobs = args.jobs or (1 if torch.accelerator.is_available() else 2)
         failed = execute(steps, jobs, args.strict, tell)
     seconds = {"scenes and parts": prepared - started, "training and measuring": time.monotonic() - prepared}
     write_report(args.output, args.size, place.scenes, collect(place), failed, seconds)
     page = args.output / "report.html"
-    console.print(f"Report: {page} ({(time.monotonic() - started) / 60:.1f} minutes)")
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    ends = {str(place.folder(args.seeds[0], chain(row, place.size, args.seeds[0])[-1])) for row in (rows[-1], rows[0])}
+    written(page, "" if failed else f"agevlm demo {shlex.join(sorted(ends, reverse=True))}")
     if failed:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise ValueError(f"{len(failed)} step(s) are missing; the same command tries them again:\n{lines}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from agevlm.arguments import VerbParser
+from agevlm.progress import written
 from agevlm.store import new_folder
 
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         processor.save_pretrained(made)
     for file in sorted(output.iterdir()):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.name}")
+    written(options.output, f"agevlm.serving.exported.ExportedAgeVlm.from_pretrained({str(options.output)!r})")
 
 
 @contextmanager

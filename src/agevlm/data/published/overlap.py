@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
 from agevlm.data.duplicates import hash64
 from agevlm.images import open_image
+from agevlm.progress import Bar
 
 
 SIMILAR_BITS = 8  # of 128 that may differ
@@ -68,7 +68,7 @@ def read_evaluation_pictures(folders: Iterable[str | Path], progress: bool = Tru
     unreadable = 0
     for folder in map(Path, folders):
         before = len(files)
-        for name, data in tqdm(_pictures(folder), desc=f"pictures of {folder.name}", disable=not progress):
+        for name, data in Bar(_pictures(folder), desc=f"pictures of {folder.name}", disable=not progress):
             files.setdefault(hash64(data), name)
             try:
                 found = difference_hash(open_image(data, name))

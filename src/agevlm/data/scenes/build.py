@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from tqdm import tqdm
 
 from agevlm.data.masks import MASKS, PHRASES, join_masks, mask_files, mask_places, masks_of, share_of_masks
 from agevlm.data.parallel import worker_map
 from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, refuse_names
+from agevlm.progress import Bar
 from agevlm.store import as_json, check_same, digest, new_folder, read_json, write_json
 
 from .arguments import SPLITS, SceneArguments
@@ -227,7 +227,7 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _write(files: dict[Path, Features], tables: Iterator[tuple[pa.Table, ...]], bar: tqdm) -> None:
+def _write(files: dict[Path, Features], tables: Iterator[tuple[pa.Table, ...]], bar: Bar) -> None:
     """Writes the n-th table of every tuple to the n-th file."""
     with ExitStack() as stack:
         writers = []
@@ -244,7 +244,7 @@ def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool
     counts = {part: getattr(arguments, part) for part in PARTS}
     tests = sum(_groups(b, arguments.test) * GROUP[b] for b in BENCHMARKS)
     total = sum(counts.values()) + len(arguments.splits) * tests
-    bar = tqdm(total=total, desc="scenes", unit="row", disable=not progress)
+    bar = Bar(total=total, desc="scenes", unit="row", disable=not progress)
     with bar, worker_map(num_proc, _start_worker, (arguments,)) as work:
         for part, count in counts.items():
             files = {
