@@ -99,7 +99,7 @@ def test_steps_of_a_reproduction_end_with_it(tmp_path, number):
                 os.kill(worker, signal.SIGKILL)
 
 
-STEP = "Step(name, partial(time.sleep, 600)) for name in \"ab\""
+STEP = 'Step(name, partial(time.sleep, 600)) for name in "ab"'
 FAILS = STEPS.replace(STEP, "Step(str(seconds), partial(time.sleep, seconds)) for seconds in (600, -1)")
 
 
