@@ -60,13 +60,15 @@ class Panel(TypedDict):
 
 
 class Example(TypedDict):
-    """A question and how every model looked. `image`: file of the picture with the mask's outline."""
+    """A question and how every model looked. `image`: file of the picture with the mask's outline; `peak`: what the
+    hottest color stands for, in times an even spread."""
 
     id: str
     question: str
     answer: str
     image: str
     has_mask: bool
+    peak: float
     panels: list[Panel]
 
 
@@ -268,7 +270,7 @@ def draw_panels(
         [(title, shown if heat is None else overlay(small, heat, peak, outlined)) for title, heat in row]
         for row in rows
     ]
-    return panels(titled, result.question, PANEL_SIDE, peak)
+    return panels(titled, result.question, PANEL_SIDE, [peak])
 
 
 def _layer_title(attended: Attended, index: int) -> str:
@@ -287,7 +289,7 @@ def draw_tokens(attended: Attended, image: Image.Image, question: str, mask: Ima
         for token, heat in zip(attended.tokens, maps, strict=True)
     ]
     rows = [titled[start : start + COLUMNS] for start in range(0, len(titled), COLUMNS)]
-    return panels(rows, question, TOKEN_SIDE, peak)
+    return panels(rows, question, TOKEN_SIDE, [peak])
 
 
 def write_attention(
@@ -408,6 +410,7 @@ def write_examples(
                 "answer": row["answer"],
                 "image": str(picture),
                 "has_mask": mask is not None,
+                "peak": peak,
                 "panels": drawn,
             }
         )
