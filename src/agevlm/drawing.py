@@ -133,7 +133,9 @@ def panels(
     heights = [max(image.height for image in row) for row in fitted]
     top = 26 * len(head) + GAP + (6 if head else 0)
     scales = [*[None] * (len(rows) - len(peaks)), *peaks]
-    sheet = Image.new("RGB", (width, top + sum(labels) + sum(heights) + GAP * len(rows) + _SCALE_HEIGHT * len(peaks)), _PAPER)
+    sheet = Image.new(
+        "RGB", (width, top + sum(labels) + sum(heights) + GAP * len(rows) + _SCALE_HEIGHT * len(peaks)), _PAPER
+    )
     draw = ImageDraw.Draw(sheet)
     for index, line in enumerate(head):
         draw.text((GAP, 12 + 26 * index), line, fill=_INK, font=large)

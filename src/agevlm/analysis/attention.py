@@ -79,8 +79,9 @@ class Attended:
     Attributes:
         answer: generated greedily.
         tokens: the N generated tokens as text, the end of the answer included.
+        special: bool, N of them: which are no part of the answer's text, such as its end.
         layers: indices of the layers.
-        cells: where the visual tokens lie on the picture.
+        pictures: where the visual tokens lie on each picture, those of the first come first.
         weights: float32 `(K, V)`, attention of the question on the visual tokens; a layer sums to 1.
         token_weights: float32 `(K, N, V)`, the same of each generated token.
         image_mass: float32 `(K,)`, share of the question's attention that went to the picture; 1 in cross-attention.
@@ -90,8 +91,9 @@ class Attended:
 
     answer: str
     tokens: list[str]
+    special: list[bool]
     layers: list[int]
-    cells: Cells
+    pictures: tuple[Cells, ...]
     weights: np.ndarray
     token_weights: np.ndarray
     image_mass: np.ndarray
@@ -104,6 +106,18 @@ class Attended:
         start = self.question.index(phrase, start)
         chosen = [left < start + len(phrase) and right > start for left, right in self.places]
         return _normalized(self.words[:, chosen].sum(1))
+
+    @property
+    def cells(self) -> Cells:
+        """Where the visual tokens lie on the picture, of a question about a single one."""
+        (cells,) = self.pictures
+        return cells
+
+    def spread(self, weights: np.ndarray, side: int) -> list[np.ndarray]:
+        """Attention `(V,)` on each picture, scaled down to at most `side` pixels: 1 is an even spread over all."""
+        cells = [picture.shrunk(side) for picture in self.pictures]
+        parts = np.split(weights, np.cumsum([picture.count for picture in cells])[:-1])
+        return [len(cells) * picture.to_pixels(part) for picture, part in zip(cells, parts, strict=True)]
 
     @cached_property
     def maps(self) -> np.ndarray:
@@ -126,10 +140,11 @@ class Attended:
 def attend(
     model: Any,
     processor: Any,
-    image: Image.Image,
+    image: Image.Image | Sequence[Image.Image],
     question: str,
     *,
     prompt: str | None = None,
+    before: Sequence[tuple[str, str]] = (),
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
     streamer: BaseStreamer | None = None,
@@ -138,6 +153,8 @@ def attend(
 
     Args:
         model: ours or a concatenating one, on sdpa; `generate` runs once, and its result is what it is without this.
+        image: the picture or pictures, which the conversation begins with.
+        before: questions and answers of the conversation so far.
         prompt: what the model is asked, with `question` as a part of it (a benchmark's instruction follows it, say).
             Default: the question itself.
         layers: indices. Default: all cross layers, or the first self-attention layer.
@@ -152,8 +169,12 @@ def attend(
     question = question.strip()
     if not question:
         raise ValueError("the question is empty; ask something about the picture")
-    encoded = subject.encode([image], [prompt or question], [question], answer_next=True)
-    cells = cells_of(subject, image, encoded)
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    encoded = subject.encode([images], [prompt or question], [question], before=before, answer_next=True)
+    if len(images) == 1 or not subject.concatenates:
+        pictures = [cells_of(subject, picture, encoded) for picture in images]
+    else:
+        pictures = [cells_of(subject, picture, subject.encode([picture], [question])) for picture in images]
     with recording(chosen, _question_and_last(encoded)) as recorders:
         output = model.generate(
             **encoded.inputs,
@@ -165,12 +186,18 @@ def attend(
         )
     generated = output[0, encoded.text_BT.shape[1] :]
     words, token_weights = _looks(recorders, encoded, len(generated))
+    if words.shape[-1] != (count := sum(cells.count for cells in pictures)):
+        raise ValueError(
+            f"{len(images)} pictures have {words.shape[-1]} visual tokens together and {count} one by one, so they "
+            "cannot be told apart; ask about a single picture"
+        )
     tokenizer = processor.tokenizer
     return Attended(
         answer=tokenizer.decode(generated, skip_special_tokens=True).strip(),
         tokens=[tokenizer.decode([token]) for token in generated.tolist()],
+        special=[not tokenizer.decode([token], skip_special_tokens=True) for token in generated.tolist()],
         layers=list(chosen),
-        cells=cells,
+        pictures=tuple(pictures),
         weights=_normalized(words.mean(1)),
         token_weights=token_weights,
         image_mass=words.mean(1).sum(-1),
