@@ -18,8 +18,8 @@ from agevlm.store import replacing
 
 
 SIDE = 448  # least length of a drawn picture's longer side: outlines and heat stay smooth on small pictures
-# Perceptually uniform: equal steps of attention look equal. Without inferno's black and violet, which would turn what is
-# hardly looked at dark or violet
+# Perceptually uniform: equal steps of attention look equal. Without inferno's black and violet, which would darken
+# what is hardly looked at or turn it violet
 COLORS = ListedColormap(colormaps["inferno"](np.linspace(0.35, 1, 256)))
 OPACITY = 0.8  # of the hottest color
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow

@@ -135,8 +135,8 @@ class Subject:
     def _span_tokens(
         self, tail: str, start: int, prompt: str, span: str, ids: list[int]
     ) -> list[tuple[int, int] | None]:
-        """The characters in `span` of the last tokens of `ids`, those of the text `tail` behind the pictures, where the
-        prompt begins at `start`; None for tokens beside it."""
+        """The characters in `span` of the last tokens of `ids`, those of the text `tail` behind the pictures; the
+        prompt begins there at `start`. None for tokens beside the span."""
         tokenizer = self.processor.tokenizer
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} knows no character offsets; use a fast tokenizer")

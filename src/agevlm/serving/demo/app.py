@@ -76,7 +76,8 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
                     for name, value in state.items()
                 ]
                 yield [*drawn, gr.skip(), gr.skip()]
-            turns = {name: [*before[name], (question, value.answer)] for name, value in state.items()}
+            said_now = {name: value.answer for name, value in state.items() if isinstance(value, Attended)}
+            turns = {name: [*before[name], (question, answer)] for name, answer in said_now.items()}
             yield [*drawn, "", {"pictures": paths, "turns": turns}]
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
@@ -84,8 +85,8 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
     with Page(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
         gr.HTML(
             f"<style>{STYLE}</style><h1>Where does it look?</h1><p>Ask about a picture or up to "
-            f"{MAX_PICTURES} (of at most {MAX_UPLOAD} MB); then point at the question, at one of its words or at a word of the "
-            "answer to see where the model looked.</p>"
+            f"{MAX_PICTURES} (of at most {MAX_UPLOAD} MB); then point at the question, at one of its words or at a "
+            "word of the answer to see where the model looked.</p>"
         )
         said = gr.JSON(visible="hidden")
         with gr.Row():

@@ -93,8 +93,8 @@ def finished(
     spans = "".join(_span(str(index), escape(attended.tokens[index])) for index in said) or "(it says nothing)"
     stages = "".join(
         f'<div class="stage" style="--ratio: {image.width / image.height:.4f}"><img class="picture" '
-        f'alt="picture {place + 1}" src="{data_address(image, "jpeg", 85, PICTURE_SIDE)}">{"".join(heats[place])}</div>'
-        for place, image in enumerate(images)
+        f'alt="picture {place}" src="{data_address(image, "jpeg", 85, PICTURE_SIDE)}">{"".join(drawn)}</div>'
+        for place, (image, drawn) in enumerate(zip(images, heats, strict=True), 1)
     )
     return _figure(
         name,
