@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFilter
 
 from agevlm.drawing import (
     COLORS,
@@ -42,7 +41,7 @@ def test_heat_lies_in_its_place_and_leaves_the_rest_of_the_picture_alone():
     scale = drawn.width / 60
     np.testing.assert_allclose([columns.min(), columns.max()], [46 * scale, 54 * scale], atol=2 * scale)
     np.testing.assert_allclose([rows.min(), rows.max()], [6 * scale, 14 * scale], atol=2 * scale)
-    hottest = 255 * (OPACITY * np.array(colormaps[COLORS](1.0)[:3]) + (1 - OPACITY) * np.array([128 / 255] * 3))
+    hottest = 255 * (OPACITY * np.array(COLORS(1.0)[:3]) + (1 - OPACITY) * np.array([128 / 255] * 3))
     np.testing.assert_allclose(
         overlay(GREY, heat(10, 50)).getpixel((round(50 * scale), round(10 * scale))), hottest, atol=2
     )
@@ -55,12 +54,26 @@ def test_nothing_looked_at_is_the_picture_as_it_is():
     assert overlay(photo, np.zeros((40, 60))).tobytes() == enlarge(photo).tobytes()
 
 
+@pytest.mark.parametrize("color", [(217, 38, 41), (34, 150, 60), (40, 90, 220), (248, 220, 40), (255,) * 3, (0,) * 3])
+def test_what_is_hardly_looked_at_keeps_its_color(color):
+    """A twentieth of the hottest attention moves no channel far; the hottest is seen on every color."""
+    plain = Image.new("RGB", (60, 40), color)
+    faint, hot = (
+        np.abs(np.asarray(overlay(plain, np.full((40, 60), share), peak=1.0)).astype(int) - color).max()
+        for share in (0.05, 1.0)
+    )
+    assert 0 < faint <= 0.04 * 255 + 1 and hot >= 60
+
+
 def test_more_heat_changes_more_of_the_picture():
     changes = [
         np.abs(np.asarray(overlay(GREY, np.full((40, 60), share), peak=1.0)).astype(int) - 128).mean()
         for share in (0.0, 0.1, 0.4, 1.0)
     ]
     assert changes[0] == 0 and changes == sorted(changes) and len({*changes}) == 4
+    # From the first color to the last each is lighter than the one before, on any ground of one brightness.
+    light = np.asarray(heat_layer(np.linspace(0.1, 1, 64)[None], 1, (64, 1)).convert("L")).astype(int)[0]
+    assert (np.diff(light) >= 0).all() and light[-1] > light[0] + 100
     weak = np.full((40, 60), 0.01, dtype=np.float32)
     assert peak_of([weak, heat(10, 50)]) == LEAST_PEAK and peak_of([7 * heat(10, 50), weak]) == 7
 
@@ -86,6 +99,12 @@ def test_the_outline_follows_the_masks_border_on_light_and_dark(brightness):
     np.testing.assert_allclose(box, [20 * scale, 10 * scale, 40 * scale, 30 * scale], atol=8)
     assert drawn.getpixel((round(30 * scale), round(20 * scale))) == (brightness,) * 3
     assert {(0, 0, 0), (255, 255, 255)} <= {color for _, color in drawn.getcolors()}
+    # All along the border, however light or dark the ground.
+    seen = ImageChops.difference(drawn, enlarge(plain)).convert("L").point(lambda v: 255 if v >= 127 else 0)
+    near = np.asarray(seen.filter(ImageFilter.MaxFilter(9))) > 0
+    left, top, right, bottom = (round(side * scale) for side in (20, 10, 40, 30))
+    assert near[top, left:right].all() and near[bottom, left:right].all()
+    assert near[top:bottom, left].all() and near[top:bottom, right].all()
 
 
 def test_phrases_have_lines_and_words_of_one_color_each():
@@ -139,9 +158,20 @@ def test_a_title_keeps_its_line_breaks():
 
 def test_the_scale_runs_from_nothing_to_the_hottest_color():
     sheet = panels([[("", GREY)]], side=200)
-    scaled = panels([[("", GREY)]], side=200, peak=7.0)
+    scaled = panels([[("", GREY)]], side=200, peaks=[7.0])
     assert scaled.crop((0, 0, *sheet.size)).tobytes() == sheet.tobytes()
     below = np.asarray(scaled.crop((0, sheet.height, *scaled.size))).astype(int)
     hottest = Image.alpha_composite(Image.new("RGBA", (1, 1), "white"), heat_layer(np.ones((1, 1)), 1, (1, 1)))
     places = np.argwhere((np.abs(below - hottest.convert("RGB").getpixel((0, 0))) <= 1).all(-1))[:, 1]
     assert 40 < places.max() < 200
+
+
+def test_rows_have_scales_of_their_own_or_one_for_all():
+    rows = [[("", GREY)], [("", GREY)]]
+    plain, one, each = (panels(rows, side=200, peaks=peaks) for peaks in ([], [7.0], [7.0, 9.0]))
+    assert 0 < one.height - plain.height == each.height - one.height
+    own, other = (panels(rows[:1], side=200, peaks=[peak]) for peak in (7.0, 9.0))
+    assert each.crop((0, 0, *own.size)).tobytes() == own.tobytes()
+    lowest = (0, own.height - 40, own.width, own.height)
+    below = (0, each.height - 40, each.width, each.height)
+    assert each.crop(below).tobytes() == other.crop(lowest).tobytes() != own.crop(lowest).tobytes()

@@ -413,7 +413,7 @@ class Probes(TrainerCallback):
             [(words, outline(image, mask)), ("", overlay(image, heat, peak, mask))]
             for (image, words, mask, _), heat in zip(shown, heats, strict=True)
         ]
-        sheet = panels(lines, side=256, peak=peak)
+        sheet = panels(lines, side=256, peaks=[peak])
         save_image(sheet, path)
         step = self.trainer.state.global_step
         for callback in self.trainer.callback_handler.callbacks:

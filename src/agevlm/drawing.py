@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, get_data_path
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
@@ -17,12 +18,15 @@ from agevlm.store import replacing
 
 
 SIDE = 448  # least length of a drawn picture's longer side: outlines and heat stay smooth on small pictures
-COLORS = "plasma"  # perceptually uniform: equal steps of attention look equal
+# Perceptually uniform: equal steps of attention look equal. Without inferno's black and violet, which would darken
+# what is hardly looked at or turn it violet
+COLORS = ListedColormap(colormaps["inferno"](np.linspace(0.35, 1, 256)))
 OPACITY = 0.8  # of the hottest color
 LEAST_PEAK = 5.0  # times an even spread: attention without any focus must not glow
 MOST_LINES = 4  # of a title; the whole text is in the JSON beside the picture
 GAP = 14  # pixels between panels
 _PAPER, _INK = (255, 255, 255), (28, 28, 32)
+_SCALE_HEIGHT = 34
 _PHRASES = [tuple(color) for color in colormaps["Dark2"](range(8), bytes=True)[:, :3].tolist()]  # readable on white
 
 
@@ -71,7 +75,7 @@ def heat_layer(heat: np.ndarray, peak: float, size: tuple[int, int]) -> Image.Im
     """
     share = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
     levels = Image.fromarray((share * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    layer = Image.fromarray((colormaps[COLORS](np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
+    layer = Image.fromarray((COLORS(np.asarray(levels))[..., :3] * 255).round().astype(np.uint8))
     layer.putalpha(levels.point(lambda level: round(OPACITY * level)))
     return layer
 
@@ -106,13 +110,14 @@ def panels(
     rows: Sequence[Sequence[tuple[str, Image.Image]]],
     heading: str = "",
     side: int = 320,
-    peak: float | None = None,
+    peaks: Sequence[float] = (),
     most_lines: int = MOST_LINES,
 ) -> Image.Image:
     """Rows of titled pictures on white, each fitted into a square of `side` pixels, under a heading.
 
     Args:
-        peak: draws the scale of heat below, up to this many times an even spread.
+        peaks: draws scales of heat, up to this many times an even spread, each below its row: one for every row, or
+            one for all of them below the last.
         most_lines: of a title; longer ones are cut.
     """
     font, large = _font(15), _font(19)
@@ -127,21 +132,24 @@ def panels(
     labels = [20 * max(map(len, row)) + 8 for row in titles]
     heights = [max(image.height for image in row) for row in fitted]
     top = 26 * len(head) + GAP + (6 if head else 0)
-    below = 0 if peak is None else 34
-    sheet = Image.new("RGB", (width, top + sum(labels) + sum(heights) + GAP * len(rows) + below), _PAPER)
+    scales = [*[None] * (len(rows) - len(peaks)), *peaks]
+    sheet = Image.new(
+        "RGB", (width, top + sum(labels) + sum(heights) + GAP * len(rows) + _SCALE_HEIGHT * len(peaks)), _PAPER
+    )
     draw = ImageDraw.Draw(sheet)
     for index, line in enumerate(head):
         draw.text((GAP, 12 + 26 * index), line, fill=_INK, font=large)
     y = top
-    for row_titles, images, label, height in zip(titles, fitted, labels, heights, strict=True):
+    for row_titles, images, label, height, peak in zip(titles, fitted, labels, heights, scales, strict=True):
         for column, (lines, image) in enumerate(zip(row_titles, images, strict=True)):
             x = GAP + column * (side + GAP)
             for index, line in enumerate(lines):  # the last line stands on the picture
                 draw.text((x, y + label - 4 + 20 * (index - len(lines))), line, fill=_INK, font=font)
             sheet.paste(image, (x, y + label))
         y += label + height + GAP
-    if peak is not None:
-        _draw_scale(sheet, y, peak, font)
+        if peak is not None:
+            _draw_scale(sheet, y, peak, font)
+            y += _SCALE_HEIGHT
     return sheet
 
 

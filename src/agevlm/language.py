@@ -59,7 +59,7 @@ def read_held_text(place: str | Path, processor: Any) -> HeldText:
     if (path / "scenes.json").is_file():
         rows, start = load_told(path, "composition"), processor.tokenizer.bos_token or ""
         texts = [
-            (render(processor, row["question"], with_picture=False).removeprefix(start), row["answer"])
+            (render(processor, row["question"], pictures=0).removeprefix(start), row["answer"])
             for row in rows.select(range(min(TOLD, len(rows))))
         ]
     else:

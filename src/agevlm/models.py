@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -421,10 +422,11 @@ def weights_digest(model: torch.nn.Module) -> str:
 # ---- Questions ----
 
 
-def messages(prompt: str, with_picture: bool = True) -> list[dict[str, Any]]:
-    """The conversation that asks `prompt`, about one picture or as text alone."""
-    picture = [{"type": "image"}] if with_picture else []
-    return [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
+def messages(prompt: str, pictures: int = 1, before: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
+    """The conversation that asks `prompt` after other questions and their answers, its pictures first of all."""
+    turns = [[{"type": "text", "text": text}] for text in (*chain.from_iterable(before), prompt)]
+    turns[0] = [{"type": "image"}] * pictures + turns[0]
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
 def control_tokens(processor: Any) -> re.Pattern[str]:
@@ -449,28 +451,41 @@ def check_messages(tokens: re.Pattern[str], row: Mapping[str, Any], placeholder:
         check_text(tokens, words, f"row (id {row['id']!r}): messages[{index}].content")
 
 
-def render(processor: Any, prompt: str, with_picture: bool = True, *, answer_next: bool = True) -> str:
+def render(
+    processor: Any,
+    prompt: str,
+    pictures: int = 1,
+    before: Sequence[tuple[str, str]] = (),
+    *,
+    answer_next: bool = True,
+) -> str:
     """The text of `messages` in the model's own chat format; with `answer_next` the header of the answer follows.
 
     Raises:
-        ValueError: the prompt spells a control token of the model, such as its place of a picture.
+        ValueError: a text spells a control token of the model, such as its place of a picture.
     """
-    check_text(control_tokens(processor), prompt)
-    asked = messages(prompt, with_picture)
+    tokens = control_tokens(processor)
+    for text in (*chain.from_iterable(before), prompt):
+        check_text(tokens, text)
+    asked = messages(prompt, pictures, before)
     return processor.apply_chat_template(asked, add_generation_prompt=answer_next, tokenize=False)
 
 
 def encode(
-    model: Any, processor: Any, images: Sequence[Image.Image | None], texts: Sequence[str], **settings: Any
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image | Sequence[Image.Image] | None],
+    texts: Sequence[str],
+    **settings: Any,
 ) -> dict[str, torch.Tensor]:
     """Inputs of a left-padded batch, on the model's device and in its dtype.
 
     Args:
-        images: the picture of each row, None where a row is text alone.
+        images: the picture of each row or its pictures, None where a row is text alone.
         texts: the rows as `render` writes them.
         settings: of the processor, such as `guidance_spans` and `guidance_masks` of ours.
     """
-    pictures = [[] if image is None else [image] for image in images]
+    pictures = [[image] if isinstance(image, Image.Image) else [*(image or ())] for image in images]
     batch = processor(
         images=pictures if any(pictures) else None,
         text=texts,

@@ -9,7 +9,10 @@ from PIL import Image as PilImage
 
 from agevlm.analysis.attention import attend, draw_panels, in_mask_mass, write_attention, write_examples
 from agevlm.analysis.cli import attention as main
+from agevlm.analysis.subjects import Subject
+from agevlm.models import encode, render
 from builders import mask, picture, save_tiny, tiny_model, tiny_processor
+from vlms import llava
 
 
 QUESTION = "Is there a red apple in the image?"
@@ -173,3 +176,46 @@ def test_command_line_names_a_broken_picture(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"photo\.png: the picture cannot be decoded"):
         main(["anything", str(tmp_path / "photo.png"), QUESTION, "--output", str(tmp_path)])
+
+
+def test_a_conversation_is_what_generate_is_told():
+    """Earlier turns change what the question's tokens see before them; its own tokens are found behind them, even
+    where the same words stand in an earlier turn."""
+    model, processor = tiny_model(), tiny_processor()
+    before = [(QUESTION, "user"), ("user", QUESTION)]
+    told = attend(model, processor, picture(), QUESTION, before=before, max_new_tokens=4)
+    text = render(processor, QUESTION, 1, before)
+    assert text.count(QUESTION) == 3 and text.count(processor.image_token) == 1
+    inputs = encode(model, processor, [picture()], [text])
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert told.tokens == [processor.tokenizer.decode([token]) for token in expected.tolist()]
+    alone = attend(model, processor, picture(), QUESTION, max_new_tokens=1)
+    assert told.words.shape == alone.words.shape and told.places == alone.places
+    assert np.abs(told.words - alone.words).max() > 1e-7
+    word = attend(model, processor, picture(), "user", before=before, max_new_tokens=1)
+    assert word.words.shape[1] == len(processor.tokenizer("user", add_special_tokens=False)["input_ids"])
+    with pytest.raises(ValueError, match="control token"):
+        attend(model, processor, picture(), QUESTION, before=[(QUESTION, processor.image_token)])
+
+
+@pytest.mark.parametrize("subject", [lambda: Subject(tiny_model(), tiny_processor()), llava], ids=["ours", "llava"])
+def test_each_of_several_pictures_has_its_part_of_the_map(subject):
+    subject = subject()
+    model, processor = subject.model, subject.processor
+    first, second = picture(), picture(150, 60, seed=3)
+    both = attend(model, processor, [first, second], QUESTION, max_new_tokens=2)
+    counts = [cells.count for cells in both.pictures]
+    assert both.weights.shape[1] == sum(counts) == both.token_weights.shape[2]
+    maps = both.spread(both.weights[0], 200)
+    assert [heat.shape for heat in maps] == [(96, 96), (60, 150)]
+    # The picture's own tokens and no others decide its map.
+    weights = np.zeros(sum(counts), dtype=np.float32)
+    weights[: counts[0]] = 1 / counts[0]
+    one, none = both.spread(weights, 200)
+    assert one.max() > 1 and not none.any()
+    with pytest.raises(ValueError):
+        _ = both.cells
+    # A picture's tokens come in the order of the pictures.
+    turned = attend(model, processor, [second, first], QUESTION, max_new_tokens=1)
+    assert [cells.count for cells in turned.pictures] == counts[::-1]
+    assert np.abs(turned.weights - both.weights).max() > 1e-7

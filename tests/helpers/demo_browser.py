@@ -52,10 +52,10 @@ class Page:
 
     def upload(self, path: Path) -> None:
         """Gives the page a file for its picture, in place of any that is there."""
-        for button in self.all("#picture button[aria-label='Clear'], #picture button[title='Clear']"):
+        for button in self.all("#pictures button[aria-label='Clear'], #pictures button[title='Clear']"):
             button.click()
-        self.wait(lambda: self.all("#picture input[type=file]"))
-        self.one("#picture input[type=file]").send_keys(str(path.resolve()))
+        self.wait(lambda: self.all("#pictures input[type=file]"))
+        self.one("#pictures input[type=file]").send_keys(str(path.resolve()))
 
     def ask(self, question: str) -> None:
         """Types the question and sends it, without waiting for the answers."""
@@ -105,7 +105,7 @@ def opened(address: str, width: int = 1280, height: int = 900) -> Iterator[Page]
 def main(address: str, picture: str, question: str, output: str) -> None:
     with opened(address) as page:
         page.upload(Path(picture))
-        page.wait(lambda: page.all("#picture img"))
+        page.wait(lambda: page.all("#pictures img"))
         page.ask(question)
         page.answers()  # with the look of the question
         page.driver.execute_script("window.scrollTo(0, 0)")

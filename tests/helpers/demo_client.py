@@ -8,8 +8,15 @@ META = {"_type": "gradio.FileData"}
 
 
 def call(address: str, image: object, question: object, seconds: float = 120) -> list[str]:
-    """The page's answers. Raises RuntimeError with the server's words, and TimeoutError."""
-    body = json.dumps({"data": [image, question]}).encode()
+    """The page's answers to a question about a picture, as `converse`."""
+    return converse(address, [{"image": image}], question, None, seconds)[:-2]
+
+
+def converse(address: str, gallery: object, question: object, said: object = None, seconds: float = 120) -> list:
+    """All that the page returns: the answers, the next question, which is empty, and what has been said.
+
+    Raises RuntimeError with the server's words, and TimeoutError."""
+    body = json.dumps({"data": [gallery, question, said]}).encode()
     send = urllib.request.Request(f"{address}gradio_api/call/ask", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(send, timeout=seconds) as response:
         event = json.load(response)["event_id"]

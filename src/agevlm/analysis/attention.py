@@ -61,12 +61,14 @@ class Panel(TypedDict):
 
 
 class Example(TypedDict):
-    """A question and how every model looked. `image`: file of the picture with the mask's outline."""
+    """A question and how every model looked. `image`: file of the picture with the mask's outline; `peak`: what the
+    hottest color stands for, in times an even spread."""
 
     id: str
     question: str
     answer: str
     image: str
+    peak: float
     panels: list[Panel]
 
 
@@ -77,8 +79,9 @@ class Attended:
     Attributes:
         answer: generated greedily.
         tokens: the N generated tokens as text, the end of the answer included.
+        special: bool, N of them: which are no part of the answer's text, such as its end.
         layers: indices of the layers.
-        cells: where the visual tokens lie on the picture.
+        pictures: where the visual tokens lie on each picture, those of the first come first.
         weights: float32 `(K, V)`, attention of the question on the visual tokens; a layer sums to 1.
         token_weights: float32 `(K, N, V)`, the same of each generated token.
         image_mass: float32 `(K,)`, share of the question's attention that went to the picture; 1 in cross-attention.
@@ -88,8 +91,9 @@ class Attended:
 
     answer: str
     tokens: list[str]
+    special: list[bool]
     layers: list[int]
-    cells: Cells
+    pictures: tuple[Cells, ...]
     weights: np.ndarray
     token_weights: np.ndarray
     image_mass: np.ndarray
@@ -102,6 +106,18 @@ class Attended:
         start = self.question.index(phrase, start)
         chosen = [left < start + len(phrase) and right > start for left, right in self.places]
         return _normalized(self.words[:, chosen].sum(1))
+
+    @property
+    def cells(self) -> Cells:
+        """Where the visual tokens lie on the picture, of a question about a single one."""
+        (cells,) = self.pictures
+        return cells
+
+    def spread(self, weights: np.ndarray, side: int) -> list[np.ndarray]:
+        """Attention `(V,)` on each picture, scaled down to at most `side` pixels: 1 is an even spread over all."""
+        cells = [picture.shrunk(side) for picture in self.pictures]
+        parts = np.split(weights, np.cumsum([picture.count for picture in cells])[:-1])
+        return [len(cells) * picture.to_pixels(part) for picture, part in zip(cells, parts, strict=True)]
 
     @cached_property
     def maps(self) -> np.ndarray:
@@ -124,10 +140,11 @@ class Attended:
 def attend(
     model: Any,
     processor: Any,
-    image: Image.Image,
+    image: Image.Image | Sequence[Image.Image],
     question: str,
     *,
     prompt: str | None = None,
+    before: Sequence[tuple[str, str]] = (),
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
     streamer: BaseStreamer | None = None,
@@ -136,6 +153,8 @@ def attend(
 
     Args:
         model: ours or a concatenating one, on sdpa; `generate` runs once, and its result is what it is without this.
+        image: the picture or pictures, which the conversation begins with.
+        before: questions and answers of the conversation so far.
         prompt: what the model is asked, with `question` as a part of it (a benchmark's instruction follows it, say).
             Default: the question itself.
         layers: indices. Default: all cross layers, or the first self-attention layer.
@@ -150,8 +169,12 @@ def attend(
     question = question.strip()
     if not question:
         raise ValueError("the question is empty; ask something about the picture")
-    encoded = subject.encode([image], [prompt or question], [question], answer_next=True)
-    cells = cells_of(subject, image, encoded)
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    encoded = subject.encode([images], [prompt or question], [question], before=before, answer_next=True)
+    if len(images) == 1 or not subject.concatenates:
+        pictures = [cells_of(subject, picture, encoded) for picture in images]
+    else:
+        pictures = [cells_of(subject, picture, subject.encode([picture], [question])) for picture in images]
     with recording(chosen, _question_and_last(encoded)) as recorders:
         output = model.generate(
             **encoded.inputs,
@@ -163,12 +186,18 @@ def attend(
         )
     generated = output[0, encoded.text_BT.shape[1] :]
     words, token_weights = _looks(recorders, encoded, len(generated))
+    if words.shape[-1] != (count := sum(cells.count for cells in pictures)):
+        raise ValueError(
+            f"{len(images)} pictures have {words.shape[-1]} visual tokens together and {count} one by one, so they "
+            "cannot be told apart; ask about a single picture"
+        )
     tokenizer = processor.tokenizer
     return Attended(
         answer=tokenizer.decode(generated, skip_special_tokens=True).strip(),
         tokens=[tokenizer.decode([token]) for token in generated.tolist()],
+        special=[not tokenizer.decode([token], skip_special_tokens=True) for token in generated.tolist()],
         layers=list(chosen),
-        cells=cells,
+        pictures=tuple(pictures),
         weights=_normalized(words.mean(1)),
         token_weights=token_weights,
         image_mass=words.mean(1).sum(-1),
@@ -268,7 +297,7 @@ def draw_panels(
         [(title, shown if heat is None else overlay(small, heat, peak, outlined)) for title, heat in row]
         for row in rows
     ]
-    return panels(titled, result.question, PANEL_SIDE, peak)
+    return panels(titled, result.question, PANEL_SIDE, [peak])
 
 
 def _layer_title(attended: Attended, index: int) -> str:
@@ -287,7 +316,7 @@ def draw_tokens(attended: Attended, image: Image.Image, question: str, mask: Ima
         for token, heat in zip(attended.tokens, maps, strict=True)
     ]
     rows = [titled[start : start + COLUMNS] for start in range(0, len(titled), COLUMNS)]
-    return panels(rows, question, TOKEN_SIDE, peak)
+    return panels(rows, question, TOKEN_SIDE, [peak])
 
 
 def write_attention(
@@ -407,6 +436,7 @@ def write_examples(
                 "question": question,
                 "answer": row["answer"],
                 "image": str(picture),
+                "peak": peak,
                 "panels": drawn,
             }
         )

@@ -18,6 +18,9 @@ from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.models import encode, render
 
 
+_MARK = "\ue000"  # of no text: stands for the prompt where its place is looked up
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A left-padded batch and where its tokens stand.
@@ -77,15 +80,17 @@ class Subject:
 
     def encode(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image | Sequence[Image.Image]],
         prompts: Sequence[str],
         spans: Sequence[str] | None = None,
         *,
+        before: Sequence[tuple[str, str]] = (),
         answer_next: bool = False,
     ) -> Encoded:
-        """One picture and one prompt per row, in the model's own chat format, picture first.
+        """One prompt per row, in the model's own chat format, behind the row's picture or pictures.
 
         Args:
+            before: the questions and answers of every row that come before the prompt.
             spans: the part of each prompt whose tokens are wanted. Default: all of it.
             answer_next: end with the header of the answer.
 
@@ -96,12 +101,16 @@ class Subject:
         spans = prompts if spans is None else spans
         for prompt in prompts:
             self._check(prompt)
-        texts = [render(self.processor, prompt, answer_next=answer_next) for prompt in prompts]
+        counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
+        asked = zip(prompts, counts, strict=True)
+        texts = [render(self.processor, *row, before, answer_next=answer_next) for row in asked]
+        starts = [render(self.processor, _MARK, count, before).index(_MARK) for count in counts]
         inputs = encode(self.model, self.processor, images, texts)
         text_BT, places = torch.zeros_like(inputs["input_ids"], dtype=torch.bool), []
-        for row, (text, prompt, span) in enumerate(zip(texts, prompts, spans, strict=True)):
+        for row, (text, start, prompt, span) in enumerate(zip(texts, starts, prompts, spans, strict=True)):
             tail = text.rpartition(self.processor.image_token)[2]
-            chosen = self._span_tokens(tail, prompt, span, inputs["input_ids"][row].tolist())
+            start -= len(text) - len(tail)
+            chosen = self._span_tokens(tail, start, prompt, span, inputs["input_ids"][row].tolist())
             text_BT[row, -len(chosen) :] = torch.tensor([place is not None for place in chosen], device=text_BT.device)
             places.append([place for place in chosen if place is not None])
         image_BT = None
@@ -123,15 +132,16 @@ class Subject:
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the processor has no chat template, so nothing says how to ask this model; give it one")
 
-    def _span_tokens(self, tail: str, prompt: str, span: str, ids: list[int]) -> list[tuple[int, int] | None]:
-        """The characters in `span` of the last tokens of `ids`, those of the text `tail` behind the picture; None for
-        tokens beside it."""
+    def _span_tokens(
+        self, tail: str, start: int, prompt: str, span: str, ids: list[int]
+    ) -> list[tuple[int, int] | None]:
+        """The characters in `span` of the last tokens of `ids`, those of the text `tail` behind the pictures; the
+        prompt begins there at `start`. None for tokens beside the span."""
         tokenizer = self.processor.tokenizer
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} knows no character offsets; use a fast tokenizer")
-        start = tail.find(prompt)
         within = prompt.find(span)
-        if start < 0 or within < 0 or not span:
+        if start < 0 or not tail.startswith(prompt, start) or within < 0 or not span:
             raise ValueError(
                 f"The query {span!r} does not occur in the prompt {prompt!r} behind the picture. It must be a part of "
                 "what the model is asked, and the chat template must put the picture first."

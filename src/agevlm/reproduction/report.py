@@ -255,7 +255,7 @@ def draw_attention(material: Material, path: Path) -> bool:
                 row.append((f"{panel['title']}{which}{inside}", open_image(look["overlay"], look["overlay"])))
         rows.append(row)
     if rows:
-        save_image(panels(rows, side=300), path)
+        save_image(panels(rows, side=300, peaks=[example["peak"] for example in material.examples]), path)
     return bool(rows)
 
 

@@ -1,8 +1,14 @@
 """The page in a real browser: upload, ask, see the answer, and the overlay that follows the pointer."""
 
+import base64
+import io
+
 import demo_browser
+import numpy as np
 import pytest
 from PIL import Image
+
+from agevlm.serving.demo.app import EXAMPLES
 
 
 pytestmark = [
@@ -28,7 +34,7 @@ def seen(figure) -> list[tuple[str, str]]:
 
 def test_upload_ask_answer_overlay(page, example):
     page.upload(example)
-    page.wait(lambda: page.all("#picture img"))
+    page.wait(lambda: page.all("#pictures img"))
     page.ask(QUESTION)
     ours, other = page.answers()
     assert seen(ours) == [("question", "mean")]
@@ -55,26 +61,79 @@ def test_upload_ask_answer_overlay(page, example):
     page.ask(MARKUP)
     ours, _ = page.answers()
     assert seen(ours) == [("question", "mean")]
-    assert ours.find_element("css selector", ".asked").text == MARKUP
+    assert ours.find_element("css selector", "figure > .asked").text == MARKUP
     assert page.driver.execute_script("return window.ran") is None
 
 
-def test_the_example_asks_itself(page):
-    page.one("#example").click()
+def test_an_example_asks_itself_and_makes_room(page):
+    cards = page.all(".card")
+    assert [card.text for card in cards] == [*EXAMPLES.values()]
+    assert not page.all(".place:has(figure)") and not page.one("#fresh").is_displayed()
+    cards[0].click()
     ours, other = page.answers()
     assert ours.find_element("css selector", ".asked").text == QUESTION == other.find_element(
         "css selector", ".asked").text  # fmt: skip
-    assert seen(ours) == [("question", "mean")]
-    end = ours.find_elements("css selector", ".token")[-1]
-    page.point(end)
-    page.wait(lambda: seen(ours) == [(end.get_attribute("data-token"), "mean")])
+    assert seen(ours) == [("question", "mean")] and not page.one("#examples").is_displayed()
+    last = ours.find_elements("css selector", ".token")[-1]
+    page.point(last)
+    page.wait(lambda: seen(ours) == [(last.get_attribute("data-token"), "mean")])
+
+
+def test_a_conversation_and_the_next(page, example):
+    page.upload(example)
+    page.wait(lambda: page.all("#pictures img"))
+    page.ask(QUESTION)
+    page.answers()
+    assert page.one("#question textarea").get_attribute("value") == ""
+    page.ask("Is there a car in the image?")
+    for figure in page.answers():
+        assert "eot_id" not in figure.text
+        assert figure.find_element("css selector", ".earlier .asked").text == QUESTION
+    page.one("#fresh").click()
+    page.wait(lambda: not page.all("figure") and page.one("#examples").is_displayed())
+    assert not page.all("#pictures img")
+
+
+def test_the_map_that_is_seen_is_saved(page, example):
+    page.upload(example)
+    page.wait(lambda: page.all("#pictures img"))
+    page.ask(QUESTION)
+    ours, _ = page.answers()
+    # A headless browser has nowhere to put a download; what would be put there is the link's.
+    page.driver.execute_script(
+        "window.saved = []; HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href]) }"
+    )
+    for key in ("0", "question"):
+        page.driver.execute_script("arguments[0].focus()", ours.find_element("css selector", f"[data-token='{key}']"))
+        page.wait(lambda key=key: seen(ours) == [(key, "mean")])
+        page.driver.execute_script("arguments[0].click()", ours.find_element("css selector", ".save"))
+    saved = page.driver.execute_script("return window.saved")
+    assert [name for name, _ in saved] == ["attention-agevlm-tiny.png"] * 2
+    first, second = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB")).astype(int)
+        for _, data in saved
+    )
+    assert first.shape == (640 + 82, 640, 3)
+    assert np.abs(first - second)[:640].max() > 30  # another look
+    assert (first[640:] == 0).any()  # words
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_nothing_is_wider_than_the_window(page, width):
+    size = {"width": width, "height": 812, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    widest = "return Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
+    assert page.driver.execute_script(widest) <= width
+    page.all(".card")[1].click()
+    page.answers()
+    assert page.driver.execute_script(widest) <= width
 
 
 def test_a_tall_picture_fits_the_window(page, tmp_path):
     tall = tmp_path / "tall.png"
     Image.new("RGB", (40, 400), "red").save(tall)
     page.upload(tall)
-    page.wait(lambda: page.all("#picture img"))
+    page.wait(lambda: page.all("#pictures img"))
     page.ask(QUESTION)
     shown = page.answers()[0].find_element("css selector", ".picture").rect
     assert shown["height"] == pytest.approx(10 * shown["width"], abs=10)
@@ -83,7 +142,7 @@ def test_a_tall_picture_fits_the_window(page, tmp_path):
 
 def test_what_cannot_be_answered_is_said(page, example, tmp_path):
     page.upload(example)
-    page.wait(lambda: page.all("#picture img"))
+    page.wait(lambda: page.all("#pictures img"))
     page.ask("   ")
     assert "question is empty" in page.message()
     text = tmp_path / "notes.png"
@@ -96,7 +155,7 @@ def test_what_cannot_be_answered_is_said(page, example, tmp_path):
     page.upload(large)
     assert "maximum" in page.message().lower()
     page.upload(example)
-    page.wait(lambda: page.all("#picture img"))
+    page.wait(lambda: page.all("#pictures img"))
     page.ask("Is there a car in the image?")
     assert len(page.answers()) == 2
 

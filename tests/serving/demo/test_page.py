@@ -10,19 +10,29 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from html import unescape
+from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_client import call, upload
+from demo_client import call, converse, upload
 from PIL import Image
 
 from agevlm.analysis.attention import attend
 from agevlm.analysis.subjects import Subject
 from agevlm.models import load
 from agevlm.serving.demo.answering import MAX_QUESTION, Answerer, ask
-from agevlm.serving.demo.app import MAX_UPLOAD, build_page
+from agevlm.serving.demo.app import (
+    EXAMPLES,
+    MAX_PICTURES,
+    MAX_SAID,
+    MAX_TURNS,
+    MAX_UPLOAD,
+    _card,
+    _example,
+    build_page,
+)
 from agevlm.serving.demo.cli import main
 from agevlm.serving.demo.figure import finished
 from builders import picture, tiny_model, tiny_processor
@@ -53,7 +63,7 @@ def alone(server, image: Image.Image, question: str) -> list[str]:
             layers=answerer.layers,
             max_new_tokens=server.max_new_tokens,
         )
-        drawn.append(finished(name, image, attended, "mean"))
+        drawn.append(finished(name, [image], attended, "mean"))
     return drawn
 
 
@@ -83,9 +93,9 @@ def test_one_model_asked_from_several_threads(example):
     """Without the server's queue: a model's lock keeps its recordings apart."""
     answerers = {"model": Answerer(Subject(*load(example.parents[2] / "checkpoints" / "agevlm-tiny")))}
     images = [picture(seed=seed) for seed in range(3)]
-    alone = [[*ask(answerers, image, QUESTION, 3)][-1]["model"] for image in images]
+    alone = [[*ask(answerers, [image], QUESTION, 3)][-1]["model"] for image in images]
     with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda image: [*ask(answerers, image, QUESTION, 3)][-1], images))
+        together = list(pool.map(lambda image: [*ask(answerers, [image], QUESTION, 3)][-1], images))
     for index, result in enumerate(alone):
         assert together[index]["model"].tokens == result.tokens
         assert (together[index]["model"].token_weights == result.token_weights).all()
@@ -93,16 +103,17 @@ def test_one_model_asked_from_several_threads(example):
 
 def test_each_word_of_the_question_has_its_maps():
     attended = attend(tiny_model(), tiny_processor(), picture(), f" {QUESTION}\n<b>&", max_new_tokens=2)
-    html = finished("a", picture(), attended, "mean")
+    html = finished("a", [picture()], attended, "mean")
     words = re.findall(r'data-token="question (\d+)">([^<]+)</span>', html)
     assert [unescape(word) for _, word in words] == [*QUESTION.split(), "<b>&"]
     assert all(attended.question[int(start) :].startswith(unescape(word)) for start, word in words)
-    assert len(heats(html)) == 3 * (1 + len(words) + len(attended.tokens))  # two layers and their mean
+    said = attended.special.count(False)
+    assert len(heats(html)) == 3 * (1 + len(words) + said)  # two layers and their mean
 
 
 def test_answers_grow_word_by_word():
     answerers = {"a": Answerer(Subject(tiny_model(), tiny_processor()))}
-    states = [state["a"] for state in ask(answerers, picture(), QUESTION, 40)]
+    states = [state["a"] for state in ask(answerers, [picture()], QUESTION, 40)]
     *texts, last = states
     assert len({*texts}) > 1
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
@@ -208,11 +219,10 @@ def test_the_longest_question_is_answered(server, uploaded):
     assert question in re.sub(r"<[^>]*>", "", ours)
 
 
-def test_the_end_of_an_answer_is_set_apart(server, uploaded):
+def test_the_end_of_an_answer_is_no_word(server, uploaded):
     ours, _ = call(server.address, uploaded, QUESTION)
     answer = ours.partition('<p class="text tokens">')[2]
-    tokens = re.findall(r'<span class="token( special)?"[^>]*>(.*?)</span>', answer)
-    assert tokens[0] in (("", "Yes"), ("", "No")) and tokens[-1] == (" special", "&lt;|eot_id|&gt;")
+    assert re.findall(r'<span class="token"[^>]*>(.*?)</span>', answer) in (["Yes"], ["No"])
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(server, example):
@@ -241,3 +251,84 @@ def test_nothing_is_reported_to_anyone(server):
     with urllib.request.urlopen(f"{server.address}config", timeout=60) as response:
         config = json.load(response)
     assert config["analytics_enabled"] is False
+
+
+def test_special_tokens_are_no_words_of_the_answer():
+    """Not by what they spell: an answer may hold the end token's letters, or nothing but special tokens."""
+    attended = attend(tiny_model(), tiny_processor(), picture(), QUESTION, max_new_tokens=3)
+    for special in ([False, True, False], [True] * 3):
+        tokens = ["<|eot_id|>" if hidden else f" word{index}" for index, hidden in enumerate(special)]
+        html = finished("a", [picture()], replace(attended, tokens=tokens, special=special), "mean")
+        assert "eot_id" not in html
+        shown = [str(index) for index, hidden in enumerate(special) if not hidden]
+        assert re.findall(r'<span class="token"[^>]*data-token="(\d+)"', html) == shown
+        assert {*re.findall(r'class="heat" data-token="(\d+)"', html)} == {*shown}
+        assert ("it says nothing" in html) == (not shown)
+
+
+def test_a_conversation_goes_on_until_its_pictures_change(server, uploaded, example):
+    gallery = [{"image": uploaded}]
+    *_, question, said = converse(server.address, gallery, QUESTION)
+    assert (
+        question == "" and said["pictures"] == [uploaded["path"]] and said["turns"].keys() == server.answerers.keys()
+    )
+    *second, _, longer = converse(server.address, gallery, OTHER, said)
+    alone = call(server.address, uploaded, OTHER)
+    with Image.open(example) as image:
+        image = image.convert("RGB")
+    for name, html, lone in zip(server.answerers, second, alone, strict=True):
+        ((asked, answer),) = said["turns"][name]
+        assert asked == QUESTION and longer["turns"][name][:1] == [[asked, answer]]
+        assert unescape(html).count(QUESTION) == 1 and QUESTION not in unescape(lone)
+        # What the model has been told: the same as without a server, and not what it says to the question alone.
+        answerer = server.answerers[name]
+        attended = attend(
+            answerer.subject.model, answerer.subject.processor, image, OTHER, before=[(asked, answer)],
+            layers=answerer.layers, max_new_tokens=server.max_new_tokens,
+        )  # fmt: skip
+        assert longer["turns"][name][1] == [OTHER, attended.answer]
+        assert heats(html) == heats(finished(name, [image], attended, "mean")) != heats(lone)
+    other = upload(server.address, "other.png", _bytes(HALVES, "PNG"))
+    *_, fresh = converse(server.address, [{"image": other}], OTHER, said)
+    assert [len(turns) for turns in fresh["turns"].values()] == [1, 1]
+
+
+def test_several_pictures_have_a_map_each(server, uploaded):
+    other = upload(server.address, "halves.png", _bytes(HALVES, "PNG"))
+    gallery = [{"image": uploaded}, {"image": other, "caption": None}]
+    *both, _, said = converse(server.address, gallery, QUESTION)
+    assert said["pictures"] == [uploaded["path"], other["path"]]
+    alone = call(server.address, uploaded, QUESTION)
+    for html, lone in zip(both, alone, strict=True):
+        assert html.count('class="picture"') == 2 and len(heats(html)) > len(heats(lone))
+        sizes = {Image.open(io.BytesIO(base64.b64decode(heat.partition(",")[2]))).size for heat in heats(html)}
+        assert sizes == {(160, 160), (60, 40)}
+    with pytest.raises(RuntimeError, match="there are 5 pictures; ask about 4 or fewer"):
+        converse(server.address, [{"image": uploaded}] * (MAX_PICTURES + 1), QUESTION)
+
+
+LONG = "x" * (MAX_SAID + 1)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([["a", "b"]] * (MAX_TURNS + 1), "more than 16 questions"),
+        ([["a", LONG]], "more than 8000 characters"),
+        ([["a"]], "not made of questions and answers"),
+        ([7], "not made of questions and answers"),
+        (7, "not made of questions and answers"),
+        ([["a", "<|image|>"]], "control token of the model"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused(server, uploaded, turns, message):
+    said = {"pictures": [uploaded["path"]], "turns": {"agevlm-tiny": turns}}
+    with pytest.raises(RuntimeError, match=message):
+        converse(server.address, [{"image": uploaded}], QUESTION, said)
+    for said in (7, [], {"turns": 7}, {"pictures": [uploaded["path"]], "turns": 7}):  # no conversation at all
+        assert len(converse(server.address, [{"image": uploaded}], QUESTION, said)) == 4
+
+
+def test_every_example_is_there():
+    for name in EXAMPLES:
+        assert _example(name).mode == "RGB" and f"{escape(EXAMPLES[name])}</button>" in _card(name, EXAMPLES[name])

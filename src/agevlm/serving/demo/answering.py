@@ -6,8 +6,9 @@ model keeps users apart. What belongs to a request lives in its own objects only
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -33,13 +34,21 @@ class Answerer:
         known = list(self.subject.attention)
         return [known[round(index)] for index in np.linspace(0, len(known) - 1, min(len(known), LAYERS_DRAWN))]
 
-    def answer(self, image: Image.Image, question: str, max_new_tokens: int, streamer: TextStreamer) -> Attended:
+    def answer(
+        self,
+        images: Sequence[Image.Image],
+        question: str,
+        before: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        streamer: TextStreamer,
+    ) -> Attended:
         with self.lock:
             return attend(
                 self.subject.model,
                 self.subject.processor,
-                image,
+                images,
                 question,
+                before=before,
                 layers=self.layers,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
@@ -59,9 +68,16 @@ class _ToQueue(TextStreamer):
 
 
 def ask(
-    answerers: Mapping[str, Answerer], image: Image.Image, question: str, max_new_tokens: int
+    answerers: Mapping[str, Answerer],
+    images: Sequence[Image.Image],
+    question: str,
+    max_new_tokens: int,
+    before: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType({}),
 ) -> Iterator[dict[str, str | Attended]]:
     """The state of every answer, again whenever one has grown: its text so far, at last the whole with its attention.
+
+    Args:
+        before: of each model the questions and its answers that come before.
 
     Raises:
         ValueError: a question that is empty or longer than `MAX_QUESTION`, or what `attend` raises.
@@ -75,7 +91,8 @@ def ask(
     def work(name: str, answerer: Answerer) -> None:
         try:
             streamer = _ToQueue(answerer.subject.processor.tokenizer, name, events)
-            events.put((name, answerer.answer(image, question, max_new_tokens, streamer)))
+            earlier = before.get(name, ())
+            events.put((name, answerer.answer(images, question, earlier, max_new_tokens, streamer)))
         except Exception as error:  # raised again where the user waits
             events.put((name, error))
 

@@ -1,4 +1,7 @@
-"""The page that answers questions about a picture and shows where each token looked.
+"""The page that answers questions about pictures and shows where each token looked.
+
+A conversation lives in the page: with each question the client sends its pictures and what has been said about them.
+Other pictures begin another conversation.
 
 A client can have no file of this machine opened but those of Gradio's upload folder (`GRADIO_TEMP_DIR`, or `gradio` in
 the folder for temporary files), which all Gradio programs of this user share. Among the uploads, only their names
@@ -9,7 +12,8 @@ name of an upload can see it until it is deleted.
 import argparse
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from PIL import Image
 from agevlm.analysis.attention import Attended
 from agevlm.analysis.subjects import Subject
 from agevlm.data.rows import resolve_inside
-from agevlm.images import MAX_PIXELS, open_image
+from agevlm.images import MAX_PIXELS, data_address, open_image
 from agevlm.models import load, unique_names
 
 from .answering import MAX_QUESTION, Answerer, ask
@@ -29,7 +33,16 @@ from .figure import MEAN, SCRIPT, STYLE, finished, growing
 MAX_UPLOAD = 20  # MB
 MAX_WAITING = 32  # users in the queue
 KEPT = 3600  # seconds that an upload stays on the disk, and at most a quarter more
-EXAMPLE = "Is there a red apple in the image?"  # about example.png
+MAX_PICTURES = 4  # of a question
+MAX_TURNS = 16  # before it
+MAX_SAID = 8_000  # characters of a question or an answer before it
+# The first three test scenes of the tiny checkpoint: no training row shows these pairs of color and thing
+EXAMPLES = {
+    "example.png": "Is there a red apple in the image?",
+    "example-bird.webp": "Is there a green bird in the image?",
+    "example-star.webp": "How many stars are in the image?",
+}
+CLICK = "element.addEventListener('click', (event) => { if (event.target.closest('button')) trigger('click'); });"
 
 
 def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> Any:
@@ -50,46 +63,86 @@ def build_page(answerers: Mapping[str, Answerer], max_new_tokens: int = 64) -> A
             self.validate_inputs(block_fn, inputs)
             return inputs[: len(block_fn.inputs)]
 
-    def answer(picture: Any, question: Any) -> Iterator[list[str]]:
+    def answer(gallery: Any, question: Any, said: Any) -> Iterator[list[Any]]:
         try:
-            image = _open_upload(picture, page.GRADIO_CACHE)
+            uploads = _pictures(gallery)
+            paths = [upload.get("path") for upload in uploads]
+            images = [_open_upload(upload, page.GRADIO_CACHE) for upload in uploads]
             question = question if isinstance(question, str) else ""
-            for state in ask(answerers, image, question, max_new_tokens):
-                yield [_draw(answerers[name], name, image, value) for name, value in state.items()]
+            before = _before(said, paths, answerers)
+            for state in ask(answerers, images, question, max_new_tokens, before):
+                drawn = [
+                    _draw(answerers[name], name, images, question, value, before[name])
+                    for name, value in state.items()
+                ]
+                yield [*drawn, gr.skip(), gr.skip()]
+            said_now = {name: value.answer for name, value in state.items() if isinstance(value, Attended)}
+            turns = {name: [*before[name], (question, answer)] for name, answer in said_now.items()}
+            yield [*drawn, "", {"pictures": paths, "turns": turns}]
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     with Page(title="AGE-VLM", analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
-        gr.Markdown(
-            "# Where does it look?\nAsk about a picture; then point at the question, at one of its words or at a "
-            "word of the answer to see where the model looked."
+        gr.HTML(
+            f"<style>{STYLE}</style><h1>Where does it look?</h1><p>Ask about a picture or up to "
+            f"{MAX_PICTURES} (of at most {MAX_UPLOAD} MB); then point at the question, at one of its words or at a "
+            "word of the answer to see where the model looked.</p>"
         )
+        said = gr.JSON(visible="hidden")
         with gr.Row():
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=300):
                 # No preprocessing: Gradio would open files in every format that Pillow knows, whatever their size.
-                picture = gr.Image(
+                pictures = gr.Gallery(
                     type="filepath",
-                    label=f"Picture (at most {MAX_UPLOAD} MB)",
+                    label="Pictures",
+                    show_label=False,
                     sources=["upload", "clipboard"],
+                    file_types=["image"],
                     format="png",
-                    elem_id="picture",
+                    columns=4,
+                    fit_columns=False,
+                    height=200,
+                    allow_preview=False,
+                    buttons=[],
+                    interactive=True,
+                    elem_id="pictures",
                 )
                 question = gr.Textbox(
                     label="Question", max_length=MAX_QUESTION, max_lines=5, elem_id="question", submit_btn="Ask"
                 )
-                example = gr.Button("Show me an example", size="sm", variant="secondary", elem_id="example")
-            places = []
-            with gr.Column(scale=2 * len(answerers)), gr.Row():
-                for _ in answerers:
-                    with gr.Column(min_width=300):  # beside each other where there is room
-                        places.append(
-                            gr.HTML(css_template=STYLE, js_on_load=SCRIPT, min_height=80, elem_classes="place")
-                        )
-        asking: dict[str, Any] = {"inputs": [picture, question], "outputs": places, "preprocess": False,
-                                  "concurrency_limit": 1, "concurrency_id": "ask"}  # fmt: skip
+                fresh = gr.Button("New conversation", size="sm", variant="secondary", elem_id="fresh")
+            with gr.Column(scale=1 + 2 * len(answerers), min_width=300):
+                gr.HTML("<h3>Or begin with one of these</h3>", elem_classes="start")
+                with gr.Row(elem_id="examples", elem_classes="start"):
+                    cards = [
+                        gr.HTML(_card(name, asked), min_width=150, js_on_load=CLICK)
+                        for name, asked in EXAMPLES.items()
+                    ]
+                with gr.Row():
+                    places = []
+                    for _ in answerers:
+                        with gr.Column(min_width=300):  # beside each other where there is room
+                            places.append(gr.HTML(js_on_load=SCRIPT, min_height=80, elem_classes="place"))
+        asking: dict[str, Any] = {"inputs": [pictures, question, said], "outputs": [*places, question, said],
+                                  "preprocess": False, "concurrency_limit": 1, "concurrency_id": "ask"}  # fmt: skip
         question.submit(answer, **asking, api_name="ask")
-        shown = example.click(_example, None, [picture, question], api_visibility="private", show_progress="hidden")
-        shown.then(answer, **asking, api_visibility="private")
+        for card, (name, asked) in zip(cards, EXAMPLES.items(), strict=True):
+            shown = card.click(
+                lambda name=name, asked=asked: ([_example(name)], asked, None),
+                None,
+                [pictures, question, said],
+                api_visibility="private",
+                show_progress="hidden",
+            )
+            shown.then(answer, **asking, api_visibility="private")
+        nothing = [None, "", None, *[""] * len(places)]
+        fresh.click(
+            lambda: nothing,
+            None,
+            [pictures, question, said, *places],
+            api_visibility="private",
+            show_progress="hidden",
+        )
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -118,22 +171,62 @@ def launch(page: Any, **options: Any) -> tuple[Any, str, str]:
     )
 
 
-def _example() -> tuple[Image.Image, str]:
-    with files(__package__).joinpath("example.png").open("rb") as file:
-        return open_image(file.read(), "example.png"), EXAMPLE
+def _example(name: str) -> Image.Image:
+    return open_image(files(__package__).joinpath(name).read_bytes(), name)
 
 
-def _open_upload(upload: Any, folder: str) -> Image.Image:
+def _card(name: str, question: str) -> str:
+    """What is clicked to see the answer to an example."""
+    picture = data_address(_example(name), "webp", 85)
+    return f'<button class="card" type="button"><img alt="" src="{picture}">{escape(question)}</button>'
+
+
+def _pictures(gallery: Any) -> list[Mapping[str, Any]]:
+    """A client's descriptions of its uploads, of which Gradio has checked nothing.
+
+    Raises:
+        ValueError: there are more than `MAX_PICTURES`, or none.
+    """
+    gallery = gallery if isinstance(gallery, list) else []
+    if len(gallery) > MAX_PICTURES:
+        raise ValueError(f"there are {len(gallery)} pictures; ask about {MAX_PICTURES} or fewer")
+    found = [picture.get("image") if isinstance(picture, Mapping) else None for picture in gallery]
+    return [picture if isinstance(picture, Mapping) else {} for picture in found or [None]]
+
+
+def _before(said: Any, paths: Sequence[Any], names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """The conversation that a client has had with each model: nothing where it was about other pictures.
+
+    Raises:
+        ValueError: it is longer than `MAX_TURNS`, a text in it longer than `MAX_SAID`, or it is none.
+    """
+    said = said if isinstance(said, Mapping) and said.get("pictures") == paths else {}
+    turns = said.get("turns") if isinstance(said.get("turns"), Mapping) else {}
+    before = {name: turns.get(name) or [] for name in names}
+    for pairs in before.values():
+        if not isinstance(pairs, list) or not all(map(_is_turn, pairs)):
+            raise ValueError("the conversation is not made of questions and answers; begin a new one")
+        if len(pairs) > MAX_TURNS:
+            raise ValueError(f"the conversation has more than {MAX_TURNS} questions; begin a new one")
+        if max((len(text) for pair in pairs for text in pair), default=0) > MAX_SAID:
+            raise ValueError(f"the conversation holds a text of more than {MAX_SAID} characters; begin a new one")
+    return {name: [(question, answer) for question, answer in pairs] for name, pairs in before.items()}
+
+
+def _is_turn(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _open_upload(upload: Mapping[str, Any], folder: str) -> Image.Image:
     """The picture of a client's description of its upload, of which Gradio has checked nothing.
 
     Raises:
         ValueError: there is no upload of that description in `folder`, or it is no picture.
     """
-    described = upload if isinstance(upload, Mapping) else {}
-    content = _read_upload(described.get("path"), folder)
+    content = _read_upload(upload.get("path"), folder)
     if content is None:
         raise ValueError("there is no picture; upload one")
-    name = described.get("orig_name")
+    name = upload.get("orig_name")
     name = (Path(name).name if isinstance(name, str) else "") or "the upload"
     try:
         return open_image(content, name)
@@ -167,11 +260,18 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
-def _draw(answerer: Answerer, name: str, image: Image.Image, value: str | Attended) -> str:
+def _draw(
+    answerer: Answerer,
+    name: str,
+    images: Sequence[Image.Image],
+    question: str,
+    value: str | Attended,
+    before: Sequence[tuple[str, str]],
+) -> str:
     if isinstance(value, str):
-        return growing(name, value)
+        return growing(name, before, question, value)
     first = str(value.layers[0]) if answerer.subject.concatenates or len(value.layers) == 1 else MEAN
-    return finished(name, image, value, first)
+    return finished(name, images, value, first, before)
 
 
 def run_verb(options: argparse.Namespace) -> None:
