@@ -15,7 +15,7 @@ from agevlm.progress import Bar
 
 @contextmanager
 def worker_pool(workers: int, setup: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are started afresh ("spawn"). They end with this one, and when it is killed, interrupted or fails.
+    """Processes that are started afresh ("spawn") and end with this one, also when it fails or is killed.
 
     Args:
         setup, arguments: called with them in every process before its first job.
