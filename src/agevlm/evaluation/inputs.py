@@ -21,6 +21,7 @@ from .benchmark import Row
 
 
 PICTURES = ("image", "mask", "images", "guidance")  # columns; the last two of rows with masks by phrase
+UNUSABLE = "unusable"  # column of the reason for which a row of own questions cannot be asked
 
 
 class RowError(ValueError):
@@ -76,6 +77,8 @@ def open_rows(
     questions, bad = [], {}
     for row in rows:
         try:
+            if row.get(UNUSABLE):
+                raise RowError(row[UNUSABLE])
             if "guidance" in row:
                 questions.append(_guided_question(processor, row))
                 continue

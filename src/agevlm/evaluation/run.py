@@ -36,8 +36,9 @@ from .inputs import PICTURES
 from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
 from .looking import Look, load_masked, marked_rows, measure_looking, summarize
+from .own_rows import load_own
 from .processes import current_device, is_main
-from .registry import BENCHMARKS, EVERY, TEXT_ONLY
+from .registry import BENCHMARKS, EVERY, OWN, TEXT_ONLY
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
@@ -86,15 +87,19 @@ def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchma
 
 
 def load_published(
-    benchmarks: Sequence[Benchmark], places: Mapping[str, str], images: str | Path | None = None
+    benchmarks: Sequence[Benchmark], places: Mapping[str, str], images: str | Path | None = None, strict: bool = False
 ) -> dict[str, Dataset]:
     """Rows by benchmark, each from its place: a file, a folder or a Hub id; without one from the Hub. `images`: folder
-    of the pictures that rows name."""
+    of the pictures that rows name. `strict`: stop at an own question that cannot be asked."""
     data = {}
     for benchmark in benchmarks:
         place = places.get(benchmark.name)
-        local = place is not None and Path(place).exists()
-        data[benchmark.name] = load_local(benchmark, str(place), images) if local else load_hub(benchmark, place)
+        if benchmark.name in OWN and place is not None:
+            data[benchmark.name] = load_own(place, images, strict)
+        elif place is not None and Path(place).exists():
+            data[benchmark.name] = load_local(benchmark, place, images)
+        else:
+            data[benchmark.name] = load_hub(benchmark, place)
     return data
 
 
@@ -284,6 +289,7 @@ def score_predictions(
         "intervals": benchmark.intervals(usable, parsed),
         "skipped": len(rows) - len(usable),
         "protocol": f"{benchmark.protocol}: {benchmark.rule}",
+        "note": benchmark.note(usable),
         "shown": list(benchmark.shown or (benchmark.headline,)),
         "judged_only": benchmark.judged_only,
         "constants": benchmark.constants(usable),
@@ -358,18 +364,27 @@ def compare_folders(
 
 
 def parse_places(values: Sequence[str]) -> dict[str, str]:
-    """`FOLDER` (for all benchmarks) and `NAME=PLACE` into places by benchmark.
+    """`FILE` (own questions), `FOLDER` (for all benchmarks) and `NAME=PLACE` into places by benchmark.
 
     Raises:
-        ValueError: an unknown name, or a folder that is not there.
+        ValueError: an unknown name, or a file or folder that is not there.
     """
     places: dict[str, str] = {}
     for value in values:
         name, equals, place = value.partition("=")
-        if not equals:
-            if not Path(value).is_dir():
-                raise ValueError(f"--data {value}: no such folder; give a folder, or NAME=PLACE for one benchmark")
-            places = {**dict.fromkeys(EVERY, value), **places}
+        if Path(value).is_file():
+            if places.keys() & OWN.keys():
+                raise ValueError(
+                    f"--data {value}: a second file of own questions; put all into one, or call eval twice"
+                )
+            places |= dict.fromkeys(OWN, value)
+        elif Path(value).is_dir():
+            places = {**dict.fromkeys((*TEXT_ONLY, *BENCHMARKS), value), **places}
+        elif not equals:
+            raise ValueError(
+                f"--data {value}: no such file or folder; give a file of own questions, a folder of published ones, or "
+                "NAME=PLACE for one benchmark"
+            )
         elif name not in EVERY:
             raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(EVERY)}")
         else:
@@ -385,13 +400,16 @@ def run_verb(arguments: argparse.Namespace) -> None:
     if arguments.scenes and arguments.data:
         raise ValueError("--scenes and --data are two places for the same rows; give one")
     asks = arguments.benchmarks or arguments.data or arguments.scenes or not (arguments.masks or arguments.language)
-    benchmarks = choose(arguments.benchmarks or ["all"], arguments.protocol) if asks else []
+    places = parse_places(arguments.data)
+    own = [name for name in OWN if name in places]
+    usual = [*own, *list(BENCHMARKS) * (len(places) > len(own))] if own else ["all"]
+    benchmarks = choose(arguments.benchmarks or usual, arguments.protocol) if asks else []
     output = Path(arguments.output)
     if arguments.scenes:
         data = load_scenes(arguments.scenes, arguments.split, benchmarks)
         source = {"data": "scenes", "split": arguments.split}
     else:
-        data = load_published(benchmarks, parse_places(arguments.data), arguments.images)
+        data = load_published(benchmarks, places, arguments.images, arguments.strict)
         source = {"data": " ".join(arguments.data) or "Hub", "split": "test"}
     if arguments.rows and not arguments.masks:
         raise ValueError("--rows are those of --masks; give the masks too")

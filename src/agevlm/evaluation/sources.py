@@ -167,7 +167,7 @@ def _read_tsv(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
     text = pyarrow.csv.ConvertOptions(column_types={name.strip('"'): "string" for name in header})
     rows = pyarrow.csv.read_csv(path, block, options, text).to_pylist()
     rows = [
-        {name: _listed(value) if name in LISTS and value[:1] == "[" else value for name, value in row.items()}
+        {name: listed(value) if name in LISTS and value[:1] == "[" else value for name, value in row.items()}
         for row in rows
     ]
     if not rows or "index" not in rows[0] or "id" in rows[0]:
@@ -186,7 +186,8 @@ def _read_tsv(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
         ) from error
 
 
-def _listed(text: str) -> Any:
+def listed(text: str) -> Any:
+    """The list that a text holds as JSON, or as Python prints it. Raises ValueError if it holds none."""
     try:
         return json.loads(text)
     except ValueError:

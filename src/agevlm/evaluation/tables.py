@@ -136,7 +136,7 @@ def sections(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> Iter
     for name, result in first["benchmarks"].items():
         scored = " Its result is the judged column alone." if result["judged_only"] else ""
         judge = f" Judge: {first['judge']}." if first["judge"] else " No judge."
-        note = f"Protocol {result['protocol']}.{judge}{scored}"
+        note = f"Protocol {result['protocol']}.{judge}{scored} {result.get('note', '')}".rstrip()
         yield name, note, benchmark_lines(results, name)
     pooled = grounding_lines({model: metrics["grounding"] for model, metrics in results.items()})
     if pooled:
