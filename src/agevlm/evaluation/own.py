@@ -1,9 +1,8 @@
 """Own questions about own pictures: yes or no, a choice, an exact answer, or one that the output must contain.
 
-A row is {image, question, answers, kind, options, category, ...} as `own_rows.load_own` makes it. The question is asked
-verbatim; options that it does not list with letters are listed below it. Reading: yes or no strictly; an option's
-letter, else its text; `exact` is equality but for case, punctuation, article and number words; `contains` wants a right
-answer as whole words anywhere in the output.
+A row has the columns of `own_rows.FEATURES`. The question is asked verbatim; options without letters in it are listed
+below it. Reading: yes or no strictly; an option's letter, else its text; `exact` is equality but for case,
+punctuation, article and number words; `contains` wants a right answer as whole words anywhere in the output.
 
 A row without `kind` is a choice if it has options, a question of yes or no if it is answered so, else `contains`.
 """

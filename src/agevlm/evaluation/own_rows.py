@@ -1,15 +1,14 @@
 """Reads own questions with pictures: rows of `image`, `question`, `answer` as JSON, CSV or Parquet, and the
 conversations that training takes (LLaVA's, or `messages` and `images`), of which every question is a row of its own.
 
-Besides: `id`, `kind`, `options` (a list, or texts between "|"; or the columns A, B, ...), `category`, and `mask` of what
-to look at. Pictures are paths below a folder, or in the file. The reader of published sets reads each row
+Besides: `id`, `kind`, `options` (a list, or texts between "|"; or the columns A, B, ...), `category`, and what to look at:
+`mask`, or `guidance` by phrase ({query, mask}). Pictures are paths below a folder, or in the file. The reader of published sets reads each row
 (`data/published/records.py`), so that it has the same checks and names for what is wrong. A row that cannot be asked
 stays, with the reason.
 """
 
 import csv
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from datasets import Image as ImageFeature
 
 from agevlm.data.published.records import BadRow, checked, parse_record, read_image, read_record
 from agevlm.data.published.sources import open_source
-from agevlm.data.rows import IMAGE_PLACEHOLDER, resolve_inside
+from agevlm.data.rows import IMAGE_PLACEHOLDER, find_query, resolve_inside
 from agevlm.store import digest
 
 from .benchmark import table_options
@@ -31,9 +30,11 @@ TABLES = (".csv", ".tsv")
 TEXT, PICTURE, TEXTS = Value("string"), ImageFeature(decode=False), List(Value("string"))
 FEATURES = Features(
     {"id": TEXT, "image": PICTURE, "question": TEXT, "answers": TEXTS, "kind": TEXT, "guessed": Value("bool"),
-     "options": TEXTS, "category": TEXT, "picture": TEXT, "mask": PICTURE, UNUSABLE: TEXT}
+     "options": TEXTS, "category": TEXT, "picture": TEXT, UNUSABLE: TEXT,
+     "guidance": List({"query": TEXT, "occurrence": Value("int32"), "mask": PICTURE})}
 )  # fmt: skip
-EMPTY = {"question": "", "answers": [], "kind": "", "guessed": False, "options": [], "category": "", "picture": ""}
+EMPTY = {"question": "", "answers": [], "kind": "", "guessed": False, "options": [], "category": "", "picture": "",
+         "guidance": []}  # fmt: skip
 
 
 def load_own(place: str | Path, images: str | Path | None = None, strict: bool = False) -> Dataset:
@@ -110,15 +111,15 @@ def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
             "image": _stored(draft.images[0], root),
             "picture": draft.images[0] if isinstance(draft.images[0], str) else digest(draft.images[0]["bytes"]),
             "category": " ".join(_texts(record.get("category"), "category")),
-            "mask": _stored(read_image(record["mask"], "mask"), root) if record.get("mask") else None,
         }
-        turns = [message for message in draft.messages if message["role"] != "system"]
-        asked = [(question["content"], answer["content"]) for question, answer in list(pairwise(turns))[::2]]
-        rows = [
-            {**shared, "id": draft.id if len(asked) == 1 else f"{draft.id}-{place}",
-             **_question(record, question.replace(IMAGE_PLACEHOLDER, "").strip(), answers or [answer])}
-            for place, (question, answer) in enumerate(asked, start=1)
-        ]  # fmt: skip
+        places = [place for place, message in enumerate(draft.messages) if message["role"] == "user"]
+        rows = []
+        for turn, place in enumerate(places, start=1):
+            text, answer = (message["content"] for message in draft.messages[place : place + 2])
+            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+            row_id = draft.id if len(places) == 1 else f"{draft.id}-{turn}"
+            rows.append({**shared, "id": row_id, **_question(record, text, answers or [answer]),
+                         "guidance": _guidance(record, text, place, root)})  # fmt: skip
     except BadRow as error:
         error.row_id = draft.id
         raise
@@ -138,6 +139,26 @@ def _question(record: Mapping[str, Any], question: str, answers: list[str]) -> d
     except ValueError as error:
         raise BadRow("bad_answer", f"{error}; correct the row") from None
     return {"question": question, "answers": right, "kind": guessed, "guessed": not kind, "options": options}
+
+
+def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) -> list[dict[str, Any]]:
+    """What to look at: the row's `mask`, for the whole question, and the phrases of `guidance` in message `place`. Raises
+    `BadRow`."""
+    said = record.get("guidance") or []
+    phrases = [
+        *(said if isinstance(said, list) else [said]),
+        *[{"mask": record.get("mask")}] * bool(record.get("mask")),
+    ]
+    found = []
+    for phrase in phrases:
+        if not isinstance(phrase, Mapping):
+            raise BadRow("bad_guidance", f"guidance is {phrase!r:.80}; use {{query, mask}}, or a list of them")
+        if phrase.get("message_index") in (None, place):
+            words = {"query": phrase.get("query") or question, "occurrence": phrase.get("occurrence") or 0}
+            if find_query(question, words) < 0:
+                raise BadRow("bad_guidance", f"the question {question!r} does not hold {words['query']!r}; copy it")
+            found.append({**words, "mask": _stored(read_image(phrase.get("mask"), "mask"), root)})
+    return found
 
 
 def _texts(value: Any, name: str, separator: str | None = None) -> list[str]:

@@ -31,6 +31,7 @@ from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, locked, read_json, read_lines, write_json, write_lines, write_text
 
 from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
+from .errors import draw_errors, error_cards
 from .generate import PREDICTIONS, Prediction, generate_predictions
 from .inputs import PICTURES
 from .inputs import without_pictures as plain
@@ -355,7 +356,7 @@ def compare_folders(
         if benchmark.judged_only:
             continue
         predictions = {name: read_lines(output / name / benchmark.name / PREDICTIONS) for name in names}
-        rows = data[benchmark.name].select(range(len(predictions[names[0]])))
+        rows = data[benchmark.name].select(range(len(predictions[names[0]])))  # fewer under a limit
         for index, first in enumerate(names):
             for second in names[index + 1 :]:
                 found = compare(benchmark, rows, predictions[first], predictions[second])
@@ -374,16 +375,14 @@ def parse_places(values: Sequence[str]) -> dict[str, str]:
         name, equals, place = value.partition("=")
         if Path(value).is_file():
             if places.keys() & OWN.keys():
-                raise ValueError(
-                    f"--data {value}: a second file of own questions; put all into one, or call eval twice"
-                )
+                raise ValueError(f"--data {value}: a second file of own questions; call eval for each")
             places |= dict.fromkeys(OWN, value)
         elif Path(value).is_dir():
             places = {**dict.fromkeys((*TEXT_ONLY, *BENCHMARKS), value), **places}
         elif not equals:
             raise ValueError(
-                f"--data {value}: no such file or folder; give a file of own questions, a folder of published ones, or "
-                "NAME=PLACE for one benchmark"
+                f"--data {value}: no such file or folder; give a file of own questions, a folder of published "
+                "ones, or NAME=PLACE for one benchmark"
             )
         elif name not in EVERY:
             raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(EVERY)}")
@@ -415,7 +414,11 @@ def run_verb(arguments: argparse.Namespace) -> None:
         raise ValueError("--rows are those of --masks; give the masks too")
     masked = load_masked(arguments.masks, arguments.rows) if arguments.masks else None
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
-    results = {}
+    results, drawn = {}, {}
+    asked = next((benchmark for benchmark in benchmarks if benchmark.name in OWN), None)
+    for benchmark in benchmarks:
+        if is_main() and (note := benchmark.note(plain(data[benchmark.name]))):
+            print(f"{benchmark.name}: {note}")
     for name, path in zip(names, arguments.models, strict=True):
         model, processor = load(
             path,
@@ -443,13 +446,20 @@ def run_verb(arguments: argparse.Namespace) -> None:
                 max_new_tokens=arguments.max_new_tokens,
                 strict=arguments.strict,
             )
+            if asked is not None and is_main():
+                lines = read_lines(output / name / asked.name / PREDICTIONS)
+                drawn[name] = draw_errors(model, processor, asked, data[asked.name], lines)
     if not is_main():
         return
     comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []
     if comparisons:
         write_json(output / "comparison.json", comparisons)
     write_text(output / "results.md", markdown_page(results, comparisons))
-    write_text(output / "results.html", html_page(results, comparisons))
+    errors = {}
+    if asked is not None:
+        predictions = {name: read_lines(output / name / asked.name / PREDICTIONS) for name in names}
+        errors = error_cards(asked, data[asked.name], predictions, drawn)
+    write_text(output / "results.html", html_page(results, comparisons, errors))
     Console(markup=False).print(summary_table(results))
     written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
 
