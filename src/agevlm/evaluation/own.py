@@ -96,7 +96,7 @@ def _contains(text: str, answer: str) -> bool:
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:
     """`accuracy`, also of each of `kinds` and `categories` where there are several; of questions of yes or no also the
     share of "yes", and `false_yes`, that among those answered no."""
-    result = {("accuracy",): share(credits)}
+    result: dict[ResultKey, Measure] = {("accuracy",): share(credits)}
     asked = np.array([row["kind"] == "yes-no" for row in rows], dtype=float)
     if asked.any():
         said, absent = ([answer == "yes" for answer in parsed], [row["answers"] == ["no"] for row in rows])

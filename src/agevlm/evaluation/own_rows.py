@@ -1,10 +1,10 @@
 """Reads own questions with pictures: rows of `image`, `question`, `answer` as JSON, CSV or Parquet, and the
 conversations that training takes (LLaVA's, or `messages` and `images`), of which every question is a row of its own.
 
-Besides: `id`, `kind`, `options` (a list, or texts between "|"; or the columns A, B, ...), `category`, and what to look at:
-`mask`, or `guidance` by phrase ({query, mask}). Pictures are paths below a folder, or in the file. The reader of published sets reads each row
-(`data/published/records.py`), so that it has the same checks and names for what is wrong. A row that cannot be asked
-stays, with the reason.
+Besides: `id`, `kind`, `options` (a list, or texts between "|"; or the columns A, B, ...), `category`, and what to look
+at: `mask`, or `guidance` by phrase ({query, mask}). Pictures are paths below a folder, or in the file. The reader of
+published sets (`data/published/records.py`) reads each row, so that checks and names for what is wrong are the same.
+A row that cannot be asked stays, with the reason.
 """
 
 import csv
@@ -142,13 +142,10 @@ def _question(record: Mapping[str, Any], question: str, answers: list[str]) -> d
 
 
 def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) -> list[dict[str, Any]]:
-    """What to look at: the row's `mask`, for the whole question, and the phrases of `guidance` in message `place`. Raises
-    `BadRow`."""
+    """What to look at: the phrases of `guidance` in message `place`, and `mask` for the question. Raises `BadRow`."""
     said = record.get("guidance") or []
-    phrases = [
-        *(said if isinstance(said, list) else [said]),
-        *[{"mask": record.get("mask")}] * bool(record.get("mask")),
-    ]
+    phrases = [*said] if isinstance(said, list) else [said]
+    phrases += [{"mask": record["mask"]}] if record.get("mask") else []
     found = []
     for phrase in phrases:
         if not isinstance(phrase, Mapping):

@@ -236,8 +236,8 @@ def summary_table(results: Results) -> ConsoleTable:
         values = [lookup(metrics, ("language", "perplexity")) for metrics in results.values()]
         lines.append(["text perplexity", *("–" if value is None else f"{value:.4g}" for value in values), ""])
     table = ConsoleTable(title=Text(_title(results)))  # names and answers are text, not markup
-    for place, head in enumerate(["", *results, "without looking"]):
-        table.add_column(Text(head), justify="right" if 0 < place <= len(results) else "left")
+    for column, head in enumerate(["", *results, "without looking"]):
+        table.add_column(Text(head), justify="right" if 0 < column <= len(results) else "left")
     for line in lines:
         table.add_row(*map(Text, line))
     return table
