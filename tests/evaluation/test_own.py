@@ -17,7 +17,7 @@ from agevlm.evaluation.benchmark import verdict
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.errors import MOST
 from agevlm.evaluation.leaderboard import read_metrics
-from agevlm.evaluation.own import PAPER, lettered
+from agevlm.evaluation.own import PAPER, lettered, words
 from agevlm.evaluation.own_rows import load_own
 from agevlm.evaluation.run import parse_places, score_predictions
 from agevlm.stats import mcnemar
@@ -223,7 +223,7 @@ def test_scores_are_those_of_a_hand_computation(folder):
 
 
 def no_network(*_, **__):
-    raise AssertionError("asks the network")
+    raise OSError("asks the network")
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +299,17 @@ def test_masks_alone_print_looking_and_ask_no_network(folder, monkeypatch, capsy
     assert read_metrics(folder / "out" / "model" / "metrics.json")["benchmarks"] == {}
 
 
+def test_without_a_network_published_sets_end_in_a_sentence_at_once(folder, monkeypatch):
+    save_tiny(folder / "model")
+    tries = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: tries.append(1) or no_network())
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: tries.append(1) or no_network())
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: tries.append(1) or no_network())
+    with pytest.raises(ValueError, match=r"lmms-lab/POPE cannot be fetched: the Hub is out of reach.*--data FILE"):
+        main([str(folder / "model"), "--output", str(folder / "out")])
+    assert len(tries) <= 1 and not (folder / "out").exists()
+
+
 def test_a_file_is_own_questions_and_a_folder_published_ones(folder):
     path = write(folder, ROWS)
     assert parse_places([str(path)]) == {"own": str(path)} == parse_places([f"own={path}"])
@@ -307,4 +318,5 @@ def test_a_file_is_own_questions_and_a_folder_published_ones(folder):
         parse_places([str(path), str(path)])
     with pytest.raises(ValueError, match="no such file or folder"):
         parse_places([str(folder / "gone.jsonl")])
+    assert words("Is it red? Please answer yes or no.") == "Is it red?" and words(CHOICE) == "Which color?"
     assert lettered(CHOICE) == ["red", "blue"] and lettered("A. B. See") == []

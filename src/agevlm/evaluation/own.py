@@ -18,6 +18,7 @@ from agevlm.stats import Measure, ResultKey, share
 from . import realworldqa
 from .benchmark import YES_NO, Answers, Benchmark, Guesses, Row, Source, among, protocols
 from .parsing import LETTERS, normalize, option_in_text, parse_choice, parse_yes_no, simplify
+from .pope import ASK
 
 
 KINDS = ("yes-no", "choice", "exact", "contains")
@@ -71,6 +72,11 @@ def prompt(row: Row) -> str:
         return row["question"]
     lines = [f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
     return "".join([row["question"], *lines, LISTED])
+
+
+def words(question: str) -> str:
+    """What of a question says what to look at: not the options and instructions below it or behind it."""
+    return question.split("\n", 1)[0].removesuffix(ASK)
 
 
 def parse(row: Row, output: str) -> str | None:
@@ -142,7 +148,7 @@ PAPER = Benchmark(
     fields=("id", "image", "question", "answers", "kind", "options", "category"),
     headline="accuracy",
     prompt=prompt,
-    query=lambda row: row["question"],
+    query=lambda row: words(row["question"]),
     gold=lambda row: " or ".join(row["answers"]),
     parse=parse,
     is_correct=is_correct,

@@ -22,7 +22,7 @@ from agevlm.store import digest
 
 from .benchmark import table_options
 from .inputs import UNUSABLE
-from .own import guess_kind, lettered, right_answers
+from .own import guess_kind, lettered, right_answers, words
 from .sources import MOST_CHARACTERS, listed
 
 
@@ -143,18 +143,18 @@ def _question(record: Mapping[str, Any], question: str, answers: list[str]) -> d
 
 def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) -> list[dict[str, Any]]:
     """What to look at: the phrases of `guidance` in message `place`, and `mask` for the question. Raises `BadRow`."""
-    said = record.get("guidance") or []
-    phrases = [*said] if isinstance(said, list) else [said]
+    given = record.get("guidance") or []
+    phrases = [*given] if isinstance(given, list) else [given]
     phrases += [{"mask": record["mask"]}] if record.get("mask") else []
     found = []
     for phrase in phrases:
         if not isinstance(phrase, Mapping):
             raise BadRow("bad_guidance", f"guidance is {phrase!r:.80}; use {{query, mask}}, or a list of them")
         if phrase.get("message_index") in (None, place):
-            words = {"query": phrase.get("query") or question, "occurrence": phrase.get("occurrence") or 0}
-            if find_query(question, words) < 0:
-                raise BadRow("bad_guidance", f"the question {question!r} does not hold {words['query']!r}; copy it")
-            found.append({**words, "mask": _stored(read_image(phrase.get("mask"), "mask"), root)})
+            said = {"query": phrase.get("query") or words(question), "occurrence": phrase.get("occurrence") or 0}
+            if find_query(question, said) < 0:
+                raise BadRow("bad_guidance", f"the question {question!r} does not hold {said['query']!r}; copy it")
+            found.append({**said, "mask": _stored(read_image(phrase.get("mask"), "mask"), root)})
     return found
 
 
