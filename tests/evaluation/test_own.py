@@ -10,21 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import builders
+from agevlm.data.rows import GUIDANCE, ROW_FEATURES, undecoded
 from agevlm.evaluation.benchmark import verdict
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.errors import MOST
 from agevlm.evaluation.leaderboard import read_metrics
+from agevlm.evaluation.looking import measure_looking
 from agevlm.evaluation.own import PAPER, lettered, words
 from agevlm.evaluation.own_rows import load_own
-from agevlm.evaluation.run import parse_places, score_predictions
+from agevlm.evaluation.run import evaluate, parse_places, score_predictions
 from agevlm.stats import mcnemar
 from agevlm.store import read_lines
-from builders import mask, picture, save_tiny, stored
+from builders import mask, picture, save_tiny, stored, tiny_model, tiny_processor
 
 
+GUIDED = Features({**ROW_FEATURES, "guidance": List({**GUIDANCE, "occurrence": Value("int32")})})
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "agevlm-tiny"
 CHOICE = "Which color?\nA. red\nB. blue"
 ROWS = [
@@ -130,6 +136,7 @@ BAD = {
     "one option": ({"kind": "choice", "options": ["red"], "answer": "A"}, "1 options"),
     "mask": ({"mask": "c.png"}, "no picture c.png"),
     "phrase": ({"guidance": {"query": "dog", "mask": "a.png"}}, "does not hold 'dog'"),
+    "phrase of a number": ({"guidance": {"query": 3, "mask": "a.png"}}, "use {query, mask}"),
     "phrases of text": ({"guidance": ["cup"]}, "use {query, mask}"),
     "video": ({"video": "a.mp4"}, "other_medium"),
 }
@@ -167,9 +174,54 @@ def test_tables_that_are_damaged(folder):
     rows = load_own(path)
     assert "more fields than the head" in rows["unusable"][0] and rows["unusable"][1] is None
     assert "empty_answer" in rows["unusable"][2]
+    path.write_text(",image,question,answer,A,B\n0,a.png,Which?,2,1,2\n")  # as pandas writes an index
+    assert load_own(path)["answers"] == [["B"]]
     path.write_text('image,question,answer\na.png,"Is it,yes\n')
     with pytest.raises(ValueError, match="cannot be read"):
         load_own(path)
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.sampled_from(
+        ["a.png", "yes", "choice", "A", "red|blue", "[1, 2]", "Is it? <image>", "<|image|>", "\ud800"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
+        st.sampled_from(["query", "mask", "role", "content", "from", "value"]), inner, max_size=3)),
+    max_leaves=4,
+)  # fmt: skip
+FIELDS = st.sampled_from([*ROWS[2], "id", "kind", "mask", "guidance", "A", "B", "conversations", "messages"])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4), base=st.sampled_from(ROWS))
+def test_whatever_a_row_holds_it_is_asked_or_named(folder, changes, base):
+    rows = load_own(write(folder, [{**base, **changes}, ROWS[0]]))
+    assert all(row["unusable"] or (row["answers"] and PAPER.prompt(row)) for row in rows)
+    for row in rows:
+        if not row["unusable"]:
+            right = row["answers"][0]
+            assert PAPER.is_correct(row, PAPER.parse(row, right)), "its own right answer is right"
+
+
+def test_masks_by_phrase_give_the_looks_of_training_rows(folder):
+    """Rows of training, whose looks `--masks --rows` measures over the whole conversation."""
+    one, two = builders.row("one", guided=True), builders.row("two", guided=True, seed=3)
+    phrase = one["guidance"]
+    for index, place in enumerate((one, two)):
+        said = [{**phrase, "query": words, "occurrence": 0} for words in ("red apple", "image")[index:]]
+        place["guidance"] = [{**part, "mask": stored(part["mask"])} for part in said]
+        place["images"] = [stored(image) for image in place["images"]]
+    rows = Dataset.from_list([one, two], features=GUIDED)
+    rows.to_parquet(folder / "train.parquet")
+    model, processor = tiny_model(), tiny_processor()
+    wanted, _ = measure_looking(model, processor, undecoded(rows), progress=False)
+    own = load_own(folder / "train.parquet")
+    metrics = evaluate(
+        model, processor, [PAPER], {"own": own}, folder / "out", source={}, max_new_tokens=2, progress=False
+    )
+    found = metrics["benchmarks"]["own"]["grounding"]
+    assert found["n"] == wanted["n"] == 2
+    for name in ("in_mask_mass", "pointing_accuracy", "token_auroc"):
+        assert found[name]["per_layer"] == pytest.approx(wanted[name]["per_layer"], rel=1e-4)
 
 
 def asked(kind, *answers, options=()):

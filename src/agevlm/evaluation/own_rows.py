@@ -65,7 +65,8 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):
         row["picture"] = str(number) if alone else row["picture"]
-        row["id"] = row["id"] if row["id"] not in seen else f"{row['id']}-{number}"
+        while row["id"] in seen:
+            row["id"] += f"-{number}"
         seen.add(row["id"])
     return Dataset.from_list([{name: row.get(name) for name in FEATURES} for row in rows], features=FEATURES)
 
@@ -89,19 +90,19 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             file.seek(0)
             rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return [{name or "": value for name, value in row.items() if value not in ("", None)} for row in rows]
+        raise ValueError(f"{path} cannot be read: {error}; save it as UTF-8, each quote closed") from error
+    return [{name: value for name, value in row.items() if value not in ("", None)} for row in rows]
 
 
 def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
     """The questions of one record. Raises `BadRow`."""
     record = record if isinstance(record, Mapping) else parse_record(record)
-    if "" in record:
-        raise BadRow("not_an_object", f"more fields than the head: {record['']}; put texts with commas in quotes")
+    if None in record:
+        raise BadRow("not_an_object", f"more fields than the head: {record[None]}; put texts with commas in quotes")
     answers = None
     if "question" in record:
         answers = _texts(record.get("answer"), "answer")
-        turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": "".join(answers)}]
+        turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": "\n".join(answers)}]
         record = {**record, "conversations": turns}
     draft = read_record(record, number)
     try:
@@ -131,7 +132,8 @@ def _question(record: Mapping[str, Any], question: str, answers: list[str]) -> d
     if not question:
         raise BadRow("empty_question", "the question has no text")
     kind = " ".join(_texts(record.get("kind"), "kind")).lower()
-    options = _texts(record.get("options"), "options", "|") or table_options(record) or lettered(question)
+    options = _texts(record.get("options"), "options", "|") or _texts(table_options(record), "options")
+    options = options or lettered(question)
     options = options if kind in ("", "choice") else []
     guessed = kind or guess_kind(answers, options)
     try:
@@ -148,10 +150,16 @@ def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) 
     phrases += [{"mask": record["mask"]}] if record.get("mask") else []
     found = []
     for phrase in phrases:
-        if not isinstance(phrase, Mapping):
+        said = {"query": words(question), "occurrence": 0}
+        if isinstance(phrase, Mapping):
+            said |= {name: phrase[name] for name in said if phrase.get(name)}
+        if (
+            not isinstance(phrase, Mapping)
+            or not isinstance(said["query"], str)
+            or type(said["occurrence"]) is not int
+        ):
             raise BadRow("bad_guidance", f"guidance is {phrase!r:.80}; use {{query, mask}}, or a list of them")
         if phrase.get("message_index") in (None, place):
-            said = {"query": phrase.get("query") or words(question), "occurrence": phrase.get("occurrence") or 0}
             if find_query(question, said) < 0:
                 raise BadRow("bad_guidance", f"the question {question!r} does not hold {said['query']!r}; copy it")
             found.append({**said, "mask": _stored(read_image(phrase.get("mask"), "mask"), root)})
