@@ -28,6 +28,7 @@ from agevlm.evaluation.run import evaluate, parse_places, score_predictions
 from agevlm.stats import mcnemar
 from agevlm.store import read_lines
 from builders import mask, picture, save_tiny, stored, tiny_model, tiny_processor
+from vlms import llava
 
 
 GUIDED = Features({**ROW_FEATURES, "guidance": List({**GUIDANCE, "occurrence": Value("int32")})})
@@ -335,6 +336,16 @@ def test_the_page_stays_small(folder, monkeypatch):
     assert (
         html.count("<figure") == 1 and re.search("3 wrong or unread answers, of which the first", html) and MOST <= 40
     )
+
+
+def test_a_stock_model_answers_own_questions_without_maps(folder):
+    subject = llava()
+    for part in (subject.model, subject.processor):
+        part.save_pretrained(folder / "llava")
+    path = write(folder, ROWS)
+    main([str(folder / "llava"), "--data", str(path), "--max-new-tokens", "2", "--output", str(folder / "out")])
+    html = (folder / "out" / "results.html").read_text(encoding="utf-8")
+    assert 0 < html.count("<figure") == html.count("data:image/webp")
 
 
 def test_masks_alone_print_looking_and_ask_no_network(folder, monkeypatch, capsys):

@@ -31,7 +31,7 @@ from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, locked, read_json, read_lines, write_json, write_lines, write_text
 
 from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
-from .errors import draw_errors, error_cards
+from .errors import draw_errors
 from .generate import PREDICTIONS, Prediction, generate_predictions
 from .inputs import PICTURES
 from .inputs import without_pictures as plain
@@ -414,7 +414,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
         raise ValueError("--rows are those of --masks; give the masks too")
     masked = load_masked(arguments.masks, arguments.rows) if arguments.masks else None
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
-    results, drawn = {}, {}
+    results, answers, errors = {}, {}, {}
     asked = next((benchmark for benchmark in benchmarks if benchmark.name in OWN), None)
     for benchmark in benchmarks:
         if is_main() and (note := benchmark.note(plain(data[benchmark.name]))):
@@ -447,19 +447,15 @@ def run_verb(arguments: argparse.Namespace) -> None:
                 strict=arguments.strict,
             )
             if asked is not None and is_main():
-                lines = read_lines(output / name / asked.name / PREDICTIONS)
-                drawn[name] = draw_errors(model, processor, asked, data[asked.name], lines)
+                answers[name] = read_lines(output / name / asked.name / PREDICTIONS)
+                errors[name] = draw_errors(model, processor, asked, data[asked.name], answers[name])
     if not is_main():
         return
     comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []
     if comparisons:
         write_json(output / "comparison.json", comparisons)
     write_text(output / "results.md", markdown_page(results, comparisons))
-    errors = {}
-    if asked is not None:
-        predictions = {name: read_lines(output / name / asked.name / PREDICTIONS) for name in names}
-        errors = error_cards(asked, data[asked.name], predictions, drawn)
-    write_text(output / "results.html", html_page(results, comparisons, errors))
+    write_text(output / "results.html", html_page(results, comparisons, answers, errors))
     Console(markup=False).print(summary_table(results))
     written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
 

@@ -1,6 +1,7 @@
 """Results of several models as tables: on the console (the headlines), in Markdown and HTML (every metric)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -164,7 +165,8 @@ def markdown_table(lines: Lines) -> str:
 
 def _title(results: Results) -> str:
     first = next(iter(results.values()))
-    return f"Evaluation: {first['data']}, split {first['split']}, protocol {first['protocol']}"
+    split = f", split {first['split']}" if first["data"] == "scenes" else ""
+    return f"Evaluation: {first['data']}{split}, protocol {first['protocol']}"
 
 
 _NOTE = (
@@ -197,15 +199,16 @@ def page_environment(*rooms: str, **filters: Callable[..., Any]) -> Environment:
 def html_page(
     results: Results,
     comparisons: Sequence[Mapping[str, Any]] = (),
-    errors: Mapping[str, Mapping[str, Any]] | None = None,
+    predictions: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    errors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
-    """One file that needs nothing else. `errors`: of `errors.error_cards`."""
+    """One file that needs nothing else. `predictions`, `errors`: model -> answers to own questions, `draw_errors`."""
     made = [
         {"title": title, "note": note, "lines": lines, "picture": None}
         for title, note, lines in sections(results, comparisons)
     ]
-    page = {"title": _title(results), "note": _NOTE, "sections": made, "errors": errors or {}}
-    return page_environment().get_template("results.html.jinja").render(page)
+    page = {"title": _title(results), "note": _NOTE, "sections": made}
+    return page_environment().get_template("results.html.jinja").render(page, predictions=predictions, errors=errors)
 
 
 def summary_table(results: Results) -> ConsoleTable:
