@@ -47,7 +47,7 @@ def draw_errors(
 
 
 def _draw_look(subject: Subject, question: str, image: Image.Image, masks: Sequence[Image.Image]) -> Image.Image:
-    cells, weights, _ = question_look(subject, image, question, layers=None)
+    cells, weights, _ = question_look(subject, image, question, list(subject.attention))
     cells = cells.shrunk(SIDE)
     heat, size = cells.to_pixels(weights.mean(0)), (cells.size[1], cells.size[0])
     drawn = overlay(image.resize(size), heat, peak_of([heat]))
