@@ -95,8 +95,9 @@ def test_a_hub_data_set_is_a_path_to_datasets(tmp_path, monkeypatch):
         return load_dataset(str(tmp_path), split=split, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr("agevlm.evaluation.sources.load_dataset", load)
+    monkeypatch.setattr("agevlm.evaluation.sources._check_reachable", asked.append)
     assert load_hub(POPE)["id"] == ["random-1"]
-    assert asked == [("lmms-lab/POPE", "default", "test")]
+    assert asked == ["lmms-lab/POPE", ("lmms-lab/POPE", "default", "test")]
 
 
 BIG = base64.b64encode(PNG).decode()
@@ -244,9 +245,9 @@ def test_bad_files_are_named(tmp_path, lines, message):
 def test_an_empty_folder_says_what_belongs_there(tmp_path):
     with pytest.raises(ValueError, match=r"put one of pope\.parquet, .*coco_pope_random\.json"):
         load_local(POPE, tmp_path)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such file or folder"):
         parse_places([str(tmp_path / "missing")])
     with pytest.raises(ValueError, match="unknown benchmark mmlu"):
         parse_places(["mmlu=somewhere"])
     assert parse_places([str(tmp_path), "pope=lmms-lab/POPE"])["pope"] == "lmms-lab/POPE"
-    assert set(parse_places([str(tmp_path)])) == set(EVERY)
+    assert set(parse_places([str(tmp_path)])) == set(EVERY) - {"own"}

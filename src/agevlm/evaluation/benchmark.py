@@ -7,7 +7,7 @@ Shares are percentages, as the papers print them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,7 @@ class Benchmark:
         credit: what a judge's word on a free answer is worth.
         judged_only: the protocol has no rule-based reading; the judged column is its result.
         max_new_tokens: longest answer.
+        note: what else to say of the rows beside the rule.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Benchmark:
     judged_only: bool = False
     protocol: str = "paper"
     max_new_tokens: int = 128
+    note: Callable[[Iterable[Row]], str] = lambda rows: ""
 
     def credits(self, rows: Sequence[Row], parsed: Answers) -> np.ndarray:
         """1 for each right answer, else 0."""

@@ -12,12 +12,13 @@ DEFAULT_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
 
 
 def evaluate(argv: list[str] | None = None) -> None:
-    """Evaluate models on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE, public or of scenes.
+    """Evaluate models on own questions, and on HallusionBench, OCRBench, CV-Bench, RealWorldQA and POPE.
 
     Measured are answers, scores, baselines, a judge's reading, and where the model looked.
 
     agevlm eval MODEL... --output DIR                                   # the published sets, from the Hub
-    agevlm eval MODEL... --data FOLDER --output DIR                     # the same columns in a folder
+    agevlm eval MODEL... --data own.jsonl --output DIR                  # own questions: image, question, answer
+    agevlm eval MODEL... --data FOLDER --output DIR                     # the published columns in a folder
     agevlm eval MODEL... --scenes FOLDER --split composition --output DIR
     agevlm eval MODEL... --masks FILE --output DIR                      # where it looks, without questions
     agevlm eval MODEL... --language TEXT --output DIR                   # perplexity of a text, without questions
@@ -30,8 +31,8 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--benchmarks",
         nargs="+",
         metavar="NAME",
-        help=f"all, or out of {known} (default: all; none with --masks or --language and no rows); of text alone: "
-        f"{told}",
+        help=f"all, or out of {known} (default: all; own for a file; none with --masks or --language and no rows); "
+        f"of text alone: {told}",
     )
     parser.add_argument(
         "--protocol", default="paper", help=f"whose prompts and reading: {', '.join(PROTOCOLS)} (default: %(default)s)"
@@ -44,8 +45,10 @@ def evaluate(argv: list[str] | None = None) -> None:
         "--data",
         nargs="+",
         default=[],
-        metavar="DIR|NAME=PLACE",
-        help="folder with files in the published columns, for all benchmarks or one; or another Hub id for one",
+        metavar="FILE|DIR|NAME=PLACE",
+        help="a file (.jsonl, .json, .csv, .parquet) is own questions: image, question, answer, maybe kind (yes-no, "
+        "choice, exact, contains), options, id, category, mask; or conversations as training takes them. A folder has "
+        "files in the published columns. NAME=PLACE is a file, folder or Hub id for one benchmark",
     )
     rows.add_argument(
         "--images", metavar="DIR", help="folder of the pictures that rows of --data name (default: theirs)"

@@ -21,6 +21,7 @@ from .benchmark import Row
 
 
 PICTURES = ("image", "mask", "images", "guidance")  # columns; the last two of rows with masks by phrase
+UNUSABLE = "unusable"  # column of the reason for which a row of own questions cannot be asked
 
 
 class RowError(ValueError):
@@ -76,7 +77,9 @@ def open_rows(
     questions, bad = [], {}
     for row in rows:
         try:
-            if "guidance" in row:
+            if row.get(UNUSABLE):
+                raise RowError(row[UNUSABLE])
+            if "messages" in row:
                 questions.append(_guided_question(processor, row))
                 continue
             key = picture_key(row)
@@ -88,17 +91,39 @@ def open_rows(
                 raise
             bad[row["id"]] = str(error)
             continue
-        mask = None
+        phrases = []
+        for phrase, mask in open_phrases(asked, row, pictures[key], strict) if with_masks else ():
+            words = [(0, phrase["query"], phrase.get("occurrence") or 0)]
+            phrases.append((_marked(processor, messages(asked.prompt(row)), words)[1][0], mask))
+        questions.append(Question(row, pictures[key], text, phrases))
+    return questions, bad
+
+
+def open_phrases(asked: Any, row: Row, image: Image.Image | None, strict: bool) -> list[tuple[Row, Image.Image]]:
+    """The phrases of a question that say what to look at ({query, occurrence}) with their usable masks: those of its
+    list `guidance`, without one the whole question with the row's mask. RowError if strict, for a bad mask."""
+    said = row["guidance"] if "guidance" in row else [{"query": asked.query(row), "mask": row.get("mask")}]
+    found = []
+    for phrase in said:
         try:
-            mask = row_mask(row, pictures[key]) if with_masks else None
+            mask = row_mask({**row, **phrase}, image)
         except RowError:
             if strict:
                 raise
-        phrases = []
+            continue
         if mask is not None:
-            phrases = [(processor.message_span(messages(asked.prompt(row)), 0, asked.query(row)), mask)]
-        questions.append(Question(row, pictures[key], text, phrases))
-    return questions, bad
+            found.append((phrase, mask))
+    return found
+
+
+def _marked(
+    processor: Any, chat: Sequence[dict], words: Sequence[tuple[int, str, int]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The chat's text, and the places in it of words, given as `mark_phrases` takes them."""
+    marked, pairs = processor.mark_phrases(chat, words)
+    text = processor.apply_chat_template(marked, tokenize=False)
+    text, marks = take_marks(text, len({mark for pair in pairs for mark in pair}))
+    return text, [(marks[start], marks[end]) for start, end in pairs]
 
 
 def _guided_question(processor: Any, row: Row) -> Question:
@@ -110,12 +135,9 @@ def _guided_question(processor: Any, row: Row) -> Question:
             raise ValueError(f"row {row['id']}: {len(opened['images'])} pictures; looking is measured on rows of one")
         masks = [phrase["mask"] for phrase in opened["guidance"]]
         words = [(said["message_index"], said["query"], said.get("occurrence") or 0) for said in opened["guidance"]]
-        marked, pairs = processor.mark_phrases(row["messages"], words)
-        text = processor.apply_chat_template(marked, tokenize=False)
-        text, marks = take_marks(text, len({mark for pair in pairs for mark in pair}))
+        text, spans = _marked(processor, row["messages"], words)
     except ValueError as error:
         raise RowError(str(error)) from error
-    spans = [(marks[start], marks[end]) for start, end in pairs]
     return Question(row, opened["images"][0], text, list(zip(spans, masks, strict=True)))
 
 

@@ -102,6 +102,12 @@ def number_value(text: str) -> str | None:
     return text if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text) else None
 
 
+def normalize(text: str) -> str:
+    """`simplify`, without an article in front and with a number word in digits."""
+    text = re.sub(r"^(?:the answer is |a |an |the )+", "", simplify(text))
+    return number_value(text) or text
+
+
 def simplify(text: str) -> str:
     """Lower case, single spaces, no punctuation or quotes around it, decimal digits of any script as 0 to 9."""
     text = "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text.lower())

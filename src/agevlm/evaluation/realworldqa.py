@@ -14,7 +14,7 @@ from agevlm.stats import Measure, ResultKey, share
 
 from .benchmark import Answers, Benchmark, Column, Guesses, Row, Source, among, protocols, table_options
 from .harnesses import cambrian_word, lmms_choice
-from .parsing import LETTERS, number_value, parse_choice, simplify
+from .parsing import LETTERS, normalize, parse_choice
 
 
 _ASKED = "Question: "  # how VLMEvalKit's prompt begins
@@ -40,18 +40,13 @@ def gold(row: Row) -> str:
     return answer.upper() if len(answer) == 1 else answer
 
 
-def _normalize(text: str) -> str:
-    text = re.sub(r"^(?:the answer is |a |an |the )+", "", simplify(text))
-    return number_value(text) or text
-
-
 def parse(row: Row, output: str) -> str | None:
     choices = options(row)
-    return parse_choice(output, choices) if choices else _normalize(output) or None
+    return parse_choice(output, choices) if choices else normalize(output) or None
 
 
 def right_answer(row: Row) -> str:
-    return gold(row) if options(row) else _normalize(row["answer"])
+    return gold(row) if options(row) else normalize(row["answer"])
 
 
 def measures(rows: Sequence[Row], parsed: Answers, credits: np.ndarray) -> dict[ResultKey, Measure]:

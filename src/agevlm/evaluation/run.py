@@ -31,13 +31,15 @@ from agevlm.stats import mcnemar, paired_difference
 from agevlm.store import check_same, digest, locked, read_json, read_lines, write_json, write_lines, write_text
 
 from .benchmark import PROTOCOLS, Benchmark, Metrics, Row, units_of
+from .errors import draw_errors
 from .generate import PREDICTIONS, Prediction, generate_predictions
 from .inputs import PICTURES
 from .inputs import without_pictures as plain
 from .judge import Judge, judge_rows, score_judged
 from .looking import Look, load_masked, marked_rows, measure_looking, summarize
+from .own_rows import load_own
 from .processes import current_device, is_main
-from .registry import BENCHMARKS, EVERY, TEXT_ONLY
+from .registry import BENCHMARKS, EVERY, OWN, TEXT_ONLY
 from .sources import load_hub, load_local, prepare
 from .tables import html_page, markdown_page, summary_table
 
@@ -86,15 +88,19 @@ def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchma
 
 
 def load_published(
-    benchmarks: Sequence[Benchmark], places: Mapping[str, str], images: str | Path | None = None
+    benchmarks: Sequence[Benchmark], places: Mapping[str, str], images: str | Path | None = None, strict: bool = False
 ) -> dict[str, Dataset]:
     """Rows by benchmark, each from its place: a file, a folder or a Hub id; without one from the Hub. `images`: folder
-    of the pictures that rows name."""
+    of the pictures that rows name. `strict`: stop at an own question that cannot be asked."""
     data = {}
     for benchmark in benchmarks:
         place = places.get(benchmark.name)
-        local = place is not None and Path(place).exists()
-        data[benchmark.name] = load_local(benchmark, str(place), images) if local else load_hub(benchmark, place)
+        if benchmark.name in OWN and place is not None:
+            data[benchmark.name] = load_own(place, images, strict)
+        elif place is not None and Path(place).exists():
+            data[benchmark.name] = load_local(benchmark, place, images)
+        else:
+            data[benchmark.name] = load_hub(benchmark, place)
     return data
 
 
@@ -284,6 +290,7 @@ def score_predictions(
         "intervals": benchmark.intervals(usable, parsed),
         "skipped": len(rows) - len(usable),
         "protocol": f"{benchmark.protocol}: {benchmark.rule}",
+        "note": benchmark.note(usable),
         "shown": list(benchmark.shown or (benchmark.headline,)),
         "judged_only": benchmark.judged_only,
         "constants": benchmark.constants(usable),
@@ -349,7 +356,7 @@ def compare_folders(
         if benchmark.judged_only:
             continue
         predictions = {name: read_lines(output / name / benchmark.name / PREDICTIONS) for name in names}
-        rows = data[benchmark.name].select(range(len(predictions[names[0]])))
+        rows = data[benchmark.name].select(range(len(predictions[names[0]])))  # fewer under a limit
         for index, first in enumerate(names):
             for second in names[index + 1 :]:
                 found = compare(benchmark, rows, predictions[first], predictions[second])
@@ -358,18 +365,25 @@ def compare_folders(
 
 
 def parse_places(values: Sequence[str]) -> dict[str, str]:
-    """`FOLDER` (for all benchmarks) and `NAME=PLACE` into places by benchmark.
+    """`FILE` (own questions), `FOLDER` (for all benchmarks) and `NAME=PLACE` into places by benchmark.
 
     Raises:
-        ValueError: an unknown name, or a folder that is not there.
+        ValueError: an unknown name, or a file or folder that is not there.
     """
     places: dict[str, str] = {}
     for value in values:
         name, equals, place = value.partition("=")
-        if not equals:
-            if not Path(value).is_dir():
-                raise ValueError(f"--data {value}: no such folder; give a folder, or NAME=PLACE for one benchmark")
-            places = {**dict.fromkeys(EVERY, value), **places}
+        if Path(value).is_file():
+            if places.keys() & OWN.keys():
+                raise ValueError(f"--data {value}: a second file of own questions; call eval for each")
+            places |= dict.fromkeys(OWN, value)
+        elif Path(value).is_dir():
+            places = {**dict.fromkeys((*TEXT_ONLY, *BENCHMARKS), value), **places}
+        elif not equals:
+            raise ValueError(
+                f"--data {value}: no such file or folder; give a file of own questions, a folder of published "
+                "ones, or NAME=PLACE for one benchmark"
+            )
         elif name not in EVERY:
             raise ValueError(f"--data {value}: unknown benchmark {name}; use {', '.join(EVERY)}")
         else:
@@ -385,19 +399,26 @@ def run_verb(arguments: argparse.Namespace) -> None:
     if arguments.scenes and arguments.data:
         raise ValueError("--scenes and --data are two places for the same rows; give one")
     asks = arguments.benchmarks or arguments.data or arguments.scenes or not (arguments.masks or arguments.language)
-    benchmarks = choose(arguments.benchmarks or ["all"], arguments.protocol) if asks else []
+    places = parse_places(arguments.data)
+    own = [name for name in OWN if name in places]
+    usual = [*own, *list(BENCHMARKS) * (len(places) > len(own))] if own else ["all"]
+    benchmarks = choose(arguments.benchmarks or usual, arguments.protocol) if asks else []
     output = Path(arguments.output)
     if arguments.scenes:
         data = load_scenes(arguments.scenes, arguments.split, benchmarks)
         source = {"data": "scenes", "split": arguments.split}
     else:
-        data = load_published(benchmarks, parse_places(arguments.data), arguments.images)
+        data = load_published(benchmarks, places, arguments.images, arguments.strict)
         source = {"data": " ".join(arguments.data) or "Hub", "split": "test"}
     if arguments.rows and not arguments.masks:
         raise ValueError("--rows are those of --masks; give the masks too")
     masked = load_masked(arguments.masks, arguments.rows) if arguments.masks else None
     judge = Judge(arguments.judge, output / "judge", arguments.batch_size) if arguments.judge else None
-    results = {}
+    results, answers, errors = {}, {}, {}
+    asked = next((benchmark for benchmark in benchmarks if benchmark.name in OWN), None)
+    for benchmark in benchmarks:
+        if is_main() and (note := benchmark.note(plain(data[benchmark.name]))):
+            print(f"{benchmark.name}: {note}")
     for name, path in zip(names, arguments.models, strict=True):
         model, processor = load(
             path,
@@ -425,13 +446,16 @@ def run_verb(arguments: argparse.Namespace) -> None:
                 max_new_tokens=arguments.max_new_tokens,
                 strict=arguments.strict,
             )
+            if asked is not None and is_main():
+                answers[name] = read_lines(output / name / asked.name / PREDICTIONS)
+                errors[name] = draw_errors(model, processor, asked, data[asked.name], answers[name])
     if not is_main():
         return
     comparisons = compare_folders(output, names, benchmarks, data) if len(names) > 1 else []
     if comparisons:
         write_json(output / "comparison.json", comparisons)
     write_text(output / "results.md", markdown_page(results, comparisons))
-    write_text(output / "results.html", html_page(results, comparisons))
+    write_text(output / "results.html", html_page(results, comparisons, answers, errors))
     Console(markup=False).print(summary_table(results))
     written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
 

@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow.csv
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from agevlm.data.rows import refuse_names, resolve_inside, undecoded
 from agevlm.data.tables import load_snapshot, read_files
@@ -43,6 +45,8 @@ def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     if not place:
         raise ValueError(f"{benchmark.name} has no published set; use --scenes DIR or --data {benchmark.name}=FILE")
     folder = Path(place)
+    if not folder.is_dir():
+        _check_reachable(place)
     parts = [
         load_snapshot(folder, source.config, split)
         if folder.is_dir()
@@ -51,6 +55,20 @@ def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     ]
     parts = [refuse_names(part) if part.info.builder_name == "parquet" else part for part in parts]
     return prepare(benchmark, concatenate_datasets(parts), place)
+
+
+def _check_reachable(place: str) -> None:
+    """Raises ValueError at once where the Hub is out of reach: `datasets` would try for most of a minute."""
+    try:
+        if try_to_load_from_cache(place, "README.md", repo_type="dataset") is None:
+            HfApi().dataset_info(place, timeout=10)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return  # `datasets` says what is wrong with this set, or finds it on the disk
+    except Exception as error:
+        raise ValueError(
+            f"{place} cannot be fetched: the Hub is out of reach ({type(error).__name__}). Connect, or give rows of "
+            "this machine: --data FILE of own questions, --data FOLDER of published ones, --scenes or --masks"
+        ) from error
 
 
 def load_local(benchmark: Benchmark, place: str | Path, images: str | Path | None = None) -> Dataset:
@@ -167,7 +185,7 @@ def _read_tsv(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
     text = pyarrow.csv.ConvertOptions(column_types={name.strip('"'): "string" for name in header})
     rows = pyarrow.csv.read_csv(path, block, options, text).to_pylist()
     rows = [
-        {name: _listed(value) if name in LISTS and value[:1] == "[" else value for name, value in row.items()}
+        {name: listed(value) if name in LISTS and value[:1] == "[" else value for name, value in row.items()}
         for row in rows
     ]
     if not rows or "index" not in rows[0] or "id" in rows[0]:
@@ -186,7 +204,8 @@ def _read_tsv(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
         ) from error
 
 
-def _listed(text: str) -> Any:
+def listed(text: str) -> Any:
+    """The list that a text holds as JSON, or as Python prints it. Raises ValueError if it holds none."""
     try:
         return json.loads(text)
     except ValueError:

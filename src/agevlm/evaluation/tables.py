@@ -1,9 +1,10 @@
 """Results of several models as tables: on the console (the headlines), in Markdown and HTML (every metric)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from rich.table import Table as ConsoleTable
 from rich.text import Text
 
@@ -136,7 +137,7 @@ def sections(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> Iter
     for name, result in first["benchmarks"].items():
         scored = " Its result is the judged column alone." if result["judged_only"] else ""
         judge = f" Judge: {first['judge']}." if first["judge"] else " No judge."
-        note = f"Protocol {result['protocol']}.{judge}{scored}"
+        note = f"Protocol {result['protocol']}.{judge}{scored} {result.get('note', '')}".rstrip()
         yield name, note, benchmark_lines(results, name)
     pooled = grounding_lines({model: metrics["grounding"] for model, metrics in results.items()})
     if pooled:
@@ -164,7 +165,8 @@ def markdown_table(lines: Lines) -> str:
 
 def _title(results: Results) -> str:
     first = next(iter(results.values()))
-    return f"Evaluation: {first['data']}, split {first['split']}, protocol {first['protocol']}"
+    split = f", split {first['split']}" if first["data"] == "scenes" else ""
+    return f"Evaluation: {first['data']}{split}, protocol {first['protocol']}"
 
 
 _NOTE = (
@@ -180,29 +182,33 @@ def markdown_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = (
     return "\n".join(parts)
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color-scheme:light dark}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #8884}"
-    "td,th{text-align:right}"
-    "td:first-child,th:first-child{text-align:left}div{overflow-x:auto}"
-)
-
-
-def html_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
-    """One file that needs nothing else."""
-    parts = [f"<h1>{escape(_title(results))}</h1><p>{escape(_NOTE)}</p>"]
-    for title, note, (head, *rest) in sections(results, comparisons):
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>\n" for line in rest)
-        columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        parts.append(
-            f"<h2>{escape(title)}</h2><p>{escape(note)}</p><div><table><tr>{columns}</tr>\n{rows}</table></div>"
-        )
-    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = escape(_title(results))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{viewport}<title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>{''.join(parts)}</body></html>\n"
+def page_environment(*rooms: str, **filters: Callable[..., Any]) -> Environment:
+    """Templates of this room, which share one frame, and of the rooms above that fill it; `picture` is one of the
+    filters."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(f"agevlm.{room}") for room in (*rooms, "evaluation")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"picture": str, **filters}
+    return environment
+
+
+def html_page(
+    results: Results,
+    comparisons: Sequence[Mapping[str, Any]] = (),
+    predictions: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    errors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> str:
+    """One file that needs nothing else. `predictions`, `errors`: model -> answers to own questions, `draw_errors`."""
+    made = [
+        {"title": title, "note": note, "lines": lines, "picture": None}
+        for title, note, lines in sections(results, comparisons)
+    ]
+    page = {"title": _title(results), "note": _NOTE, "sections": made}
+    return page_environment().get_template("results.html.jinja").render(page, predictions=predictions, errors=errors)
 
 
 def summary_table(results: Results) -> ConsoleTable:
@@ -218,16 +224,23 @@ def summary_table(results: Results) -> ConsoleTable:
             path = ("judged", result["headline"])
             lines.append([f"{name} {path[1]}, judged", *(_number(lookup(r, path)) for r in found), ""])
         lines.append([f"{name} unparsed %", *(_number(r["unparsed"]) for r in found), ""])
-    for metric in GROUNDING_METRICS if first["grounding"]["n"] else ():
-        values = [lookup(metrics, ("grounding", metric, "mean")) for metrics in results.values()]
-        cells = ["–" if value is None else f"{value:.3f}" for value in values]
-        lines.append([metric.replace("_", " "), *cells, f"{first['grounding']['uniform'][metric]:.3f} (uniform)"])
+        if any(r["skipped"] for r in found):
+            lines.append([f"{name} rows (skipped)", *(f"{r['n']} ({r['skipped']})" for r in found), ""])
+    for place, where in (("grounding", ""), ("masked", ", --masks")):
+        for metric in GROUNDING_METRICS if lookup(first, (place, "n")) else ():
+            values = [lookup(metrics, (place, metric, "mean")) for metrics in results.values()]
+            cells = ["–" if value is None else f"{value:.3f}" for value in values]
+            name = metric.replace("_", " ") + where
+            lines.append([name, *cells, f"{first[place]['uniform'][metric]:.3f} (uniform)"])
+    if "masked" in first:
+        counts = [metrics["masked"] for metrics in results.values()]
+        lines.append(["rows of --masks (skipped)", *(f"{m['n']} ({m['skipped']})" for m in counts), ""])
     if any("language" in metrics for metrics in results.values()):
         values = [lookup(metrics, ("language", "perplexity")) for metrics in results.values()]
         lines.append(["text perplexity", *("–" if value is None else f"{value:.4g}" for value in values), ""])
     table = ConsoleTable(title=Text(_title(results)))  # names and answers are text, not markup
-    for place, head in enumerate(["", *results, "without looking"]):
-        table.add_column(Text(head), justify="right" if 0 < place <= len(results) else "left")
+    for column, head in enumerate(["", *results, "without looking"]):
+        table.add_column(Text(head), justify="right" if 0 < column <= len(results) else "left")
     for line in lines:
         table.add_row(*map(Text, line))
     return table

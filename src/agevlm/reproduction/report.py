@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from agevlm.analysis.attention import Example, Panel, write_examples
 from agevlm.analysis.figures import save_rows
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.drawing import panels
 from agevlm.evaluation import pope
-from agevlm.evaluation.tables import markdown_table
+from agevlm.evaluation.tables import markdown_table, page_environment
 from agevlm.images import data_address, open_image, save_image
 from agevlm.models import load
 from agevlm.store import read_json, write_json, write_text
@@ -446,18 +444,12 @@ def _made(section: Section, material: Material, output: Path) -> dict[str, Any] 
 
 def html(page: Mapping[str, Any], output: Path) -> str:
     """The page with its pictures, which lie in `output`, inside."""
-    environment = Environment(
-        loader=PackageLoader("agevlm.reproduction"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    environment = page_environment(
+        "reproduction",
+        duration=duration,
+        picture=lambda name: _address(output / name),
+        tone={HOLDS: "holds", FAILS: "fails"}.get,
     )
-    environment.filters |= {
-        "duration": duration,
-        "picture": lambda name: _address(output / name),
-        "tone": {HOLDS: "holds", FAILS: "fails"}.get,
-    }
     return environment.get_template(TEMPLATE).render({**page, "not_run": NOT_RUN})
 
 

@@ -189,7 +189,7 @@ def _id(value: Any, position: int, notes: list[tuple[str, str]]) -> str:
         return str(value)
     if not isinstance(value, str):
         raise BadRow("bad_id", f"id is {_shown(value)}")
-    return _checked(value, "id")
+    return checked(value, "id")
 
 
 def _is_nothing(value: Any) -> bool:
@@ -208,10 +208,11 @@ def _images(record: Mapping[str, Any]) -> list[Any]:
         value = [value]
     if not isinstance(value, list):
         raise BadRow("bad_image_field", f"{name} is {_shown(value)}")
-    return [_image(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    return [read_image(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
-def _image(value: Any, where: str) -> Any:
+def read_image(value: Any, where: str) -> Any:
+    """A path, or {"bytes", "path"}. Raises BadRow for a URL, nothing, or anything else that is no picture."""
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
         raise BadRow("null_image", f"{where} is {value!r}")
     if isinstance(value, str):
@@ -219,14 +220,14 @@ def _image(value: Any, where: str) -> Any:
             return {"bytes": _from_base64(value, where), "path": None}
         if re.match(r"(?:https?|s3|gs):", value):
             raise BadRow("image_url", f"{where} is {value[:100]!r}; download it and give its path")
-        return _checked(value, where)
+        return checked(value, where)
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     named = isinstance(value, Mapping) and value.get("path")
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) and (value["bytes"] or not named):
         return {"bytes": value["bytes"], "path": value.get("path")}
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value["path"]:
-        return _checked(value["path"], where)
+        return checked(value["path"], where)
     raise BadRow("bad_image_field", f"{where} is {_shown(value)}")
 
 
@@ -335,7 +336,7 @@ def _text(content: Any, where: str, shown: list[Any]) -> str:
         content = "".join(_part(part, where, shown) for part in content)
     if not isinstance(content, str):
         raise BadRow("bad_text", f"{where} is {_shown(content)}")
-    return _checked(content, where).strip()
+    return checked(content, where).strip()
 
 
 def _part(part: Any, where: str, shown: list[Any]) -> str:
@@ -345,7 +346,7 @@ def _part(part: Any, where: str, shown: list[Any]) -> str:
         pictures = [part[name] for name in ("image", "image_url", "url", "path", "base64") if part.get(name)]
         for picture in pictures[:1]:
             shown.append(
-                _image(picture["url"] if isinstance(picture, Mapping) and "url" in picture else picture, where)
+                read_image(picture["url"] if isinstance(picture, Mapping) and "url" in picture else picture, where)
             )
         return PUBLISHED_PLACEHOLDER
     if kind == "text" and isinstance(part.get("text"), str):
@@ -355,7 +356,8 @@ def _part(part: Any, where: str, shown: list[Any]) -> str:
     raise BadRow("bad_text", f"{where} holds the part {_shown(part)}")
 
 
-def _checked(text: str, where: str) -> str:
+def checked(text: str, where: str) -> str:
+    """The text. Raises BadRow where it holds a NUL character or half a surrogate pair."""
     if "\0" in text:
         raise BadRow("nul_character", f"{where} holds a NUL character")
     try:
