@@ -112,7 +112,9 @@ def test_every_question_of_a_conversation_is_a_row(folder, layout):
     rows = load_own(folder / "train.json")
     assert rows["id"] == ["x-1", "x-2", "x-3"] and rows["question"] == ["Is there a cup?", "What color is it?", CHOICE]
     assert rows["answers"] == [["yes"], ["red"], ["B"]] and rows["kind"] == ["yes-no", "contains", "choice"]
-    assert [PAPER.prompt(row) for row in rows] == rows["question"], "options that are listed are not listed again"
+    asked = ["Is there a cup? Please answer yes or no.", *rows["question"][1:]]
+    assert [PAPER.prompt(row) for row in rows] == asked, "options that are listed are not listed again"
+    assert PAPER.prompt({**rows[0], "question": asked[0]}) == asked[0]
 
 
 BAD = {

@@ -1,8 +1,9 @@
 """Own questions about own pictures: yes or no, a choice, an exact answer, or one that the output must contain.
 
-A row has the columns of `own_rows.FEATURES`. The question is asked verbatim; options without letters in it are listed
-below it. Reading: yes or no strictly; an option's letter, else its text; `exact` is equality but for case,
-punctuation, article and number words; `contains` wants a right answer as whole words anywhere in the output.
+A row has the columns of `own_rows.FEATURES`. A question is asked as it is. Behind one of yes or no stand POPE's words,
+unless it has them; options without letters in the question are listed below it. Reading: yes or no strictly; an
+option's letter, else its text; `exact` is equality but for case, punctuation, article and number words; `contains`
+wants a right answer as whole words anywhere in the output.
 
 A row without `kind` is a choice if it has options, a question of yes or no if it is answered so, else `contains`.
 """
@@ -68,6 +69,8 @@ def _right_answer(kind: str, answer: str, options: Sequence[str]) -> str:
 
 
 def prompt(row: Row) -> str:
+    if row["kind"] == "yes-no" and "yes or no" not in row["question"].lower():
+        return row["question"] + ASK
     if not row["options"] or lettered(row["question"]):
         return row["question"]
     lines = [f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
@@ -140,8 +143,8 @@ def note(rows: Iterable[Row]) -> str:
 PAPER = Benchmark(
     name="own",
     rule=(
-        "question verbatim, options listed below; strict yes/no (VLMEvalKit), option letter or text, `exact` by "
-        "normalised equality, `contains` as whole words"
+        "question, ' Please answer yes or no.' behind yes-no, options listed; strict yes/no (VLMEvalKit), option "
+        "letter or text, `exact` by normalised equality, `contains` as whole words"
     ),
     source=Source("", None, ()),
     columns=(),
