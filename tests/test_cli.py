@@ -30,6 +30,7 @@ BEFORE = {
                        "turns word-rate"),
     "data cutouts": (1, "downloads"),
     "data cambrian": (2, "images limit rows-per-shard strict workers"),
+    "data import": (1, "images masks output part strict"),
     "data check": (1, "against checkpoint images limit max-length out strict workers"),
     "train": (0, "variant size data init_from revision mask_fraction vision freeze_self_attention dry_run resume "
                  "model_name_or_path model_revision dtype attn_implementation use_peft lora_r lora_alpha lora_dropout "

@@ -93,6 +93,12 @@ def test_a_guided_stage_without_masks_is_refused(folder, dry):
         train(folder, *dry)
 
 
+def test_a_form_that_cannot_carry_masks_is_refused_before_a_model_is_loaded(folder, tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"no place for them.*agevlm data import .*--masks.*--variant ca-baseline"):
+        train(folder, "--data", str(tmp_path / "rows.json"), "--init-from", str(tmp_path / "nothing"))
+
+
 def test_the_baseline_needs_no_masks(folder, capsys):
     stage = train(folder, "--variant", "ca-baseline")
     assert "the masks guide nothing" not in capsys.readouterr().out

@@ -142,6 +142,7 @@ def commands(root: Path) -> list[tuple[str, list[object]]]:
     return [
         ("data scenes", ["--output", scenes, *numbers]),
         ("data cambrian", [rows, "--output", root / "cambrian", "--workers", 1]),
+        ("data import", [pairs, "--output", root / "imported"]),
         ("init", ["--parts", TINY_PARTS, "--output", root / "start"]),
         ("ground", [scenes / "captions", "--output", masks, *exact]),
         ("ground view", [masks, "--output", root / "view.html"]),

@@ -259,7 +259,7 @@ def _load_data(
         return data
     if isinstance(data, IterableDataset):
         raise ValueError("An `IterableDataset` cannot be resumed. Give a folder of Parquet shards.")
-    data = prepare(data, recipe.data)
+    data = prepare(data, recipe.data, args.guidance_weight > 0 and not masks and recipe.variant not in TWINS)
     by_length = args.train_sampling_strategy == BY_LENGTH
     shards = load_shards(str(data), recipe.data, recipe.mask_fraction, by_length, joined, recipe.by_phrase)
     if shards is not None:

@@ -21,6 +21,7 @@ Image.init()
 FORMATS: list[str] = [
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 ]
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 FIX = "replace the picture or drop the row"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -260,6 +261,20 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
             raise ValueError(f"{where}: the mask has colors of one brightness; store the object as 255, the rest as 0")
         gray = np.asarray(image)  # the palette does not tell the indices apart
     return _two_levels(gray, 255, where)
+
+
+def read_classes(image: Any, where: str) -> Image.Image:
+    """A mask as [`open_image`] reads it, or of numbers of classes or objects: all but 0 (background) and 255 (border).
+
+    A palette counts by its numbers, not by its colors. Raises ValueError as `open_image` does.
+    """
+    stored = open_stored(image, where, decode=True)
+    if stored.mode in ("P", "L", "I;16", "I") and not _has_alpha(stored):
+        values = np.asarray(stored)
+        numbers = [number for number in np.unique(values) if number not in (0, 255)]
+        if numbers and (stored.mode == "P" or (len(numbers) > 1 and max(numbers) < _CLASSES)):
+            return Image.fromarray((values != 0) & (values != 255))
+    return open_image(image, where, mode="1")
 
 
 def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:

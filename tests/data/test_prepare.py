@@ -104,6 +104,16 @@ def test_the_part_that_a_stage_reads_is_missing(tmp_path, there, read):
         prepare(tmp_path, read)
 
 
+def test_a_set_without_a_place_for_masks_is_refused_before_it_is_converted(tmp_path, cache):
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([{"id": "c", "conversations": turns("Hi")}]))
+    told = f"no place for them: `agevlm data import {source} --masks MASKS .*--variant ca-baseline"
+    with pytest.raises(ValueError, match=told):
+        prepare(source, "captions", guided=True)
+    assert not cache.exists()
+    assert rows_of(prepare(source, "captions"))
+
+
 def test_what_is_prepared_already_stays_as_it_is(tmp_path, cache):
     (tmp_path / "captions").mkdir()
     assert prepare(tmp_path, "captions") == str(tmp_path)

@@ -9,14 +9,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from agevlm.data.masks import join_masks
-from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, open_row, validate_row
+from agevlm.data.queries import find_name, find_query
+from agevlm.data.rows import MASK_FEATURES, PHRASE_FEATURES, ROW_FEATURES, open_row
 from agevlm.data.tables import load_table
 from agevlm.grounding import cli as ground
-from agevlm.grounding.coco import read_coco
+from agevlm.grounding.import_data import import_masks
 from agevlm.grounding.masks import boundary_f, iou, to_png
 from agevlm.grounding.output import read_masks
 from agevlm.grounding.quality import compare, load_masks, measure_quality
-from agevlm.grounding.rows import find_query
 from agevlm.processing import AgeVlmImageProcessorPil
 from agevlm.store import write_json
 
@@ -57,7 +57,10 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
 
     pytest.importorskip("pycocotools", reason="needs the extra coco")
     ground.export_coco([str(out), str(folder / "coco.json")])
-    ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet")])
+    ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet"), "--rows", rows])
+    assert "`agevlm ground import` is now `agevlm data import`" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give the rows that they belong to, --rows ROWS"):
+        ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet")])
     kept, back = read_masks(out), load_table(str(folder / "back.parquet"))
     assert back["id"] == kept["id"] and back["query"] == kept["query"]
     for one, two in zip(kept["mask"], back["mask"], strict=True):
@@ -78,64 +81,8 @@ def test_rows_with_guidance_bring_their_masks(files):
     assert [m.tobytes() for m in again["mask"]] == [m.tobytes() for m in kept["mask"]]
 
 
-def test_other_tools_annotations_are_united_and_bad_ones_named(tmp_path):
-    images = [
-        {"id": 7, "file_name": "a", "width": 10, "height": 8},
-        {"id": 8, "file_name": "b", "width": 9, "height": 9},
-    ]
-    annotations = [
-        {"id": 1, "image_id": 7, "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3]]},
-        {"id": 2, "image_id": 7, "segmentation": {"size": [8, 10], "counts": [72, 8]}},
-    ]
-    path = tmp_path / "coco.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    assert read_coco(path, tmp_path / "masks.parquet") == 1
-    mask = np.array(load_table(str(tmp_path / "masks.parquet"))[0]["mask"])
-    assert mask.shape == (8, 10) and mask[:4, :4].all() and mask[:, 9].all() and mask.sum() == 16 + 8
-    annotations[1]["segmentation"]["size"] = [8, 11]
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    with pytest.raises(ValueError, match="image 7, annotation 2: a segmentation of 11 x 8 on a picture of 10 x 8"):
-        read_coco(path, tmp_path / "other.parquet")
-    assert not (tmp_path / "other.parquet").exists()
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="no COCO file"):
-        read_coco(path, tmp_path / "other.parquet")
-
-
-PIECE = [[0, 0, 3, 0, 3, 3, 0, 3]]
+PIECE = [[0, 0, 4, 0, 4, 4, 0, 4]]
 IMAGE = {"id": 7, "file_name": "a", "width": 10, "height": 8}
-
-
-@pytest.mark.parametrize(
-    "segmentation", [[], [[1, 1, 2, 2]], [[90, 90, 99, 90, 99, 99]], {"size": [8, 10], "counts": [80]}]
-)
-def test_annotations_of_no_area_give_no_mask_and_are_counted(tmp_path, segmentation, capsys):
-    write_json(
-        tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": segmentation}]}
-    )
-    assert read_coco(tmp_path / "c.json", tmp_path / "masks.parquet") == 0
-    assert "1 pictures have annotations that cover nothing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("images, annotation, message", [
-    ([IMAGE], {"image_id": 9}, "1 image_id of annotations are the id of no image, e.g. 9"),
-    ([IMAGE], {"image_id": "7"}, "e.g. '7'; its images have ids as 7"),
-    (["a.png"], {}, "images hold 'a.png', expected objects"),
-    ({"7": IMAGE}, {}, "needs the lists"),
-    ([{**IMAGE, "id": None}], {}, "the field id of .* is None"),
-    ([{**IMAGE, "width": "10"}], {}, "the field width of .* is '10'"),
-    ([{**IMAGE, "width": 10**7, "height": 10**7}], {}, "10000000 x 10000000 pixels"),
-    ([{**IMAGE, "width": -1, "height": -1}], {}, "-1 x -1 pixels"),
-    ([IMAGE, {**IMAGE, "id": 8}], {}, "repeat an id or a file_name"),
-    ([IMAGE], {"message_index": "x"}, "the field message_index of .* is 'x'"),
-    ([IMAGE], {"segmentation": {"size": [8, 10], "counts": "0"}}, "image 7, annotation None: run lengths"),
-])  # fmt: skip
-def test_files_of_another_form_are_named_with_the_field(tmp_path, images, annotation, message):
-    annotation = {"image_id": 7, "segmentation": PIECE, **annotation}
-    write_json(tmp_path / "c.json", {"images": images, "annotations": [annotation]})
-    with pytest.raises(ValueError, match=f"c.json.*{message}"):
-        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet")
-    assert not (tmp_path / "masks.parquet").exists()
 
 
 def shown(name, place, text):
@@ -149,18 +96,24 @@ def test_masks_of_a_foreign_file_join_the_rows_that_show_the_pictures(tmp_path):
     def row(name, place):
         return shown(name, place, f"A cat {name}.")
 
-    rows = Dataset.from_list([row("r1", "coco/a"), row("r2", "coco/a"), row("r3", "b")], features=ROW_FEATURES)
-    write_json(tmp_path / "c.json", {"images": [IMAGE], "annotations": [{"image_id": 7, "segmentation": PIECE}]})
-    assert read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows) == 2
-    joined = join_masks(rows, load_table(str(tmp_path / "masks.parquet")))
-    assert [found and found["query"] for found in joined["guidance"]] == ["A cat r1.", "A cat r2.", None]
-    for found in joined:
-        validate_row(found)
-    with pytest.raises(ValueError, match="no file_name, such as 'a', is a picture of the 1 rows, as 'b'"):
-        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", rows.select([2]))
-    other = Dataset.from_list([row("r1", "coco/a"), row("r2", "vg/a")], features=ROW_FEATURES)
-    with pytest.raises(ValueError, match="'a' may be 'coco/a' or 'vg/a'"):
-        read_coco(tmp_path / "c.json", tmp_path / "masks.parquet", other)
+    rows = Dataset.from_list(
+        [row("r1", "coco/a"), row("r2", "coco/a"), row("r3", "b"), row("a.c", None)], features=ROW_FEATURES
+    )
+    path, out = tmp_path / "c.json", tmp_path / "masks.parquet"
+    other = {**IMAGE, "id": 8, "file_name": "a.c"}  # the id of a row whose picture has no name
+    pieces = [
+        {"image_id": 7, "segmentation": PIECE},
+        {"image_id": 7, "segmentation": {"size": [8, 10], "counts": [72, 8]}},
+        {"image_id": 8, "segmentation": PIECE},
+    ]
+    write_json(path, {"images": [IMAGE, other], "annotations": pieces})
+    assert import_masks([path], rows, out) == {"written": 3}
+    joined = join_masks(rows, load_table(str(out)))
+    assert [found and found["query"] for found in joined["guidance"]] == ["A cat r1.", "A cat r2.", None, "A cat a.c."]
+    assert [np.array(open_row(found)["guidance"][0]["mask"]).sum() for found in joined.select([0, 3])] == [24, 16]
+    with pytest.raises(ValueError, match="none of the masks guides a row; no row shows 'a'"):
+        import_masks([path], rows.select([2]), tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists()
 
 
 def by_phrase_set(named, size=(10, 8)):
@@ -193,13 +146,14 @@ def test_phrases_pass_through_page_quality_and_coco(tmp_path, write_files):
     assert [image["file_name"] for image in content["images"]] == ["r1", "r2"]
     assert [item["name"] for item in content["categories"]] == ["A cat", "cat"]
     assert [(item["image_id"], item["category_id"]) for item in content["annotations"]] == [(1, 1), (1, 2), (2, 1)]
-    ground.import_coco([str(tmp_path / "c.json"), "--output", str(tmp_path / "back.parquet"), "--by-phrase"])
+    again = [str(tmp_path / "c.json"), "--rows", rows, "--output"]
+    ground.import_coco([*again, str(tmp_path / "back.parquet"), "--by-phrase"])
     back, wanted = load_table(str(tmp_path / "back.parquet")), by_phrase_set(PHRASES)
     assert back.remove_columns(["mask", "source"]).to_list() == wanted.remove_columns(["mask", "source"]).to_list()
     assert all((np.array(one) == np.array(two)).all() for one, two in zip(back["mask"], wanted["mask"], strict=True))
-    ground.import_coco([str(tmp_path / "c.json"), "--output", str(tmp_path / "whole.parquet")])
+    ground.import_coco([*again, str(tmp_path / "whole.parquet")])
     whole = load_table(str(tmp_path / "whole.parquet"))
-    assert whole["query"] == [None, "A cat"] and np.array(whole["mask"][0]).sum() == 24
+    assert whole["query"] == ["A cat and a cat", "A cat"] and np.array(whole["mask"][0]).sum() == 24
 
 
 def test_phrases_are_compared_by_their_words():
@@ -212,18 +166,18 @@ def test_phrases_are_compared_by_their_words():
         measure_quality(found, exact.remove_columns(["occurrence"]).select([3]), GRID)
 
 
-def test_categories_are_the_phrases_that_a_text_names(tmp_path, capsys):
+def test_categories_are_the_phrases_that_a_text_names(tmp_path):
     file, out = tmp_path / "c.json", tmp_path / "masks.parquet"
     names = ["dog", "cat", "bench", *(f"thing {number}" for number in range(9))]
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
     pieces = [{"image_id": 7, "category_id": number, "segmentation": PIECE} for number in (0, 1, 2, 1)]
-    pieces[3]["segmentation"] = [[5, 0, 8, 0, 8, 3, 5, 3]]
+    pieces[3]["segmentation"] = [[5, 0, 9, 0, 9, 4, 5, 4]]
     write_json(file, {"images": [IMAGE], "annotations": pieces, "categories": categories})
     texts = ["scatter two Cats; a dog", "nothing", ", ".join(names)]
     rows = Dataset.from_list(
         [shown(f"r{number}", "a", text) for number, text in enumerate(texts)], features=ROW_FEATURES
     )
-    assert read_coco(file, out, rows, by_phrase=True) == 5
+    assert import_masks([file], rows, out, by_phrase=True)["written"] == 5
     joined = join_masks(rows, load_table(str(out)))
     assert [[phrase["query"] for phrase in found or []] for found in joined["guidance"]] == [
         ["dog", "Cats"], [], ["dog", "cat", "bench"],
@@ -233,10 +187,7 @@ def test_categories_are_the_phrases_that_a_text_names(tmp_path, capsys):
     write_json(file, {"images": [IMAGE], "annotations": [
         {"image_id": 7, "category_id": number, "segmentation": PIECE} for number in range(12)
     ], "categories": categories})  # fmt: skip
-    assert read_coco(file, out, rows, by_phrase=True) == 2 + 8
-    assert "1 rows have more than 8 phrases; the first 8 are used" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="an annotation of 'a' has no query; pass the rows that name its category"):
-        read_coco(file, tmp_path / "other.parquet", by_phrase=True)
+    assert import_masks([file], rows, out, by_phrase=True)["written"] == 2 + 8
 
 
 def test_quality_is_the_mean_of_its_parts_and_refuses_strangers():
@@ -281,6 +232,24 @@ def test_the_query_of_a_row(source, expected):
     assert (text, query, index) == expected and query in messages[index]["content"]
     assert find_query([{"role": "user", "content": "<|image|>"}], source) is None
     assert find_query([], source) is None
+
+
+def test_a_name_is_found_in_words_and_not_in_a_placeholder():
+    row = shown("r", "a", "Two images of a cat, one image of a dog.")
+    row["messages"] += [
+        {"role": "user", "content": "Which image has the Cats?"},
+        {"role": "assistant", "content": "It"},
+    ]
+    asked = find_name(row["messages"], "question+answer", "image")
+    assert asked == {"query": "image", "message_index": 2, "occurrence": 0}
+    row["messages"][0]["content"] = "<|image|>Which image?"
+    asked = find_name(row["messages"], "question", "image")
+    assert asked == {"query": "image", "message_index": 0, "occurrence": 0}
+    mask = {"bytes": to_png(np.ones((8, 10), dtype=bool)), "path": None}
+    open_row({**row, "guidance": {**asked, "mask": mask, "source": "x", "score": None}})
+    assert find_name(row["messages"], "question+answer", "cat")["query"] == "Cats"
+    assert find_name(row["messages"], "caption", "cat")["message_index"] == 1
+    assert find_name(row["messages"], "question", "dog") is None
 
 
 def test_what_is_no_data_set_is_said(tmp_path):

@@ -146,7 +146,7 @@ def check(argv: list[str] | None = None) -> None:
 def _add_source(parser: VerbParser) -> None:
     """A published data set and its pictures."""
     parser.add_argument(
-        "source", help=".jsonl or .json file, a folder with one, Parquet files, or a data set of the Hub"
+        "source", help=".jsonl, .json or .csv file, a folder with one, Parquet files, or a data set of the Hub"
     )
     parser.add_argument(
         "--images",

@@ -200,8 +200,7 @@ def find_query(content: str, phrase: Mapping[str, Any]) -> int:
     """Where the words of a phrase start in its message, -1 where they do not occur (so often). Words inside of a
     placeholder do not count."""
     query, start = phrase["query"], -1
-    if IMAGE_PLACEHOLDER not in query:
-        content = content.replace(IMAGE_PLACEHOLDER, "\0" * len(IMAGE_PLACEHOLDER))
+    content = _readable(content, query)
     for _ in range((phrase.get("occurrence") or 0) + 1):
         start = content.find(query, start + 1)
         if start < 0:
@@ -211,7 +210,13 @@ def find_query(content: str, phrase: Mapping[str, Any]) -> int:
 
 def occurrence_at(content: str, query: str, start: int) -> int:
     """Which occurrence of the words in a message starts at `start`, as `find_query` takes it: 0 for the first."""
+    content = _readable(content, query)
     return sum(content.startswith(query, place) for place in range(start))
+
+
+def _readable(content: str, query: str) -> str:
+    """A message in which the placeholders hold no words, unless the query holds one."""
+    return content if IMAGE_PLACEHOLDER in query else content.replace(IMAGE_PLACEHOLDER, "\0" * len(IMAGE_PLACEHOLDER))
 
 
 def _validate_messages(name: str, messages: Any) -> None:

@@ -1,15 +1,18 @@
 """Opens a table of rows or masks: a Parquet file, a folder of them or of `save_to_disk`, or a set of the Hub."""
 
+import csv
 import glob
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.data_files import (
     NON_WORDS_CHARS,
@@ -24,6 +27,7 @@ from .rows import refuse_names
 
 
 IN_ROOT, BELOW = ("data/*", "*"), ("data/*/*", "*/*", "*/*/*")  # where a folder's files are looked for, in turn
+_GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
 _SPLIT = {
     str(split): re.compile(rf"(?:^|[{NON_WORDS_CHARS}/])(?:{'|'.join(words)})(?:[{NON_WORDS_CHARS}/]|$)")
     for split, words in SPLIT_KEYWORDS.items()
@@ -51,6 +55,52 @@ def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
     if Path(paths[0]).suffix in (".json", ".jsonl"):
         return Dataset.from_json(files, **options)
     return refuse_names(Dataset.from_parquet(files, **options))
+
+
+class GroupWriter:
+    """Writes a Parquet file row by row, in groups of 100 rows, or fewer where their pictures are large."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.file = pq.ParquetWriter(path, schema, use_dictionary=False)
+        self.schema, self.rows, self.bytes = schema, list[Any](), 0
+
+    def add(self, row: Mapping[str, Any], size: int = 0) -> None:
+        """A row, with pictures of `size` bytes."""
+        self.rows.append(row)
+        self.bytes += size
+        if len(self.rows) == _GROUP_ROWS or self.bytes >= _GROUP_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        if self.rows:
+            self.file.write_table(pa.Table.from_pylist(self.rows, schema=self.schema))
+        self.rows, self.bytes = [], 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._write()
+        finally:
+            self.file.close()
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The lines of a CSV file with a header, fields apart by commas, semicolons or tabs, as texts by column. What a
+    line has beyond the header's columns is a list under None; bytes that are no UTF-8 are lone surrogates.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            return list(csv.DictReader(file, delimiter=max(",;\t", key=header.count)))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
 
 
 def split_files(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agevlm.arguments import VerbParser
+from agevlm.arguments import VerbParser, note_old
 from agevlm.progress import written
 
 from .choices import QUERY_SOURCES, names
@@ -22,7 +22,6 @@ def ground(argv: list[str] | None = None) -> None:
     agevlm ground view OUT                       # a page to judge the masks by eye
     agevlm ground quality OUT --against MASKS    # IoU, boundary F and grid IoU against exact masks
     agevlm ground export OUT --output coco.json  # COCO annotations with run lengths
-    agevlm ground import coco.json --output MASKS.parquet
 
     The same command resumes an interrupted run; with other filters it only writes the output again. Several
     processes or nodes: accelerate launch -m agevlm ground DATASET ...
@@ -191,25 +190,76 @@ def export_coco(argv: list[str] | None = None) -> None:
 
 
 def import_coco(argv: list[str] | None = None) -> None:
-    """Read COCO annotations as masks: one for each picture, the union of all, or one for each category named.
+    """Old spelling of `agevlm data import`, for rows that are a data set already: writes their masks alone.
 
     agevlm ground import coco.json --rows mydata --output MASKS.parquet
     """
     parser = VerbParser("ground import", import_coco.__doc__)
-    parser.add_argument("coco", type=Path, help="JSON file with images and annotations")
-    parser.add_argument("--rows", help="data set that shows the pictures: its rows' ids and texts go with the masks")
+    parser.add_argument("coco", type=Path, help="what `agevlm data import` takes as --masks")
+    parser.add_argument("--rows", help="data set that shows the pictures (required)")
     parser.add_argument("--query", choices=QUERY_SOURCES, default="caption", help="text of a row (default: caption)")
-    parser.add_argument("--by-phrase", action="store_true", help="a mask for each category that a text names, up to 8")
+    parser.add_argument("--by-phrase", action="store_true", help="a mask for each thing that a text names, up to 8")
     parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
+    note_old("`agevlm ground import`", "`agevlm data import`")
+    if options.rows is None:
+        raise ValueError(f"{options.coco} has no texts for its masks: give the rows that they belong to, --rows ROWS")
 
     from agevlm.data.tables import load_table
-    from agevlm.grounding.coco import read_coco
+    from agevlm.grounding.import_data import import_masks
 
-    rows = load_table(options.rows) if options.rows else None
-    count = read_coco(options.coco, options.output, rows, options.query, options.by_phrase)
-    print(f"{count} masks")
+    rows = load_table(options.rows)
+    found = import_masks([options.coco], rows, options.output, options.query, options.by_phrase)
+    print(f"{found.pop('written')} masks")
+    for reason, count in found.items():
+        print(f"{count} masks guide no row: {reason}", file=sys.stderr)
     written(options.output, "agevlm train stage3_ground --data DATA --masks {}")
+
+
+def import_data(argv: list[str] | None = None) -> None:
+    """Make a data set of your own pictures, texts and masks that every stage trains on.
+
+    agevlm data import rows.json --images PHOTOS --masks coco.json --output DATA
+    agevlm data import PHOTOS --masks MASKS --output DATA
+
+    SOURCE is one of
+      rows.json, rows.jsonl   LLaVA's {id, image, conversations}, or {images, messages}; the Hub's and Parquet too
+      rows.csv                the columns image and caption, or image, question and answer; id if you like
+      PHOTOS                  a folder with NAME.txt (the caption) beside NAME.jpg, or with metadata.csv or
+                              metadata.jsonl (file_name and text)
+    --masks takes files and folders of
+      COCO's JSON             run lengths, polygons, or boxes alone
+      LabelMe's JSON          polygons, rectangles, circles, masks
+      PNG pictures            NAME.png for NAME.jpg, 0/1, 0/255, class numbers, palette or alpha; one object each:
+                              NAME_1.png, NAME_dog.png, NAME_dog_1.png, NAME/1.png or NAME/dog.png
+      boxes.csv               image, label, xmin, ymin, xmax, ymax (right and bottom excluded)
+    A mask finds its rows by the picture's name, a path or the end of one, or by the row's id.
+
+    A row with one description goes to DATA/captions, a row with questions to DATA/instructions. A caption is guided
+    to all masks of its picture (DATA/masks). Of the questions, the first that names a labeled thing is guided to what
+    it and its answer name; masks without labels guide the first question. Each label that a text names, in singular or
+    plural, is a phrase with a mask of its own (DATA/phrases, for --variant agevlm-phrases). DATA/contact_sheet.png
+    shows them. DATA/import.json lists each row that was dropped or has no mask, and each mask that guides no row, with
+    the reason.
+
+    The same command again finds a finished DATA and changes nothing.
+    """
+    parser = VerbParser("data import", import_data.__doc__)
+    parser.add_argument("source", help="pictures with their texts, see above")
+    parser.add_argument("--images", nargs="+", metavar="ROOT", help="folders of the pictures (default: beside SOURCE)")
+    parser.add_argument("--masks", nargs="+", default=(), metavar="PLACE", help="masks, see above (default: none)")
+    parser.add_argument("--part", choices=("captions", "instructions"), help="of all rows (default: told by each)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a row that cannot be used or a mask that guides no row"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DATA", help="folder to write (required)")
+    options = vars(parser.parse_args(argv))
+
+    from .import_data import import_data as make
+    from .import_data import print_report
+
+    out = options.pop("output")
+    print_report(make(options.pop("source"), out, **options), out)
 
 
 def _add_model(parser: VerbParser, purpose: str) -> None:

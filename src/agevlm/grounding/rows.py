@@ -4,7 +4,6 @@ Rows are the project's (`data/rows.py`: id, images, messages); the first picture
 """
 
 import heapq
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from agevlm.data.masks import subset_hash
-from agevlm.data.rows import IMAGE_PLACEHOLDER, occurrence_at, undecoded
+from agevlm.data.queries import find_phrase, find_query
+from agevlm.data.rows import undecoded
 from agevlm.images import open_header, open_image
 
 from .regions import BAD_PICTURE, BAD_ROW, NO_PICTURE, NO_QUERY, NO_REGION, Grounding
@@ -47,44 +47,6 @@ class Item:
     messages: Sequence[Mapping[str, str]] = ()
     outcome: str = ""
     detail: str = ""
-
-
-def find_query(messages: Sequence[Mapping[str, str]], source: str) -> tuple[str, str, int] | None:
-    """`text`, `query` and `message_index` of a row (see `Item`); None where it has no such text.
-
-    Args:
-        source: `caption` (stages 1 to 3): the first answer. `question` (stage 4, appendix A): the first question.
-            `question+answer` (section 3.2.3): both are sent to the grounding model, and the question is the query,
-            because guidance is on tokens of one message.
-    """
-    role = "assistant" if source == "caption" else "user"
-    for index, message in enumerate(messages):
-        if message["role"] != role:
-            continue
-        # The longest part between placeholders: it is in the message as it stands, which rows are checked for.
-        query = max((part.strip() for part in message["content"].split(IMAGE_PLACEHOLDER)), key=len)
-        if query and source == "question+answer":
-            following = messages[index + 1]["content"] if index + 1 < len(messages) else ""
-            return f"{query} {following.strip()}".strip(), query, index
-        if query:
-            return query, query, index
-    return None
-
-
-def find_phrase(messages: Sequence[Mapping[str, str]], found: Any, words: str) -> dict[str, Any] | None:
-    """`query`, `message_index` and `occurrence` of words in the text that `find_query` has `found` in these messages:
-    the first place that has them, whatever their case and what stands between them. None where there is none."""
-    text, query, index = found
-    pattern = re.compile(r"\b" + r"\W+".join(re.findall(r"\w+", words)) + r"\b", re.IGNORECASE)
-    for message, part in zip(messages[index:], (query, text[len(query) + 1 :]), strict=False):
-        content = message["content"]
-        start = content.index(part)
-        match = pattern.search(content, start, start + len(part))
-        if match and match.group():
-            occurrence = occurrence_at(content, match.group(), match.start())
-            return {"query": match.group(), "message_index": index, "occurrence": occurrence}
-        index += 1
-    return None
 
 
 def split_phrases(item: Item, whole: Grounding, most: int) -> list[tuple[dict[str, Any], Grounding]]:

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from agevlm.data.duplicates import equal_groups, save_hashes
 from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import ROW_FEATURES
+from agevlm.data.tables import GroupWriter
 from agevlm.store import check_same, digest, publish, read_json, read_table, replacing, write_json
 
 from .defaults import ROWS_PER_SHARD
@@ -39,7 +40,6 @@ from .sources import Source, draft_hashes, open_source, read_draft, read_picture
 
 
 FORMAT = 2  # raise when the same arguments would give other rows
-_GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
 
 
 def convert(
@@ -76,7 +76,7 @@ def convert(
     partial = out.parent / f".{out.name}.partial"
     opened = open_source(source, images, partial / "work") if isinstance(source, (str, Path)) else source
     opened.store.work = partial / "work"
-    identity = _identity(opened, limit, rows_per_shard)
+    identity = identity_of(opened, limit, rows_per_shard)
     if out.exists() and any(out.iterdir()):
         return _finished(out, identity)
     is_new = not (partial / "work" / "plan.json").exists()
@@ -159,9 +159,8 @@ def _write_shard(chunk: Chunk) -> None:
     bad, repaired = [], []
     with (
         replacing(target) as temporary,
-        pq.ParquetWriter(temporary, ROW_FEATURES.arrow_schema, use_dictionary=False) as writer,
+        GroupWriter(temporary, ROW_FEATURES.arrow_schema) as writer,
     ):
-        group, size = [], 0
         for position, record in _source.records(chunk):
             try:
                 draft = read_draft(record, position)
@@ -188,13 +187,8 @@ def _write_shard(chunk: Chunk) -> None:
             counts.update({"rows": 1, "pictures": len(row.images), **Counter(kind for kind, _ in row.notes)})
             sources.setdefault(draft.source, Counter())["rows"] += 1
             repaired += [_entry(position, row_id, kind, text) for kind, text in row.notes if kind in REPAIRED]
-            group.append({"id": row_id, "images": row.images, "messages": draft.messages})
-            size += sum(len(image["bytes"]) for image in row.images)
-            if len(group) == _GROUP_ROWS or size >= _GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(group, schema=ROW_FEATURES.arrow_schema))
-                group, size = [], 0
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, schema=ROW_FEATURES.arrow_schema))
+            size = sum(len(image["bytes"]) for image in row.images)
+            writer.add({"id": row_id, "images": row.images, "messages": draft.messages}, size)
         write_json(report, {"counts": counts, "sources": sources, "bad": bad, "repaired": repaired}, indent=None)
 
 
@@ -268,7 +262,7 @@ def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) 
     return summary
 
 
-def _identity(source: Source, limit: int | None, rows_per_shard: int) -> dict[str, Any]:
+def identity_of(source: Source, limit: int | None = None, rows_per_shard: int = ROWS_PER_SHARD) -> dict[str, Any]:
     """What decides the result: the rows by content, the pictures by the names of their folders."""
     roots = "\n".join(map(str, source.store.folders + source.store.named))
     return {

@@ -17,15 +17,16 @@ from .convert import FORMAT, check_whole, convert
 from .sources import DatasetSource, Source, open_source
 
 
-def prepare(data: str | Path, part: str) -> str:
+def prepare(data: str | Path, part: str, guided: bool = False) -> str:
     """The folder that holds `part` of a data set in shards of our rows.
 
     Args:
         data: such a folder already (returned as it is), a URL (likewise), or what `published.open_source` takes.
         part: `captions` or `instructions`.
+        guided: the rows must bring masks, for which published data sets have no place.
 
     Raises:
-        ValueError: nothing to train on, or the other part, is there; see `open_source` and `convert`.
+        ValueError: nothing to train on, no place for masks, or the other part, is there; see `open_source`, `convert`.
     """
     folder = Path(data)
     if "://" in str(data) or (folder / part).is_dir():
@@ -34,7 +35,13 @@ def prepare(data: str | Path, part: str) -> str:
         raise ValueError(f"{data} is one part of a data set: name the folder {part} and give the one above it")
     if (folder / "captions").is_dir() or (folder / "instructions").is_dir():
         raise ValueError(
-            f"{data} has no folder {part}, which this stage reads: put its rows there, or name another set"
+            f"{data} has no folder {part}, which this stage reads: `agevlm data import SOURCE --part {part} --output "
+            "DATA` makes one of your rows"
+        )
+    if guided:
+        raise ValueError(
+            f"this stage is guided by masks, and {data} has no place for them: `agevlm data import {data} --masks "
+            "MASKS --output DATA` makes a data set with masks for --data; to train without: --variant ca-baseline"
         )
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "agevlm"
     cache.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 LLaVA and Cambrian: {id, image, conversations: [{from: human | gpt | system, value}]}, `image` a path, a list of paths
 or nothing. Data sets of the Hub: {images, messages: [{role, content}]}, content a string or a list of text and image
-parts. A field may have the other format's form, and the names of `_PICTURES`, `_TURNS` and `_PAIRS` are known too.
-Pictures are not looked at here (`data/published/pictures.py`).
+parts. A field may have the other format's form, and the names of `_PICTURES`, `_TURNS`, `_PAIRS` and `_CAPTIONS` are
+known too. Pictures are not looked at here (`data/published/pictures.py`).
 
 As in LLaVA's and Cambrian's own loaders, the placeholder of a single picture moves to the front of its turn: with
 cross-attention a token sees the pictures before it, so a question in front of its picture would not see it. Unlike
@@ -27,11 +27,14 @@ PUBLISHED_PLACEHOLDER = "<image>"
 NO_PICTURE = ("", "none", "nan")  # what Cambrian's loader takes for a row of text alone
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PICTURES = ("image", "images", "image_path", "image_paths", "image_file", "img", "img_path", "picture", "pictures",
-             "image_url")  # fmt: skip
+             "image_url", "file_name")  # fmt: skip
 _TURNS = ("conversations", "messages", "conversation")
-_PAIRS = (("prompt", "completion"), ("query", "response"))  # a question and its answer, texts or lists of turns
+# A question and its answer, texts or lists of turns
+_PAIRS = (("prompt", "completion"), ("query", "response"), ("question", "answer"))
 _MEDIUM = r"videos?|audios?|point_?clouds?"
-CONVERSATIONS = {*_TURNS, "texts", *(name for pair in _PAIRS for name in pair)}
+_CAPTIONS = ("caption", "text")
+CAPTION_PROMPT = "Describe the image."  # what a caption alone answers
+CONVERSATIONS = {*_TURNS, "caption", "texts", *(name for pair in _PAIRS for name in pair)}
 _OTHER_MEDIUM = re.compile(
     rf"(?:{_MEDIUM}|sound|speech)(?:_(?:paths?|files?|urls?))?|input_audio"
 )  # a field, or a part
@@ -106,6 +109,7 @@ class BadRow(Exception):
     """A row that cannot be used: `kind` (a key of `DROPPED`), `detail`, and the row's id where it is known."""
 
     def __init__(self, kind: str, detail: str):
+        detail = detail.encode("utf-8", "backslashreplace").decode()  # reports are UTF-8
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
         self.row_id: str | None = None
@@ -164,6 +168,8 @@ def read_record(record: Mapping[str, Any], position: int) -> Draft:
     row_id, source = None, None
     try:
         row_id = _id(record.get("id"), position, notes)
+        if None in record:  # as `tables.read_csv` has it
+            raise BadRow("bad_text", f"a line with more fields than the header, {_shown(record[None])}; quote texts")  # type: ignore[index]
         images = _images(record)
         source = _source(record, images)
         _check_media(record)
@@ -277,6 +283,10 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
             *(asked if isinstance(asked, list) else [{"role": "user", "content": asked}]),
             *(said if isinstance(said, list) else [{"role": "assistant", "content": said}]),
         ]
+    caption = next((name for name in _CAPTIONS if record.get(name)), None)
+    if name is None and turns is None and caption and not record.get("question"):
+        asked = f"{PUBLISHED_PLACEHOLDER}{CAPTION_PROMPT}"
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record[caption]}]
     if isinstance(turns, list) and turns:
         system = record.get("system")
         first = turns[0] if isinstance(turns[0], Mapping) else {}

@@ -1,9 +1,11 @@
-"""The rows of a published data set, wherever they lie: a JSON file with pictures beside it, Parquet files, `datasets`.
+"""The rows of a published data set, wherever they lie: a JSON or CSV file with pictures beside it, pictures with their
+captions in text files, Parquet files, `datasets`.
 
 A source knows its chunks, which processes read independently of each other, and hands out each record as what
 `read_draft` takes. `read_draft` and `read_pictures` make it a row of ours, or say by name why not.
 """
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +19,8 @@ from PIL import Image
 
 from agevlm.data.duplicates import hash64
 from agevlm.data.rows import content_digest
-from agevlm.data.tables import BELOW, IN_ROOT, load_table, split_files
+from agevlm.data.tables import BELOW, IN_ROOT, load_table, read_csv, split_files
+from agevlm.images import SUFFIXES
 from agevlm.store import digest
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
@@ -25,7 +28,7 @@ from .pictures import PictureStore, decode_picture
 from .records import BadRow, Draft, parse_record, read_record
 
 
-_JSON, _PARQUET = (".json", ".jsonl"), (".parquet",)
+_JSON, _PARQUET, _CSV = (".json", ".jsonl"), (".parquet",), (".csv", ".tsv")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -99,6 +102,23 @@ class JsonSource:
             yield chunk.first + number + 1, record
 
 
+class ListSource:
+    """Records in memory, such as the lines of a CSV file, whose pictures lie below the roots of `store`."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], paths: Sequence[Path], store: PictureStore, name: str):
+        self.rows, self.paths, self.store, self.name, self.size = list(rows), list(paths), store, name, len(rows)
+
+    def digest(self) -> str:
+        """Of the rows as they are stored."""
+        return digest(json.dumps(self.rows))
+
+    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
+        return _equal_chunks(self.size, size, limit)
+
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        yield from enumerate(self.rows[chunk.first : chunk.first + chunk.count], start=chunk.first + 1)
+
+
 class ParquetSource:
     """Parquet files with the columns id, images and messages (or others that `read_record` knows)."""
 
@@ -145,14 +165,18 @@ class DatasetSource:
         return content_digest(self.dataset, self.dataset.column_names)
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
-        total = self.size if limit is None else min(limit, self.size)
-        return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
+        return _equal_chunks(self.size, size, limit)
 
     def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
         for start in range(chunk.first, chunk.first + chunk.count, 16):
             stop = min(start + 16, chunk.first + chunk.count)
             for number, record in enumerate(self.dataset[start:stop].to_pylist()):
                 yield start + number + 1, record
+
+
+def _equal_chunks(rows: int, size: int, limit: int | None) -> list[Chunk]:
+    total = rows if limit is None else min(limit, rows)
+    return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
 
 
 def _files_digest(paths: Sequence[Path]) -> str:
@@ -165,17 +189,18 @@ def _files_digest(paths: Sequence[Path]) -> str:
     return digest(pieces())
 
 
-Source = JsonSource | ParquetSource | DatasetSource
+Source = JsonSource | ListSource | ParquetSource | DatasetSource
 
 
 def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
     """The source that `name` stands for.
 
     Args:
-        name: a .json or .jsonl file; a folder with one (also in its folder `jsons`, as Cambrian has it); Parquet files
-            in a folder; a folder of `save_to_disk`; the id of a data set of the Hub.
-        roots: folders and archives of the pictures. Default: the folder of the JSON file, and where that is called
-            `jsons` the one above it.
+        name: a .json, .jsonl or .csv file; a folder with a JSON file (also in its folder `jsons`, as Cambrian has it);
+            pictures with metadata.csv or metadata.jsonl, or each with its caption in a .txt file of its name; Parquet
+            files in a folder; a folder of `save_to_disk`; the id of a data set of the Hub.
+        roots: folders and archives of the pictures. Default: the folder of the file, and where that is called `jsons`
+            the one above it.
         work: folder for an index of pictures, if one is needed.
 
     Raises:
@@ -189,7 +214,9 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
     if path.is_file():
         if path.suffix.lower() in _PARQUET:
             return ParquetSource([path], PictureStore(roots or [path.parent], work), path.name)
-        raise ValueError(f"{path} is neither .json, .jsonl nor .parquet; rename it if it is one of them")
+        if path.suffix.lower() in _CSV:
+            return ListSource(read_csv(path), [path], PictureStore(roots or [path.parent], work), path.name)
+        raise ValueError(f"{path} is neither .json, .jsonl, .csv nor .parquet; rename it if it is one of them")
     if path.is_dir():
         return _open_folder(path, roots, work)
     if not HUB_ID.fullmatch(str(name)):
@@ -204,13 +231,31 @@ def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Pat
         return DatasetSource(load_table(str(path)), PictureStore([path] if roots is None else roots, work), path.name)
     if parquet := split_files(path, _PARQUET, IN_ROOT):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
-    parts = [path / part for part in ("captions", "instructions")]
-    if all(any(part.glob("*.parquet")) for part in parts):
+    parts = [part for part in (path / "captions", path / "instructions") if any(part.glob("*.parquet"))]
+    if parts:
         raise ValueError(f"{path} has a folder for each part of its rows; name one: {' or '.join(map(str, parts))}")
+    told = next((file for end in (".jsonl", ".csv") if (file := path / f"metadata{end}").is_file()), None)
+    if told is not None:
+        return open_source(told, roots, work)
     found = split_files(path, _JSON, ("*", "jsons/*"))
     if not found and (parquet := split_files(path, _PARQUET, BELOW)):
         return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
+    if len(found) != 1 and (captioned := _captioned(path)):
+        store = PictureStore(roots or [path], work)
+        return ListSource(captioned, [path / row["image"] for row in captioned], store, path.name)
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:20]) or "none"
         raise ValueError(f"{path} must hold one .json or .jsonl file, or Parquet files; found {names}. Pass the file.")
     return open_source(found[0], roots, work)
+
+
+def _captioned(folder: Path) -> list[dict[str, str]]:
+    """The pictures below a folder that have a caption in NAME.txt beside NAME.jpg, as rows."""
+    rows = []
+    for text in sorted(folder.rglob("*.txt")):
+        for picture in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")):
+            if picture.suffix.lower() in SUFFIXES:
+                name = picture.relative_to(folder).as_posix()
+                caption = text.read_text(encoding="utf-8-sig", errors="surrogateescape")
+                rows.append({"id": name, "image": name, "caption": caption.strip()})
+    return rows

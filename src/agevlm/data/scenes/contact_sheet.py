@@ -1,7 +1,8 @@
 """One picture to look at: scenes with what is asked, the answer, and the outlines of the masks to look at."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -28,14 +29,18 @@ def _training(folder: Path, part: str) -> Iterator[Entry]:
     rows = _head(folder / part / "train.parquet", _PER_PART)
     phrases = _head(folder / PHRASES / f"{part}.parquet", _PER_PART * MAX_PHRASES)
     for row in rows:
-        own = [phrase for phrase in phrases if phrase["id"] == row["id"]]
-        lines = []
-        for index, message in enumerate(row["messages"]):
-            mark = "> " if index in [phrase["message_index"] for phrase in own] else ""
-            lines.append(f"{mark}{message['role'][0].upper()}: {message['content']}")
-        image = open_image(row["images"][0], row["id"])
-        drawn = [(phrase["query"], open_image(phrase["mask"], row["id"], mode="1")) for phrase in own]
-        yield outline_phrases(image, drawn), None, "\n".join(lines)
+        yield training_entry(row, [phrase for phrase in phrases if phrase["id"] == row["id"]])
+
+
+def training_entry(row: Mapping[str, Any], phrases: Sequence[Mapping[str, Any]]) -> Entry:
+    """A training row with the masks of its phrases, all undecoded."""
+    lines = []
+    for index, message in enumerate(row["messages"]):
+        mark = "> " if index in [phrase["message_index"] for phrase in phrases] else ""
+        lines.append(f"{mark}{message['role'][0].upper()}: {message['content']}")
+    image = open_image(row["images"][0], row["id"])
+    drawn = [(phrase["query"], open_image(phrase["mask"], row["id"], mode="1")) for phrase in phrases]
+    return outline_phrases(image, drawn), None, "\n".join(lines)
 
 
 _TEXTS = {
@@ -64,9 +69,13 @@ def _entries(folder: Path) -> Iterator[Entry]:
 
 def draw_contact_sheet(folder: str | Path, out: str | Path) -> None:
     """Writes a PNG with the first rows of every file of a folder of scenes."""
-    entries = list(_entries(Path(folder)))
+    draw_entries(list(_entries(Path(folder))), Path(out))
+
+
+def draw_entries(entries: Sequence[Entry], out: Path) -> None:
+    """Writes a PNG with a panel for each entry; nothing without entries."""
     if not entries:
         return
     drawn = [(text, image if mask is None else outline(image, mask)) for image, mask, text in entries]
     rows = [drawn[start : start + _COLUMNS] for start in range(0, len(drawn), _COLUMNS)]
-    save_image(panels(rows, side=_SIDE, most_lines=_TEXT_LINES), Path(out))
+    save_image(panels(rows, side=_SIDE, most_lines=_TEXT_LINES), out)
