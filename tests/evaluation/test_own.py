@@ -175,12 +175,12 @@ def test_tables_that_are_damaged(folder):
     path = folder / "own.csv"
     path.write_text("image,question,answer\na.png,Is it red, or blue?,red\na.png,Is it red?,yes\na.png,What?\n")
     rows = load_own(path)
-    assert "more fields than the head" in rows["unusable"][0] and rows["unusable"][1] is None
+    assert "more fields than the header" in rows["unusable"][0] and rows["unusable"][1] is None
     assert "empty_answer" in rows["unusable"][2]
     path.write_text(",image,question,answer,A,B\n0,a.png,Which?,2,1,2\n")  # as pandas writes an index
     assert load_own(path)["answers"] == [["B"]]
     path.write_text('image,question,answer\na.png,"Is it,yes\n')
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is no CSV file"):
         load_own(path)
 
 

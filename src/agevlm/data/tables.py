@@ -27,6 +27,7 @@ from .rows import refuse_names
 
 
 IN_ROOT, BELOW = ("data/*", "*"), ("data/*/*", "*/*", "*/*/*")  # where a folder's files are looked for, in turn
+_LONGEST_FIELD = 64_000_000  # of a CSV file: a picture in base64
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 * 2**20  # of a Parquet row group: what a reader holds at once
 _SPLIT = {
     str(split): re.compile(rf"(?:^|[{NON_WORDS_CHARS}/])(?:{'|'.join(words)})(?:[{NON_WORDS_CHARS}/]|$)")
@@ -94,11 +95,12 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is no such file.
     """
+    csv.field_size_limit(_LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             file.seek(0)
-            return list(csv.DictReader(file, delimiter=max(",;\t", key=header.count)))
+            return list(csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True))
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from error
 

@@ -7,7 +7,6 @@ published sets (`data/published/records.py`) reads each row, so that checks and 
 A row that cannot be asked stays, with the reason.
 """
 
-import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 
-from agevlm.data.published.records import BadRow, checked, parse_record, read_image, read_record
+from agevlm.data.published.records import CONVERSATIONS, BadRow, checked, parse_record, read_image, read_record
 from agevlm.data.published.sources import open_source
 from agevlm.data.rows import IMAGE_PLACEHOLDER, find_query, resolve_inside
 from agevlm.store import digest
@@ -23,10 +22,9 @@ from agevlm.store import digest
 from .benchmark import table_options
 from .inputs import UNUSABLE
 from .own import guess_kind, lettered, right_answers, words
-from .sources import MOST_CHARACTERS, listed
+from .sources import listed
 
 
-TABLES = (".csv", ".tsv")
 TEXT, PICTURE, TEXTS = Value("string"), ImageFeature(decode=False), List(Value("string"))
 FEATURES = Features(
     {"id": TEXT, "image": PICTURE, "question": TEXT, "answers": TEXTS, "kind": TEXT, "guessed": Value("bool"),
@@ -73,32 +71,16 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
 
 def _records(place: Path, root: Path) -> Iterator[tuple[int, Any]]:
     """(place from 1, record) of every row."""
-    if place.is_file() and place.suffix.lower() in TABLES:
-        yield from enumerate(_read_csv(place), start=1)
-        return
     source = open_source(place, [root] if root.exists() else None, root)
     for chunk in source.chunks(1024, None):
         yield from source.records(chunk)
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table with a head, its fields between whichever of `,`, `;` and tab the head has most of."""
-    csv.field_size_limit(MOST_CHARACTERS)  # pictures in base64
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count), strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; save it as UTF-8, each quote closed") from error
-    return [{name: value for name, value in row.items() if value not in ("", None)} for row in rows]
-
-
 def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
     """The questions of one record. Raises `BadRow`."""
     record = record if isinstance(record, Mapping) else parse_record(record)
-    if None in record:
-        raise BadRow("not_an_object", f"more fields than the head: {record[None]}; put texts with commas in quotes")
+    if not record.keys() & (CONVERSATIONS - {"caption"}):
+        raise BadRow("no_conversations", f"the row has the fields {', '.join(map(str, record))}, of which none asks")
     answers = None
     if "question" in record:
         answers = _texts(record.get("answer"), "answer")
