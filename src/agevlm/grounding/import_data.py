@@ -227,5 +227,6 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
     name = next(name for name in PARTS if report["rows"][name])
     query = "caption" if name == "captions" else "question"
     ground = f"agevlm ground {shlex.quote(str(out / name))} --query {query} --output {shlex.quote(str(out / MASKS))}"
-    train = f"agevlm train {stage} --data {{}} --init-from CHECKPOINT --output-dir RUN"
+    # The paper's recipe guides one row in thirty: of a few rows of one's own, none.
+    train = f"agevlm train {stage} --data {{}} --mask-fraction 1 --init-from CHECKPOINT --output-dir RUN"
     written(out, train if guided else ground)
