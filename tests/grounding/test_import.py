@@ -176,7 +176,8 @@ def test_an_import_is_a_data_set_for_both_stages(photos, capsys):
     assert "2 rows dropped:" in told and "a line with more fields than the header" in told
     assert "no row shows 'x.jpg'" in told and "image_id 9 is the id of no image" in told
     assert "annotation 7: a segmentation is a list" in told and "annotation 8: it covers nothing" in told
-    next_command = f"agevlm train stage3_ground --data {photos / 'data'} --init-from CHECKPOINT --output-dir RUN"
+    train = f"agevlm train stage3_ground --data {photos / 'data'} --mask-fraction 1"
+    next_command = f"{train} --init-from CHECKPOINT --output-dir RUN"
     assert told.splitlines()[-1] == f"written to {photos / 'data'}; next: {next_command}"
     assert Image.open(photos / "data" / "contact_sheet.png").width > 500
     report = read_json(photos / "data" / "import.json")
