@@ -1,0 +1,81 @@
+"""Files such as you may have, to try docs/own_data.md with: drawn pictures, conversations, masks and test questions.
+
+python examples/own_files.py mine
+
+mine/photos/*.jpg       drawn pictures of things that the tiny checkpoint has never seen
+mine/llava.json         a description and two questions for each picture, in LLaVA's form
+mine/coco.json          a mask of each thing, as COCO and many labeling tools write it
+mine/questions.jsonl    questions about other pictures; mine/masks/*.png is what those answered yes are about
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from agevlm.data.scenes.arguments import SceneArguments
+from agevlm.data.scenes.builder import SceneBuilder
+from agevlm.data.scenes.words import join_phrases, plural, sentence, with_article
+
+
+NAMES = ("anchor", "crown", "guitar", "heart", "lamp", "moon", "robot", "rocket", "spider", "umbrella")
+
+
+def write_files(folder: Path, train: int = 300, test: int = 40) -> None:
+    """Writes pictures with conversations and masks (`train`) and pictures with questions (`test`)."""
+    builder = SceneBuilder(SceneArguments(names=NAMES, max_objects=3))
+    names = builder.pools["train"].names
+    for name in ("photos", "masks"):
+        (folder / name).mkdir(parents=True)
+    rows: list[dict] = []
+    questions: list[dict] = []
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for number in range(train + test):
+        rng = builder.stream("own", number)
+        picture = builder.picture(rng, builder.pools["train"], word_rate=0)
+        file, things = f"{number:04d}.jpg", [thing.name for thing in picture.scene.objects]
+        picture.image.save(folder / "photos" / file, quality=90)
+        present, absent = rng.choice(things), rng.choice([name for name in names if name not in things])
+        asked = [(f"Is there {with_article(name)} in the image?", name) for name in (present, absent)]
+        if number >= train:
+            mask = f"masks/{number:04d}.png"
+            picture.mask(picture.scene.find(present)).save(folder / mask)
+            questions += [
+                {"image": f"photos/{file}", "question": asked[0][0], "answer": "yes", "mask": mask},
+                {"image": f"photos/{file}", "question": asked[1][0], "answer": "no"},
+            ]
+            continue
+        said = [plural(name) if things.count(name) > 1 else with_article(name) for name in dict.fromkeys(things)]
+        caption = ("Describe the image.", sentence(join_phrases(said)))
+        answers = [(question, "Yes" if name == present else "No") for question, name in asked]
+        rng.shuffle(answers)
+        for kind, turns in (("caption", [caption]), ("questions", answers)):
+            messages = [
+                {"from": who, "value": text}
+                for turn in turns
+                for who, text in zip(("human", "gpt"), turn, strict=True)
+            ]
+            messages[0]["value"] = f"<image>\n{messages[0]['value']}"
+            rows.append({"id": f"{number:04d}-{kind}", "image": file, "conversations": messages})
+        width, height = picture.image.size
+        images.append({"id": number, "file_name": file, "width": width, "height": height})
+        for index, name in enumerate(things):
+            column = (picture.owner == index).ravel(order="F")
+            edges = np.flatnonzero(np.diff(column, prepend=False))
+            runs = np.diff(edges, prepend=0, append=column.size).tolist()
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, "category_id": NAMES.index(name), "iscrowd": 1,
+                 "area": int(column.sum()), "segmentation": {"size": [height, width], "counts": runs}}
+            )  # fmt: skip
+    categories = [{"id": index, "name": name} for index, name in enumerate(NAMES)]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "llava.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    (folder / "coco.json").write_text(json.dumps(coco), encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in questions)
+    (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_files(Path(sys.argv[1]))
