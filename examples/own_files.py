@@ -20,36 +20,39 @@ from agevlm.data.scenes.words import join_phrases, plural, sentence, with_articl
 
 
 NAMES = ("anchor", "crown", "guitar", "heart", "lamp", "moon", "robot", "rocket", "spider", "umbrella")
+ASK = "Please answer yes or no."  # as `agevlm eval` asks
 
 
-def write_files(folder: Path, train: int = 300, test: int = 40) -> None:
+def write_files(folder: Path, train: int = 200, test: int = 40) -> None:
     """Writes pictures with conversations and masks (`train`) and pictures with questions (`test`)."""
-    builder = SceneBuilder(SceneArguments(names=NAMES, max_objects=3))
-    names = builder.pools["train"].names
+    builder = SceneBuilder(SceneArguments(names=NAMES, max_objects=2))
+    pool = builder.pools["train"]
     for name in ("photos", "masks"):
         (folder / name).mkdir(parents=True)
     rows: list[dict] = []
     questions: list[dict] = []
     images: list[dict] = []
     annotations: list[dict] = []
+    categories: dict[str, int] = {}
     for number in range(train + test):
         rng = builder.stream("own", number)
-        picture = builder.picture(rng, builder.pools["train"], word_rate=0)
-        file, things = f"{number:04d}.jpg", [thing.name for thing in picture.scene.objects]
+        picture = builder.picture(rng, pool, word_rate=0)
+        file, things = f"{number:04d}.jpg", [thing.described for thing in picture.scene.objects]
         picture.image.save(folder / "photos" / file, quality=90)
-        present, absent = rng.choice(things), rng.choice([name for name in names if name not in things])
-        asked = [(f"Is there {with_article(name)} in the image?", name) for name in (present, absent)]
+        everything = [f"{color} {name}" for name in pool.names for color in pool.colors[name]]
+        absent = rng.choice([thing for thing in everything if thing not in things])
+        asked = [(f"Is there {with_article(thing)} in the image? {ASK}", thing) for thing in (things[0], absent)]
         if number >= train:
             mask = f"masks/{number:04d}.png"
-            picture.mask(picture.scene.find(present)).save(folder / mask)
+            picture.mask([index for index, thing in enumerate(things) if thing == things[0]]).save(folder / mask)
             questions += [
                 {"image": f"photos/{file}", "question": asked[0][0], "answer": "yes", "mask": mask},
                 {"image": f"photos/{file}", "question": asked[1][0], "answer": "no"},
             ]
             continue
-        said = [plural(name) if things.count(name) > 1 else with_article(name) for name in dict.fromkeys(things)]
+        said = [plural(thing) if things.count(thing) > 1 else with_article(thing) for thing in dict.fromkeys(things)]
         caption = ("Describe the image.", sentence(join_phrases(said)))
-        answers = [(question, "Yes" if name == present else "No") for question, name in asked]
+        answers = [(question, "Yes" if thing in things else "No") for question, thing in asked]
         rng.shuffle(answers)
         for kind, turns in (("caption", [caption]), ("questions", answers)):
             messages = [
@@ -61,16 +64,17 @@ def write_files(folder: Path, train: int = 300, test: int = 40) -> None:
             rows.append({"id": f"{number:04d}-{kind}", "image": file, "conversations": messages})
         width, height = picture.image.size
         images.append({"id": number, "file_name": file, "width": width, "height": height})
-        for index, name in enumerate(things):
+        for index, thing in enumerate(things):
             column = (picture.owner == index).ravel(order="F")
             edges = np.flatnonzero(np.diff(column, prepend=False))
             runs = np.diff(edges, prepend=0, append=column.size).tolist()
+            category = categories.setdefault(thing, len(categories))
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": NAMES.index(name), "iscrowd": 1,
+                {"id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": 1,
                  "area": int(column.sum()), "segmentation": {"size": [height, width], "counts": runs}}
             )  # fmt: skip
-    categories = [{"id": index, "name": name} for index, name in enumerate(NAMES)]
-    coco = {"images": images, "annotations": annotations, "categories": categories}
+    named = [{"id": index, "name": name} for name, index in categories.items()]
+    coco = {"images": images, "annotations": annotations, "categories": named}
     (folder / "llava.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (folder / "coco.json").write_text(json.dumps(coco), encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in questions)

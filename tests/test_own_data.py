@@ -108,7 +108,7 @@ def test_the_page_is_executed(clone, tmp_path_factory, monkeypatch, capsys):
             lines = cell.removeprefix("%%bash\n").splitlines()
             if "own_files.py" in cell:
                 load(ROOT / "examples" / "own_files.py").write_files(Path("mine"), train=8, test=4)
-                (clone / "mine" / "photos" / "0300.jpg").write_bytes((clone / "mine/photos/0008.jpg").read_bytes())
+                (clone / "mine" / "photos" / "0200.jpg").write_bytes((clone / "mine/photos/0008.jpg").read_bytes())
                 named.append("own_files")
             elif "agevlm serve" in cell:
                 served = run(cell, clone, names)
