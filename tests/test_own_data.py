@@ -140,11 +140,6 @@ def test_the_page_is_executed(clone, tmp_path_factory, monkeypatch, capsys):
     assert "mine" in Path("runs/evaluation/results.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.xfail(
-    raises=ValueError,
-    strict=True,
-    reason="of a few rows, the paper's share of masks is none: --mask-fraction 1 is missing",
-)
 def test_what_an_import_says_is_next_is_accepted(clone, capsys):
     load(ROOT / "examples" / "own_files.py").write_files(Path("mine"), train=8, test=1)
     command = "data import mine/llava.json --images mine/photos --masks mine/coco.json --output data"
