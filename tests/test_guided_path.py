@@ -89,7 +89,7 @@ def test_two_sets_of_masks_in_one_folder_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_a_guided_stage_without_masks_is_refused(folder, dry):
-    with pytest.raises(ValueError, match=r"none of the 12 rows has a mask.*--masks MASKS.*--variant ca-baseline"):
+    with pytest.raises(ValueError, match=r"none of the 12 rows brings a mask.*--masks MASKS.*--variant ca-baseline"):
         train(folder, *dry)
 
 

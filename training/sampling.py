@@ -146,11 +146,11 @@ def check_guided(rows: Any, weight: float) -> None:
         counted, guided = f"{len(rows)} ", known and bool(guided_flags(rows).any())
     if not guided:
         raise ValueError(
-            f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {counted}rows has a mask: masks "
+            f"Guidance is asked for (`guidance_weight` {weight:g}) and none of the {counted}rows brings a mask: masks "
             "belong in DATA/masks (by phrase: DATA/phrases), where `agevlm data import SOURCE --masks MASKS --output "
             "DATA` puts your own, or come by --masks MASKS of `agevlm ground`, or in a column `guidance` "
-            "(`agevlm.data.masks.join_masks`), with a share of them above 0 (--mask-fraction); to train without "
-            "guidance: --variant ca-baseline, or `guidance_weight=0`"
+            "(`agevlm.data.masks.join_masks`). The paper's recipes guide 3 % of the rows: of a few, --mask-fraction 1 "
+            "guides all that have a mask. To train without guidance: --variant ca-baseline, or `guidance_weight=0`"
         )
 
 

@@ -5,6 +5,7 @@ The parser is TRL's, so `--config FILE.yaml` works too. `cli.py` has the verb an
 
 import gc
 import inspect
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -134,7 +135,9 @@ def main(argv: list[str]) -> StageResult:
         )
     if result.status == "trained" and training.process_index == 0:
         later = [name for name in STAGES if name > result.lineage["name"]]
-        written(output_dir, f"agevlm train {later[0]} --init-from {{}}" if later else "agevlm eval {}")
+        given = ["--data", arguments.data or "DATA", "--size", arguments.size, "--variant", arguments.variant]
+        train = f"agevlm train {later[0]} {shlex.join(given)} --init-from {{}} --output-dir RUN" if later else ""
+        written(output_dir, train or "agevlm eval {} --output DIR")
     end_processes()
     return result
 

@@ -303,7 +303,7 @@ def test_the_end_of_a_run_that_went_on_says_nothing_about_its_start(tmp_path):
 
 def test_a_stream_of_rows_without_masks_is_refused(tmp_path):
     rows = make_rows("ii")
-    with pytest.raises(ValueError, match="none of the rows has a mask"):
+    with pytest.raises(ValueError, match="none of the rows brings a mask"):
         check_guided(rows.remove_columns("guidance").to_iterable_dataset(), 1.0)
     check_guided(rows.to_iterable_dataset(), 1.0)
     with pytest.raises(ValueError, match="no row that was trained on has a mask"):

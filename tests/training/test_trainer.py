@@ -339,7 +339,9 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, message):
 def test_guidance_without_a_mask_is_refused(tmp_path, rows):
     without = make_rows("iit") if rows == "no row has one" else make_rows("iit").remove_columns("guidance")
     common = {"model": sharp_model(), "train_dataset": without, "processing_class": tiny_processor()}
-    with pytest.raises(ValueError, match=r"none of the 3 rows has a mask.*agevlm data import.*--masks.*ca-baseline"):
+    with pytest.raises(
+        ValueError, match=r"none of the 3 rows brings a mask.*agevlm data import.*--masks.*ca-baseline"
+    ):
         AgeVlmSFTTrainer(args=make_arguments(tmp_path), **common)
     AgeVlmSFTTrainer(args=make_arguments(tmp_path, guidance_weight=0.0), **common)
 
