@@ -79,7 +79,7 @@ def test_places_without_text_are_refused(tmp_path):
     for name, message in (
         ("empty.txt", "holds no text"),
         ("bytes.txt", "is no UTF-8 text"),
-        ("rows.parquet", "has no column text but line"),
+        ("rows.parquet", "rows.parquet: no column text, which is needed; there are line"),
     ):
         with pytest.raises(ValueError, match=message):
             read_held_text(tmp_path / name, tiny_processor())

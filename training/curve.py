@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from agevlm.data.rows import content_digest, undecoded
 from agevlm.data.scenes.build import load_benchmark
 from agevlm.data.scenes.questions import YES_NO_SUFFIXES
-from agevlm.data.tables import load_table
+from agevlm.data.tables import check_columns, load_table
 from agevlm.images import open_image
 from agevlm.models import encode, messages, render
 
@@ -72,8 +72,7 @@ def read_questions(place: str | Path | Dataset) -> CurveQuestions:
     else:
         rows = load_table(str(place), usual=("test", "validation", "train"))
         name = Path(place).name if Path(place).exists() else str(place)
-    if missing := [column for column in COLUMNS if column not in rows.column_names]:
-        raise ValueError(f"{name} has no column {missing[0]} but {', '.join(rows.column_names)}; rename one")
+    check_columns(name, rows.column_names, COLUMNS)
     if not len(rows):
         raise ValueError(f"{name} holds no questions; give another file or data set")
     for index, answer in enumerate(rows["answer"]):

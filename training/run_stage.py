@@ -357,7 +357,8 @@ def _last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
         metrics.update(entry)
     noise = ["runtime", "per_second", "total_flos", "epoch", "grad_norm", "learning_rate", "train_loss"]
     noise += ["data_wait", "mfu", "memory_gib"]
-    return {name: value for name, value in metrics.items() if not any(part in name for part in noise)}
+    # In one order: entries of a resumed run come sorted from its checkpoint
+    return {name: value for name, value in sorted(metrics.items()) if not any(part in name for part in noise)}
 
 
 def _log_history(output_dir: Path) -> list[dict[str, float]]:

@@ -64,9 +64,14 @@ class StageTrainer(WatchedTrainer):
         """None: evaluations keep the order of their rows. Trainer's `group_by_length` needs rows with `input_ids`."""
 
     def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
-        """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`)."""
+        """Trainer's, with the rows in the order of the epoch for certain (`set_sampler_epoch`). A run that was killed
+        after the checkpoint of its last step, within an epoch, trains no further: Trainer itself would go one step on.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
         set_sampler_epoch(train_dataloader, epoch)
-        return super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
+        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     # ---- Optimizer ----
 

@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from agevlm.data.masks import OCCURRENCE, in_subset, mask_numbers, mask_places, masks_of, share_of_masks
 from agevlm.data.rows import GUIDANCE, refuse_name, which_guided
-from agevlm.data.tables import find_files
+from agevlm.data.tables import check_columns, find_files
 from agevlm.store import digest
 
 
@@ -126,11 +126,7 @@ class ShardReader:
         self._forget()
         for name in self.files:
             file = self._open(name)
-            missing = [column for column in ROW_COLUMNS if column not in file.schema_arrow.names]
-            if missing:
-                raise ValueError(
-                    f"{name} lacks the column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}."
-                )
+            check_columns(name, file.schema_arrow.names, ROW_COLUMNS)
             groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
             sizes.append(np.array([group.num_rows for group in groups], dtype=np.int64))
             facts.append(json.dumps([Path(name).name, *((group.num_rows, group.total_byte_size) for group in groups)]))

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from agevlm.data.scenes.build import load_told
-from agevlm.data.tables import load_table
+from agevlm.data.tables import check_columns, load_table
 from agevlm.models import render
 from agevlm.store import digest
 
@@ -78,8 +78,7 @@ def _read(place: str | Path) -> str:
             raise ValueError(f"{path} is no UTF-8 text ({error}); convert it") from error
     name, _, config = (str(place), "", "") if path.exists() else str(place).partition(":")
     rows = load_table(name, config=config or None, usual=("test", "validation", "train"))
-    if "text" not in rows.column_names:
-        raise ValueError(f"{place} has no column text but {', '.join(rows.column_names)}; rename one")
+    check_columns(place, rows.column_names, ["text"])
     return "\n\n".join(rows["text"])
 
 

@@ -94,7 +94,7 @@ def test_refusals():
         join_masks(rows, masks_of(["a", "c"]))
     with pytest.raises(ValueError, match="masks have the id 'a' more than once"):
         join_masks(rows, masks_of(["a", "a"]))
-    with pytest.raises(ValueError, match="masks lack the column score"):
+    with pytest.raises(ValueError, match="masks: no column score"):
         join_masks(rows, masks.remove_columns("score"))
     with pytest.raises(ValueError, match="already have a column guidance"):
         join_masks(join_masks(rows, masks), masks)

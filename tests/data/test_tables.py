@@ -1,4 +1,4 @@
-"""Splits of a folder, told by the names of files and folders: in doctor, conversion, training and grounding."""
+"""Splits of a folder, told by the names of files and folders, and columns: in whatever reads tables."""
 
 from pathlib import Path
 
@@ -6,8 +6,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from agevlm.data.masks import load_masks
 from agevlm.data.published.sources import open_source
 from agevlm.data.tables import load_table
+from agevlm.evaluation.looking import load_masked
+from agevlm.grounding import cli
+from agevlm.language import read_held_text
+from agevlm.training.curve import read_questions
+from agevlm.training.streaming import open_shards
 
 
 def written(folder: Path, names: list[str]) -> Path:
@@ -66,3 +72,27 @@ def test_json_files_have_splits_too(tmp_path):
     for name in ("train.json", "test.json"):
         (tmp_path / name).write_text('[{"id": "a"}]')
     assert open_source(tmp_path, None, tmp_path / "work").paths == [tmp_path / "train.json"]
+
+
+READERS = {
+    "shards": lambda place, _: open_shards([place]),
+    "masks": lambda place, _: load_masks([place]),
+    "masked rows": lambda place, _: load_masked(place),
+    "rows of masks": lambda place, _: load_masked(place, rows_of=place),
+    "held text": lambda place, _: read_held_text(place, None),
+    "questions": lambda place, _: read_questions(place),
+    "ground": lambda place, out: cli.ground([place, "--output", out, "--backend", "exact", "--masks", place]),
+    "ground import": lambda place, out: cli.import_coco([place, "--rows", place, "--output", out]),
+    "ground export": lambda place, out: cli.export_coco([place, "--output", out]),
+    "ground quality": lambda place, out: cli.quality([place, "--against", place, "--output", out]),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_column_that_is_missing_is_named_with_its_file(tmp_path, reader):
+    """Rows as LLaVA's JSON has them, given as they are, have other columns than ours."""
+    place, out = tmp_path / "rows.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"conversations": ["Hi"], "picture": ["a.png"]}), place)
+    with pytest.raises(ValueError, match=r"rows\.parquet: no column .*, which is needed; there are conv\w+, picture$"):
+        READERS[reader](str(place), str(out))
+    assert not out.exists()

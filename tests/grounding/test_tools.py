@@ -257,7 +257,7 @@ def test_what_is_no_data_set_is_said(tmp_path):
         load_table(str(tmp_path))
     rows = str(tmp_path / "rows.parquet")
     Dataset.from_dict({"id": ["a"], "mask": [None]}).to_parquet(rows)
-    with pytest.raises(ValueError, match="lacks the column images, messages"):
+    with pytest.raises(ValueError, match=r"rows\.parquet: no column images, messages"):
         ground.ground([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
     with pytest.raises(ValueError, match="no complete run"):
         read_masks(tmp_path)

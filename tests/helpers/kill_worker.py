@@ -62,7 +62,7 @@ STOPS_PER_RUN = 4
 CLOCK = re.compile(
     rb'"(?:seconds|data_wait|mfu|memory_gib|\w+_per_second|train_runtime|train_loss|scenes and parts|'
     rb'training and measuring)": [^,\n}]+|'
-    rb"\d+ s in this call|<dd>\d+ s</dd>"
+    rb"(?:\d+ min )?\d+ s in this call|<dd>(?:\d+ min )?\d+ s</dd>"
 )
 
 

@@ -19,7 +19,7 @@ from agevlm.store import digest
 
 from .duplicates import hash64
 from .rows import GUIDANCE, MASK_FEATURES, PHRASE_FEATURES
-from .tables import find_files, load_table, read_files
+from .tables import check_columns, find_files, load_table, read_files
 
 
 OCCURRENCE = "occurrence"
@@ -64,7 +64,7 @@ def load_masks(places: Sequence[str | Path]) -> Dataset:
     found = []
     for place in places:
         masks = load_table(str(place), usual=(KEPT, "train"))
-        _check_columns(f"{place}: masks", masks, list(MASK_FEATURES))
+        check_columns(place, masks.column_names, MASK_FEATURES)
         features = PHRASE_FEATURES if OCCURRENCE in masks.column_names else MASK_FEATURES
         found.append(masks.select_columns(list(features)).cast(features))
     if len({len(masks.column_names) for masks in found}) > 1:
@@ -155,8 +155,8 @@ def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int =
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"mask fraction {fraction} is not between 0 and 1")
-    _check_columns("rows", rows, ["id"])
-    _check_columns("masks", masks, ["id", *GUIDANCE])
+    check_columns("rows", rows.column_names, ["id"])
+    check_columns("masks", masks.column_names, MASK_FEATURES)
     if "guidance" in rows.column_names:
         raise ValueError("rows already have a column guidance; remove it before joining masks")
     row_ids = list(rows["id"])
@@ -187,12 +187,6 @@ def _struct(table: pa.Table, missing: pa.Array | None, features: Features) -> pa
     kind = features.arrow_schema.field("guidance").type
     columns = [table.column(field.name).combine_chunks().cast(field.type) for field in kind]
     return pa.StructArray.from_arrays(columns, fields=list(kind), mask=missing)
-
-
-def _check_columns(what: str, data: Dataset, wanted: list[str]) -> None:
-    missing = [name for name in wanted if name not in data.column_names]
-    if missing:
-        raise ValueError(f"{what} lack the column {', '.join(missing)}; they have {', '.join(data.column_names)}")
 
 
 def _check_unique(what: str, ids: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -183,6 +183,12 @@ def load_table(
     # What `datasets` itself has found in a folder of pictures is named by it, not by a file from elsewhere
     found = refuse_names(found) if found.info.builder_name == "parquet" else found
     return found.with_format(None)
+
+
+def check_columns(what: object, there: Collection[str], wanted: Iterable[str]) -> None:
+    """Raises a ValueError that names `what`, such as a file, unless all `wanted` columns are `there`."""
+    if missing := [name for name in wanted if name not in there]:
+        raise ValueError(f"{what}: no column {', '.join(missing)}, which is needed; there are {', '.join(there)}")
 
 
 def load_snapshot(folder: Path, config: str | None, split: str | None = None) -> Any:

@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from agevlm.data.masks import join_masks, load_masks
-from agevlm.data.rows import undecoded
-from agevlm.data.tables import load_table, read_files
+from agevlm.data.rows import ROW_FEATURES, undecoded
+from agevlm.data.tables import check_columns, load_table, read_files
 from agevlm.progress import Bar
 from agevlm.stats import auroc
 
@@ -48,15 +48,16 @@ def load_masked(path: str | Path, rows_of: str | Path | None = None) -> Dataset:
         ValueError: no such file, a missing column, no rows, masks that fit no row.
     """
     if rows_of is not None:
-        rows = load_table(str(rows_of)).select_columns(["id", "images", "messages"])
-        rows = undecoded(join_masks(rows, load_masks([path])))
+        rows = load_table(str(rows_of))
+        check_columns(rows_of, rows.column_names, ROW_FEATURES)
+        rows = undecoded(join_masks(rows.select_columns(list(ROW_FEATURES)), load_masks([path])))
         return rows.select(marked_rows(rows))
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file; give a Parquet file of image, question, mask, or --rows for other masks")
     rows = read_files([path], keep_in_memory=True)
-    missing = [name for name in ("image", "question", "mask") if name not in rows.column_names]
-    if missing or not len(rows):
-        raise ValueError(f"{path}: lacks {', '.join(missing) or 'rows'}; it has {', '.join(rows.column_names)}")
+    check_columns(path, rows.column_names, ["image", "question", "mask"])
+    if not len(rows):
+        raise ValueError(f"{path} holds no rows; give another file")
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{index:06d}" for index in range(len(rows))])
     return undecoded(rows)

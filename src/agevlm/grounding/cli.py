@@ -205,10 +205,12 @@ def import_coco(argv: list[str] | None = None) -> None:
     if options.rows is None:
         raise ValueError(f"{options.coco} has no texts for its masks: give the rows that they belong to, --rows ROWS")
 
-    from agevlm.data.tables import load_table
+    from agevlm.data.rows import ROW_FEATURES
+    from agevlm.data.tables import check_columns, load_table
     from agevlm.grounding.import_data import import_masks
 
     rows = load_table(options.rows)
+    check_columns(options.rows, rows.column_names, ROW_FEATURES)
     found = import_masks([options.coco], rows, options.output, options.query, options.by_phrase)
     print(f"{found.pop('written')} masks")
     for reason, count in found.items():

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from agevlm.data.masks import OCCURRENCE
 from agevlm.data.rows import undecoded
-from agevlm.data.tables import load_table
+from agevlm.data.tables import check_columns, load_table
 from agevlm.progress import Bar
 
 from .masks import boundary_f, iou, read_mask
@@ -23,7 +23,11 @@ METRICS = ("iou", "boundary_f", "grid_iou")
 
 def load_masks(name: str) -> Dataset:
     """A run's kept masks, or any data set with the columns id and mask."""
-    return read_masks(name) if (Path(name) / SUMMARY).is_file() else load_table(name)
+    if (Path(name) / SUMMARY).is_file():
+        return read_masks(name)
+    masks = load_table(name)
+    check_columns(name, masks.column_names, ["id", "mask"])
+    return masks
 
 
 def compare(mask: np.ndarray, exact: np.ndarray, grid: Grid) -> dict[str, float]:
@@ -73,11 +77,6 @@ def measure_quality(masks: Dataset, exact: Dataset, grid: Grid, progress: bool =
 
 def _by_row(data: Dataset) -> tuple[Dataset, dict[tuple, list[tuple[str, int]]]]:
     """A set of masks undecoded; by id (and message of a phrase) the words and places of its masks."""
-    missing = [name for name in ("id", "mask") if name not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"a set of masks lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}"
-        )
     names = ["id", "mask", *(["query", "message_index"] if OCCURRENCE in data.column_names else ())]
     data, found = undecoded(data.select_columns(names)), defaultdict(list)
     for place, row in enumerate(data):

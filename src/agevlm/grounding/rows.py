@@ -79,18 +79,9 @@ class Items(TorchDataset):
         places: the rows to go through.
         query_source: see `find_query`.
         decode: False opens pictures for their size alone.
-
-    Raises:
-        ValueError: a column is missing.
     """
 
     def __init__(self, data: Dataset, places: np.ndarray, query_source: str, decode: bool = True):
-        missing = [name for name in ("id", "images", "messages") if name not in data.column_names]
-        if missing:
-            raise ValueError(
-                f"the data set lacks the column {', '.join(missing)}; it has {', '.join(data.column_names)}. Rows are "
-                "described in data/rows.py"
-            )
         self.data = undecoded(data.select_columns(["id", "images", "messages"]))
         self.places, self.query_source, self.decode = places, query_source, decode
 

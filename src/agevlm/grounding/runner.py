@@ -16,7 +16,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from agevlm.data.rows import MAX_PHRASES, content_digest
+from agevlm.data.rows import MAX_PHRASES, ROW_FEATURES, content_digest
+from agevlm.data.tables import check_columns
 from agevlm.progress import Bar
 from agevlm.store import check_same, digest, read_json, write_json
 
@@ -68,14 +69,15 @@ def ground(
         The content of `summary.json`; None in all processes but the main one.
 
     Raises:
-        ValueError: `out` holds another run, ids repeat, the backend names no phrases, or with `strict` a row that
-            cannot be used.
+        ValueError: `out` holds another run, a column is missing, ids repeat, the backend names no phrases, or with
+            `strict` a row that cannot be used.
     """
     out, state = Path(out), PartialState()
     if query_source not in QUERY_SOURCES:
         raise ValueError(f"the query is {query_source!r}; use one of {', '.join(QUERY_SOURCES)}")
     if by_phrase and backend_name.partition("+")[0] not in BY_PHRASE:
         raise ValueError(f"the backend {backend_name} tells no phrases; use {', '.join(BY_PHRASE)} (and +sam2, +sam)")
+    check_columns(dataset_name or "rows", rows.column_names, ROW_FEATURES)
     ids = list(rows["id"])
     _check_unique(ids)
     manifest: dict[str, Any] = {

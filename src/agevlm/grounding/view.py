@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from agevlm.data.masks import OCCURRENCE, subset_hash
 from agevlm.data.rows import undecoded
+from agevlm.data.tables import check_columns
 from agevlm.drawing import outline, outline_phrases
 from agevlm.images import data_address, open_image
 from agevlm.store import write_text
@@ -46,6 +47,7 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         chosen.extend(list(parts) for _, parts in groupby(found, key=lambda part: part["id"]))
     pictures = {}
     if rows is not None:
+        check_columns("rows", rows.column_names, ["id", "images"])
         wanted = {parts[0]["id"] for parts in chosen}
         places = [index for index, row_id in enumerate(rows["id"]) if row_id in wanted]
         for row in undecoded(rows.select(places).select_columns(["id", "images"])):
