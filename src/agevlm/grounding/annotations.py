@@ -191,7 +191,7 @@ def _read_boxes(path: Path, name: str) -> Iterator[Annotation]:
         yield Annotation(f"{path}, line {place}", names, partial(_draw_line, line), "boxes")
 
 
-def _draw_line(line: Mapping[str | None, Any], picture: tuple[int, int]) -> np.ndarray:
+def _draw_line(line: Mapping[Any, Any], picture: tuple[int, int]) -> np.ndarray:
     if None in line:  # as `read_csv` has it
         raise ValueError(f"the line has more fields than the header, {line[None]!r:.80}; quote texts")
     left, top, right, bottom = ends = [_number(line[column]) for column in _COLUMNS[2:]]
