@@ -36,6 +36,7 @@ _ORIENTATION, _BITS, _SAMPLES = 0x0112, 258, 339  # tags of EXIF and TIFF
 _METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for the orientation
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _CLASSES = 32  # values below this beside 255 are taken for class numbers and their border, not for soft edges
+_GRAYS = 64  # what the channels of a gray picture may differ by, as JPEG stores it
 
 
 def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -241,7 +242,7 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
         white: largest value of a gray mask of more than 8 bits.
 
     Raises:
-        ValueError: any other values, such as class numbers.
+        ValueError: any other values, such as class numbers, or several colors.
     """
     if _has_alpha(image):
         with _decoding(where):
@@ -256,6 +257,12 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
     with _decoding(where):
         gray = np.asarray(image.convert("L"))
         one_color = image.getcolors(1) is not None
+        levels = np.asarray(image.convert("RGB"), dtype=np.int16)
+    if image.mode != "L" and image.getcolors(2) is None and np.ptp(levels, axis=2).max() > _GRAYS:
+        raise ValueError(
+            f"{where}: the mask has several colors, as photographs and classes have; store the object as 255, the "
+            "rest as 0, or numbers of classes with a palette"
+        )
     if gray.min() == gray.max() and not one_color:
         if image.mode != "P":
             raise ValueError(f"{where}: the mask has colors of one brightness; store the object as 255, the rest as 0")

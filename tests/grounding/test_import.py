@@ -290,6 +290,7 @@ def test_masks_find_their_rows_by_names_and_ids(photos):
     ([IMAGE], {"segmentation": [[1, 1, 2, 2]]}, "annotation 0: it covers nothing"),
     ([IMAGE], {"segmentation": [[90, 90, 99, 90, 99, 99]]}, "annotation 0: it covers nothing"),
     ([IMAGE], {"segmentation": [], "bbox": [1, 2, 3]}, "annotation 0: a bbox is"),
+    ([IMAGE], {"segmentation": [], "bbox": [9, 9, -3, 3]}, "annotation 0: the bbox .* has a negative width"),
     ([IMAGE], {"query": "A cow", "message_index": 1}, "'A cow' is not in message 1 of its row"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_coco_file_is_named(photos, images, annotation, told):
@@ -307,6 +308,11 @@ def test_what_is_wrong_with_a_coco_file_is_named(photos, images, annotation, tol
         ("c.csv", "image,label,xmin\na.jpg,dog,1\n", "lacks the column ymin, xmax, ymax"),
         ("c.csv", "image,label,xmin,ymin,xmax,ymax\nz.jpg,dog,1,1,9,9\n", "1 of 1 masks guide no row.*'z.jpg'"),
         ("c.csv", "image,label,xmin,ymin,xmax,ymax\na.jpg,dog,1,1,x,9\n", "'x' is no number of pixels"),
+        ("c.csv", "image,label,xmin,ymin,xmax,ymax\na.jpg,dog,1,5,2,5,9,5,9,5\n", "more fields than the header"),
+        ("c.csv", "image,label,xmin,ymin,xmax,ymax\na.jpg,dog,30,30,10,10\n", "ends before it begins"),
+        ("c.csv", "image,label,xmin,ymin,xmax,ymax\na.jpg,dog,0.1,0.1,0.9,0.9\n", "shares of the picture"),
+        ("c.csv", "image,label,xmin,ymin,xmax,ymax\n", "holds no masks"),
+        ("c.json", '{"images": [], "annotations": []}', "holds no masks"),
         ("c.txt", "", "is no file of masks"),
         ("nothing/README.md", "", "holds no masks"),
     ],
@@ -334,6 +340,69 @@ def test_a_mask_that_cannot_be_drawn_is_listed_with_the_reason(photos):
     assert len(read_annotations([photos / "masks"])) == 5
     with pytest.raises(ValueError, match="4 of 5 masks guide no row"):
         make(photos / "rows.csv", photos / "strict", images=[photos / "photos"], masks=[photos / "masks"], strict=True)
+
+
+def test_pictures_among_the_masks_are_no_masks(photos):
+    """Nor is a picture of colored classes: its darker ones would be lost."""
+    folder = photos / "photos"
+    scene = Image.fromarray(LEVELS * 255).convert("RGB")
+    for name in ("a", "b"):
+        scene.save(folder / f"{name}.png")
+    photo(3, SIZE).save(folder / "c.png")
+    classes = np.dstack([NUMBERS, NUMBERS // 5, LEVELS]) * 50
+    saved(LEVELS, name="a_mask")(folder)
+    saved(LEVELS, name="c_2")(folder)
+    Image.fromarray(classes).save(folder / "b_1.png")
+    (photos / "rows.csv").write_text('image, caption\na.png, "A dog, or a cat"\nb.png, A dog\nc.png, A dog\n')
+    report = make(photos / "rows.csv", photos / "data", images=[folder], masks=[folder])
+    told = {item["mask"].rsplit("/", 1)[-1]: item["reason"] for item in report["unused_masks"]}
+    assert sorted(told) == ["a.png", "b.png", "b_1.png", "c.png"]
+    assert told["a.png"] == told["b.png"] == told["c.png"] == "it is the picture itself"
+    assert "several colors" in told["b_1.png"]
+    masks = masks_of(photos / "data", "captions")
+    assert masks["id"] == ["row-1", "row-3"] and masks["query"][0] == "A dog, or a cat"
+
+
+@pytest.mark.parametrize(("shown", "masked"), [
+    ("Ko\u0308ln (1).jpg", "K\u00f6ln (1)_mask.png"),  # as macOS and others write a name
+    ("sub/a b.JPG", "sub\\a b.jpg"),  # a Windows path
+])  # fmt: skip
+def test_names_of_other_systems_are_found(photos, shown, masked):
+    folder = photos / "own"
+    (folder / shown).parent.mkdir(parents=True)
+    photo(0, SIZE).save(folder / shown)
+    (folder / shown).with_suffix(".TXT").write_text("A dog.\r\n", encoding="utf-8-sig")
+    masks = photos / "masks"
+    masks.mkdir()
+    if masked.endswith(".png"):
+        saved(LEVELS, name=masked[:-4])(masks)
+    else:
+        (masks / "b.csv").write_text(f"image,label,xmin,ymin,xmax,ymax\n{masked},dog,8,6,40,30\n")
+    report = make(folder, photos / "data", masks=[masks])
+    assert report["masks"]["captions"] == 1 and masks_of(photos / "data", "captions")["query"] == ["A dog."]
+
+
+def test_a_finished_import_is_whole_and_lies_outside_of_what_it_reads(photos):
+    (photos / "masks").mkdir()
+    saved(LEVELS, name="a_dog")(photos / "masks")
+    command = {"images": [photos / "photos"], "masks": [photos / "masks"]}
+    report = make(photos / "rows.csv", photos / "data", **command)
+    assert make(photos / "rows.csv", photos / "data", **command) == report
+    for file in sorted((photos / "data").rglob("*.parquet")):
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match=rf"{file.name} is missing or damaged.*delete .* to import again"):
+            make(photos / "rows.csv", photos / "data", **command)
+        file.write_bytes(content)
+    for source, masks in ((photos / "rows.csv", photos / "masks"), (photos / "masks", photos / "photos")):
+        with pytest.raises(ValueError, match=r"data lies in .*masks, of which all files are read"):
+            make(source, photos / "masks" / "data", images=[photos / "photos"], masks=[masks])
+
+
+def test_a_table_of_other_columns_tells_them(photos):
+    (photos / "rows.csv").write_text("picture,desc\na.jpg,A dog.\n")
+    with pytest.raises(ValueError, match=r"no row of rows.csv is good .*row 1: the row has the fields picture, desc"):
+        make(photos / "rows.csv", photos / "data", images=[photos / "photos"])
 
 
 def test_a_turned_photograph_takes_the_mask_of_what_is_seen(photos):

@@ -100,7 +100,8 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             file.seek(0)
-            return list(csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True))
+            separator = max(",;\t", key=header.count)
+            return list(csv.DictReader(file, delimiter=separator, skipinitialspace=True, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from error
 

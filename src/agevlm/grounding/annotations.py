@@ -39,6 +39,7 @@ class Annotation:
         draw: size (width, height) of the picture -> bool (height, width); ValueError where it cannot be drawn.
         source: kind of file.
         words: `query`, `message_index` and `occurrence`, where the file has them (`agevlm ground export`).
+        file: a picture of a mask.
     """
 
     where: str
@@ -47,6 +48,7 @@ class Annotation:
     source: str
     words: Mapping[str, Any] = field(default_factory=dict)
     score: float | None = None
+    file: Path | None = None
 
 
 def read_annotations(places: Sequence[str | Path]) -> list[Annotation]:
@@ -57,19 +59,25 @@ def read_annotations(places: Sequence[str | Path]) -> list[Annotation]:
     """
     found: list[Annotation] = []
     for place in map(Path, places):
-        if not place.is_dir():
-            found += _read_file(place, place.name)
-            continue
         before = len(found)
-        for path in sorted(path for path in place.rglob("*") if path.suffix.lower() in _READERS and path.is_file()):
-            name = path.relative_to(place).as_posix()
+        for path, name in files_of(place):
             try:
                 found += _read_file(path, name)
             except ValueError as error:
+                if path == place:
+                    raise
                 found.append(Annotation(str(path), [], partial(_refuse, error), "unknown"))
         if len(found) == before:
-            raise ValueError(f"{place} holds no masks; give a folder with files of {', '.join(_READERS)}")
+            raise ValueError(f"{place} holds no masks; give a file that does, or a folder of {', '.join(_READERS)}")
     return found
+
+
+def files_of(place: Path) -> list[tuple[Path, str]]:
+    """The files of masks below a folder, or the one file, each with its name there."""
+    if not place.is_dir():
+        return [(place, place.name)]
+    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
+    return [(path, path.relative_to(place).as_posix()) for path in files]
 
 
 def _read_file(path: Path, name: str) -> list[Annotation]:
@@ -124,6 +132,8 @@ def _draw_coco(item: Mapping[str, Any], size: tuple[Any, ...], picture: tuple[in
         if not isinstance(box, list) or len(box) != 4:
             raise ValueError(f"a bbox is [left, top, width, height], got {box!r:.80}")
         left, top, width, height = map(_number, box)
+        if width < 0 or height < 0:
+            raise ValueError(f"the bbox {box} has a negative width or height")
         return _draw_box((left, top, left + width, top + height), picture)
     return from_segmentation(item.get("segmentation"), picture)
 
@@ -177,9 +187,19 @@ def _read_boxes(path: Path, name: str) -> Iterator[Annotation]:
     if lines and (missing := [column for column in _COLUMNS if column not in lines[0] and column != "label"]):
         raise ValueError(f"{path} lacks the column {', '.join(missing)}; boxes have {', '.join(_COLUMNS)}")
     for place, line in enumerate(lines, start=2):
-        ends = [line[column] for column in _COLUMNS[2:]]
-        draw = partial(_draw_box, ends)
-        yield Annotation(f"{path}, line {place}", [(line["image"] or "", line.get("label") or None)], draw, "boxes")
+        names = [(line["image"] or "", line.get("label") or None)]
+        yield Annotation(f"{path}, line {place}", names, partial(_draw_line, line), "boxes")
+
+
+def _draw_line(line: Mapping[Any, Any], picture: tuple[int, int]) -> np.ndarray:
+    if None in line:  # as `read_csv` has it
+        raise ValueError(f"the line has more fields than the header, {line[None]!r:.80}; quote texts")
+    left, top, right, bottom = ends = [_number(line[column]) for column in _COLUMNS[2:]]
+    if left > right or top > bottom:
+        raise ValueError(f"the box {ends} ends before it begins; xmax and ymax are its right and bottom ends")
+    if any(ends) and all(0 <= end <= 1 for end in ends):
+        raise ValueError(f"the box {ends} is in shares of the picture; multiply by its width and height")
+    return _draw_box(ends, picture)
 
 
 def _draw_box(ends: Sequence[Any], picture: tuple[int, int]) -> np.ndarray:
@@ -201,7 +221,7 @@ def _read_picture(path: Path, name: str) -> Iterator[Annotation]:
     for place in (stem, PurePosixPath(stem.name)):
         for end in range(len(words), 0, -1):
             names.append((str(place.with_name("_".join(words[:end]) or "_")), _label(words[end:])))
-    yield Annotation(str(path), list(dict.fromkeys(names)), partial(_draw_picture, path), "png")
+    yield Annotation(str(path), list(dict.fromkeys(names)), partial(_draw_picture, path), "png", file=path)
 
 
 def _label(words: Sequence[str]) -> str | None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 from agevlm.data.masks import MASKS, PHRASES
-from agevlm.data.published.convert import convert, identity_of
+from agevlm.data.published.convert import check_rows, convert, identity_of
 from agevlm.data.published.sources import open_source
 from agevlm.data.rows import (
     IMAGE_PLACEHOLDER,
@@ -35,7 +35,7 @@ from agevlm.data.tables import GroupWriter
 from agevlm.progress import Bar, written
 from agevlm.store import check_same, digest, new_folder, read_lines, read_table, replacing, write_json
 
-from .annotations import read_annotations
+from .annotations import files_of, read_annotations
 from .joining import Joiner, path_of
 
 
@@ -72,6 +72,9 @@ def import_data(
         ValueError: no source, no masks, masks of which none guides a row, no good row, or `out` holds something else.
     """
     out = Path(out)
+    for place in map(Path, (source, *masks)):
+        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            raise ValueError(f"{out} lies in {place}, of which all files are read; choose a folder outside of it")
     opened = open_source(source, images, out)
     annotations = read_annotations(masks)
     identity = {"format": FORMAT, "part": part, "masks": _digest(masks), "source": identity_of(opened)}
@@ -80,6 +83,10 @@ def import_data(
         if "import" not in report:
             raise ValueError(f"{out} is not empty and holds no import; choose another folder")
         check_same(out, report["import"], identity, "import")
+        for name in PARTS:
+            for what, file in (("rows", f"{name}/{_SHARD}"), *((what, f"{what}/{name}") for what in (MASKS, PHRASES))):
+                if report[what][name]:
+                    check_rows([out / f"{file}.parquet"], report[what][name], out, "import")
         return report
     with new_folder(out) as work:
         rows = work / "rows"
@@ -88,9 +95,10 @@ def import_data(
         counts, without = _write(rows, work, joiner, part, progress)
         unused = joiner.unused()
         if unused and (strict or len(unused) == len(annotations)):
+            name, shown = next(_names(rows))
             raise ValueError(
                 f"{len(unused)} of {len(annotations)} masks guide no row, such as {unused[0]['mask']}: "
-                f"{unused[0]['reason']}; a row is named and shows: {next(_names(rows))}. Correct or remove them"
+                f"{unused[0]['reason']}. Correct or remove them; a row is named {name!r} and shows {shown!r}"
             )
         report = {
             "import": identity,
@@ -152,8 +160,8 @@ def part_of(messages: Sequence[Mapping[str, str]]) -> str:
 
 def _digest(places: Sequence[str | Path]) -> str:
     """Of the masks by the names and bytes of their files."""
-    files = [path for place in map(Path, places) for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
-    return digest((piece for path in files for piece in (path.name, path.read_bytes())), size=8)
+    files = (file for place in places for file in files_of(Path(place)))
+    return digest((piece for path, name in files for piece in (name, path.read_bytes())), size=8)
 
 
 def _read(rows: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Joins masks of other tools to the rows that show their pictures, and says of each that joins none why."""
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class Joiner:
         for number, label in told:
             annotation = self.annotations[number]
             try:
+                if annotation.file and annotation.file.read_bytes() == row["images"][0]["bytes"]:
+                    raise ValueError("it is the picture itself")
                 words = _words(annotation, label, messages, source)
                 mask = annotation.draw(size)
                 if not mask.any():
@@ -199,8 +202,8 @@ class _Names:
 
 
 def _forms(path: str) -> Iterator[str]:
-    """A path, and the same without the suffix of a picture."""
-    place = PurePosixPath(path)
+    """A path in one form whatever the system that wrote it, and the same without the suffix of a picture."""
+    place = PurePosixPath(unicodedata.normalize("NFC", path.replace("\\", "/")))
     yield str(place)
     if place.suffix.lower() in SUFFIXES:
         yield str(place.with_suffix(""))

@@ -31,7 +31,7 @@ from agevlm.data.duplicates import equal_groups, save_hashes
 from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.data.tables import GroupWriter
-from agevlm.store import check_same, digest, publish, read_json, read_table, replacing, write_json
+from agevlm.store import check_same, digest, publish, read_json, read_lines, read_table, replacing, write_json
 
 from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
@@ -246,8 +246,10 @@ def _finish(source: Source, partial: Path, identity: dict, chunks: list[Chunk]) 
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     if not counts["rows"]:
         shown = ", ".join(f"{kind} {counts[kind]}" for kind in DROPPED if counts[kind]) or "it is empty"
+        bad_rows = read_lines(partial / "bad_rows.jsonl")
+        first = f", such as row {bad_rows[0]['row']}: {bad_rows[0]['detail']}" if bad_rows else ""
         shutil.rmtree(partial)
-        raise ValueError(f"no row of {source.name} is good ({shown}); `agevlm data check` shows why")
+        raise ValueError(f"no row of {source.name} is good ({shown}){first}; `agevlm data check` shows all")
     summary = {
         "rows": counts["rows"],
         "read": sum(chunk.count for chunk in chunks),
@@ -290,13 +292,18 @@ def check_whole(out: Path, summary: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a shard is missing, cut off, or of other rows.
     """
+    shards = [_shard(out, index, summary["shards"]) for index in range(summary["shards"])]
+    check_rows(shards, summary["rows"], out, "convert")
+    return summary
+
+
+def check_rows(shards: Iterable[Path], wanted: int, out: Path, verb: str) -> None:
+    """Raises ValueError where a Parquet file of the finished folder `out` is missing or cut off, or rows are."""
     rows = 0
-    for index in range(summary["shards"]):
-        shard = _shard(out, index, summary["shards"])
+    for shard in shards:
         try:
             rows += pq.read_metadata(shard).num_rows
         except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{shard} is missing or damaged ({error}); delete {out} to convert again") from error
-    if rows != summary["rows"]:
-        raise ValueError(f"{out} has {rows} rows, its summary {summary['rows']}; delete it to convert again")
-    return summary
+            raise ValueError(f"{shard} is missing or damaged ({error}); delete {out} to {verb} again") from error
+    if rows != wanted:
+        raise ValueError(f"{out} has {rows} rows, its summary {wanted}; delete it to {verb} again")

@@ -252,7 +252,7 @@ def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Pat
 def _captioned(folder: Path) -> list[dict[str, str]]:
     """The pictures below a folder that have a caption in NAME.txt beside NAME.jpg, as rows."""
     rows = []
-    for text in sorted(folder.rglob("*.txt")):
+    for text in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".txt"):
         for picture in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")):
             if picture.suffix.lower() in SUFFIXES:
                 name = picture.relative_to(folder).as_posix()
