@@ -20,6 +20,7 @@ from agevlm.data.rows import GUIDANCE, ROW_FEATURES, undecoded
 from agevlm.evaluation.benchmark import verdict
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.errors import MOST
+from agevlm.evaluation.inputs import RowError, open_phrases
 from agevlm.evaluation.leaderboard import read_metrics
 from agevlm.evaluation.looking import measure_looking
 from agevlm.evaluation.own import PAPER, lettered, words
@@ -348,6 +349,18 @@ def test_a_stock_model_answers_own_questions_without_maps(folder):
     main([str(folder / "llava"), "--data", str(path), "--max-new-tokens", "2", "--output", str(folder / "out")])
     html = (folder / "out" / "results.html").read_text(encoding="utf-8")
     assert 0 < html.count("<figure") == html.count("data:image/webp")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(mask(48, 64), "48 x 64 but the picture is 96 x 64"), (mask(96, 64, box=(0, 0, 0, 0)), "marks no pixel")],
+)
+def test_a_mask_that_cannot_be_used_is_named(capsys, bad, reason):
+    row = {"id": "x", "question": "Is it red?", "mask": stored(bad)}
+    assert open_phrases(PAPER, row, picture(96, 64), strict=False, tell=True) == []
+    assert "row x, field mask" in (told := capsys.readouterr().err) and reason in told
+    with pytest.raises(RowError, match=reason):
+        open_phrases(PAPER, row, picture(96, 64), strict=True)
 
 
 def test_masks_alone_print_looking_and_ask_no_network(folder, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 A picture that several rows of a batch show is decoded once and passes the vision tower of a model of ours once.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,24 +93,29 @@ def open_rows(
             bad[row["id"]] = str(error)
             continue
         phrases = []
-        for phrase, mask in open_phrases(asked, row, pictures[key], strict) if with_masks else ():
+        for phrase, mask in open_phrases(asked, row, pictures[key], strict, tell=True) if with_masks else ():
             words = [(0, phrase["query"], phrase.get("occurrence") or 0)]
             phrases.append((_marked(processor, messages(asked.prompt(row)), words)[1][0], mask))
         questions.append(Question(row, pictures[key], text, phrases))
     return questions, bad
 
 
-def open_phrases(asked: Any, row: Row, image: Image.Image | None, strict: bool) -> list[tuple[Row, Image.Image]]:
+def open_phrases(
+    asked: Any, row: Row, image: Image.Image | None, strict: bool, tell: bool = False
+) -> list[tuple[Row, Image.Image]]:
     """The phrases of a question that say what to look at ({query, occurrence}) with their usable masks: those of its
-    list `guidance`, without one the whole question with the row's mask. RowError if strict, for a bad mask."""
+    list `guidance`, without one the whole question with the row's mask. RowError if strict, for a bad mask; else, to
+    `tell`, a line on stderr."""
     said = row["guidance"] if "guidance" in row else [{"query": asked.query(row), "mask": row.get("mask")}]
     found = []
     for phrase in said:
         try:
             mask = row_mask({**row, **phrase}, image)
-        except RowError:
+        except RowError as error:
             if strict:
                 raise
+            if tell:
+                print(f"{error}; where the model looks is not measured there", file=sys.stderr)
             continue
         if mask is not None:
             found.append((phrase, mask))
