@@ -227,7 +227,8 @@ def run_stage(
                     soft_wrap=True,
                 )
         guiding = lineage["data"]["guided_rows"] - len(trainer.unguided.rows)
-        if trainer.unguided.rows and not guiding:
+        shares = [entry["guided_share"] for entry in trainer.state.log_history if "guided_share" in entry]
+        if trainer.unguided.rows and (not guiding or not any(shares)):  # a resumed run may have seen fewer rows
             raise ValueError(
                 f"None of the {len(trainer.unguided.rows)} rows with a mask could be guided: "
                 f"{trainer.unguided.path(output_dir)} says why."
