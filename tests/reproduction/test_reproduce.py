@@ -240,6 +240,7 @@ def weights_of(output: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in output.glob("seed-0/stage*/model.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, capsys):
     """Interrupted, resumed, once more, and another row by the other verb in the same folder."""

@@ -52,6 +52,7 @@ def mixed_rows():
     return [("Describe the image.", [picture()]), ("Is there a car?", []), ("How many?", [picture(80, 40, seed=1)])]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_tokens_of_the_checkpoint(onnx, tmp_path, capsys):
     """`agevlm export`, then every question about the example picture, alone and as one batch with beams."""
     main([str(CHECKPOINT), str(tmp_path / "out")])

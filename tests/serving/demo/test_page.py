@@ -213,6 +213,7 @@ def test_a_picture_of_one_line_is_answered(server):
         assert heat.size == (160, 1)
 
 
+@pytest.mark.slow
 def test_the_longest_question_is_answered(server, uploaded):
     question = ("Is there a red apple? " * 100)[:MAX_QUESTION].strip()
     ours, _ = call(server.address, uploaded, question)

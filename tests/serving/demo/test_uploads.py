@@ -145,7 +145,8 @@ def test_an_upload_is_opened_however_it_is_described(server, uploaded, example):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("requests", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("requests", [20, 100])
 def test_hostile_requests_spoil_no_other_answer(server, uploaded, requests):
     """Every fifth request is hostile; all are sent at once, and again where the queue is full."""
     bomb = upload(server.address, "bomb.png", bomb_png(65_000, 65_000))
