@@ -48,11 +48,13 @@ test-versions: install
 
 typecheck: install
 	$(BIN)/mypy -p agevlm
+	$(BIN)/mypy bench examples
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p agevlm
+	$(BIN)/mypy bench examples
 
 # checkpoints/agevlm-tiny: four stages from checkpoints/tiny-parts, each of which goes on where it was killed
 CHECKPOINT = build/checkpoint

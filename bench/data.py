@@ -28,12 +28,15 @@ import sys, time
 from agevlm.data.published.convert import convert
 start = time.process_time()
 summary = convert(sys.argv[1], sys.argv[2], progress=False)
-seconds = time.process_time() - start
-print(summary["read"], seconds, peak())
+print(summary["read"], time.process_time() - start, peak())
 """
-CHECK = CONVERT.replace("data.cambrian import convert", "data.check import check").replace(
-    "convert(sys.argv[1], sys.argv[2], progress=False)", "check(sys.argv[1], progress=False)"
-).replace('summary["read"]', 'summary["rows_read"]')  # fmt: skip
+CHECK = """
+import sys, time
+from agevlm.data.published.check import check
+start = time.process_time()
+summary = check(sys.argv[1], progress=False)
+print(summary["rows_read"], time.process_time() - start, peak())
+"""
 REPEATED = """
 import sys, time
 from pathlib import Path
@@ -51,7 +54,8 @@ print(before, time.process_time() - start, peak())
 def run(code: str, *arguments: Path) -> tuple[float, float, float]:
     """The three numbers that a script prints."""
     printed = subprocess.check_output([sys.executable, "-c", PEAK + code, *map(str, arguments)], text=True)
-    return tuple(map(float, printed.split()))
+    first, second, third = map(float, printed.split())
+    return first, second, third
 
 
 def show(what: str, rows: float, seconds: float, peak: float) -> None:

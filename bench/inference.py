@@ -55,7 +55,7 @@ from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 CLOCK = time.perf_counter
 IMAGE_TOKEN = 5
 CROSS_LAYERS = [2, 7, 12, 17]
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {
         "text": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "vocab_size": 128256},
         "vision": {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]},
@@ -115,7 +115,8 @@ def fixed_features(model: nn.Module, features: torch.Tensor | None) -> None:
     if features is None:
         model.__dict__.pop("get_image_features", None)
     else:
-        model.get_image_features = lambda *args, **kwargs: BaseModelOutputWithPooling(pooler_output=features)
+        given = BaseModelOutputWithPooling(pooler_output=features)
+        model.__dict__["get_image_features"] = lambda *args, **kwargs: given
 
 
 def contestants(size: dict, tokens: int, batch: int, dtype: torch.dtype) -> dict[str, Contestant]:
@@ -299,7 +300,8 @@ def main() -> None:
     cells = (size["pixels"] // 32) ** 2
     features = torch.randn(options.batch, cells, size["text"]["hidden_size"]).to(dtype)
     with_tower = ("agevlm", "concat")
-    rows = {f"with vision, {name}": (models[name], None) for name in with_tower}
+    rows: dict[str, tuple[Contestant, torch.Tensor | None]] = {}
+    rows |= {f"with vision, {name}": (models[name], None) for name in with_tower}
     rows |= {f"without vision, {name}": (contestant, features) for name, contestant in models.items()}
     # The uncounted round: warms up, counts operations, reads off the caches.
     flops, caches = {}, {}

@@ -92,9 +92,9 @@ def make_rows(count: int, sizes=SIZES, pictures: int = 32) -> list[dict]:
     shown = []
     for seed in range(pictures):
         width, height = sizes[seed % len(sizes)]
-        mask = Image.new("1", (width, height))
-        mask.paste(1, (width // 4, height // 4, width // 2, height // 2))
-        shown.append((encoded(photograph(width, height, seed), "JPEG", quality=90), encoded(mask, "PNG")))
+        marked = Image.new("1", (width, height))
+        marked.paste(1, (width // 4, height // 4, width // 2, height // 2))
+        shown.append((encoded(photograph(width, height, seed), "JPEG", quality=90), encoded(marked, "PNG")))
     rows = []
     for index in range(count):
         image, mask = shown[index % pictures]
@@ -223,11 +223,11 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
     collator = AgeVlmDataCollator(build_processor(tokenizer(), image_size=64), pixels_as_bytes=True)
     data = open_shards(files)
     loader = DataLoader(data, batch_size=BATCH, sampler=OrderSampler(data, seed=0), collate_fn=collator, num_workers=1)
-    me, seen = psutil.Process(), 0
+    me, seen, every = psutil.Process(), 0, max(1, arguments.rows // 10)
     print("| rows | this process, MiB | worker, MiB |\n|---|---|---|")
     for batch in loader:
         before, seen = seen, seen + len(batch["input_ids"])
-        if seen // 20_000 > before // 20_000:
+        if seen // every > before // every:
             sizes = [process.memory_info().rss / 2**20 for process in (me, *me.children())]
             print(f"| {seen} | " + " | ".join(f"{size:.0f}" for size in sizes) + " |", flush=True)
 

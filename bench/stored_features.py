@@ -1,6 +1,6 @@
 """Stage 1 with stored features beside stage 1 that runs the tower: steps per second, and where the time goes.
 
-    python bench/stored_features.py [--steps 60] [--rounds 3] [--profile]
+    python bench/stored_features.py [--size tiny] [--steps 60] [--rounds 3] [--profile]
 
 The committed tiny parts on captions of scenes, as `agevlm reproduce` trains them. Rounds of both alternate in one
 process; the steps of a round are timed behind the first ten. Times are processor time: set OMP_NUM_THREADS=1.
@@ -51,13 +51,14 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "clutter-able"], default="tiny", help="of `agevlm reproduce`")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     quiet()
-    size = SIZES["tiny"]
+    size = SIZES[arguments.size]
     steps = arguments.steps + WARM_UP
     recipe = stage1_align.recipe(size="tiny").override(max_steps=steps, save_strategy="no", disable_tqdm=True)
     rates: dict[str, list[float]] = {"runs the tower": [], "reads features": []}
@@ -65,9 +66,10 @@ def main() -> None:
         folder = Path(place)
         scenes = build_scenes(
             folder / "scenes", captions=min(size.captions, steps * recipe.global_batch_size), instructions=20, test=20,
-            max_objects=size.max_objects, names=size.names, colors=size.colors, progress=False,
+            size=size.image_size, min_objects=size.min_objects, max_objects=size.max_objects,
+            names=size.names, colors=size.colors, progress=False,
         )  # fmt: skip
-        save_start(TINY_PARTS, folder / "start", 0, size.cross_attention_layers, Start())
+        save_start(TINY_PARTS, folder / "start", 0, size, Start())
         rows = load_rows(scenes, "captions", mask_fraction=0.0)
         profile = cProfile.Profile(time.process_time) if arguments.profile else None
         for round_ in range(arguments.rounds):

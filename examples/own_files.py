@@ -44,7 +44,9 @@ def write_files(folder: Path, train: int = 200, test: int = 40) -> None:
         asked = [(f"Is there {with_article(thing)} in the image? {ASK}", thing) for thing in (things[0], absent)]
         if number >= train:
             mask = f"masks/{number:04d}.png"
-            picture.mask([index for index, thing in enumerate(things) if thing == things[0]]).save(folder / mask)
+            shown = picture.mask([index for index, thing in enumerate(things) if thing == things[0]])
+            assert shown is not None  # the first thing is there
+            shown.save(folder / mask)
             questions += [
                 {"image": f"photos/{file}", "question": asked[0][0], "answer": "yes", "mask": mask},
                 {"image": f"photos/{file}", "question": asked[1][0], "answer": "no"},
