@@ -285,10 +285,10 @@ def cross_layers(layers: Layers, default: Sequence[int], depth: int) -> tuple[in
 
 def _variant(stage: int, guided: Sequence[int], query: Query) -> str:
     """The stage recipes' variant with guidance in this stage or not."""
-    if query == "phrases":
-        return "agevlm-phrases-lm" if 4 in guided else "agevlm-phrases"
     if stage == 4 and 4 in guided:
-        return "agevlm-lm"
+        return "agevlm-phrases-lm" if query == "phrases" else "agevlm-lm"
+    if query == "phrases":
+        return "agevlm-phrases"
     return "agevlm" if stage < 3 or 3 in guided else "ca-baseline"
 
 
