@@ -73,6 +73,7 @@ checkpoint: install
 	$(BIN)/agevlm train stage3_ground $(FLAGS) --init-from $(CHECKPOINT)/stage2 --output-dir $(CHECKPOINT)/stage3
 	$(BIN)/agevlm train stage4_instruct $(FLAGS) --init-from $(CHECKPOINT)/stage3 --output-dir $(CHECKPOINT)/agevlm-tiny
 	$(BIN)/agevlm eval $(CHECKPOINT)/agevlm-tiny --scenes $(CHECKPOINT)/fresh --output $(CHECKPOINT)/results
+	$(BIN)/agevlm card $(CHECKPOINT)/agevlm-tiny --evaluation $(CHECKPOINT)/results/agevlm-tiny/metrics.json
 
 # The API reference, from the docstrings: build/api/index.html
 docs: install

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import anchors
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,12 +32,6 @@ def defined(file: Path) -> set[str]:
         return found
 
     return names(ast.parse(file.read_text(encoding="utf-8")).body)
-
-
-def anchors(file: Path) -> set[str]:
-    """The headings of a page, as GitHub links to them."""
-    headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_page_is_the_rendering_of_the_data():

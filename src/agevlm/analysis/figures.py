@@ -94,7 +94,7 @@ def save_padding(variants: Mapping[str, Mapping[str, Any]], name: str, output: P
     """`padding.png`: enrichment of the cells that padding leaves empty, per layer and variant, with intervals."""
     figure = Figure(figsize=(6.6, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    labels = {"own": "own processing", "pad": "padded, not told", "stretch": "stretched", "crop": "cropped"}
+    labels = {"own": "own processing", "pad": "padded, unmarked", "stretch": "stretched", "crop": "cropped"}
     colors = {"own": "#636363", "pad": MISMATCHED, "stretch": MATCHED, "crop": "#31a354"}
     for variant, entry in variants.items():
         entries = [layer for layer in entry["layers"] if layer["enrichment"] is not None]

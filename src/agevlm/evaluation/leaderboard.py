@@ -58,7 +58,8 @@ _NONE = "No model trained with this code has been evaluated on the published set
 _SCENES = """## Grounded scenes
 
 Drawn scenes in the formats of the five benchmarks: other questions than theirs, not comparable with the table above.
-In brackets: bootstrap 95 % intervals. “Without looking”: the best that a constant answer or chance reaches.
+In brackets: bootstrap 95 % intervals. “Without looking”: the best that a constant answer or chance reaches. The
+`metrics.json` files have every metric of every category.
 """
 
 
@@ -120,7 +121,7 @@ def results_page(results: Sequence[Metrics]) -> str:
         for name in names:
             having = {model: metrics for model, metrics in models.items() if name in metrics["benchmarks"]}
             first = next(iter(having.values()))["benchmarks"][name]
-            parts += [f"**{name}**. {first['protocol']}\n", markdown_table(benchmark_lines(having, name))]
+            parts += [f"**{name}**. {first['protocol']}\n", markdown_table(benchmark_lines(having, name, brief=True))]
         looked = grounding_lines({model: metrics["grounding"] for model, metrics in models.items()})
         if looked:
             parts += ["**Where they look**, over all rows with a mask (0 to 1)\n", markdown_table(looked)]

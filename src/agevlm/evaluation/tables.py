@@ -35,6 +35,11 @@ def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     return values
 
 
+def shown_metrics(result: Metrics) -> list[str]:
+    """The metrics that stand for a benchmark where there is no room for all."""
+    return result.get("shown") or [result["headline"]]
+
+
 def _number(value: Any) -> str:
     if value is None:
         return "–"
@@ -56,12 +61,19 @@ def without_looking(result: Metrics, path: Sequence[str]) -> str:
     return f"{_number(found[best])} ({best})"
 
 
-def benchmark_lines(results: Results, name: str) -> Lines:
-    """Every metric of one benchmark: with its interval, as the judge reads it, and without looking."""
+def benchmark_lines(results: Results, name: str, *, brief: bool = False) -> Lines:
+    """Every metric of one benchmark: with its interval, as the judge reads it, and without looking.
+
+    Args:
+        brief: of the metrics of a category, keep those of `shown_metrics`.
+    """
     found = {model: metrics["benchmarks"][name] for model, metrics in results.items()}
     first = next(iter(found.values()))
     lines = [["", *found, "without looking"]]
+    kept = shown_metrics(first)
     for path, _ in leaves(first["intervals"]):
+        if brief and len(path) > 2 and path[-1] not in kept:
+            continue
         lines.append(
             [" ".join(path), *(_with_interval(r, path) for r in found.values()), without_looking(first, path)]
         )
@@ -217,7 +229,7 @@ def summary_table(results: Results) -> ConsoleTable:
     lines = []
     for name, result in first["benchmarks"].items():
         found = [metrics["benchmarks"][name] for metrics in results.values()]
-        for metric in result.get("shown") or [result["headline"]]:
+        for metric in shown_metrics(result):
             cells = [_with_interval(r, (metric,)) for r in found]
             lines.append([f"{name} {metric}", *cells, without_looking(result, (metric,))])
         if any("judged" in r for r in found):
