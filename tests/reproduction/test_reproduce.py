@@ -132,12 +132,12 @@ def test_the_quickstarts_rows_differ_in_guidance_alone(size):
     paths = {row.name: chain(row, size, seed=3) for row in choose_rows(["quickstart"])}
     assert tuple(paths) == QUICKSTART
     weights = {name: [run.recipe.training["guidance_weight"] for run in path] for name, path in paths.items()}
-    assert weights == {"ca-baseline": [0, 0, 0, 0], "agevlm": [0, 0, 1, 0], "phrases": [0, 0, 1, 0]}
+    assert weights == {"ca-baseline": [0, 0, 0, 0], "agevlm": [0, 0, 1, 0], "phrases-lm": [0, 0, 1, 1]}
     same = [[run.recipe.override(guidance_weight=0, variant="") for run in path] for path in paths.values()]
     assert same[0] == same[1] == same[2]
     assert [run.name for run in unique(paths.values())] == [
         "stage1", "stage2", "stage3-unguided", "stage4-ca-baseline", "stage3-guided", "stage4-agevlm",
-        "stage3-phrases", "stage4-phrases",
+        "stage3-phrases", "stage4-phrases-lm",
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class _Once(argparse.Action):
 
 
 def quickstart(argv: list[str] | None = None) -> None:
-    """Train a model without guidance, the paper's and one guided phrase by phrase, evaluate on unseen scenes, report.
+    """Train a model without guidance, the paper's, and one guided phrase by phrase; evaluate on unseen scenes, report.
 
     The same as `agevlm reproduce --only quickstart --strict`; that verb adds other rows to the folder.
     """

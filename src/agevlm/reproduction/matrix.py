@@ -148,8 +148,9 @@ class Run:
         return self.parent or self.start.name
 
 
-BASELINE, GUIDED, GUIDED_TWICE, TWIN, PHRASES = "ca-baseline", "agevlm", "agevlm-lm", "twin", "phrases"
-QUICKSTART = (BASELINE, GUIDED, PHRASES)
+BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
+PHRASES, PHRASES_TWICE = "phrases", "phrases-lm"
+QUICKSTART = (BASELINE, GUIDED, PHRASES_TWICE)
 MAIN = "Main"
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
@@ -181,7 +182,7 @@ ROWS = {
             start=Start(position="after_self_attention"),
         ),
         Row(PHRASES, "AGE-VLM phrase by phrase", MAIN, query="phrases"),
-        Row("phrases-lm", "AGE-VLM-LM phrase by phrase", "Phrase by phrase", guided=(3, 4), query="phrases"),
+        Row(PHRASES_TWICE, "AGE-VLM-LM phrase by phrase", MAIN, guided=(3, 4), query="phrases"),
         Row("phrase-words", "phrases' words, one mask", "Phrase by phrase", query="phrase-words"),
         Row("phrase-masks", "phrases' masks, all words", "Phrase by phrase", query="phrase-masks"),
     )

@@ -25,7 +25,7 @@ from agevlm.training.lineage import git_commit, library_versions, read_lineage
 from .charts import draw_charts
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
 from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
-from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, PHRASES, ROWS, TWIN
+from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, PHRASES, PHRASES_TWICE, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
     ACCURACY,
@@ -367,7 +367,7 @@ def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path
     rows = load_benchmark(scenes, SPLIT, pope.PAPER.name)
     first = {name: next(iter(found[name].values())) for name in names}
     every = [index for index, mask in enumerate(rows["mask"]) if mask is not None]
-    guided = next((name for name in (PHRASES, GUIDED_TWICE, GUIDED) if name in names), None)
+    guided = next((name for name in (PHRASES_TWICE, PHRASES, GUIDED_TWICE, GUIDED) if name in names), None)
     apart: list[int] = []
     if guided is not None and BASELINE in names:
         right, wrong = (right_answers(first[name], pope.PAPER) for name in (guided, BASELINE))
