@@ -102,7 +102,6 @@ REMARKED = {
     "image_elongated": "one side more than 20 times the other",
     "image_wrong_suffix": "the file's name promises another format",
 }
-KINDS = {**DROPPED, **REPAIRED, **REMARKED}
 
 
 class BadRow(Exception):
@@ -114,6 +113,11 @@ class BadRow(Exception):
         self.kind, self.detail = kind, detail
         self.row_id: str | None = None
         self.source: str | None = None
+
+
+def finding(position: int, row_id: str | None, kind: str, detail: str) -> dict[str, Any]:
+    """An entry of a report."""
+    return {"row": position, "id": row_id, "kind": kind, "detail": detail[:500]}
 
 
 @dataclass
