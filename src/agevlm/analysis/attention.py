@@ -1,7 +1,5 @@
 """Where a model looks while it reads a question and while it answers (paper, tables 4 and 6).
 
-    agevlm analyze attention MODEL... IMAGE QUESTION --output DIR
-
 A map is the softmax of one layer, averaged over heads and the question's tokens, on the pixels of the picture: of
 every cross layer of ours, and of the first self-attention layer of a concatenating model, as in the paper (`--layer`
 for others). A generated token's map is the look from which it was predicted, that of the token before it. In
@@ -26,14 +24,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from agevlm.drawing import outline, overlay, panels, peak_of
-from agevlm.images import open_image, save_image
+from agevlm.images import open_image, open_mask, save_image
 from agevlm.models import load, unique_names
 from agevlm.progress import written
 from agevlm.store import write_json
 
 from .cells import Cells, cells_of
 from .recording import Recorder, recording
-from .resume import file_name, make_folder, save_arrays
+from .resume import file_name, save_arrays
 from .subjects import Encoded, Subject
 
 
@@ -346,17 +344,12 @@ def write_attention(
     """
     if lost := [words for words in phrases if words not in question]:
         raise ValueError(f"the question {question!r} does not hold the phrase {lost[0]!r}; copy it from there")
-    if mask is not None and mask.size != image.size:
-        raise ValueError(
-            f"the mask is {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; give a mask "
-            "of the picture's size"
-        )
+    mask = mask and open_mask(mask, "the mask", image.size)
     attended = {
         name: attend(*pair, image, question, layers=layers, max_new_tokens=max_new_tokens)
         for name, pair in models.items()
     }
-    output = make_folder(output)
-    peak = _peak(attended.values())
+    output, peak = Path(output), _peak(attended.values())
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "overlay_peak": peak,
                                "models": {}}  # fmt: skip
     arrays: dict[str, Any] = {}
@@ -407,7 +400,7 @@ def write_examples(
     Returns:
         One `Example` per row.
     """
-    output = make_folder(output)
+    output = Path(output)
     examples: list[Example] = []
     for row in rows:
         image = open_image(row["image"], f"row {row['id']}, field image")
@@ -447,12 +440,10 @@ def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm analyze attention`, with the arguments of `cli.py`."""
     image = open_image(arguments.image, arguments.image)
     mask = None if arguments.mask is None else open_image(arguments.mask, arguments.mask, mode="1")
-    models = {}
-    for name, path in zip(unique_names(arguments.models), arguments.models, strict=True):
-        subject = Subject(*load(path, trust_remote_code=arguments.trust_remote_code))
-        models[name] = (subject.model, subject.processor)
+    names = unique_names(arguments.models)
+    loaded = [load(path, trust_remote_code=arguments.trust_remote_code) for path in arguments.models]
     summary = write_attention(
-        models,
+        dict(zip(names, loaded, strict=True)),
         image,
         arguments.question,
         arguments.output,
