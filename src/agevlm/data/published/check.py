@@ -26,8 +26,8 @@ from agevlm.store import new_folder, read_lines, write_json
 from .defaults import MAX_LENGTH
 from .json_records import Chunk
 from .overlap import EvaluationPictures, read_evaluation_pictures
-from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding
-from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
+from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding, read_record
+from .sources import Source, draft_hashes, open_source, read_pictures
 
 
 _CHUNK, _EXAMPLES = 1_000, 5
@@ -144,7 +144,7 @@ def _examine(state: State, chunk: Chunk) -> dict[str, Any]:
         for position, record in source.records(chunk):
             draft, row, notes = None, None, []
             try:
-                draft = read_draft(record, position)
+                draft = read_record(record, position)
                 row = read_pictures(draft, source.store)
                 notes = row.notes + _length_notes(draft.messages, tokenizer, max_length, lengths)
                 for image, picture in zip(row.images, row.pictures, strict=True):

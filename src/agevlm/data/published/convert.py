@@ -31,8 +31,8 @@ from agevlm.store import check_same, digest, publish, read_json, read_lines, rea
 
 from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
-from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding
-from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
+from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding, read_record
+from .sources import Source, draft_hashes, open_source, read_pictures
 
 
 FORMAT = 2  # raise when the same arguments would give other rows
@@ -132,7 +132,7 @@ def _hash_ids(state: State, chunk: Chunk) -> None:
     rows = []
     for position, record in source.records(chunk):
         try:
-            rows.append((*draft_hashes(read_draft(record, position)), position))
+            rows.append((*draft_hashes(read_record(record, position)), position))
         except BadRow:
             continue  # the second pass names it
     save_hashes(_hashes(partial / "work", chunk), rows)
@@ -152,7 +152,7 @@ def _write_shard(state: State, chunk: Chunk) -> None:
     ):
         for position, record in source.records(chunk):
             try:
-                draft = read_draft(record, position)
+                draft = read_record(record, position)
                 row = read_pictures(draft, source.store)
                 row_id = draft.id
                 if position in repeated:

@@ -158,16 +158,17 @@ def parse_record(data: bytes | None) -> dict[str, Any]:
     return record
 
 
-def read_record(record: Mapping[str, Any], position: int) -> Draft:
+def read_record(record: bytes | Mapping[str, Any] | None, position: int) -> Draft:
     """The draft of a row.
 
     Args:
-        record: in one of the formats above.
+        record: in one of the formats above, or what `parse_record` takes.
         position: its place in its file, from 1; names a row without id.
 
     Raises:
         BadRow: see `DROPPED`.
     """
+    record = record if isinstance(record, Mapping) else parse_record(record)
     notes: list[tuple[str, str]] = []
     row_id, source = None, None
     try:

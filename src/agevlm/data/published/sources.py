@@ -2,7 +2,7 @@
 captions in text files, Parquet files, `datasets`.
 
 A source knows its chunks, which processes read independently of each other, and hands out each record as what
-`read_draft` takes. `read_draft` and `read_pictures` make it a row of ours, or say by name why not.
+`read_record` takes. `read_record` and `read_pictures` make it a row of ours, or say by name why not.
 """
 
 import glob
@@ -27,7 +27,7 @@ from agevlm.store import digest
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
-from .records import BadRow, Draft, parse_record, read_record
+from .records import BadRow, Draft
 
 
 _JSON, _PARQUET, _CSV = (".json", ".jsonl"), (".parquet",), (".csv", ".tsv")
@@ -42,15 +42,6 @@ class Row:
     images: list[dict[str, Any]]
     pictures: list[Image.Image]
     notes: list[tuple[str, str]]
-
-
-def read_draft(record: bytes | Mapping[str, Any] | None, position: int) -> Draft:
-    """The draft of a source's record. `position`: its place in its file, from 1.
-
-    Raises:
-        BadRow: see `records.DROPPED`.
-    """
-    return read_record(record if isinstance(record, Mapping) else parse_record(record), position)
 
 
 def draft_hashes(draft: Draft) -> tuple[int, int]:
