@@ -58,10 +58,10 @@ def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
     return refuse_names(Dataset.from_parquet(files, **options))
 
 
-def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, or some of their columns, a few at a time; pictures as {bytes, path}."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, a few at a time; pictures as {bytes, path}."""
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=16, columns=columns):
+        for batch in file.iter_batches(batch_size=16):
             yield from batch.to_pylist()
 
 

@@ -96,9 +96,7 @@ def ground(argv: list[str] | None = None) -> None:
         dataset_name=options.dataset,
         query_source=options.query,
         by_phrase=options.by_phrase,
-        filters=Filters(
-            options.min_area, options.max_area, options.min_score, options.min_cells, options.keep, options.seed
-        ),
+        filters=Filters(**{name: getattr(options, name) for name in vars(default)}),
         attempt=options.attempt,
         batch_size=options.batch_size,
         num_workers=options.workers,

@@ -175,13 +175,13 @@ def read_masks(path: Path | str, split: str = "kept") -> Dataset:
     return read_files([file])
 
 
-def write_coco(masks: Dataset, path: Path, progress: bool = True) -> int:
+def write_coco(masks: Dataset, path: Path) -> int:
     """Writes one COCO annotation for every mask (extra `coco`); returns how many. The row's id is the picture's
     `file_name`, and a phrase is a category; `annotations.py` reads them."""
     images: dict[str, dict[str, Any]] = {}
     numbers: dict[str, int] = {}
     annotations: list[dict[str, Any]] = []
-    for row in Bar(undecoded(masks), desc="export", unit="mask", disable=not progress):
+    for row in Bar(undecoded(masks), desc="export", unit="mask"):
         if row["mask"] is None:
             continue
         mask = read_mask(row["mask"], row["id"])
