@@ -16,7 +16,6 @@ Our processor masks cells without any picture, so its `own` share is that of bor
 import argparse
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def measure_padding(
         return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
 
     def measure_all(part: Sequence[Pair]) -> list[Row]:
-        return [measured(partial(measure, pair), pair.id, strict) for pair in part]
+        return [measured(measure, pair, pair.id, strict) for pair in part]
 
     rows = measure_parts("padding", pairs, measure_all, size=CHUNK, unit="picture", parts=parts, progress=progress)
     left_out = failures(pairs, rows)

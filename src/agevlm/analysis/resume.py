@@ -97,10 +97,10 @@ def measure_parts(
     return rows
 
 
-def measured(compute: Callable[[], Row], name: str, strict: bool) -> Row:
-    """What `compute` returns, or a row with `ERROR`. If strict, raises ValueError naming the row instead."""
+def measured(measure: Callable[[Any], Row], item: Any, name: str, strict: bool) -> Row:
+    """What `measure` returns of an item, or a row with `ERROR`; if strict, a ValueError that names the row."""
     try:
-        return compute()
+        return measure(item)
     except ValueError as error:
         if strict:
             raise ValueError(f"row {name}: {error}") from error

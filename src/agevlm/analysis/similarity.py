@@ -22,7 +22,6 @@ import argparse
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +194,6 @@ def score_pairs(
     def score(batch: Sequence[tuple[Pair, str]]) -> list[Row]:
         return score_batch(subject, subject.encode([pair.image for pair, _ in batch], [text for _, text in batch]))
 
-    def score_one(pair: tuple[Pair, str]) -> Row:
-        return score([pair])[0]
-
     def measure(part: Sequence[tuple[Pair, str]]) -> list[Row]:
         rows: list[Row] = []
         for start in range(0, len(part), batch_size):
@@ -205,7 +201,7 @@ def score_pairs(
             try:
                 rows += score(batch)
             except ValueError:
-                rows += [measured(partial(score_one, one), one[0].id, strict) for one in batch]
+                rows += [measured(lambda one: score([one])[0], one, one[0].id, strict) for one in batch]
         return rows
 
     chosen = list(zip(pairs, texts, strict=True))
