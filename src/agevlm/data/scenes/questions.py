@@ -233,14 +233,14 @@ def _free(rng: random.Random, query: str, answer: str, look_at, about, distracto
 
 
 def what_color(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [index for index in scene.single() if scene.objects[index].color]
+    single = [(index, color) for index in scene.single() if (color := scene.objects[index].color)]
     if not single:
         return None
-    index = rng.choice(single)
-    thing = scene.objects[index]
-    others = [c for c in colors_of(pool, thing.name) if c != thing.color]
+    index, color = rng.choice(single)
+    name = scene.objects[index].name
+    others = [c for c in colors_of(pool, name) if c != color]
     rng.shuffle(others)
-    return _free(rng, f"What color is the {thing.name}?", thing.color, (index,), [(None, thing.name)], others)
+    return _free(rng, f"What color is the {name}?", color, (index,), [(None, name)], others)
 
 
 def what_is_colored(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
