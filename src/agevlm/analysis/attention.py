@@ -54,7 +54,7 @@ class Panel(TypedDict):
 
     title: str
     answer: str
-    correct: bool | None
+    correct: bool
     looks: list[Look]
 
 
@@ -385,8 +385,8 @@ def write_examples(
     rows: Iterable[Mapping[str, Any]],
     output: str | Path,
     *,
-    prompt: Callable[[Mapping[str, Any]], str] | None = None,
-    correct: Callable[[Mapping[str, Any], str], bool] | None = None,
+    prompt: Callable[[Mapping[str, Any]], str],
+    correct: Callable[[Mapping[str, Any], str], bool],
 ) -> list[Example]:
     """Draws benchmark rows for the report: the picture with the mask's outline, and every model's looks.
 
@@ -394,11 +394,8 @@ def write_examples(
         models: title -> (model, processor), in the order of the panels.
         rows: with `id`, `image`, `question`, `answer` and, where there is something to look at, `mask`.
         output: folder for the pictures.
-        prompt: what is asked about a row. Default: its question.
-        correct: whether an answer to a row is right. Default: unknown.
-
-    Returns:
-        One `Example` per row.
+        prompt: what is asked about a row.
+        correct: whether an answer to a row is right.
     """
     output = Path(output)
     examples: list[Example] = []
@@ -406,7 +403,7 @@ def write_examples(
         image = open_image(row["image"], f"row {row['id']}, field image")
         mask = None if row.get("mask") is None else open_image(row["mask"], f"row {row['id']}, field mask", mode="1")
         question = row["question"].split("\n", 1)[0]  # options and instructions stand on lines of their own
-        asked = row["question"] if prompt is None else prompt(row)
+        asked = prompt(row)
         attended = {name: attend(*pair, image, question, prompt=asked) for name, pair in models.items()}
         peak = _peak(attended.values())
         stem = file_name(row["id"])
@@ -421,7 +418,7 @@ def write_examples(
                 title = f"layer {result.layers[0]}" if kind == "first" else kind
                 mass = None if mask is None else in_mask_mass(result, mask, layers)
                 looks.append({"title": title, "in_mask_mass": mass, "overlay": str(path)})
-            right = None if correct is None else correct(row, result.answer)
+            right = correct(row, result.answer)
             drawn.append({"title": name, "answer": result.answer, "correct": right, "looks": looks})
         examples.append(
             {
