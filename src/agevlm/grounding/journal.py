@@ -66,7 +66,7 @@ class Journals:
         batches = [batch for path in sorted(folder.glob("*.arrows")) for batch in read(path, schema)[0]]
         self.data = pa.Table.from_batches(batches, schema)
         # The first of several: none should be, but a copy of a journal must not double its rows.
-        self.indices, self.first = np.unique(self.column("index").astype(np.int64), return_index=True)
+        self.indices, self.first = np.unique(self.column("index"), return_index=True)
 
     def column(self, name: str) -> np.ndarray:
         """One column, in the order of the files."""

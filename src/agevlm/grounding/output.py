@@ -69,8 +69,8 @@ def schema_of(features: Features, by_phrase: bool) -> pa.Schema:
 def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
     """Writes the folder out of the journals of a finished run; the summary comes last and marks it as complete."""
     (out / SUMMARY).unlink(missing_ok=True)
-    statuses, indices = _statuses(journals, filters)
-    by_index = dict(zip(indices.tolist(), statuses, strict=True))
+    statuses = _statuses(journals, filters)
+    by_index = dict(zip(journals.column("index").tolist(), statuses, strict=True))
     constant = {
         "query_source": manifest["query_source"],
         "source": manifest["backend"],
@@ -96,14 +96,13 @@ def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], fil
     return summary
 
 
-def _statuses(journals: Journals, filters: Filters) -> tuple[list[str], np.ndarray]:
-    """Status and index of every row, in the order of the files (a copied row has the same one twice)."""
+def _statuses(journals: Journals, filters: Filters) -> list[str]:
+    """The status of every row, in the order of the files (a copied row has the same one twice)."""
     names = ("id", "outcome", "area", "score", "grid_cells")
     ids, *measured = (journals.data.column(name).to_pylist() for name in names)
     statuses = [filters.status(*row) for row in zip(*measured, strict=True)]
     over = filters.beyond_quota({row_id for row_id, status in zip(ids, statuses, strict=True) if status == KEPT})
-    statuses = [NOT_NEEDED if row_id in over else status for row_id, status in zip(ids, statuses, strict=True)]
-    return statuses, journals.column("index").astype(np.int64)
+    return [NOT_NEEDED if row_id in over else status for row_id, status in zip(ids, statuses, strict=True)]
 
 
 def _with_columns(table: pa.Table, more: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
