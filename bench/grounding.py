@@ -66,7 +66,7 @@ def make_files(folder: Path, count: int) -> tuple[Path, Path]:
         for _ in range(2):
             x, y, width, height = generator.integers(20, 300, 4).tolist()
             pen.ellipse((x, y, x + width, y + height), fill=1)
-        masks.append(to_png(np.array(mask)))
+        masks.append(to_png(np.array(mask))["bytes"])
     paths = folder / "rows.parquet", folder / "masks.parquet"
     with (
         pq.ParquetWriter(paths[0], ROW_FEATURES.arrow_schema) as rows_file,

@@ -63,7 +63,7 @@ def corrupted_masks(masks: Dataset, corruption: str, seed: int, grid: Any) -> tu
     measured = [compare(new, old, grid) for new, old in pairs]
     quality = {name: float(np.mean([row[name] for row in measured])) for name in METRICS} if measured else {}
     rows = [
-        {**row, "mask": {"bytes": to_png(mask), "path": None}, "source": corruption}
+        {**row, "mask": to_png(mask), "source": corruption}
         for row, mask in zip(table, changed, strict=True)
         if mask is not None
     ]

@@ -66,6 +66,15 @@ def open_image(image: Any, where: str, mode: str = "RGB", max_pixels: int = MAX_
     return found.copy() if found is image else found
 
 
+def open_mask(image: Any, where: str, size: tuple[int, int]) -> Image.Image:
+    """The mask of a picture of `size` (width, height). Raises ValueError as `open_image` does, or for another size."""
+    mask = open_image(image, where, mode="1")
+    if mask.size != size:
+        told = f"{where} is {mask.width} x {mask.height} but the picture is {size[0]} x {size[1]}"
+        raise ValueError(f"{told}; store the mask at the picture's size")
+    return mask
+
+
 def open_header(image: Any, where: str) -> Image.Image:
     """The picture with its upright size; its pixels are decoded only where it must be turned. Raises ValueError as
     `open_image` does."""
@@ -317,9 +326,16 @@ def data_address(image: Image.Image, kind: str, quality: int, side: int | None =
     if side is not None:
         image = image.copy()
         image.thumbnail((side, side))
+    encoded = base64.b64encode(stored(image, kind, quality=quality)["bytes"])
+    return f"data:image/{kind};base64,{encoded.decode('ascii')}"
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
+    """A picture or mask as `datasets.Image` keeps it, {bytes, path}: a file of `kind`, by `options` of `Image.save`. A
+    mask of mode `1` is a PNG of one bit a pixel."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, quality=quality)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def save_image(image: Image.Image, path: Path) -> None:

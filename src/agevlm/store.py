@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -166,24 +166,17 @@ def changed_fields(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
     ]
 
 
-def check_same(
-    place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run", added: Collection[str] = ()
-) -> None:
+def check_same(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run") -> None:
     """Compares the work recorded at `place` with the one asked for.
-
-    Args:
-        added: fields that earlier versions did not record. A record without them is taken at its word.
 
     Raises:
         ValueError: they differ; the message names `place` and all that differs.
     """
-    asked = as_json(asked)
-    known = {name: asked[name] for name in added if name in asked and name not in there}
-    if changed := changed_fields({**there, **known}, asked):
+    if changed := changed_fields(there, as_json(asked)):
         raise ValueError(f"{place} holds another {what} ({'; '.join(changed)}); choose another folder or delete it")
 
 
-def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Collection[str] = ()) -> bool:
+def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
     """Records the purpose of the folder of `file`, or finds the same one there (`check_same`).
 
     Returns:
@@ -193,7 +186,7 @@ def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Col
         ValueError: the folder is for something else.
     """
     if file.is_file():
-        check_same(file.parent, read_json(file), identity, what, added)
+        check_same(file.parent, read_json(file), identity, what)
         return True
     write_json(file, identity)
     return False

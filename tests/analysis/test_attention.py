@@ -122,7 +122,7 @@ def test_a_large_picture_keeps_its_own_pixels_but_not_for_every_token(tmp_path):
 
 def test_an_output_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file cannot be a folder"):
+    with pytest.raises(FileExistsError, match="file"):
         write_attention({"m": (tiny_model(), tiny_processor())}, picture(), QUESTION, tmp_path / "file")
 
 

@@ -110,9 +110,9 @@ def test_an_interrupted_run_goes_on_past_a_picture_that_is_gone(tmp_path, monkey
 
     measure(1)
     with pytest.raises(KeyboardInterrupt):
-        measure_padding(subject, pairs, keep=parts().keep, progress=False)
+        measure_padding(subject, pairs, parts=parts(), progress=False)
     measure(2)
-    assert measure_padding(subject, pairs, keep=parts().keep, progress=False) == whole
+    assert measure_padding(subject, pairs, parts=parts(), progress=False) == whole
     assert calls == ["wide", "tall"]
     parts().finish()
     assert not [*tmp_path.iterdir()]

@@ -66,15 +66,6 @@ def test_another_seed_gives_other_scenes(folder, tmp_path):
     assert first != second
 
 
-def test_a_folder_without_masks_by_phrase_is_named_with_what_makes_it_anew(folder, tmp_path):
-    (tmp_path / "captions").mkdir()
-    (tmp_path / "captions" / "train.parquet").symlink_to(folder / "captions" / "train.parquet")
-    (tmp_path / "scenes.json").symlink_to(folder / "scenes.json")
-    assert load_rows(tmp_path, "captions")["guidance"][0] is None
-    with pytest.raises(ValueError, match=f"{tmp_path} was made before.*`agevlm data scenes --output {tmp_path}`"):
-        load_rows(tmp_path, "captions", by_phrase=True)
-
-
 def test_training_rows_are_valid_and_guided(folder):
     for part in ("captions", "instructions"):
         rows = load_rows(folder, part)

@@ -1,6 +1,7 @@
 """Generation: batches equal single rows, runs go on where they stopped, bad rows are recorded."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 from datasets import Dataset
@@ -78,17 +79,12 @@ def test_a_picture_is_decoded_and_encoded_once_also_when_looking_is_measured(mod
     """Six questions about two pictures: the answers of six copies, two pictures opened and two in the tower."""
     images = [rows()[index]["image"] for index in (0, 1, 1, 0, 1, 0)]
     data = undecoded(rows(), image=images, mask=masks(1, 2, 5))
-    opened, encoded = [], []
-    once = inputs.open_image
-
-    def counted(image, where, mode):
-        opened.append(mode)
-        return once(image, where, mode)
-
-    monkeypatch.setattr(inputs, "open_image", counted)
+    opened, encoded = {name: Mock(wraps=getattr(inputs, name)) for name in ("open_image", "open_mask")}, []
+    for name, counted in opened.items():
+        monkeypatch.setattr(inputs, name, counted)
     watch = model.model.vision_tower.embeddings.register_forward_hook(lambda *call: encoded.append(len(call[1][0])))
     shared = generate(model, processor, data, tmp_path / "shared", batch_size=6, looks=True)
-    assert encoded == [2] and opened.count("RGB") == 2 and opened.count("1") == 3
+    assert encoded == [2] and opened["open_image"].call_count == 2 and opened["open_mask"].call_count == 3
     monkeypatch.setattr("agevlm.evaluation.generate.picture_key", lambda row: row["id"])
     assert generate(model, processor, data, tmp_path / "apart", batch_size=6) == shared
     assert encoded == [2, 6]

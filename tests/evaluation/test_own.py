@@ -20,7 +20,7 @@ from agevlm.data.rows import GUIDANCE, ROW_FEATURES, undecoded
 from agevlm.evaluation.benchmark import verdict
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.errors import MOST
-from agevlm.evaluation.inputs import RowError, open_phrases
+from agevlm.evaluation.inputs import open_phrases
 from agevlm.evaluation.leaderboard import read_metrics
 from agevlm.evaluation.looking import measure_looking
 from agevlm.evaluation.own import PAPER, lettered, words
@@ -359,7 +359,7 @@ def test_a_mask_that_cannot_be_used_is_named(capsys, bad, reason):
     row = {"id": "x", "question": "Is it red?", "mask": stored(bad)}
     assert open_phrases(PAPER, row, picture(96, 64), strict=False, tell=True) == []
     assert "row x, field mask" in (told := capsys.readouterr().err) and reason in told
-    with pytest.raises(RowError, match=reason):
+    with pytest.raises(ValueError, match=reason):
         open_phrases(PAPER, row, picture(96, 64), strict=True)
 
 

@@ -186,8 +186,8 @@ def test_a_folder_is_resumed_returned_or_refused(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(run, "generate_predictions", None)
     assert evaluate(folder, tmp_path) == again and not capsys.readouterr().err
     write_json(path, {**again, "format": 2})
-    assert evaluate(folder, tmp_path)["format"] == 2
-    assert f"has format 2, this version writes {run.FORMAT}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"format: 2 there, {run.FORMAT} asked"):
+        evaluate(folder, tmp_path)
 
 
 def painted(rows, column):

@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 from public_data import public_file
 
 from agevlm.evaluation.benchmark import check_row, verdict
-from agevlm.evaluation.inputs import RowError, row_image
+from agevlm.evaluation.inputs import row_image
 from agevlm.evaluation.registry import BENCHMARKS, EVERY
 from agevlm.evaluation.run import load_published, parse_places
 from agevlm.evaluation.sources import load_hub, load_local
@@ -38,7 +38,7 @@ def test_the_public_files_load_as_they_are(name, protocol, count):
     assert all(benchmark.prompt(row) and benchmark.gold(row) for row in rows.remove_columns("image"))
     asked_as_text = sum(image is None for image in rows["image"])
     assert asked_as_text == (178 if protocol == "official" else 0)
-    with pytest.raises(RowError, match="cannot be decoded"):  # the pictures are not there
+    with pytest.raises(ValueError, match="cannot be decoded"):  # the pictures are not there
         row_image(next(row for row in rows if row["image"] is not None))
 
 
@@ -94,7 +94,7 @@ def test_a_hub_data_set_is_a_path_to_datasets(tmp_path, monkeypatch):
         asked.append((path, name, split))
         return load_dataset(str(tmp_path), split=split, cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr("agevlm.evaluation.sources.load_dataset", load)
+    monkeypatch.setattr("agevlm.data.tables.load_dataset", load)
     monkeypatch.setattr("agevlm.evaluation.sources._check_reachable", asked.append)
     assert load_hub(POPE)["id"] == ["random-1"]
     assert asked == ["lmms-lab/POPE", ("lmms-lab/POPE", "default", "test")]

@@ -87,7 +87,7 @@ def test_boundary_f_forgives_a_pixel_and_not_ten():
 
 @given(mask=some_masks)
 def test_png_of_one_bit_gives_the_mask_back(mask):
-    image = Image.open(io.BytesIO(masks.to_png(mask)))
+    image = Image.open(io.BytesIO(masks.to_png(mask)["bytes"]))
     assert image.mode == "1"
     assert (np.array(image) == mask).all()
 

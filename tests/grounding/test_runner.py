@@ -55,7 +55,7 @@ def rows_of(rows):
 def exact(masks):
     """The exact backend on arrays by id."""
     ids = list(masks)
-    stored = [{"mask": None if masks[i] is None else {"bytes": to_png(masks[i]), "path": None}} for i in ids]
+    stored = [{"mask": None if masks[i] is None else to_png(masks[i])} for i in ids]
     return lambda: Exact({row_id: [place] for place, row_id in enumerate(ids)}, stored)
 
 
@@ -204,7 +204,7 @@ def test_strict_stops_at_the_row_and_what_came_before_is_kept(tmp_path):
     with pytest.raises(ValueError, match="'r5': bad_picture"):
         run(rows_of(rows), tmp_path / "out", exact(masks), strict=True)
     assert not (tmp_path / "out" / "summary.json").exists()
-    assert len(Journals(tmp_path / "out" / "journal", SCHEMA)) == 4
+    assert len(Journals(tmp_path / "out" / "journal", SCHEMA).indices) == 4
     summary = run(rows_of(rows), tmp_path / "out", exact(masks), filters=Filters(max_area=1))
     assert summary["status"] == {"bad_picture": 1, "kept": 7}
 
@@ -261,7 +261,7 @@ def test_a_killed_run_loses_the_batch_in_flight_and_goes_on(tmp_path):
     while more := os.read(reader, 100).decode():
         told += more
     begun = sum(map(int, told.split()))
-    done = len(Journals(tmp_path / "out" / "journal", SCHEMA))
+    done = len(Journals(tmp_path / "out" / "journal", SCHEMA).indices)
     assert begun - 4 <= done <= begun and done < 40
     assert not (tmp_path / "out" / "summary.json").exists()
     with pytest.raises(ValueError, match="no complete run"):
@@ -275,7 +275,7 @@ def test_a_killed_run_loses_the_batch_in_flight_and_goes_on(tmp_path):
             return super().__call__(images, texts, ids)
 
     places = {row_id: [index] for index, row_id in enumerate(masks)}
-    stored = [{"mask": {"bytes": to_png(mask), "path": None}} for mask in masks.values()]
+    stored = [{"mask": to_png(mask)} for mask in masks.values()]
     run(rows, tmp_path / "out", lambda: Counting(places, stored))
     assert len(attempted) == 40 - done
     assert read_masks(tmp_path / "out").to_list() == read_masks(tmp_path / "whole").to_list()
@@ -489,7 +489,7 @@ def test_exact_masks_by_phrase_stay_as_they_are_and_are_united_without(tmp_path)
     masks = [draw_boxes([[x, 2, x + 5, 9]], (30, 20)) for x in (1, 11, 21)]
     stored = [
         {"id": "r1", "query": "dog", "message_index": 1, "source": "x", "score": 0.9, "occurrence": n,
-         "mask": {"bytes": to_png(mask), "path": None}} for n, mask in enumerate(masks[:2])
+         "mask": to_png(mask)} for n, mask in enumerate(masks[:2])
     ]  # fmt: skip
     whole = {**stored[0], "id": "r2", "query": "a dog and a dog", "occurrence": None}
     phrases = Dataset.from_list([*stored, whole], features=PHRASE_FEATURES)

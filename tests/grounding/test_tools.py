@@ -87,7 +87,7 @@ IMAGE = {"id": 7, "file_name": "a", "width": 10, "height": 8}
 
 def shown(name, place, text):
     """A row that shows the picture of this place."""
-    images = [{"bytes": to_png(np.zeros((8, 10), dtype=bool)), "path": place}]
+    images = [{**to_png(np.zeros((8, 10), dtype=bool)), "path": place}]
     turns = [{"role": "user", "content": "<|image|>Who?"}, {"role": "assistant", "content": text}]
     return {"id": name, "images": images, "messages": turns}
 
@@ -245,7 +245,7 @@ def test_a_name_is_found_in_words_and_not_in_a_placeholder():
     row["messages"][0]["content"] = "<|image|>Which image?"
     asked = find_name(row["messages"], "question", "image")
     assert asked == {"query": "image", "message_index": 0, "occurrence": 0}
-    mask = {"bytes": to_png(np.ones((8, 10), dtype=bool)), "path": None}
+    mask = to_png(np.ones((8, 10), dtype=bool))
     open_row({**row, "guidance": {**asked, "mask": mask, "source": "x", "score": None}})
     assert find_name(row["messages"], "question+answer", "cat")["query"] == "Cats"
     assert find_name(row["messages"], "caption", "cat")["message_index"] == 1

@@ -162,16 +162,8 @@ def _language_model(axes: Any, config: AgeVlmConfig, blocks: Sequence[Block]) ->
         color = CROSS if cross else LLAMA
         _box(axes, f"{block.kind}-{block.position}", *block[2:], color, strong=cross)
         if cross:
-            size = min(8.5, 6.2 * block.height)
-            _text(
-                axes,
-                52,
-                block.bottom + block.height / 2,
-                f"cross block {block.position}",
-                PAPER,
-                weight="bold",
-                size=size,
-            )
+            middle, size = block.bottom + block.height / 2, min(8.5, 6.2 * block.height)
+            _text(axes, 52, middle, f"cross block {block.position}", PAPER, weight="bold", size=size)
     _box(axes, "head", 42, 55.8, 20, 2.9, LLAMA)
     _text(axes, 52, 57.2, "head", INK, size=8)
     _arrow(axes, LLAMA, (52, 59), (52, 60.8))
@@ -241,14 +233,11 @@ def _box(
     strong: bool = False,
 ) -> None:  # fmt: skip
     round_ = f"round,pad=0,rounding_size={min(0.6, height / 3)}"
-    fill = color if strong else _light(color)
+    light = tuple(1 - 0.16 * (1 - int(color[place : place + 2], 16) / 255) for place in (1, 3, 5))
+    fill = color if strong else light
     box = FancyBboxPatch((left, bottom), width, height, boxstyle=round_, fc=fill, ec=color, lw=0.9)
     box.set_gid(name)
     axes.add_patch(box)
-
-
-def _light(color: str) -> tuple[float, ...]:
-    return tuple(1 - 0.16 * (1 - int(color[place : place + 2], 16) / 255) for place in (1, 3, 5))
 
 
 def _text(

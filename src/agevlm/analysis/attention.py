@@ -1,7 +1,5 @@
 """Where a model looks while it reads a question and while it answers (paper, tables 4 and 6).
 
-    agevlm analyze attention MODEL... IMAGE QUESTION --output DIR
-
 A map is the softmax of one layer, averaged over heads and the question's tokens, on the pixels of the picture: of
 every cross layer of ours, and of the first self-attention layer of a concatenating model, as in the paper (`--layer`
 for others). A generated token's map is the look from which it was predicted, that of the token before it. In
@@ -26,14 +24,14 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from agevlm.drawing import outline, overlay, panels, peak_of
-from agevlm.images import open_image, save_image
+from agevlm.images import open_image, open_mask, save_image
 from agevlm.models import load, unique_names
 from agevlm.progress import written
 from agevlm.store import write_json
 
 from .cells import Cells, cells_of
 from .recording import Recorder, recording
-from .resume import file_name, make_folder, save_arrays
+from .resume import file_name, save_arrays
 from .subjects import Encoded, Subject
 
 
@@ -56,7 +54,7 @@ class Panel(TypedDict):
 
     title: str
     answer: str
-    correct: bool | None
+    correct: bool
     looks: list[Look]
 
 
@@ -346,17 +344,12 @@ def write_attention(
     """
     if lost := [words for words in phrases if words not in question]:
         raise ValueError(f"the question {question!r} does not hold the phrase {lost[0]!r}; copy it from there")
-    if mask is not None and mask.size != image.size:
-        raise ValueError(
-            f"the mask is {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; give a mask "
-            "of the picture's size"
-        )
+    mask = mask and open_mask(mask, "the mask", image.size)
     attended = {
         name: attend(*pair, image, question, layers=layers, max_new_tokens=max_new_tokens)
         for name, pair in models.items()
     }
-    output = make_folder(output)
-    peak = _peak(attended.values())
+    output, peak = Path(output), _peak(attended.values())
     summary: dict[str, Any] = {"question": question, "maps": "maps.npz", "panels": "panels.png", "overlay_peak": peak,
                                "models": {}}  # fmt: skip
     arrays: dict[str, Any] = {}
@@ -392,8 +385,8 @@ def write_examples(
     rows: Iterable[Mapping[str, Any]],
     output: str | Path,
     *,
-    prompt: Callable[[Mapping[str, Any]], str] | None = None,
-    correct: Callable[[Mapping[str, Any], str], bool] | None = None,
+    prompt: Callable[[Mapping[str, Any]], str],
+    correct: Callable[[Mapping[str, Any], str], bool],
 ) -> list[Example]:
     """Draws benchmark rows for the report: the picture with the mask's outline, and every model's looks.
 
@@ -401,19 +394,16 @@ def write_examples(
         models: title -> (model, processor), in the order of the panels.
         rows: with `id`, `image`, `question`, `answer` and, where there is something to look at, `mask`.
         output: folder for the pictures.
-        prompt: what is asked about a row. Default: its question.
-        correct: whether an answer to a row is right. Default: unknown.
-
-    Returns:
-        One `Example` per row.
+        prompt: what is asked about a row.
+        correct: whether an answer to a row is right.
     """
-    output = make_folder(output)
+    output = Path(output)
     examples: list[Example] = []
     for row in rows:
         image = open_image(row["image"], f"row {row['id']}, field image")
         mask = None if row.get("mask") is None else open_image(row["mask"], f"row {row['id']}, field mask", mode="1")
         question = row["question"].split("\n", 1)[0]  # options and instructions stand on lines of their own
-        asked = row["question"] if prompt is None else prompt(row)
+        asked = prompt(row)
         attended = {name: attend(*pair, image, question, prompt=asked) for name, pair in models.items()}
         peak = _peak(attended.values())
         stem = file_name(row["id"])
@@ -428,7 +418,7 @@ def write_examples(
                 title = f"layer {result.layers[0]}" if kind == "first" else kind
                 mass = None if mask is None else in_mask_mass(result, mask, layers)
                 looks.append({"title": title, "in_mask_mass": mass, "overlay": str(path)})
-            right = None if correct is None else correct(row, result.answer)
+            right = correct(row, result.answer)
             drawn.append({"title": name, "answer": result.answer, "correct": right, "looks": looks})
         examples.append(
             {
@@ -447,12 +437,10 @@ def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm analyze attention`, with the arguments of `cli.py`."""
     image = open_image(arguments.image, arguments.image)
     mask = None if arguments.mask is None else open_image(arguments.mask, arguments.mask, mode="1")
-    models = {}
-    for name, path in zip(unique_names(arguments.models), arguments.models, strict=True):
-        subject = Subject(*load(path, trust_remote_code=arguments.trust_remote_code))
-        models[name] = (subject.model, subject.processor)
+    names = unique_names(arguments.models)
+    loaded = [load(path, trust_remote_code=arguments.trust_remote_code) for path in arguments.models]
     summary = write_attention(
-        models,
+        dict(zip(names, loaded, strict=True)),
         image,
         arguments.question,
         arguments.output,

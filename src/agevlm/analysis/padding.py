@@ -16,7 +16,6 @@ Our processor masks cells without any picture, so its `own` share is that of bor
 import argparse
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from agevlm.store import write_json
 from .attention import question_look
 from .figures import save_padding
 from .pairs import LeftOut, Pair, load_pairs
-from .resume import ERROR, Keep, Parts, Row, failures, make_folder, measure_parts, measured, without_keeping
+from .resume import ERROR, Parts, Row, failures, measure_parts, measured
 from .subjects import Subject
 
 
@@ -116,14 +115,14 @@ def measure_padding(
     subject: Subject,
     pairs: Sequence[Pair],
     *,
-    keep: Keep = without_keeping,
+    parts: Parts | None = None,
     strict: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The four variants over all pictures that are not square.
 
     Args:
-        keep: see `Parts.keep`.
+        parts: keeps what has been measured.
         strict: stop at a picture that cannot be measured; else it is left out and named in `left_out`.
 
     Raises:
@@ -138,9 +137,9 @@ def measure_padding(
         return {f"{variant}/{name}": np.asarray(v) for variant, entry in record.items() for name, v in entry.items()}
 
     def measure_all(part: Sequence[Pair]) -> list[Row]:
-        return [measured(partial(measure, pair), pair.id, strict) for pair in part]
+        return [measured(measure, pair, pair.id, strict) for pair in part]
 
-    rows = measure_parts("padding", pairs, measure_all, size=CHUNK, unit="picture", keep=keep, progress=progress)
+    rows = measure_parts("padding", pairs, measure_all, size=CHUNK, unit="picture", parts=parts, progress=progress)
     left_out = failures(pairs, rows)
     records = [
         nested({tuple(key.split("/")): v for key, v in row.items()}) for row in rows if row and ERROR not in row
@@ -161,14 +160,14 @@ def measure_padding(
 
 def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm analyze padding`, with the arguments of `cli.py`."""
-    output = make_folder(arguments.output)
+    output = Path(arguments.output)
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, strict=arguments.strict, progress=True
     )
     subject = Subject(*load(arguments.model, trust_remote_code=arguments.trust_remote_code))
     name = Path(arguments.model).resolve().name
     parts = Parts(output, "padding", subject.model, pairs)
-    summary = {"model": name, **measure_padding(subject, pairs, keep=parts.keep, strict=arguments.strict)}
+    summary = {"model": name, **measure_padding(subject, pairs, parts=parts, strict=arguments.strict)}
     summary["left_out"] = left_out.bad + summary["left_out"]
     save_padding(summary["variants"], name, output)
     write_json(output / "padding.json", summary)

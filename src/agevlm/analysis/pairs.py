@@ -79,13 +79,12 @@ def load_pairs(
         ValueError: no such data, no text or picture in it, fewer than two pairs.
     """
     path = Path(data) / CAPTIONS if Path(data).is_dir() else Path(data)
-    pairs: list[Pair] = []
-    texts: set[str] = set()
+    found: dict[Any, Pair] = {}
     bad: list[dict[str, str]] = []
     repeated = 0
     with Bar(desc="reading", total=limit, unit="pair", disable=not progress) as bar:
         for index, row in enumerate(undecoded(_open(path))):
-            if len(pairs) == limit:
+            if len(found) == limit:
                 break
             name = str(row.get("id", index))
             try:
@@ -95,17 +94,17 @@ def load_pairs(
                     raise
                 bad.append({"id": name, "reason": str(error)})
                 continue
-            if distinct and pair.text in texts:
+            key = pair.text if distinct else index
+            if key in found:
                 repeated += 1
                 continue
-            pairs.append(pair)
-            texts.add(pair.text)
+            found[key] = pair
             bar.update()
     left_out = LeftOut(bad, repeated)
-    if len(pairs) < 2:
+    if len(found) < 2:
         first = f"; the first: {bad[0]['reason']}" if bad else ""
-        raise ValueError(f"{data}: {len(pairs)} usable pair(s) of picture and text, {left_out}{first}")
-    return pairs, left_out
+        raise ValueError(f"{data}: {len(found)} usable pair(s) of picture and text, {left_out}{first}")
+    return list(found.values()), left_out
 
 
 def _open(path: Path) -> Dataset:

@@ -23,7 +23,6 @@ from .pairs import Pair
 
 
 Row = dict[str, np.ndarray]
-Keep = Callable[[str, Callable[[], list[Row]]], list[Row]]
 ERROR = "error"  # the only key of a row that could not be measured: why
 FORMAT = 2  # of `job.json`: parts of a run of another format are refused
 
@@ -33,25 +32,10 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def make_folder(path: str | Path) -> Path:
-    """The folder, made where it is missing. Raises ValueError where a file is in its place."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{path} cannot be a folder, a file is in its place; give another one") from error
-    return path
-
-
 def save_arrays(arrays: Mapping[str, Any], path: Path) -> None:
     """Compressed `.npz` of numbers; read it with `allow_pickle=False`."""
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)
-
-
-def without_keeping(_: str, compute: Callable[[], list[Row]]) -> list[Row]:
-    """A `Keep` that keeps nothing."""
-    return compute()
 
 
 class Parts:
@@ -66,7 +50,7 @@ class Parts:
     """
 
     def __init__(self, output: str | Path, kind: str, model: torch.nn.Module, pairs: Sequence[Pair]):
-        self.folder = make_folder(Path(output) / "parts")
+        self.folder = Path(output) / "parts"
         job = {"format": FORMAT, "kind": kind, "model": weights_digest(model), "pairs": _pairs_digest(pairs)}
         claim(self.folder / "job.json", job)
 
@@ -100,23 +84,23 @@ def measure_parts(
     *,
     size: int,
     unit: str,
-    keep: Keep = without_keeping,
+    parts: Parts | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """The rows of all items, `size` items at a time; see `Parts.keep`."""
+    """The rows of all items, `size` items at a time; with `parts` they are kept (`Parts.keep`)."""
     rows: list[Row] = []
     with Bar(total=len(items), desc=title, unit=unit, disable=not progress) as bar:
         for start in range(0, len(items), size):
             part = items[start : start + size]
-            rows += keep(f"{title}-{start}", partial(measure, part))
+            rows += measure(part) if parts is None else parts.keep(f"{title}-{start}", partial(measure, part))
             bar.update(len(part))
     return rows
 
 
-def measured(compute: Callable[[], Row], name: str, strict: bool) -> Row:
-    """What `compute` returns, or a row with `ERROR`. If strict, raises ValueError naming the row instead."""
+def measured(measure: Callable[[Any], Row], item: Any, name: str, strict: bool) -> Row:
+    """What `measure` returns of an item, or a row with `ERROR`; if strict, a ValueError that names the row."""
     try:
-        return compute()
+        return measure(item)
     except ValueError as error:
         if strict:
             raise ValueError(f"row {name}: {error}") from error

@@ -22,7 +22,6 @@ import argparse
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,7 @@ from agevlm.store import write_json
 
 from .figures import save_histogram, save_layers
 from .pairs import LeftOut, Pair, load_pairs
-from .resume import (
-    ERROR,
-    Keep,
-    Parts,
-    Row,
-    failures,
-    make_folder,
-    measure_parts,
-    measured,
-    save_arrays,
-    without_keeping,
-)
+from .resume import ERROR, Parts, Row, failures, measure_parts, measured, save_arrays
 from .subjects import Encoded, Subject
 
 
@@ -91,7 +79,7 @@ def _captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, torch.Tens
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+            stack.enter_context(module.register_forward_hook(keep(name)))
         yield outputs
 
 
@@ -188,7 +176,7 @@ def score_pairs(
     batch_size: int,
     title: str,
     *,
-    keep: Keep = without_keeping,
+    parts: Parts | None = None,
     strict: bool = False,
     progress: bool = True,
 ) -> list[Row]:
@@ -196,7 +184,7 @@ def score_pairs(
     pair that cannot be scored has its reason under `ERROR`.
 
     Args:
-        title: name of the parts; see `Parts.keep`.
+        title: of the parts, which keep what has been scored.
         strict: stop at a pair that cannot be scored.
 
     Raises:
@@ -206,9 +194,6 @@ def score_pairs(
     def score(batch: Sequence[tuple[Pair, str]]) -> list[Row]:
         return score_batch(subject, subject.encode([pair.image for pair, _ in batch], [text for _, text in batch]))
 
-    def score_one(pair: tuple[Pair, str]) -> Row:
-        return score([pair])[0]
-
     def measure(part: Sequence[tuple[Pair, str]]) -> list[Row]:
         rows: list[Row] = []
         for start in range(0, len(part), batch_size):
@@ -216,11 +201,11 @@ def score_pairs(
             try:
                 rows += score(batch)
             except ValueError:
-                rows += [measured(partial(score_one, one), one[0].id, strict) for one in batch]
+                rows += [measured(lambda one: score([one])[0], one, one[0].id, strict) for one in batch]
         return rows
 
     chosen = list(zip(pairs, texts, strict=True))
-    return measure_parts(title, chosen, measure, size=CHUNK, unit="pair", keep=keep, progress=progress)
+    return measure_parts(title, chosen, measure, size=CHUNK, unit="pair", parts=parts, progress=progress)
 
 
 def stacked(rows: Sequence[Row]) -> Row:
@@ -245,7 +230,7 @@ def measure_similarity(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 8,
-    keep: Keep = without_keeping,
+    parts: Parts | None = None,
     strict: bool = False,
     progress: bool = True,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -255,7 +240,7 @@ def measure_similarity(
     mismatched text is at fault, together with its picture's other scores.
 
     Args:
-        keep: see `Parts.keep`.
+        parts: keeps what has been scored.
         strict: stop at a pair that cannot be scored.
 
     Returns:
@@ -266,7 +251,7 @@ def measure_similarity(
     Raises:
         ValueError: fewer than two pairs can be scored.
     """
-    settings: dict[str, Any] = {"keep": keep, "strict": strict, "progress": progress}
+    settings: dict[str, Any] = {"parts": parts, "strict": strict, "progress": progress}
     matched = score_pairs(subject, pairs, [pair.text for pair in pairs], batch_size, "matched", **settings)
     left_out = failures(pairs, matched)
     usable = [(pair, row) for pair, row in zip(pairs, matched, strict=True) if ERROR not in row]
@@ -331,9 +316,9 @@ def write_similarity(
         left_out: of the rows that `pairs` come from, for the summary.
         settings: of [`measure_similarity`].
     """
-    output, left_out = make_folder(output), left_out or LeftOut()
+    output, left_out = Path(output), left_out or LeftOut()
     parts = Parts(output, "similarity", subject.model, pairs)
-    summary, arrays = measure_similarity(subject, pairs, keep=parts.keep, **settings)
+    summary, arrays = measure_similarity(subject, pairs, parts=parts, **settings)
     summary = {"model": name, **summary, "left_out": left_out.bad + summary["left_out"]}
     summary["repeated_texts"] = left_out.repeated
     headline = summary["headline"]
@@ -349,7 +334,6 @@ def write_similarity(
 
 def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm analyze similarity`, with the arguments of `cli.py`."""
-    output = make_folder(arguments.output)
     pairs, left_out = load_pairs(
         arguments.data, arguments.limit, arguments.text, distinct=True, strict=arguments.strict, progress=True
     )
@@ -359,7 +343,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
         subject,
         name,
         pairs,
-        output,
+        arguments.output,
         left_out,
         seeds=range(arguments.seeds),
         batch_size=arguments.batch_size,
@@ -373,4 +357,4 @@ def run_verb(arguments: argparse.Namespace) -> None:
         f"[{low:.3f}, {high:.3f}] over {summary['pairs']} pairs "
         f"({LeftOut(summary['left_out'], left_out.repeated)})"
     )
-    written(output, f"agevlm analyze attention {shlex.quote(arguments.model)} PICTURE QUESTION --output OUT")
+    written(arguments.output, f"agevlm analyze attention {shlex.quote(arguments.model)} PICTURE QUESTION --output OUT")

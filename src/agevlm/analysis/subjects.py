@@ -164,7 +164,5 @@ class Subject:
 
 def image_token_id(config: Any) -> int | None:
     """The visual token of a concatenating model's configuration, None if it has none."""
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if token is not None), None)

@@ -3,26 +3,13 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from agevlm.arguments import VerbParser
 from agevlm.progress import written
 
 from .published.defaults import MAX_LENGTH, ROWS_PER_SHARD
 from .scenes.arguments import SPLITS, SceneArguments
-
-
-_SCENES = {
-    "captions": "training pictures with a caption",
-    "instructions": "training pictures with questions",
-    "test": "questions of each benchmark in each split",
-    "size": "side of a picture in pixels",
-    "min_objects": "fewest objects in a picture",
-    "max_objects": "most objects in a picture, up to 10; more than 4 are small",
-    "turns": "questions per instruction row",
-    "seed": "another seed gives other pictures, not other splits",
-    "word_rate": "share of instruction pictures with a sign",
-    "presence_first": "share of the instruction rows, the first ones, that ask for presence alone",
-}
 
 
 def scenes(argv: list[str] | None = None) -> None:
@@ -32,16 +19,18 @@ def scenes(argv: list[str] | None = None) -> None:
     """
     parser = VerbParser("data scenes", scenes.__doc__)
     parser.add_output("folder to write; a finished one of the same arguments is kept")
-    for name, text in _SCENES.items():
-        value = getattr(SceneArguments(), name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default: %(default)s)"
-        )
-    parser.add_argument("--cutouts", type=Path, help="folder made by `agevlm data cutouts`, else icons")
-    parser.add_argument("--backgrounds", type=Path, help="folder of photographs to paste on (default: generated)")
-    parser.add_argument("--names", nargs="+", help="use these object names alone")
-    parser.add_argument("--colors", nargs="+", help="use these colors alone")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="tests to make (default: all)")
+    special: dict[str, dict[str, Any]] = {
+        "cutouts": {"type": Path},
+        "backgrounds": {"type": Path},
+        "names": {"nargs": "+"},
+        "colors": {"nargs": "+"},
+        "splits": {"nargs": "+", "choices": SPLITS},
+    }
+    for name, hint in get_type_hints(SceneArguments, include_extras=True).items():
+        value, (told,) = getattr(SceneArguments, name), hint.__metadata__
+        told += "" if value is None else f" (default: {'all' if value is SPLITS else value})"
+        kind = special.get(name, {"type": type(value)})
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=told, **kind)
     _add_workers(parser)
     parser.rename("--num-proc", "--workers")
     parser.rename("--colours", "--colors")

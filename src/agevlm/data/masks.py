@@ -84,18 +84,13 @@ def mask_files(folder: str | Path, part: str, by_phrase: bool = False) -> list[s
     FOLDER/masks` has kept; masks by phrase likewise in `phrases`.
 
     Raises:
-        ValueError: several of them are there, or it is an old folder of scenes, without masks by phrase.
+        ValueError: several of them are there.
     """
     kind = PHRASES if by_phrase else MASKS
     places = (f"{kind}/{part}*.parquet", f"{kind}/train-*.parquet", f"{kind}/data/{KEPT}.parquet")
     found = {place: files for place in places if (files := find_files(folder, place))}
     if len(found) > 1:
         raise ValueError(f"{folder} has several sets of masks ({', '.join(found)}); say which one by --masks")
-    if by_phrase and not found and Path(folder, "scenes.json").is_file():
-        raise ValueError(
-            f"{folder} was made before scenes had masks by phrase ({kind}/{part}.parquet). Delete it and make it "
-            f"anew: `agevlm data scenes --output {folder}`, with the arguments that its scenes.json tells"
-        )
     return next(iter(found.values()), [])
 
 
@@ -110,7 +105,7 @@ def mask_places(masks: Dataset) -> tuple[list[str], np.ndarray]:
     if OCCURRENCE in masks.column_names:
         starts = np.array([place for place in starts if place in (0, len(ids)) or ids[place] != ids[place - 1]])
         ids = [ids[start] for start in starts[:-1]]
-    _check_unique("masks", ids)
+    check_unique("masks", ids)
     return ids, starts
 
 
@@ -160,7 +155,7 @@ def join_masks(rows: Dataset, masks: Dataset, fraction: float = 1.0, seed: int =
     if "guidance" in rows.column_names:
         raise ValueError("rows already have a column guidance; remove it before joining masks")
     row_ids = list(rows["id"])
-    _check_unique("rows", row_ids)
+    check_unique("rows", row_ids)
     mask_ids, starts = mask_places(masks)
     numbers = mask_numbers([pa.array(row_ids, pa.string())], mask_ids, fraction, seed)
     by_phrase = OCCURRENCE in masks.column_names
@@ -189,7 +184,8 @@ def _struct(table: pa.Table, missing: pa.Array | None, features: Features) -> pa
     return pa.StructArray.from_arrays(columns, fields=list(kind), mask=missing)
 
 
-def _check_unique(what: str, ids: Sequence[str]) -> None:
+def check_unique(what: str, ids: Sequence[str]) -> None:
+    """Raises ValueError where an id repeats."""
     if len(set(ids)) != len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise ValueError(f"{what} have the id {twice!r} more than once; ids must be unique")

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from agevlm.progress import Bar
+
+
+_state: Any  # of a worker
 
 
 @contextmanager
@@ -34,23 +38,23 @@ def worker_pool(workers: int, setup: Callable[..., None], *arguments: Any) -> It
 
 
 @contextmanager
-def worker_map(workers: int, setup: Callable[..., None], arguments: tuple) -> Iterator[Callable]:
+def worker_map(workers: int, make: Callable[..., Any], *arguments: Any) -> Iterator[Callable]:
     """`map` over a `worker_pool`: functions come from modules, scripts guard their main part. One worker is this
     process.
 
     Args:
-        setup, arguments: called with them in every process before its first job.
+        make, arguments: what they give is made once in every process, and is each function's first argument.
 
     Raises:
         ValueError: workers cannot run.
     """
     if workers <= 1:
-        setup(*arguments)
-        yield map
+        state = make(*arguments)
+        yield lambda function, jobs: map(partial(function, state), jobs)
         return
     try:
-        with worker_pool(workers, setup, *arguments) as pool:
-            yield pool.map
+        with worker_pool(workers, _prepare, make, *arguments) as pool:
+            yield lambda function, jobs: pool.map(partial(_work, function), jobs)
     except BrokenProcessPool as error:
         raise ValueError(
             f"a worker process ended before its work was done ({workers} workers): out of memory, a script "
@@ -64,6 +68,15 @@ def _start(setup: Callable[..., None], *arguments: Any) -> None:
     setup(*arguments)
 
 
+def _prepare(make: Callable[..., Any], *arguments: Any) -> None:
+    global _state
+    _state = make(*arguments)
+
+
+def _work(function: Callable[[Any, Any], Any], job: Any) -> Any:
+    return function(_state, job)
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None  # workers have one
@@ -72,23 +85,12 @@ def _end_with_parent() -> None:
 
 
 def run_jobs(
-    function: Callable[[Any], Any],
-    jobs: Sequence[Any],
-    *,
-    workers: int,
-    setup: Callable[..., None],
-    arguments: tuple,
-    weight: Callable[[Any], int],
-    description: str,
-    progress: bool = True,
+    function: Callable[[Any, Any], Any], jobs: Sequence[Any], state: tuple, workers: int, what: str, progress: bool
 ) -> Iterator[Any]:
-    """What `function` returns for each job, in their order, with a bar; see `worker_map`.
-
-    Args:
-        weight: how many rows of the bar a job stands for.
-    """
-    bar = Bar(total=sum(map(weight, jobs)), desc=description, unit="row", disable=not progress)
-    with bar, worker_map(workers, setup, arguments) as work:
+    """What `function` returns for `state` and each job (a `count` of rows), in their order, with a bar that is called
+    `what`; see `worker_map`."""
+    bar = Bar(total=sum(job.count for job in jobs), desc=what, unit="row", disable=not progress)
+    with bar, worker_map(workers, tuple, state) as work:
         for job, result in zip(jobs, work(function, jobs), strict=True):
             yield result
-            bar.update(weight(job))
+            bar.update(job.count)

@@ -5,10 +5,10 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -58,12 +58,19 @@ def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
     return refuse_names(Dataset.from_parquet(files, **options))
 
 
-class GroupWriter:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, a few at a time; pictures as {bytes, path}."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=16):
+            yield from batch.to_pylist()
+
+
+class GroupWriter(pq.ParquetWriter):
     """Writes a Parquet file row by row, in groups of 100 rows, or fewer where their pictures are large."""
 
     def __init__(self, path: Path, schema: pa.Schema):
-        self.file = pq.ParquetWriter(path, schema, use_dictionary=False)
-        self.schema, self.rows, self.bytes = schema, list[Any](), 0
+        super().__init__(path, schema, use_dictionary=False)
+        self.rows, self.bytes = list[Any](), 0
 
     def add(self, row: Mapping[str, Any], size: int = 0) -> None:
         """A row, with pictures of `size` bytes."""
@@ -73,19 +80,13 @@ class GroupWriter:
             self._write()
 
     def _write(self) -> None:
-        if self.rows:
-            self.file.write_table(pa.Table.from_pylist(self.rows, schema=self.schema))
-        self.rows, self.bytes = [], 0
+        rows, self.rows, self.bytes = self.rows, [], 0
+        if rows:
+            self.write_table(pa.Table.from_pylist(rows, schema=self.schema))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._write()
-        finally:
-            self.file.close()
+    def close(self) -> None:
+        self._write()
+        super().close()
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -142,11 +143,7 @@ def split_files(
 
 
 def load_table(
-    name: str,
-    split: str | None = None,
-    revision: str | None = None,
-    usual: Sequence[str] = ("train",),
-    config: str | None = None,
+    name: str, split: str | None = None, usual: Sequence[str] = ("train",), config: str | None = None
 ) -> Dataset:
     """A data set, memory-mapped, its pictures left undecoded.
 
@@ -169,10 +166,8 @@ def load_table(
             if not there:
                 raise ValueError(f"{name} has no Parquet files in it; pass a file, or a folder that holds them")
             found = {split or "train": read_files(there)}
-        elif path.is_dir():
-            found = load_snapshot(path, config)
         else:
-            found = load_dataset(name, config, revision=revision)
+            found = load_set(name, config)
     except OSError as error:  # whatever the disk, the network or the Hub says
         raise ValueError(f"{name} is neither a file or folder of rows nor a data set of the Hub: {error}") from error
     if not isinstance(found, Dataset):
@@ -192,12 +187,13 @@ def check_columns(what: object, there: Collection[str], wanted: Iterable[str]) -
         raise ValueError(f"{what}: no column {', '.join(missing)}, which is needed; there are {', '.join(there)}")
 
 
-def load_snapshot(folder: Path, config: str | None, split: str | None = None) -> Any:
-    """`load_dataset` for a folder of any name, whose name `datasets` would take for a part of the patterns."""
-    files = _files(folder, config)
+def load_set(name: str | Path, config: str | None, split: str | None = None) -> Any:
+    """`load_dataset` of a set of the Hub, or of a snapshot of one in a folder, whose own name `datasets` would take
+    for a part of the patterns."""
+    files = _files(Path(name), config) if Path(name).is_dir() else {}
     if files:
         return load_dataset("parquet", data_files=files, split=split)
-    return load_dataset(str(folder), config, split=split)
+    return load_dataset(str(name), config, split=split)
 
 
 def _files(folder: Path, config: str | None) -> dict[str, list[str]]:

@@ -44,9 +44,9 @@ class Source:
         from_table: a row of them in the published columns. KeyError names a column that is not there.
     """
 
-    hub: str
-    config: str | None
-    splits: tuple[str, ...]
+    hub: str = ""
+    config: str | None = None
+    splits: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     number: Callable[[Row], tuple] | None = None
@@ -75,14 +75,15 @@ class Benchmark:
         columns: the benchmark's columns beside the paper's Table 2.
         fields: columns that must be there.
         uses: which rows take part.
-        prompt: what the model is asked, without the picture's placeholder.
+        prompt: what the model is asked, without the picture's placeholder. Default: the question.
         query: the part of the prompt that says what to look at: the question without instructions and options.
         gold: the right answer, as people read it.
         parse: the answer found in an output; None where there is none.
         is_correct: whether a found answer is right. None never is.
         measures: metrics of rows from their found answers and their credits (0 to 1, see `credits`).
         guesses: answers given without looking, by name: an answer and a credit (None: as the answer deserves) a row.
-        unit: rows of one unit are drawn together for intervals: they share a picture or are asked as a set.
+        unit: rows of one unit are drawn together for intervals: they share a picture or are asked as a set. Default:
+            each row is one.
         headline: the metric to compare.
         shown: metrics on the terminal; without any the headline.
         labels: the answers a judge may find; empty where answers are free and a judge says right or wrong.
@@ -94,19 +95,19 @@ class Benchmark:
 
     name: str
     rule: str
-    source: Source
-    columns: tuple[Column, ...]
     fields: tuple[str, ...]
     headline: str
-    prompt: Callable[[Row], str]
-    query: Callable[[Row], str]
     gold: Callable[[Row], str]
     parse: Callable[[Row, str], str | None]
     is_correct: Callable[[Row, str | None], bool]
     measures: Callable[[Sequence[Row], Answers, np.ndarray], dict[ResultKey, Measure]]
     guesses: Callable[[Sequence[Row]], Guesses]
-    unit: Callable[[Row], Any]
     labels: Callable[[Row], tuple[str, ...]]
+    source: Source = Source()
+    columns: tuple[Column, ...] = ()
+    prompt: Callable[[Row], str] = lambda row: row["question"]
+    query: Callable[[Row], str] = lambda row: row["question"]
+    unit: Callable[[Row], Any] = lambda row: row["id"]
     uses: Callable[[Row], bool] = lambda row: True
     credit: Callable[[Row, str], float] = lambda row, label: float(label == RIGHT)
     shown: tuple[str, ...] = ()

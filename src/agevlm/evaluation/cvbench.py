@@ -86,13 +86,11 @@ PAPER = Benchmark(
     fields=("id", "image", "type", "task", "question", "choices", "answer", "prompt", "source"),
     headline="overall",
     prompt=lambda row: row["prompt"],
-    query=lambda row: row["question"],
     gold=gold,
     parse=lambda row, output: parse_choice(output, row["choices"]),
     is_correct=lambda row, parsed: parsed == gold(row),
     measures=measures,
     guesses=guesses,
-    unit=lambda row: row["id"],
     labels=lambda row: tuple(letters(row)),
 )
 _CAMBRIAN = {

@@ -63,7 +63,9 @@ def generate_predictions(
     if len(prompts) != len(rows):
         raise ValueError(f"{benchmark.name}: {len(rows)} rows have {len(prompts)} different ids; make ids unique")
     settings = {"protocol": benchmark.protocol, "rule": benchmark.rule, "max_new_tokens": limit}
-    _claim(folder, {**identity, **settings})
+    if (folder / PREDICTIONS).exists() and not (folder / RUN).is_file():
+        raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
+    claim(folder / RUN, {**identity, **settings})
     PartialState().wait_for_everyone()
     done = {line["id"]: line for line in read_predictions(folder, prompts)}
     looked = {line["id"]: line for path in _files(folder, LOOKS) for line in read_lines(path)} if looks else {}
@@ -72,13 +74,8 @@ def generate_predictions(
         _consolidate(folder, list(done.values()), list(looked.values()))
     PartialState().wait_for_everyone()
     marked = set(marked_rows(rows)) if looks else set()
-    pending = my_share(
-        [
-            index
-            for index, row_id in enumerate(rows["id"])
-            if row_id not in done or (index in marked and row_id not in looked)
-        ]
-    )
+    places = {row_id: index for index, row_id in enumerate(rows["id"])}
+    pending = my_share([i for name, i in places.items() if name not in done or (i in marked and name not in looked)])
     bar = Bar(total=len(pending), desc=benchmark.name, unit="row", disable=not progress or not is_main())
     new: list[tuple[list[Prediction], list[Look]]] = []
     with bar, Journal(_own(folder, PREDICTIONS)) as answers, Journal(_own(folder, LOOKS)) as attention:
@@ -105,7 +102,10 @@ def _answer(
 ) -> tuple[list[Prediction], list[Look]]:
     questions, bad = open_rows(processor, benchmark, rows, with_masks=looks, strict=strict)
     asked = {row["id"]: benchmark.prompt(row) for row in without_pictures(rows)}
-    lines = [_line(row_id, asked[row_id], error=error) for row_id, error in bad.items()]
+    lines: list[Prediction] = [
+        {"id": row_id, "prompt": asked[row_id], "output": None, "parsed": None, "verdict": "skipped", "error": error}
+        for row_id, error in bad.items()
+    ]
     if not questions:
         return lines, []
     batch, query, cells = encode_questions(model, processor, questions)
@@ -115,22 +115,12 @@ def _answer(
     for question, output in zip(questions, outputs, strict=True):
         row = question.row
         parsed = benchmark.parse(row, output)
-        lines.append(_line(row["id"], asked[row["id"]], output, parsed, verdict(benchmark, row, parsed)))
+        read = {"output": output, "parsed": parsed, "verdict": verdict(benchmark, row, parsed), "error": None}
+        lines.append({"id": row["id"], "prompt": asked[row["id"]], **read})
     if cells is None:
         return lines, []
     seen, grid = batch["visual_token_mask"], processor.image_processor.grid
     return lines, look_records(questions, maps[0], cells, seen, grid, strict)
-
-
-def _line(
-    row_id: str,
-    prompt: str,
-    output: str | None = None,
-    parsed: str | None = None,
-    verdict: str = "skipped",
-    error: str | None = None,
-) -> Prediction:
-    return {"id": row_id, "prompt": prompt, "output": output, "parsed": parsed, "verdict": verdict, "error": error}
 
 
 def answer_batch(
@@ -167,13 +157,6 @@ def _consolidate(folder: Path, predictions: Sequence[Prediction], looks: Sequenc
         write_lines(folder / name, lines)
         for path in _files(folder, name)[1:]:
             path.unlink()
-
-
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Records what the answers in `folder` depend on, or compares it with what was recorded."""
-    if (folder / PREDICTIONS).exists() and not (folder / RUN).is_file():
-        raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
-    claim(folder / RUN, identity, added=("pictures",))
 
 
 def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Prediction]:

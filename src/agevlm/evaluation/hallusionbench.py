@@ -86,8 +86,6 @@ PAPER = Benchmark(
     columns=(Column("HallusionBench aAcc", ("aAcc",)), Column("fAcc", ("fAcc",)), Column("qAcc", ("qAcc",))),
     fields=("id", "image", "category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
     headline="aAcc",
-    prompt=lambda row: row["question"],
-    query=lambda row: row["question"],
     gold=gold,
     parse=lambda row, output: parse_yes_no(output),
     is_correct=lambda row, parsed: parsed == gold(row),

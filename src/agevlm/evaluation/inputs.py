@@ -4,7 +4,7 @@ A picture that several rows of a batch show is decoded once and passes the visio
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from agevlm.data.rows import open_row
-from agevlm.images import open_image
+from agevlm.images import open_image, open_mask
 from agevlm.models import check_messages, control_tokens, encode, messages, render
 from agevlm.processing.processing_agevlm import take_marks
 
@@ -23,19 +23,6 @@ from .benchmark import Row
 
 PICTURES = ("image", "mask", "images", "guidance")  # columns; the last two of rows with masks by phrase
 UNUSABLE = "unusable"  # column of the reason for which a row of own questions cannot be asked
-
-
-class RowError(ValueError):
-    """A row that cannot be used; the message names it."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked about rows, of which a `Benchmark` knows more: see there."""
-
-    name: str
-    prompt: Callable[[Row], str]
-    query: Callable[[Row], str]
 
 
 @dataclass(frozen=True)
@@ -66,20 +53,20 @@ def open_rows(
     """Rows with their decoded pictures and their texts, and with masks where they have a usable one.
 
     Args:
-        asked: a `Benchmark` or `Asked`.
+        asked: a `Benchmark`, or anything with its `prompt` and `query`.
 
     Returns:
         The rows whose picture and text can be used, and id -> reason of the others.
 
     Raises:
-        RowError: if strict, for a bad picture, text or mask.
+        ValueError: if strict, for a bad picture, text or mask; it names the row.
     """
     pictures: dict[Any, Image.Image | None] = {}
     questions, bad = [], {}
     for row in rows:
         try:
             if row.get(UNUSABLE):
-                raise RowError(row[UNUSABLE])
+                raise ValueError(row[UNUSABLE])
             if "messages" in row:
                 questions.append(_guided_question(processor, row))
                 continue
@@ -87,7 +74,7 @@ def open_rows(
             if key not in pictures:
                 pictures[key] = row_image(row)
             text = _row_text(processor, asked, row, pictures[key] is not None)
-        except RowError as error:
+        except ValueError as error:
             if strict:
                 raise
             bad[row["id"]] = str(error)
@@ -104,14 +91,14 @@ def open_phrases(
     asked: Any, row: Row, image: Image.Image | None, strict: bool, tell: bool = False
 ) -> list[tuple[Row, Image.Image]]:
     """The phrases of a question that say what to look at ({query, occurrence}) with their usable masks: those of its
-    list `guidance`, without one the whole question with the row's mask. RowError if strict, for a bad mask; else, to
-    `tell`, a line on stderr."""
+    list `guidance`, without one the whole question with the row's mask. ValueError if strict, for a bad mask; else,
+    to `tell`, a line on stderr."""
     said = row["guidance"] if "guidance" in row else [{"query": asked.query(row), "mask": row.get("mask")}]
     found = []
     for phrase in said:
         try:
             mask = row_mask({**row, **phrase}, image)
-        except RowError as error:
+        except ValueError as error:
             if strict:
                 raise
             if tell:
@@ -133,40 +120,32 @@ def _marked(
 
 
 def _guided_question(processor: Any, row: Row) -> Question:
-    """A row of `data.rows`, which has its own messages and phrases. RowError if it is bad."""
-    try:
-        opened = open_row(row)
-        check_messages(control_tokens(processor), row, processor.image_token)
-        if len(opened["images"]) != 1:
-            raise ValueError(f"row {row['id']}: {len(opened['images'])} pictures; looking is measured on rows of one")
-        masks = [phrase["mask"] for phrase in opened["guidance"]]
-        words = [(said["message_index"], said["query"], said.get("occurrence") or 0) for said in opened["guidance"]]
-        text, spans = _marked(processor, row["messages"], words)
-    except ValueError as error:
-        raise RowError(str(error)) from error
+    """A row of `data.rows`, which has its own messages and phrases. ValueError if it is bad."""
+    opened = open_row(row)
+    check_messages(control_tokens(processor), row, processor.image_token)
+    if len(opened["images"]) != 1:
+        raise ValueError(f"row {row['id']}: {len(opened['images'])} pictures; looking is measured on rows of one")
+    masks = [phrase["mask"] for phrase in opened["guidance"]]
+    words = [(said["message_index"], said["query"], said.get("occurrence") or 0) for said in opened["guidance"]]
+    text, spans = _marked(processor, row["messages"], words)
     return Question(row, opened["images"][0], text, list(zip(spans, masks, strict=True)))
 
 
 def row_image(row: Row) -> Image.Image | None:
-    """The row's picture, decoded completely; None where the row is asked as text alone. RowError if it is broken."""
-    return None if row["image"] is None else _opened(row, "image", "RGB")
+    """The row's picture, decoded completely; None where the row is asked as text alone. ValueError if it is broken."""
+    return None if row["image"] is None else open_image(row["image"], f"row {row['id']}, field image")
 
 
 def row_mask(row: Row, image: Image.Image | None) -> Image.Image | None:
-    """The row's mask of what to look at, or None. RowError if it is broken, empty or of another size."""
+    """The row's mask of what to look at, or None. ValueError if it is broken, empty or of another size."""
     if row.get("mask") is None:
         return None
     where = f"row {row['id']}, field mask"
     if image is None:
-        raise RowError(f"{where}: marks a part of a picture that is not there; use null")
-    mask = _opened(row, "mask", "1")
-    if mask.size != image.size:
-        raise RowError(
-            f"{where}: {mask.width} x {mask.height} but the picture is {image.width} x {image.height}; store the mask "
-            "at the picture's size"
-        )
+        raise ValueError(f"{where}: marks a part of a picture that is not there; use null")
+    mask = open_mask(row["mask"], where, image.size)
     if mask.getbbox() is None:
-        raise RowError(f"{where}: marks no pixel; use null where there is nothing to look at")
+        raise ValueError(f"{where}: marks no pixel; use null where there is nothing to look at")
     return mask
 
 
@@ -174,14 +153,7 @@ def _row_text(processor: Any, asked: Any, row: Row, with_picture: bool) -> str:
     try:
         return render(processor, asked.prompt(row), with_picture)
     except ValueError as error:
-        raise RowError(f"row {row['id']}: {error}") from error
-
-
-def _opened(row: Row, field: str, mode: str) -> Image.Image:
-    try:
-        return open_image(row[field], f"row {row['id']}, field {field}", mode)
-    except ValueError as error:
-        raise RowError(str(error)) from error
+        raise ValueError(f"row {row['id']}: {error}") from error
 
 
 def encode_questions(
@@ -222,9 +194,5 @@ def each_picture_once(model: Any, keys: Sequence[Any]) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state[spread]
         return output
 
-    hooks = [tower.register_forward_pre_hook(reduce), tower.register_forward_hook(expand)]
-    try:
+    with tower.register_forward_pre_hook(reduce), tower.register_forward_hook(expand):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -6,13 +6,12 @@ own. A sentence in the field `note` of a file is printed above its tables.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agevlm.progress import written
-from agevlm.store import write_text
+from agevlm.store import read_json, write_text
 
 from .benchmark import Column, Metrics
 from .run import BENCHMARKS
@@ -137,12 +136,8 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         ValueError: it is none.
     """
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in _NEEDED if key not in metrics]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if missing:
+    metrics = read_json(path)
+    if missing := [key for key in _NEEDED if not isinstance(metrics, dict) or key not in metrics]:
         raise ValueError(f"{path} is no metrics.json of `agevlm eval`: it lacks {', '.join(missing)}")
     return {**metrics, "model": metrics["model"] or path.parent.name}
 

@@ -13,7 +13,9 @@ model answers. A row with masks by phrase has a map for each phrase, and its fig
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,11 @@ from agevlm.progress import Bar
 from agevlm.stats import auroc
 
 from .benchmark import Metrics
-from .inputs import Asked, Question, RowError, each_picture_once, encode_questions, open_rows, picture_key
+from .inputs import Question, each_picture_once, encode_questions, open_rows, picture_key
 from .processes import is_main, my_share
 
 
-MASKED = Asked("masks", prompt=lambda row: row["question"], query=lambda row: row["question"])
+MASKED = SimpleNamespace(prompt=itemgetter("question"), query=itemgetter("question"))
 METRICS = ("in_mask_mass", "pointing_accuracy", "token_auroc")
 Look = dict[str, Any]  # `id`; of each metric the values per layer, and under `uniform` and `centre` one value
 
@@ -87,12 +89,8 @@ def looking(model: Any, query_BPT: torch.Tensor | None) -> Iterator[list[torch.T
             maps.append(output.cross_attention_maps)
 
     core = model.base_model
-    hooks = [core.register_forward_pre_hook(ask, with_kwargs=True), core.register_forward_hook(keep)]
-    try:
+    with core.register_forward_pre_hook(ask, with_kwargs=True), core.register_forward_hook(keep):
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def look_records(
@@ -106,7 +104,7 @@ def look_records(
     """One record per row with a phrase whose mask has cells left on the grid, the mean over such phrases.
 
     Raises:
-        RowError: if strict, for a phrase whose object `crop` has cut away, or that stands before the picture.
+        ValueError: if strict, for a phrase whose object `crop` has cut away, or that stands before the picture.
     """
     maps, cells = maps_KBPV.float().cpu().numpy(), cells_BPV.cpu().numpy()
     visible = visible_BNL.flatten(1).bool().cpu().numpy()  # V = N * L with one picture per row
@@ -122,7 +120,7 @@ def look_records(
             centre = {name: value for name, (value,) in prior.items()}
             looks.append({**_measured(maps_KV, mask, shown), "uniform": uniform, "centre": centre})
         if strict and len(looks) < len(question.phrases):
-            raise RowError(
+            raise ValueError(
                 f"row {question.row['id']}, field mask: the geometry has cut away all of it (use `pad`), or the words "
                 "stand before the picture"
             )
@@ -180,7 +178,7 @@ def measure_looking(
     """`summarize` of the rows that have a mask, and their records, without answers."""
     marked = marked_rows(rows)
     mine, records = my_share(marked), []
-    bar = Bar(total=len(mine), desc=f"{MASKED.name}: looking", unit="row", disable=not progress or not is_main())
+    bar = Bar(total=len(mine), desc="masks: looking", unit="row", disable=not progress or not is_main())
     with bar, torch.inference_mode():
         for start in range(0, len(mine), batch_size):
             chosen = mine[start : start + batch_size]

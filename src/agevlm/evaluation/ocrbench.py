@@ -92,14 +92,11 @@ PAPER = Benchmark(
     ),
     fields=("id", "image", "dataset", "question", "question_type", "answer"),
     headline="final",
-    prompt=lambda row: row["question"],
-    query=lambda row: row["question"],
     gold=lambda row: " | ".join(golds(row)),
     parse=parse,
     is_correct=_contains(lambda row, text: text),
     measures=measures,
     guesses=guesses,
-    unit=lambda row: row["id"],
     labels=lambda row: (),
 )
 PROTOCOLS = protocols(

@@ -17,7 +17,7 @@ import numpy as np
 from agevlm.stats import Measure, ResultKey, share
 
 from . import realworldqa
-from .benchmark import YES_NO, Answers, Benchmark, Guesses, Row, Source, among, protocols
+from .benchmark import YES_NO, Answers, Benchmark, Guesses, Row, among, protocols
 from .parsing import LETTERS, normalize, option_in_text, parse_choice, parse_yes_no, simplify
 from .pope import ASK
 
@@ -146,8 +146,6 @@ PAPER = Benchmark(
         "question, ' Please answer yes or no.' behind yes-no, options listed; strict yes/no (VLMEvalKit), option "
         "letter or text, `exact` by normalised equality, `contains` as whole words"
     ),
-    source=Source("", None, ()),
-    columns=(),
     fields=("id", "image", "question", "answers", "kind", "options", "category"),
     headline="accuracy",
     prompt=prompt,

@@ -80,7 +80,6 @@ PAPER = Benchmark(
     fields=("id", "image", "question", "answer", "category"),
     headline="f1",
     prompt=lambda row: row["question"] + ASK,
-    query=lambda row: row["question"],
     gold=gold,
     parse=lambda row, output: parse_yes_no(output),
     is_correct=lambda row, parsed: parsed == gold(row),

@@ -97,7 +97,6 @@ PAPER = Benchmark(
     columns=(Column("RealWorldQA", ("accuracy",), 0.01),),
     fields=("id", "image", "question", "answer"),
     headline="accuracy",
-    prompt=lambda row: row["question"],
     # Options and instructions stand on lines of their own.
     query=lambda row: row["question"].split("\n", 1)[0].removeprefix(_ASKED),
     gold=gold,
@@ -105,7 +104,6 @@ PAPER = Benchmark(
     is_correct=lambda row, parsed: parsed == right_answer(row),
     measures=measures,
     guesses=guesses,
-    unit=lambda row: row["id"],
     labels=lambda row: tuple(LETTERS[: len(options(row))]),
 )
 PROTOCOLS = protocols(

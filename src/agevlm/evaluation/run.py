@@ -8,11 +8,11 @@ Each model's folder receives `metrics.json` (docs/evaluation.md) and, per benchm
 import argparse
 import json
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,7 @@ from .tables import html_page, markdown_page, summary_table
 
 
 RESULT = "metrics.json"
-# Raise when fields of metrics.json change. Since 3 looking is measured in the pass that answers, in other batches: its
-# values may differ from those of 2 in the last digits. Since 4 HallusionBench has its average and its categories, and
-# rows of POPE that stand for several categories count once for each. Since 5 POPE has `false_yes`.
-FORMAT = 5
+FORMAT = 5  # raise when fields of metrics.json change, or what they mean
 
 
 def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
@@ -76,15 +73,11 @@ def choose(names: Sequence[str], protocol: str = "paper") -> list[Benchmark]:
 
 def load_scenes(scenes_dir: str | Path, split: str, benchmarks: Sequence[Benchmark]) -> dict[str, Dataset]:
     """Rows of a folder made by `agevlm data scenes`, by benchmark."""
-    where = f"{scenes_dir}, split {split}"
-    return {
-        b.name: prepare(
-            b,
-            load_told(scenes_dir, split) if b.name in TEXT_ONLY else load_benchmark(scenes_dir, split, b.name),
-            where,
-        )
-        for b in benchmarks
-    }
+    data = {}
+    for b in benchmarks:
+        rows = load_told(scenes_dir, split) if b.name in TEXT_ONLY else load_benchmark(scenes_dir, split, b.name)
+        data[b.name] = prepare(b, rows, f"{scenes_dir}, split {split}")
+    return data
 
 
 def load_published(
@@ -171,6 +164,7 @@ def evaluate(
             raise ValueError(
                 f"{benchmark.name}: the protocol {benchmark.protocol!r} is scored by a judge alone; give one (--judge)"
             )
+    held = None if language is None else read_held_text(language, processor)
     identity: dict[str, Any] = {
         "model": weights_digest(model),
         "images": digest(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)),
@@ -188,11 +182,12 @@ def evaluate(
         "masked": rows_digest(masked) if masked is not None else None,
         "pictures": pictures,
         "masked_pictures": content_digest(masked, PICTURES) if masked is not None else None,
+        "language": held.stated if held is not None else None,
     }
-    held = None if language is None else read_held_text(language, processor)
-    if held is not None:  # folders of before know nothing of it
-        whole["language"] = held.stated
-    finished = _read_finished(output / RESULT, whole)
+    finished: Metrics | None = read_json(output / RESULT) if (output / RESULT).is_file() else None
+    if finished is not None:
+        there = {"format": finished.get("format"), **finished.get("identity", {})}
+        check_same(output, there, {"format": FORMAT, **whole})
     PartialState().wait_for_everyone()
     if finished is not None:
         if weights is not None and finished.get("weights") != weights:  # of before, or the same weights stored anew
@@ -333,20 +328,6 @@ def rows_digest(rows: Dataset) -> str:
     return digest("\n".join(json.dumps(row, sort_keys=True, default=str) for row in plain(rows)))
 
 
-def _read_finished(path: Path, identity: dict) -> Metrics | None:
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    check_same(path.parent, found.get("identity", {}), identity, added=("pictures", "masked_pictures"))
-    if found.get("format") != FORMAT and is_main():
-        print(
-            f"{path} has format {found.get('format')}, this version writes {FORMAT}: it has other metrics, and "
-            "attention measured again may differ in the last digits; delete the folder to measure it again.",
-            file=sys.stderr,
-        )
-    return found
-
-
 def compare_folders(
     output: Path, names: Sequence[str], benchmarks: Sequence[Benchmark], data: Mapping[str, Dataset]
 ) -> list[dict[str, Any]]:
@@ -357,10 +338,9 @@ def compare_folders(
             continue
         predictions = {name: read_lines(output / name / benchmark.name / PREDICTIONS) for name in names}
         rows = data[benchmark.name].select(range(len(predictions[names[0]])))  # fewer under a limit
-        for index, first in enumerate(names):
-            for second in names[index + 1 :]:
-                found = compare(benchmark, rows, predictions[first], predictions[second])
-                lines.append({"benchmark": benchmark.name, "first": first, "second": second, **found})
+        for first, second in combinations(names, 2):
+            found = compare(benchmark, rows, predictions[first], predictions[second])
+            lines.append({"benchmark": benchmark.name, "first": first, "second": second, **found})
     return lines
 
 
@@ -419,15 +399,11 @@ def run_verb(arguments: argparse.Namespace) -> None:
     for benchmark in benchmarks:
         if is_main() and (note := benchmark.note(plain(data[benchmark.name]))):
             print(f"{benchmark.name}: {note}")
+    loading = {name: getattr(arguments, name) for name in ("revision", "adapter", "four_bit", "trust_remote_code")}
+    passed = ("language", "limit", "batch_size", "max_new_tokens", "strict")
+    settings = {name: getattr(arguments, name) for name in passed}
     for name, path in zip(names, arguments.models, strict=True):
-        model, processor = load(
-            path,
-            device_map=current_device(),
-            revision=arguments.revision,
-            adapter=arguments.adapter,
-            four_bit=arguments.four_bit,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        model, processor = load(path, device_map=current_device(), **loading)
         with locked(output / name, wait=False) if is_main() else nullcontext():
             results[name] = evaluate(
                 model,
@@ -440,11 +416,7 @@ def run_verb(arguments: argparse.Namespace) -> None:
                 weights=stored_fingerprint(path, arguments.revision, arguments.adapter),
                 judge=judge,
                 masked=masked,
-                language=arguments.language,
-                limit=arguments.limit,
-                batch_size=arguments.batch_size,
-                max_new_tokens=arguments.max_new_tokens,
-                strict=arguments.strict,
+                **settings,
             )
             if asked is not None and is_main():
                 answers[name] = read_lines(output / name / asked.name / PREDICTIONS)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.csv
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from agevlm.data.rows import refuse_names, resolve_inside, undecoded
-from agevlm.data.tables import load_snapshot, read_files
+from agevlm.data.tables import load_set, read_files
 
 from .benchmark import Benchmark, check_fields, check_row
 from .inputs import without_pictures
@@ -44,15 +44,9 @@ def load_hub(benchmark: Benchmark, path: str | None = None) -> Dataset:
     place = path or source.hub
     if not place:
         raise ValueError(f"{benchmark.name} has no published set; use --scenes DIR or --data {benchmark.name}=FILE")
-    folder = Path(place)
-    if not folder.is_dir():
+    if not Path(place).is_dir():
         _check_reachable(place)
-    parts = [
-        load_snapshot(folder, source.config, split)
-        if folder.is_dir()
-        else load_dataset(place, source.config, split=split)
-        for split in source.splits
-    ]
+    parts = [load_set(place, source.config, split) for split in source.splits]
     parts = [refuse_names(part) if part.info.builder_name == "parquet" else part for part in parts]
     return prepare(benchmark, concatenate_datasets(parts), place)
 

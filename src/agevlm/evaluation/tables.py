@@ -1,7 +1,6 @@
 """Results of several models as tables: on the console (the headlines), in Markdown and HTML (every metric)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -187,7 +186,7 @@ _NOTE = (
 )
 
 
-def markdown_page(results: Results, comparisons: Sequence[Mapping[str, Any]] = ()) -> str:
+def markdown_page(results: Results, comparisons: Sequence[Mapping[str, Any]]) -> str:
     parts = [f"# {_title(results)}\n", f"{_NOTE}\n"]
     for title, note, lines in sections(results, comparisons):
         parts += [f"## {title}\n", f"{note}\n", markdown_table(lines)]
@@ -210,9 +209,9 @@ def page_environment(*rooms: str, **filters: Callable[..., Any]) -> Environment:
 
 def html_page(
     results: Results,
-    comparisons: Sequence[Mapping[str, Any]] = (),
-    predictions: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
-    errors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    comparisons: Sequence[Mapping[str, Any]],
+    predictions: Mapping[str, Sequence[Mapping[str, Any]]],
+    errors: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """One file that needs nothing else. `predictions`, `errors`: model -> answers to own questions, `draw_errors`."""
     made = [

@@ -12,7 +12,7 @@ import numpy as np
 
 from agevlm.stats import Measure, ResultKey, share
 
-from .benchmark import YES_NO, Answers, Benchmark, Guesses, Row, Source, always, among, protocols
+from .benchmark import YES_NO, Answers, Benchmark, Guesses, Row, always, among, protocols
 from .parsing import parse_yes_no, simplify
 
 
@@ -43,12 +43,8 @@ def guesses(rows: Sequence[Row]) -> Guesses:
 PAPER = Benchmark(
     name="told",
     rule="question verbatim, without a picture; strict yes/no (VLMEvalKit), other answers by equality",
-    source=Source("", None, ()),
-    columns=(),
     fields=("id", "image", "question", "answer"),
     headline="accuracy",
-    prompt=lambda row: row["question"],
-    query=lambda row: row["question"],
     gold=lambda row: gold(row) if gold(row) in YES_NO else row["answer"],
     parse=parse,
     is_correct=lambda row, parsed: parsed == gold(row),

@@ -13,9 +13,10 @@ from PIL import Image
 
 from agevlm.data.masks import OCCURRENCE, mask_places
 from agevlm.data.rows import phrases_of, undecoded
+from agevlm.images import open_mask
 
 from .choices import GROUNDERS, ONE_STEP, SEGMENTERS, Published, names
-from .masks import mask_box, read_mask
+from .masks import mask_box
 from .regions import NO_REGION, Backend, Grounding
 
 
@@ -78,13 +79,7 @@ class Exact:
     def _one(self, image: Image.Image, row_id: str) -> Grounding:
         rows = [self.rows[place] for place in self.places.get(row_id, ())]
         parts = [part for row in rows for part in (phrases_of(row) or [row]) if part.get("mask") is not None]
-        masks = [read_mask(part["mask"], row_id) for part in parts]
-        for mask in masks:
-            if mask.shape != (image.height, image.width):
-                raise ValueError(
-                    f"the mask of row {row_id!r} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.width} x "
-                    f"{image.height}; store masks at the picture's size"
-                )
+        masks = [np.array(open_mask(part["mask"], f"mask of row {row_id!r}", image.size)) for part in parts]
         found = [(mask, part) for mask, part in zip(masks, parts, strict=True) if mask.any()]
         if not found:
             return Grounding(outcome=NO_REGION, detail="the row's mask is empty" if parts else "the row has no mask")

@@ -96,9 +96,7 @@ def ground(argv: list[str] | None = None) -> None:
         dataset_name=options.dataset,
         query_source=options.query,
         by_phrase=options.by_phrase,
-        filters=Filters(
-            options.min_area, options.max_area, options.min_score, options.min_cells, options.keep, options.seed
-        ),
+        filters=Filters(**{name: getattr(options, name) for name in vars(default)}),
         attempt=options.attempt,
         batch_size=options.batch_size,
         num_workers=options.workers,
@@ -144,10 +142,11 @@ def view(argv: list[str] | None = None) -> None:
     from agevlm.data.tables import load_table
     from agevlm.grounding.output import SUMMARY
     from agevlm.grounding.view import write_view
+    from agevlm.store import read_json
 
     name = options.dataset
     if name is None and (options.run / SUMMARY).is_file():
-        name = json.loads((options.run / SUMMARY).read_text(encoding="utf-8"))["dataset"]
+        name = read_json(options.run / SUMMARY)["dataset"]
     output = options.output or options.run / "view.html"
     count = write_view(
         options.run, load_table(name, options.split) if name else None, output, _grid(options.model), options.count
@@ -182,7 +181,7 @@ def export_coco(argv: list[str] | None = None) -> None:
     parser.add_output("JSON file to write", "FILE")
     options = parser.parse_args(argv)
 
-    from agevlm.grounding.coco import write_coco
+    from agevlm.grounding.output import write_coco
     from agevlm.grounding.quality import load_masks
 
     print(f"{write_coco(load_masks(options.masks), options.output)} annotations")

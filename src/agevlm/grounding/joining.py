@@ -105,9 +105,9 @@ class Joiner:
         self.used.update(used)
         first = self.annotations[used[0]]
         common = {"id": row["id"], "source": first.source, "score": first.score}
-        whole = {**common, "query": query[1], "message_index": query[2], "mask": _stored(union)}
+        whole = {**common, "query": query[1], "message_index": query[2], "mask": to_png(union)}
         phrases = [
-            {**common, "query": words, "message_index": index, OCCURRENCE: occurrence, "mask": _stored(mask)}
+            {**common, "query": words, "message_index": index, OCCURRENCE: occurrence, "mask": to_png(mask)}
             for (words, index, occurrence), mask in parts.items()
         ]
         return Guided(whole, phrases)
@@ -119,10 +119,6 @@ class Joiner:
             for number, annotation in enumerate(self.annotations)
             if number not in self.used
         ]
-
-
-def _stored(mask: np.ndarray) -> dict[str, Any]:
-    return {"bytes": to_png(mask), "path": None}
 
 
 def path_of(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
 
 from agevlm.store import Journal
 
@@ -59,37 +60,19 @@ class BatchJournal(Journal):
 
 
 class Journals:
-    """All journals of a folder as one table in the order of the column `index`, never in memory as a whole."""
+    """All journals of a folder as one table `data`, mapped into memory rather than read."""
 
     def __init__(self, folder: Path, schema: pa.Schema):
-        self.schema = schema
-        self.batches: list[pa.RecordBatch] = []
-        for path in sorted(folder.glob("*.arrows")):
-            self.batches.extend(read(path, schema)[0])
-        lengths = [batch.num_rows for batch in self.batches]
-        indices = self.column("index").astype(np.int64)
-        batch_of = np.repeat(np.arange(len(lengths)), lengths)
-        row_of = np.concatenate([np.arange(length) for length in lengths]) if lengths else np.zeros(0, np.int64)
+        batches = [batch for path in sorted(folder.glob("*.arrows")) for batch in read(path, schema)[0]]
+        self.data = pa.Table.from_batches(batches, schema)
         # The first of several: none should be, but a copy of a journal must not double its rows.
-        self.indices, first = np.unique(indices, return_index=True)
-        self.places = np.stack([batch_of[first], row_of[first]], axis=1)
-
-    def __len__(self) -> int:
-        return len(self.indices)
+        self.indices, self.first = np.unique(self.column("index"), return_index=True)
 
     def column(self, name: str) -> np.ndarray:
-        """One column of all batches, in the order of the files."""
-        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self.batches]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        """One column, in the order of the files."""
+        return self.data.column(name).to_numpy()
 
     def tables(self, size: int = 512) -> Iterator[pa.Table]:
-        """The rows in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            places = self.places[start : start + size]
-            parts, order = [], []
-            for batch in np.unique(places[:, 0]):
-                here = np.flatnonzero(places[:, 0] == batch)
-                parts.append(self.batches[batch].take(pa.array(places[here, 1])))
-                order.append(here)
-            back = np.argsort(np.concatenate(order))
-            yield pa.Table.from_batches(parts, self.schema).take(pa.array(back)).combine_chunks()
+        """The rows in the order of the column `index`, `size` at a time."""
+        rows = Dataset(self.data, fingerprint="journals").select(self.first)
+        return rows.with_format("arrow").iter(batch_size=size)

@@ -4,7 +4,6 @@ Arrays are bool `(height, width)`. Boxes are [left, top, right, bottom] in pixel
 excluded. Polygons are flat lists [x0, y0, x1, y1, ...]; an instance is a list of polygons (its pieces).
 """
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from agevlm.images import open_image
+from agevlm.images import open_image, stored
 
 
 Box = list[float]
@@ -48,10 +47,8 @@ def polygon_box(pieces: Sequence[Sequence[float]], size: tuple[int, int]) -> Box
 
 def mask_box(mask: np.ndarray) -> Box | None:
     """The smallest box around a mask, None for an empty one."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
+    box = Image.fromarray(mask).getbbox()
+    return None if box is None else list(map(float, box))
 
 
 def draw_polygons(pieces: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
@@ -123,21 +120,23 @@ def boundary_f(first: np.ndarray, second: np.ndarray, tolerance: float = 0.008) 
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
-def read_mask(stored: Any, row_id: str) -> np.ndarray:
+def read_mask(mask: Any, row_id: str) -> np.ndarray:
     """A row's mask, in any form that `open_image` takes, as an array."""
-    return np.array(open_image(stored, f"mask of row {row_id!r}", mode="1"))
+    return np.array(open_image(mask, f"mask of row {row_id!r}", mode="1"))
 
 
-def to_png(mask: np.ndarray) -> bytes:
-    """A mask as a PNG of one bit a pixel."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(mask)).save(buffer, "PNG")
-    return buffer.getvalue()
+def to_png(mask: np.ndarray) -> dict[str, Any]:
+    """A mask as `datasets.Image` keeps it (`images.stored`): a PNG of one bit a pixel."""
+    return stored(Image.fromarray(np.ascontiguousarray(mask)))
 
 
 def to_rle(mask: np.ndarray) -> dict[str, Any]:
     """COCO's compressed run lengths: {"size": [height, width], "counts": str}."""
-    rle = _pycocotools().encode(np.asfortranarray(mask, dtype=np.uint8))
+    try:
+        from pycocotools.mask import encode
+    except ImportError as error:
+        raise ValueError("COCO's run lengths need pycocotools: pip install 'agevlm[coco]'") from error
+    rle = encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
@@ -161,13 +160,11 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         return draw_polygons(segmentation, size)
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         raise ValueError(f"a segmentation is a list of polygons or {{size, counts}}, got {segmentation!r:.80}")
-    (width, height), stored = size, segmentation["size"]
-    if not isinstance(stored, list) or len(stored) != 2:
-        raise ValueError(f"the size of a segmentation is [height, width], got {stored!r:.80}")
-    if stored != [height, width]:
-        raise ValueError(
-            f"a segmentation of {stored[1]} x {stored[0]} on a picture of {width} x {height}; use one size"
-        )
+    (width, height), own = size, segmentation["size"]
+    if not isinstance(own, list) or len(own) != 2:
+        raise ValueError(f"the size of a segmentation is [height, width], got {own!r:.80}")
+    if own != [height, width]:
+        raise ValueError(f"a segmentation of {own[1]} x {own[0]} on a picture of {width} x {height}; use one size")
     counts = segmentation["counts"]
     runs = _run_lengths(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
@@ -203,11 +200,3 @@ def _run_lengths(text: str) -> list[int]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _pycocotools() -> Any:
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ValueError("COCO's run lengths need pycocotools: pip install 'agevlm[coco]'") from error
-    return mask

@@ -211,15 +211,13 @@ class Sam(Part):
         tensors = self.tensors({name: inputs[name] for name in ("pixel_values", "input_boxes")})
         with torch.no_grad():
             outputs = self.model(**tensors, multimask_output=False)
-        masks = self._masks(outputs.pred_masks.float().cpu(), inputs)  # (N, 1, H, W) bool for each picture
+        sizes = [inputs[name] for name in ("original_sizes", "reshaped_input_sizes") if name in inputs]  # SAM 1 pads
+        masks = self.processor.post_process_masks(outputs.pred_masks.float().cpu(), *sizes)  # (N, 1, H, W) bool each
         scores = outputs.iou_scores.float().cpu()  # (B, N, 1)
         return [
             (mask[: len(row), 0].numpy(), score[: len(row), 0])
             for mask, score, row in zip(masks, scores, boxes, strict=True)
         ]
-
-    def _masks(self, logits: torch.Tensor, inputs: Any) -> list[torch.Tensor]:
-        return self.processor.post_process_masks(logits, inputs["original_sizes"], inputs["reshaped_input_sizes"])
 
 
 class Sam2(Sam):
@@ -227,9 +225,6 @@ class Sam2(Sam):
 
     model_class, processor_class = Sam2Model, Sam2Processor
     needs_torchvision = True
-
-    def _masks(self, logits: torch.Tensor, inputs: Any) -> list[torch.Tensor]:
-        return self.processor.post_process_masks(logits, inputs["original_sizes"])
 
 
 class Sam3(Grounder):

@@ -1,4 +1,4 @@
-"""The output of a run: a `datasets` folder of masks kept and rejected, its card, and `summary.json`.
+"""The output of a run: a `datasets` folder of masks kept and rejected, its card, and `summary.json`; and COCO's files.
 
 `load_dataset(OUT, split="kept")` has the columns that `data/masks.py` joins (id, query, message_index, mask, source,
 score) and the measurements of each mask. Rejected rows have the reason, and their mask if there was one.
@@ -17,12 +17,14 @@ from datasets import Dataset, Features, List, Value
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from agevlm.data.masks import OCCURRENCE
-from agevlm.data.rows import MASK_FEATURES
+from agevlm.data.rows import MASK_FEATURES, undecoded
 from agevlm.data.tables import read_files
+from agevlm.progress import Bar
 from agevlm.store import replacing, write_json, write_text
 
 from .filters import KEPT, NOT_NEEDED, Filters
 from .journal import Journals
+from .masks import mask_box, read_mask, to_rle
 from .regions import GROUNDED
 
 
@@ -67,8 +69,8 @@ def schema_of(features: Features, by_phrase: bool) -> pa.Schema:
 def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], filters: Filters) -> dict[str, Any]:
     """Writes the folder out of the journals of a finished run; the summary comes last and marks it as complete."""
     (out / SUMMARY).unlink(missing_ok=True)
-    statuses, indices = _statuses(journals, filters)
-    by_index = dict(zip(indices.tolist(), statuses, strict=True))
+    statuses = _statuses(journals, filters)
+    by_index = dict(zip(journals.column("index").tolist(), statuses, strict=True))
     constant = {
         "query_source": manifest["query_source"],
         "source": manifest["backend"],
@@ -94,18 +96,13 @@ def write_output(out: Path, journals: Journals, manifest: Mapping[str, Any], fil
     return summary
 
 
-def _statuses(journals: Journals, filters: Filters) -> tuple[list[str], np.ndarray]:
-    """Status and index of every row, in the order of the files (a copied row has the same one twice)."""
-
-    def column(name: str) -> list[Any]:
-        return [value for batch in journals.batches for value in batch.column(name).to_pylist()]
-
-    ids = column("id")
-    measured = zip(column("outcome"), column("area"), column("score"), column("grid_cells"), strict=True)
-    statuses = [filters.status(*row) for row in measured]
+def _statuses(journals: Journals, filters: Filters) -> list[str]:
+    """The status of every row, in the order of the files (a copied row has the same one twice)."""
+    names = ("id", "outcome", "area", "score", "grid_cells")
+    ids, *measured = (journals.data.column(name).to_pylist() for name in names)
+    statuses = [filters.status(*row) for row in zip(*measured, strict=True)]
     over = filters.beyond_quota({row_id for row_id, status in zip(ids, statuses, strict=True) if status == KEPT})
-    statuses = [NOT_NEEDED if row_id in over else status for row_id, status in zip(ids, statuses, strict=True)]
-    return statuses, journals.column("index").astype(np.int64)
+    return [NOT_NEEDED if row_id in over else status for row_id, status in zip(ids, statuses, strict=True)]
 
 
 def _with_columns(table: pa.Table, more: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
@@ -150,15 +147,9 @@ def card(summary: Mapping[str, Any]) -> str:
     """The data set's card: where the files are, how the masks came about, how many there are, why others are not."""
     # `datasets` refuses splits without rows.
     masks = {"kept": summary["kept"], "rejected": sum(summary["status"].values()) - summary["kept"]}
-    return (
-        environment()
-        .get_template("card.md.jinja")
-        .render(
-            **summary,
-            splits=[split for split in SPLITS if masks[split]],
-            thresholds=", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None),
-        )
-    )
+    splits = [split for split in SPLITS if masks[split]]
+    thresholds = ", ".join(f"{name} {value}" for name, value in summary["filters"].items() if value is not None)
+    return environment().get_template("card.md.jinja").render(**summary, splits=splits, thresholds=thresholds)
 
 
 def environment() -> Environment:
@@ -181,3 +172,34 @@ def read_masks(path: Path | str, split: str = "kept") -> Dataset:
     if pq.read_metadata(file).num_rows == 0:  # which `datasets` takes for a mistake
         return Dataset(pq.read_schema(file).empty_table())
     return read_files([file])
+
+
+def write_coco(masks: Dataset, path: Path) -> int:
+    """Writes one COCO annotation for every mask (extra `coco`); returns how many. The row's id is the picture's
+    `file_name`, and a phrase is a category; `annotations.py` reads them."""
+    images: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, int] = {}
+    annotations: list[dict[str, Any]] = []
+    for row in Bar(undecoded(masks), desc="export", unit="mask"):
+        if row["mask"] is None:
+            continue
+        mask = read_mask(row["mask"], row["id"])
+        image = {"id": len(images) + 1, "file_name": row["id"], "height": mask.shape[0], "width": mask.shape[1]}
+        name = row["query"] if OCCURRENCE in row else "region"
+        left, top, right, bottom = mask_box(mask) or (0.0, 0.0, 0.0, 0.0)
+        annotations.append(
+            {
+                "id": len(annotations) + 1,
+                "image_id": images.setdefault(row["id"], image)["id"],
+                "category_id": numbers.setdefault(name, len(numbers) + 1),
+                "segmentation": to_rle(mask),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                **{name: row[name] for name in ("query", "message_index", OCCURRENCE, "score") if name in row},
+            }
+        )
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    content = {"images": [*images.values()], "annotations": annotations, "categories": categories}
+    write_json(path, content, indent=None)
+    return len(annotations)

@@ -86,10 +86,5 @@ def _by_row(data: Dataset) -> tuple[Dataset, dict[tuple, list[tuple[str, int]]]]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return {
-        "mean": float(np.mean(values)),
-        "quartile_1": float(low),
-        "median": float(middle),
-        "quartile_3": float(high),
-    }
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {"mean": float(np.mean(values)), "quartile_1": low, "median": middle, "quartile_3": high}

@@ -5,7 +5,6 @@ also with another number of processes. The main process writes the output when a
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from agevlm.data.masks import check_unique
 from agevlm.data.rows import MAX_PHRASES, ROW_FEATURES, content_digest
 from agevlm.data.tables import check_columns
 from agevlm.progress import Bar
@@ -79,7 +79,7 @@ def ground(
         raise ValueError(f"the backend {backend_name} tells no phrases; use {', '.join(BY_PHRASE)} (and +sam2, +sam)")
     check_columns(dataset_name or "rows", rows.column_names, ROW_FEATURES)
     ids = list(rows["id"])
-    _check_unique(ids)
+    check_unique(f"the rows of {dataset_name or 'the data set'}", ids)
     manifest: dict[str, Any] = {
         "format": 1,
         "dataset": dataset_name,
@@ -101,40 +101,29 @@ def ground(
     done = np.unique(Journals(out / JOURNALS, schema).indices // most) if found else np.zeros(0, np.int64)
     mine = np.setdiff1d(places, done)[state.process_index :: state.num_processes]
     state.wait_for_everyone()  # nobody writes before all have read
-    if len(places) > len(done):
-        model = backend()
-        manifest["revisions"] = dict(model.revisions)
-        if found and found["revisions"] != manifest["revisions"]:
-            raise ValueError(
-                f"{out} was begun with {found['revisions']}, now it is {manifest['revisions']}; pass the same models "
-                "(--grounder-revision, --segmenter-revision), or choose another folder"
-            )
-        if state.is_main_process and not found:
-            (out / JOURNALS).mkdir(parents=True, exist_ok=True)
-            write_json(out / MANIFEST, manifest)
-        state.wait_for_everyone()
+    model = backend() if len(places) > len(done) else None
+    manifest["revisions"] = dict(model.revisions) if model else found["revisions"] if found else {}
+    if found and found["revisions"] != manifest["revisions"]:
+        raise ValueError(
+            f"{out} was begun with {found['revisions']}, now it is {manifest['revisions']}; pass the same models "
+            "(--grounder-revision, --segmenter-revision), or choose another folder"
+        )
+    if state.is_main_process and not found:
+        write_json(out / MANIFEST, manifest)
+    state.wait_for_everyone()
+    if model:
         (out / SUMMARY).unlink(missing_ok=True)
         with BatchJournal(out / JOURNALS / f"{state.process_index:05d}.arrows", schema) as journal:
             items = Items(rows, mine, query_source, decode=model.decodes)
             workers = num_workers if model.decodes else 0  # opened pictures would be decoded on their way here
             loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
-            _work(loader, model, grid, journal, most, len(mine), strict, progress and state.is_local_main_process)
-    elif found:
-        manifest["revisions"] = found["revisions"]
-    else:  # a data set without rows
-        manifest["revisions"] = {}
-        (out / JOURNALS).mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, manifest)
+            shown = progress and state.is_local_main_process
+            with Bar(total=len(mine), desc="ground", unit="row", disable=not shown, smoothing=0.05) as bar:
+                _work(loader, model, grid, journal, most, strict, bar)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
     return write_output(out, Journals(out / JOURNALS, schema), manifest, filters)
-
-
-def _check_unique(ids: list[str]) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(row_id for row_id, count in Counter(ids).items() if count > 1)
-        raise ValueError(f"the data set has the id {twice!r} more than once; masks are joined by id, make ids unique")
 
 
 def _read_manifest(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
@@ -147,36 +136,28 @@ def _read_manifest(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None
     found = read_json(path)
     # A moved data set is the same one: its content says so. Revisions are known once the backend is there.
     asked = {**manifest, "dataset": None}
-    check_same(out, {**found, "dataset": None, "revisions": None}, asked, added=("content", "settings"))
+    check_same(out, {**found, "dataset": None, "revisions": None}, asked)
     return found
 
 
 def _work(
-    batches: Iterable[list[Item]],
-    backend: Backend,
-    grid: Grid,
-    journal: BatchJournal,
-    most: int,
-    total: int,
-    strict: bool,
-    progress: bool,
+    batches: Iterable[list[Item]], model: Backend, grid: Grid, journal: BatchJournal, most: int, strict: bool, bar: Bar
 ) -> None:
     grounded = 0
-    with Bar(total=total, desc="ground", unit="row", disable=not progress, smoothing=0.05) as bar:
-        for items in batches:
-            groundings = ground_batch(items, backend, strict)
-            records = [
-                {**record(item, part, grid), **phrase, "index": item.index * most + number}
-                for item, whole in zip(items, groundings, strict=True)
-                for number, (phrase, part) in enumerate(split_phrases(item, whole, most))
-            ]
-            for row in records:
-                if strict and row["outcome"] in STRICT:
-                    raise ValueError(f"row {row['id']!r}: {row['outcome']}, {row['detail']}")
-            journal.append(records)
-            grounded += len({row["id"] for row in records if row["outcome"] == GROUNDED})
-            bar.update(len(items))
-            bar.set_postfix(grounded=grounded, refresh=False)
+    for items in batches:
+        groundings = ground_batch(items, model, strict)
+        records = [
+            {**record(item, part, grid), **phrase, "index": item.index * most + number}
+            for item, whole in zip(items, groundings, strict=True)
+            for number, (phrase, part) in enumerate(split_phrases(item, whole, most))
+        ]
+        for row in records:
+            if strict and row["outcome"] in STRICT:
+                raise ValueError(f"row {row['id']!r}: {row['outcome']}, {row['detail']}")
+        journal.append(records)
+        grounded += len({row["id"] for row in records if row["outcome"] == GROUNDED})
+        bar.update(len(items))
+        bar.set_postfix(grounded=grounded, refresh=False)
 
 
 def ground_batch(items: list[Item], backend: Backend, strict: bool = False) -> list[Grounding]:
@@ -212,7 +193,7 @@ def record(item: Item, grounding: Grounding, grid: Grid) -> dict[str, Any]:
     return {
         **{name: getattr(item, name) for name in ("id", "query", "text", "message_index")},
         **{name: getattr(grounding, name) for name in ("boxes", "polygons", "outcome", "detail")},
-        "mask": None if mask is None else {"bytes": to_png(mask), "path": None},
+        "mask": None if mask is None else to_png(mask),
         # A score that is no number says nothing good of its mask.
         "score": score if score is None or math.isfinite(score) else 0.0,
         "area": area,

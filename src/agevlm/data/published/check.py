@@ -1,7 +1,5 @@
 """The data doctor: what is wrong with a training set, before it costs time on a GPU.
 
-    agevlm data check llava/llava_v1_5_mix665k.json --checkpoint CHECKPOINT --against benchmarks --strict
-
 Every row is read as the conversion reads it (`data/published/convert.py`), so the doctor's count of good rows is the
 number of rows that a conversion writes. Beyond what a single row can show it finds repeated ids, rows and pictures,
 rows that are too long for a checkpoint's tokenizer, and pictures that evaluation sets hold as well.
@@ -10,7 +8,7 @@ rows that are too long for a checkpoint's tokenizer, and pictures that evaluatio
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from agevlm.data.duplicates import equal_groups, hash64, save_hashes
 from agevlm.data.parallel import run_jobs
 from agevlm.data.rows import IMAGE_PLACEHOLDER
-from agevlm.store import new_folder, write_json
+from agevlm.store import new_folder, read_lines, write_json
 
 from .defaults import MAX_LENGTH
 from .json_records import Chunk
 from .overlap import EvaluationPictures, read_evaluation_pictures
-from .records import DROPPED, REMARKED, REPAIRED, BadRow
-from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
+from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding, read_record
+from .sources import Source, draft_hashes, open_source, read_pictures
 
 
 _CHUNK, _EXAMPLES = 1_000, 5
@@ -86,16 +84,15 @@ def check(
         opened = open_source(source, images, work)
         evaluation = read_evaluation_pictures(against, progress) if against else None
         chunks = opened.chunks(_CHUNK, limit)
-        arguments = (opened, work, tokenizer, max_length, evaluation)
+        state = (opened, work, tokenizer, max_length, evaluation)
         counts: Counter[str] = Counter()
         sources: dict[str, Counter[str]] = {}
-        for result in run_jobs(_examine, chunks, workers=workers, setup=_start_worker, arguments=arguments,
-                               weight=lambda chunk: chunk.count, description="rows", progress=progress):  # fmt: skip
+        for result in run_jobs(_examine, chunks, state, workers, "rows", progress):
             counts.update(result["counts"])
             for name, values in result["sources"].items():
                 sources.setdefault(name, Counter()).update(values)
-        _write_repeated(work, chunks)
-        counts, examples = _collect(work, chunks, counts)
+        counts.update(_write_repeated(work, chunks))
+        examples = _examples(work)
         report = {
             "source": opened.name,
             "rows_read": sum(chunk.count for chunk in chunks),
@@ -133,17 +130,12 @@ def _tokenizer(checkpoint: str | Path | None) -> PreTrainedTokenizerFast | None:
 
 # ---- In a worker ----
 
-_arguments: tuple[Source, Path, PreTrainedTokenizerFast | None, int, EvaluationPictures | None]
+State = tuple[Source, Path, PreTrainedTokenizerFast | None, int, EvaluationPictures | None]
 
 
-def _start_worker(*arguments: Any) -> None:
-    global _arguments
-    _arguments = arguments
-
-
-def _examine(chunk: Chunk) -> dict[str, Any]:
+def _examine(state: State, chunk: Chunk) -> dict[str, Any]:
     """Counts of a chunk. Findings, hashes and lengths of its rows go to files."""
-    source, work, tokenizer, max_length, evaluation = _arguments
+    source, work, tokenizer, max_length, evaluation = state
     counts: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
     ids, pictures = [], []
@@ -152,7 +144,7 @@ def _examine(chunk: Chunk) -> dict[str, Any]:
         for position, record in source.records(chunk):
             draft, row, notes = None, None, []
             try:
-                draft = read_draft(record, position)
+                draft = read_record(record, position)
                 row = read_pictures(draft, source.store)
                 notes = row.notes + _length_notes(draft.messages, tokenizer, max_length, lengths)
                 for image, picture in zip(row.images, row.pictures, strict=True):
@@ -191,8 +183,7 @@ def _length_notes(
 
 
 def _note(file: Any, position: int, row_id: str | None, kind: str, detail: str) -> None:
-    entry = {"row": position, "id": row_id, "kind": kind, "detail": detail[:500]}
-    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    file.write(json.dumps(finding(position, row_id, kind, detail), ensure_ascii=False) + "\n")
 
 
 # ---- What no single row shows ----
@@ -202,8 +193,9 @@ def _file(work: Path, what: str, chunk: Chunk, suffix: str = "npy") -> Path:
     return work / f"{what}-{chunk.index:06d}.{suffix}"
 
 
-def _write_repeated(work: Path, chunks: list[Chunk]) -> None:
-    """Adds findings about good rows that repeat an id, a row or a picture of an earlier one."""
+def _write_repeated(work: Path, chunks: list[Chunk]) -> Counter[str]:
+    """Adds findings about good rows that repeat an id, a row or a picture of an earlier one; their numbers by kind."""
+    counts: Counter[str] = Counter()
     with (work / "findings-repeated.jsonl").open("w", encoding="utf-8") as findings:
         for group in equal_groups([_file(work, "ids", chunk) for chunk in chunks]):
             first, contents = int(group[0, 2]), {int(group[0, 1])}
@@ -212,29 +204,23 @@ def _write_repeated(work: Path, chunks: list[Chunk]) -> None:
                 contents.add(content)
                 if good:
                     _note(findings, position, None, kind, f"like row {first}")
+                    counts[kind] += 1
         for group in equal_groups([_file(work, "pictures", chunk) for chunk in chunks]):
             first = int(group[0, 1])
             for position in sorted(set(group[:, 1].tolist()) - {first}):
                 _note(findings, position, None, "duplicate_picture", f"like row {first}")
+                counts["duplicate_picture"] += 1
+    return counts
 
 
-def _findings(work: Path, chunks: list[Chunk]) -> Iterator[dict[str, Any]]:
-    for path in (*(_file(work, "findings", chunk, "jsonl") for chunk in chunks), work / "findings-repeated.jsonl"):
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-
-def _collect(work: Path, chunks: list[Chunk], counts: Counter[str]) -> tuple[Counter[str], dict[str, list[dict]]]:
-    """The counts with those of repetitions, and the first examples of every kind."""
+def _examples(work: Path) -> dict[str, list[dict]]:
+    """The first findings of every kind."""
     examples: dict[str, list[dict]] = {}
-    repeated: Counter[str] = Counter()
-    for finding in _findings(work, chunks):
-        kind = finding.pop("kind")
-        if kind in ("duplicate_id", "duplicate_row", "duplicate_picture"):
-            repeated[kind] += 1
-        if len(examples.setdefault(kind, [])) < _EXAMPLES:
-            examples[kind].append(finding)
-    return counts + repeated, examples
+    for path in sorted(work.glob("findings-*.jsonl")):
+        for found in read_lines(path):
+            if len(of_kind := examples.setdefault(found.pop("kind"), [])) < _EXAMPLES:
+                of_kind.append(found)
+    return examples
 
 
 def _lengths(work: Path, chunks: list[Chunk], checkpoint: str | Path | None, max_length: int) -> dict | None:
@@ -261,10 +247,12 @@ def _write(out: Path, report: dict[str, Any], work: Path) -> None:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as a table."""
-    title = Text(f"{report['source']}: {_headline(report)}")
+    rows, pictures = f"{report['rows_good']:,} of {report['rows_read']:,} rows", f"{report['pictures']:,} pictures"
+    title = Text(f"{report['source']}: {rows} are good, with {pictures}")
     table = Table("", "finding", "rows", "meaning", "for example", title=title)
     for severity, style in (("dropped", "red"), ("problem", "yellow"), ("repaired", "cyan"), ("remark", "dim")):
-        for kind, found in _by_number(report, severity):
+        of_kind = [(kind, found) for kind, found in report["findings"].items() if found["severity"] == severity]
+        for kind, found in sorted(of_kind, key=lambda item: -item[1]["rows"]):
             example = found["examples"][0] if found["examples"] else {"row": "", "detail": ""}
             shown = f"row {example['row']}: {example['detail']}"[:60]
             cells = (kind, f"{found['rows']:,}", found["meaning"], shown)
@@ -280,12 +268,3 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         )
     if report["evaluation_pictures"] is None:
         console.print("No evaluation set was compared: give --against FOLDER.")
-
-
-def _headline(report: dict[str, Any]) -> str:
-    return f"{report['rows_good']:,} of {report['rows_read']:,} rows are good, with {report['pictures']:,} pictures"
-
-
-def _by_number(report: dict[str, Any], severity: str) -> Iterable[tuple[str, dict]]:
-    found = [(kind, value) for kind, value in report["findings"].items() if value["severity"] == severity]
-    return sorted(found, key=lambda item: -item[1]["rows"])

@@ -1,9 +1,5 @@
 """Converts a published data set (Cambrian, LLaVA) once to Parquet shards of our rows, which training streams.
 
-    agevlm data cambrian Cambrian-Alignment/jsons/alignment_2.5m.jsonl --output cambrian/captions --workers 16
-    agevlm data cambrian Cambrian-10M/jsons/Cambrian7M.jsonl --output cambrian/instructions --workers 16
-    agevlm train stage1_align --data cambrian
-
 The folder holds train-*.parquet (id, images, messages; `data/rows.py`), summary.json with all counts, and what was
 dropped and repaired row by row in bad_rows.jsonl and repaired_rows.jsonl. Formats and known defects:
 `data/published/records.py`, `data/published/pictures.py`.
@@ -35,8 +31,8 @@ from agevlm.store import check_same, digest, publish, read_json, read_lines, rea
 
 from .defaults import ROWS_PER_SHARD
 from .json_records import Chunk
-from .records import DROPPED, REMARKED, REPAIRED, BadRow
-from .sources import Source, draft_hashes, open_source, read_draft, read_pictures
+from .records import DROPPED, REMARKED, REPAIRED, BadRow, finding, read_record
+from .sources import Source, draft_hashes, open_source, read_pictures
 
 
 FORMAT = 2  # raise when the same arguments would give other rows
@@ -78,7 +74,11 @@ def convert(
     opened.store.work = partial / "work"
     identity = identity_of(opened, limit, rows_per_shard)
     if out.exists() and any(out.iterdir()):
-        return _finished(out, identity)
+        summary = read_table(out / "summary.json")
+        if "conversion" not in summary:
+            raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
+        check_same(out, summary["conversion"], identity, "conversion")
+        return check_whole(out, summary)
     is_new = not (partial / "work" / "plan.json").exists()
     (partial / "work").mkdir(parents=True, exist_ok=True)
     try:
@@ -111,60 +111,49 @@ def _convert(
     check_same(partial, planned["identity"], identity, "conversion")
     chunks = [Chunk(**chunk) for chunk in planned["chunks"]]
 
-    def run(function: Any, jobs: list[Chunk], description: str) -> Iterable[Any]:
-        arguments = (source, partial, len(chunks), strict)
-        return run_jobs(function, jobs, workers=workers, setup=_start_worker, arguments=arguments,
-                        weight=lambda chunk: chunk.count, description=description, progress=bar)  # fmt: skip
-
+    state = (source, partial, len(chunks), strict)
     if not (work / "repeated.npy").is_file():
-        for _ in run(_hash_ids, [c for c in chunks if not _hashes(work, c).is_file()], "ids"):
-            pass
+        unhashed = [chunk for chunk in chunks if not _hashes(work, chunk).is_file()]
+        list(run_jobs(_hash_ids, unhashed, state, workers, "ids", bar))
         _find_repeated(work, chunks)
-    for _ in run(_write_shard, [c for c in chunks if not _shard(partial, c.index, len(chunks)).is_file()], "rows"):
-        pass
+    unwritten = [chunk for chunk in chunks if not _shard(partial, chunk.index, len(chunks)).is_file()]
+    list(run_jobs(_write_shard, unwritten, state, workers, "rows", bar))
     return _finish(source, partial, identity, chunks)
 
 
 # ---- In a worker ----
 
-_source: Source
-_partial: Path
-_count: int
-_strict: bool
+State = tuple[Source, Path, int, bool]  # the folder of the work, the number of shards, and whether it is strict
 
 
-def _start_worker(source: Source, partial: Path, count: int, strict: bool) -> None:
-    global _source, _partial, _count, _strict
-    _source, _partial, _count, _strict = source, partial, count, strict
-
-
-def _hash_ids(chunk: Chunk) -> None:
+def _hash_ids(state: State, chunk: Chunk) -> None:
     """Writes (hash of the id, hash of the row's text and pictures' names, place) of the rows of a chunk."""
+    source, partial, *_ = state
     rows = []
-    for position, record in _source.records(chunk):
+    for position, record in source.records(chunk):
         try:
-            rows.append((*draft_hashes(read_draft(record, position)), position))
+            rows.append((*draft_hashes(read_record(record, position)), position))
         except BadRow:
             continue  # the second pass names it
-    save_hashes(_hashes(_partial / "work", chunk), rows)
+    save_hashes(_hashes(partial / "work", chunk), rows)
 
 
-def _write_shard(chunk: Chunk) -> None:
+def _write_shard(state: State, chunk: Chunk) -> None:
     """Writes the shard of a chunk, and first what is to be said about its rows."""
-    repeated = _repeated_in(_partial / "work", chunk)
+    source, partial, count, strict = state
+    repeated = _repeated_in(partial / "work", chunk)
     counts: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
-    target = _shard(_partial, chunk.index, _count)
-    report = _partial / "work" / f"report-{chunk.index:05d}.json"
+    report = partial / "work" / f"report-{chunk.index:05d}.json"
     bad, repaired = [], []
     with (
-        replacing(target) as temporary,
+        replacing(_shard(partial, chunk.index, count)) as temporary,
         GroupWriter(temporary, ROW_FEATURES.arrow_schema) as writer,
     ):
-        for position, record in _source.records(chunk):
+        for position, record in source.records(chunk):
             try:
-                draft = read_draft(record, position)
-                row = read_pictures(draft, _source.store)
+                draft = read_record(record, position)
+                row = read_pictures(draft, source.store)
                 row_id = draft.id
                 if position in repeated:
                     kept, content = repeated[position]
@@ -175,25 +164,21 @@ def _write_shard(chunk: Chunk) -> None:
                     row_id = f"{row_id}~{content:016x}"
                     row.notes.append(("duplicate_id", f"now {row_id}"))
             except BadRow as error:
-                if _strict:
+                if strict:
                     raise ValueError(
-                        f"{_source.name}, row {position} (id {error.row_id!r}): {error}. Correct it, or leave out "
+                        f"{source.name}, row {position} (id {error.row_id!r}): {error}. Correct it, or leave out "
                         "strict: then it is dropped and listed."
                     ) from None
                 counts[error.kind] += 1
                 sources.setdefault(error.source or "unknown", Counter())["dropped"] += 1
-                bad.append(_entry(position, error.row_id, error.kind, error.detail))
+                bad.append(finding(position, error.row_id, error.kind, error.detail))
                 continue
             counts.update({"rows": 1, "pictures": len(row.images), **Counter(kind for kind, _ in row.notes)})
             sources.setdefault(draft.source, Counter())["rows"] += 1
-            repaired += [_entry(position, row_id, kind, text) for kind, text in row.notes if kind in REPAIRED]
+            repaired += [finding(position, row_id, kind, text) for kind, text in row.notes if kind in REPAIRED]
             size = sum(len(image["bytes"]) for image in row.images)
             writer.add({"id": row_id, "images": row.images, "messages": draft.messages}, size)
         write_json(report, {"counts": counts, "sources": sources, "bad": bad, "repaired": repaired}, indent=None)
-
-
-def _entry(position: int, row_id: str | None, kind: str, detail: str) -> dict[str, Any]:
-    return {"row": position, "id": row_id, "kind": kind, "detail": detail[:500]}
 
 
 # ---- Files of the work ----
@@ -276,14 +261,6 @@ def identity_of(source: Source, limit: int | None = None, rows_per_shard: int = 
         "limit": limit,
         "rows_per_shard": rows_per_shard,
     }
-
-
-def _finished(out: Path, identity: dict) -> dict[str, Any]:
-    summary = read_table(out / "summary.json")
-    if "conversion" not in summary:
-        raise ValueError(f"{out} is not empty and holds no conversion; choose another folder")
-    check_same(out, summary["conversion"], identity, "conversion")
-    return check_whole(out, summary)
 
 
 def check_whole(out: Path, summary: dict[str, Any]) -> dict[str, Any]:

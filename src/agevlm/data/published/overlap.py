@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from agevlm.data.duplicates import hash64
-from agevlm.images import open_image
+from agevlm.data.tables import read_rows
+from agevlm.images import SUFFIXES, open_image
 from agevlm.progress import Bar
 
 
 SIMILAR_BITS = 8  # of 128 that may differ
 _FLAT = 4.0  # standard deviation, of 256 shades, below which a picture has no structure
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def difference_hash(picture: Image.Image) -> tuple[int, int] | None:
@@ -91,12 +90,8 @@ def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
         if path.suffix.lower() in SUFFIXES:
             yield name, path.read_bytes()
         elif path.suffix.lower() == ".parquet":
-            with pq.ParquetFile(path) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=16):
-                    for row in batch.to_pylist():
-                        yield from ((f"{name} row {number}", data) for value in row.values() for data in _bytes(value))
-                        number += 1
+            for number, row in enumerate(read_rows(path)):
+                yield from ((f"{name} row {number}", data) for value in row.values() for data in _bytes(value))
 
 
 def _bytes(value: Any) -> Iterator[bytes]:

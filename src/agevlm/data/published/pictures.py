@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -40,6 +41,7 @@ MAX_FILE_BYTES = 256 * 2**20
 # Cambrian-Alignment's archives hold the absolute path of the machine that packed them.
 PUBLISHED_PREFIXES = ("mnt/disks/storage/data/pretrain_data/2.5m_v2/",)
 TAR = re.compile(r"\.tar(?:[._-]?part.*)?$", re.IGNORECASE)
+_NAMED_LIKE = "SELECT container, path, start, size FROM files WHERE folded = ? ORDER BY rowid"
 _PART = re.compile(r"[._-]?part.*$", re.IGNORECASE)
 _UNUSUAL_MODES = ("CMYK", "YCbCr", "LAB", "HSV", "I", "F", "P", "PA", "1")
 _SUFFIXES = {
@@ -122,7 +124,7 @@ class PictureStore:
         if wanted is None:
             raise BadRow("image_path_outside", str(outside or f"{path!r} is not below an archive"))
         for prefix in ("", *PUBLISHED_PREFIXES):
-            same = self._named_like(prefix + wanted)
+            same = [Found(*values) for values in self._index.execute(_NAMED_LIKE, (_folded(prefix + wanted),))]
             exact = [found for found in same if found.path == prefix + wanted]
             if exact:
                 note = ("image_relocated", f"{path} is {exact[0].path}") if prefix else None
@@ -145,10 +147,6 @@ class PictureStore:
             raise BadRow("image_too_large", f"{path} has {size} bytes; the limit is {MAX_FILE_BYTES}")
 
     # ---- The index ----
-
-    def _named_like(self, path: str) -> list[Found]:
-        query = "SELECT container, path, start, size FROM files WHERE folded = ? ORDER BY rowid"
-        return [Found(*values) for values in self._index.execute(query, (_folded(path),))]
 
     @cached_property
     def _archives(self) -> list["Archive"]:
@@ -207,9 +205,7 @@ class Archive:
             parts, key=lambda path: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", path.name)]
         )
         self._files = [path.open("rb", buffering=0) for path in self.parts]
-        self._ends: list[int] = []
-        for path in self.parts:
-            self._ends.append((self._ends[-1] if self._ends else 0) + path.stat().st_size)
+        self._ends = list(accumulate(path.stat().st_size for path in self.parts))
 
     def members(self) -> Iterator[tuple[str, int, int]]:
         """(name, offset, size) of the files in the archive.
@@ -253,9 +249,6 @@ class _Joined(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self._archive._ends[-1])[whence]
-        return self._at
-
-    def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer) -> int:

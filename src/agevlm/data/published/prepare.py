@@ -59,8 +59,7 @@ def prepare(data: str | Path, part: str, guided: bool = False) -> str:
 
 def _identity(source: Source) -> str:
     """Changes with the data set's content, as far as its files' names, sizes and times tell."""
+    facts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in source.paths]
     if isinstance(source, DatasetSource):
         facts = [source.name, source.dataset._fingerprint]
-    else:
-        facts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in source.paths]
     return digest("\n".join([f"format {FORMAT}", *facts]), size=8)

@@ -102,7 +102,6 @@ REMARKED = {
     "image_elongated": "one side more than 20 times the other",
     "image_wrong_suffix": "the file's name promises another format",
 }
-KINDS = {**DROPPED, **REPAIRED, **REMARKED}
 
 
 class BadRow(Exception):
@@ -114,6 +113,11 @@ class BadRow(Exception):
         self.kind, self.detail = kind, detail
         self.row_id: str | None = None
         self.source: str | None = None
+
+
+def finding(position: int, row_id: str | None, kind: str, detail: str) -> dict[str, Any]:
+    """An entry of a report."""
+    return {"row": position, "id": row_id, "kind": kind, "detail": detail[:500]}
 
 
 @dataclass
@@ -154,16 +158,17 @@ def parse_record(data: bytes | None) -> dict[str, Any]:
     return record
 
 
-def read_record(record: Mapping[str, Any], position: int) -> Draft:
+def read_record(record: bytes | Mapping[str, Any] | None, position: int) -> Draft:
     """The draft of a row.
 
     Args:
-        record: in one of the formats above.
+        record: in one of the formats above, or what `parse_record` takes.
         position: its place in its file, from 1; names a row without id.
 
     Raises:
         BadRow: see `DROPPED`.
     """
+    record = record if isinstance(record, Mapping) else parse_record(record)
     notes: list[tuple[str, str]] = []
     row_id, source = None, None
     try:

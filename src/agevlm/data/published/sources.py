@@ -2,14 +2,16 @@
 captions in text files, Parquet files, `datasets`.
 
 A source knows its chunks, which processes read independently of each other, and hands out each record as what
-`read_draft` takes. `read_draft` and `read_pictures` make it a row of ours, or say by name why not.
+`read_record` takes. `read_record` and `read_pictures` make it a row of ours, or say by name why not.
 """
 
 import glob
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ from PIL import Image
 
 from agevlm.data.duplicates import hash64
 from agevlm.data.rows import content_digest
-from agevlm.data.tables import BELOW, IN_ROOT, load_table, read_csv, split_files
+from agevlm.data.tables import BELOW, IN_ROOT, load_table, read_csv, read_rows, split_files
 from agevlm.images import SUFFIXES
 from agevlm.store import digest
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
-from .records import BadRow, Draft, parse_record, read_record
+from .records import BadRow, Draft
 
 
 _JSON, _PARQUET, _CSV = (".json", ".jsonl"), (".parquet",), (".csv", ".tsv")
@@ -40,15 +42,6 @@ class Row:
     images: list[dict[str, Any]]
     pictures: list[Image.Image]
     notes: list[tuple[str, str]]
-
-
-def read_draft(record: bytes | Mapping[str, Any] | None, position: int) -> Draft:
-    """The draft of a source's record. `position`: its place in its file, from 1.
-
-    Raises:
-        BadRow: see `records.DROPPED`.
-    """
-    return read_record(record if isinstance(record, Mapping) else parse_record(record), position)
 
 
 def draft_hashes(draft: Draft) -> tuple[int, int]:
@@ -81,54 +74,70 @@ def read_pictures(draft: Draft, store: PictureStore) -> Row:
     return Row(draft, images, pictures, notes)
 
 
-class JsonSource:
-    """A JSONL file, or a JSON array, whose pictures lie below `roots`."""
+class Source(ABC):
+    """The rows of a data set that is called `name`.
+
+    Args:
+        store: where the pictures lie that rows name.
+        paths: the files of the rows.
+        size: of all rows, in bytes or rows. Default: of the files.
+    """
+
+    def __init__(self, name: str, store: PictureStore, paths: Sequence[Path], size: int | None = None):
+        self.name, self.store, self.paths = name, store, list(paths)
+        self.size = sum(path.stat().st_size for path in paths) if size is None else size
+
+    def digest(self) -> str:
+        """Of the rows, and of pictures that they hold, as they are stored."""
+
+        def pieces() -> Iterator[bytes]:
+            for path in self.paths:
+                with path.open("rb") as file:
+                    while block := file.read(2**22):
+                        yield block
+
+        return digest(pieces())
+
+    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
+        """The first `limit` rows in chunks of about `size`."""
+        total = self.size if limit is None else min(limit, self.size)
+        return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
+
+    @abstractmethod
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, bytes | Mapping[str, Any] | None]]:
+        """(place from 1, record) of the rows of a chunk."""
+
+
+class JsonSource(Source):
+    """A JSONL file, or a JSON array."""
 
     def __init__(self, path: Path, store: PictureStore):
         check_shape(path)
-        self.path, self.paths, self.store = path, [path], store
-        self.name, self.size = path.name, path.stat().st_size
-
-    def digest(self) -> str:
-        """Of the rows as they are stored."""
-        return _files_digest(self.paths)
+        super().__init__(path.name, store, [path])
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
-        return plan_chunks(self.path, size, limit)
+        return plan_chunks(self.paths[0], size, limit)
 
     def records(self, chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
-        """(place from 1, record) of the rows of a chunk."""
-        for number, (_, record) in enumerate(read_records(self.path, chunk)):
-            yield chunk.first + number + 1, record
+        return enumerate((record for _, record in read_records(self.paths[0], chunk)), start=chunk.first + 1)
 
 
-class ListSource:
-    """Records in memory, such as the lines of a CSV file, whose pictures lie below the roots of `store`."""
+class ListSource(Source):
+    """Records in memory, such as the lines of a CSV file."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], paths: Sequence[Path], store: PictureStore, name: str):
-        self.rows, self.paths, self.store, self.name, self.size = list(rows), list(paths), store, name, len(rows)
+    def __init__(self, name: str, store: PictureStore, paths: Sequence[Path], rows: Sequence[Mapping[str, Any]]):
+        super().__init__(name, store, paths, len(rows))
+        self.rows = rows
 
     def digest(self) -> str:
-        """Of the rows as they are stored."""
         return digest(json.dumps(self.rows))
 
-    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
-        return _equal_chunks(self.size, size, limit)
-
     def records(self, chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        yield from enumerate(self.rows[chunk.first : chunk.first + chunk.count], start=chunk.first + 1)
+        return enumerate(self.rows[chunk.first : chunk.first + chunk.count], start=chunk.first + 1)
 
 
-class ParquetSource:
+class ParquetSource(Source):
     """Parquet files with the columns id, images and messages (or others that `read_record` knows)."""
-
-    def __init__(self, files: Sequence[Path], store: PictureStore, name: str):
-        self.paths, self.store, self.name = list(files), store, name
-        self.size = sum(path.stat().st_size for path in files)
-
-    def digest(self) -> str:
-        """Of the rows and pictures as they are stored."""
-        return _files_digest(self.paths)
 
     def chunks(self, size: int, limit: int | None) -> list[Chunk]:
         """A chunk for each file; `offset` is the file's number."""
@@ -143,53 +152,24 @@ class ParquetSource:
         return chunks
 
     def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
-        with pq.ParquetFile(self.paths[chunk.offset]) as file:
-            position = chunk.first
-            for batch in file.iter_batches(batch_size=16):
-                for record in batch.to_pylist():
-                    position += 1
-                    if position > chunk.first + chunk.count:
-                        return
-                    yield position, record
+        return enumerate(islice(read_rows(self.paths[chunk.offset]), chunk.count), start=chunk.first + 1)
 
 
-class DatasetSource:
+class DatasetSource(Source):
     """A data set of the Hub, or one that `save_to_disk` wrote: memory-mapped, pictures not decoded."""
 
-    def __init__(self, dataset: Dataset, store: PictureStore, name: str):
-        self.dataset, self.store, self.name = dataset.with_format("arrow"), store, name
-        self.size = len(dataset)
+    def __init__(self, name: str, store: PictureStore, dataset: Dataset):
+        super().__init__(name, store, [], len(dataset))
+        self.dataset = dataset.with_format("arrow")
 
     def digest(self) -> str:
-        """Of the rows and pictures as they are stored."""
         return content_digest(self.dataset, self.dataset.column_names)
-
-    def chunks(self, size: int, limit: int | None) -> list[Chunk]:
-        return _equal_chunks(self.size, size, limit)
 
     def records(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
         for start in range(chunk.first, chunk.first + chunk.count, 16):
             stop = min(start + 16, chunk.first + chunk.count)
             for number, record in enumerate(self.dataset[start:stop].to_pylist()):
                 yield start + number + 1, record
-
-
-def _equal_chunks(rows: int, size: int, limit: int | None) -> list[Chunk]:
-    total = rows if limit is None else min(limit, rows)
-    return [Chunk(i, start, min(size, total - start), start) for i, start in enumerate(range(0, total, size))]
-
-
-def _files_digest(paths: Sequence[Path]) -> str:
-    def pieces() -> Iterator[bytes]:
-        for path in paths:
-            with path.open("rb") as file:
-                while block := file.read(2**22):
-                    yield block
-
-    return digest(pieces())
-
-
-Source = JsonSource | ListSource | ParquetSource | DatasetSource
 
 
 def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
@@ -213,24 +193,25 @@ def open_source(name: str | Path, roots: Sequence[str | Path] | None, work: str 
         return JsonSource(path, PictureStore(roots, work))
     if path.is_file():
         if path.suffix.lower() in _PARQUET:
-            return ParquetSource([path], PictureStore(roots or [path.parent], work), path.name)
+            return ParquetSource(path.name, PictureStore(roots or [path.parent], work), [path])
         if path.suffix.lower() in _CSV:
-            return ListSource(read_csv(path), [path], PictureStore(roots or [path.parent], work), path.name)
+            return ListSource(path.name, PictureStore(roots or [path.parent], work), [path], read_csv(path))
         raise ValueError(f"{path} is neither .json, .jsonl, .csv nor .parquet; rename it if it is one of them")
     if path.is_dir():
         return _open_folder(path, roots, work)
     if not HUB_ID.fullmatch(str(name)):
         raise ValueError(f"{name} does not exist; give a file, a folder, or the id of a data set of the Hub")
-    return DatasetSource(load_table(str(name), "train"), PictureStore(roots or [], work), path.name)
+    return DatasetSource(path.name, PictureStore(roots or [], work), load_table(str(name), "train"))
 
 
 def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Path) -> Source:
     if (path / "dataset_dict.json").is_file():
         path = path / "train"
+    store = PictureStore(roots or [path], work)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return DatasetSource(load_table(str(path)), PictureStore([path] if roots is None else roots, work), path.name)
+        return DatasetSource(path.name, store, load_table(str(path)))
     if parquet := split_files(path, _PARQUET, IN_ROOT):
-        return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
+        return ParquetSource(path.name, store, parquet)
     parts = [part for part in (path / "captions", path / "instructions") if any(part.glob("*.parquet"))]
     if parts:
         raise ValueError(f"{path} has a folder for each part of its rows; name one: {' or '.join(map(str, parts))}")
@@ -239,10 +220,9 @@ def _open_folder(path: Path, roots: Sequence[str | Path] | None, work: str | Pat
         return open_source(told, roots, work)
     found = split_files(path, _JSON, ("*", "jsons/*"))
     if not found and (parquet := split_files(path, _PARQUET, BELOW)):
-        return ParquetSource(parquet, PictureStore(roots or [path], work), path.name)
+        return ParquetSource(path.name, store, parquet)
     if len(found) != 1 and (captioned := _captioned(path)):
-        store = PictureStore(roots or [path], work)
-        return ListSource(captioned, [path / row["image"] for row in captioned], store, path.name)
+        return ListSource(path.name, store, [path / row["image"] for row in captioned], captioned)
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:20]) or "none"
         raise ValueError(f"{path} must hold one .json or .jsonl file, or Parquet files; found {names}. Pass the file.")

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 
 MOST_OBJECTS = 10
@@ -11,43 +12,30 @@ SPLITS = ("composition", "name", "style")
 
 @dataclass(frozen=True)
 class SceneArguments:
-    """Everything that decides the content of a folder of scenes.
+    """Everything that decides the content of a folder of scenes; `agevlm data scenes --help` shows the texts.
 
-    Args:
-        captions, instructions: numbers of training rows (one picture each).
-        test: number of questions of each benchmark in each split (HallusionBench: rounded down to whole sets of 4).
-        size: side of the pictures in pixels.
-        min_objects, max_objects: fewest and most objects in a picture, 1 to 10. Questions that need two are given two.
-            More than 4 are small: clutter.
-        turns: questions per instruction row.
-        cutouts: folder made by `agevlm data cutouts`; None draws icons.
-        backgrounds: folder of photographs to paste on; None generates backgrounds.
-        names, colors: restrict the objects; unknown ones raise ValueError with close matches.
-        presence_first: share of the instruction rows, the first ones, that ask for presence alone. A small model
-            learns to look things up from them, and all else after that.
-        splits: those that get benchmarks, of `splits.SPLITS`. With few names, the split "name" cannot fill pictures of
-            many objects.
-        word_rate: share of instruction pictures with a sign on them (captions: half of it).
+    With few names, the split "name" cannot fill pictures of many objects. A small model learns to look things up from
+    rows on presence, and all else after that.
 
     Raises:
         ValueError: a number that is out of its range.
     """
 
-    captions: int = 20_000
-    instructions: int = 10_000
-    test: int = 500
-    size: int = 224
-    min_objects: int = 1
-    max_objects: int = 4
-    turns: int = 4
-    seed: int = 0
-    cutouts: str | Path | None = None
-    backgrounds: str | Path | None = None
-    names: Collection[str] | None = None
-    colors: Collection[str] | None = None
-    word_rate: float = 0.25
-    presence_first: float = 0.0
-    splits: Collection[str] = SPLITS
+    captions: Annotated[int, "training pictures with a caption"] = 20_000
+    instructions: Annotated[int, "training pictures with questions"] = 10_000
+    test: Annotated[int, "questions of each benchmark in each split (HallusionBench: whole sets of 4)"] = 500
+    size: Annotated[int, "side of a picture in pixels"] = 224
+    min_objects: Annotated[int, "fewest objects in a picture; questions that need two are given two"] = 1
+    max_objects: Annotated[int, "most objects in a picture, up to 10; more than 4 are small"] = 4
+    turns: Annotated[int, "questions per instruction row"] = 4
+    seed: Annotated[int, "another seed gives other pictures, not other splits"] = 0
+    cutouts: Annotated[str | Path | None, "folder made by `agevlm data cutouts`, else icons"] = None
+    backgrounds: Annotated[str | Path | None, "folder of photographs to paste on, else generated"] = None
+    names: Annotated[Collection[str] | None, "use these object names alone"] = None
+    colors: Annotated[Collection[str] | None, "use these colors alone"] = None
+    word_rate: Annotated[float, "share of instruction pictures with a sign; of captions half as many"] = 0.25
+    presence_first: Annotated[float, "share of instruction rows, the first ones, that ask for presence alone"] = 0.0
+    splits: Annotated[Collection[str], "tests to make"] = SPLITS
 
     def __post_init__(self) -> None:
         for field, least in (("captions", 0), ("instructions", 0), ("test", 0), ("size", 64), ("turns", 1)):

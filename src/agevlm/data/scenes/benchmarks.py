@@ -13,26 +13,12 @@ from dataclasses import dataclass, replace
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
-from .builder import SceneBuilder, stored
+from . import questions
+from .builder import SceneBuilder
 from .compose import Picture, compose, encode_image, encode_mask
 from .conversations import placed_phrases
 from .layout import Scene, order, sample_object, sample_scene
-from .questions import (
-    WORD_SUFFIX,
-    Question,
-    absent,
-    absent_names,
-    colors_of,
-    count,
-    depth,
-    how_many_objects,
-    presence_query,
-    present,
-    read_sign,
-    relation,
-    what_color,
-    what_is_colored,
-)
+from .questions import Question
 from .splits import Pool, is_held_out_pair
 from .words import join_phrases, sentence
 
@@ -84,13 +70,13 @@ def _shared(picture: Picture, encoded: dict, question: Question) -> dict:
     things = [(picture.scene.objects[i].color, picture.scene.objects[i].name) for i in question.look_at]
     return {
         "image": encoded,
-        "mask": stored(encode_mask(mask)) if mask is not None else None,
+        "mask": encode_mask(mask) if mask is not None else None,
         "held_out_pair": any(is_held_out_pair(*pair) for pair in (*question.about, *things)),
     }
 
 
 def _one(picture: Picture, question: Question, /, **columns) -> list[dict]:
-    return [{**_shared(picture, stored(encode_image(picture.image)), question), **columns}]
+    return [{**_shared(picture, encode_image(picture.image), question), **columns}]
 
 
 def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
@@ -98,11 +84,11 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
     category = ("random", "popular", "adversarial")[index % 3]
     picture = builder.picture(rng, pool, word_rate=0.0)
     with_color = True if any(pool.rare_colors.values()) else None  # the words must name the held-out pair
-    yes = present(rng, picture.scene, pool, with_color)
-    no = absent(rng, picture.scene, pool, category)
+    yes = questions.present(rng, picture.scene, pool, with_color)
+    no = questions.absent(rng, picture.scene, pool, category)
     if no is None:
         return None
-    encoded = stored(encode_image(picture.image))
+    encoded = encode_image(picture.image)
     return [
         {
             **_shared(picture, encoded, question),
@@ -116,7 +102,7 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
     ]
 
 
-_TASKS = (("2D", "Count", count), ("2D", "Relation", relation), ("3D", "Depth", depth))
+_TASKS = (("2D", "Count", questions.count), ("2D", "Relation", questions.relation), ("3D", "Depth", questions.depth))
 
 
 def _cvbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
@@ -140,7 +126,7 @@ _READING = {
 
 def _ocrbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
     picture = builder.picture(rng, pool, word_rate=1.0)
-    question = read_sign(rng, picture.scene, pool)
+    question = questions.read_sign(rng, picture.scene, pool)
     if question is None:
         return None
     return _one(
@@ -150,13 +136,14 @@ def _ocrbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int)
 
 
 def _realworldqa(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> list[dict] | None:
-    kinds = (what_color, what_is_colored, how_many_objects) if builder.source.colors else (how_many_objects,)
+    on_colors = [questions.what_color, questions.what_is_colored] if builder.source.colors else []
+    kinds = [*on_colors, questions.how_many_objects]
     generator = kinds[index % len(kinds)]
     picture = builder.picture(rng, pool, word_rate=0.1)
     question = generator(rng, picture.scene, pool)
     if question is None:
         return None
-    text = question.prompt + (WORD_SUFFIX if WORD_SUFFIX in question.suffixes else "")
+    text = question.prompt + (questions.WORD_SUFFIX if questions.WORD_SUFFIX in question.suffixes else "")
     return _one(picture, question, question=text, answer=question.answer, image_path=f"{index:06d}.jpg")
 
 
@@ -173,7 +160,7 @@ class Statement:
 
 
 def _is_there(name: str) -> Statement:
-    return Statement(presence_query(name), lambda s: (bool(s.find(name)), s.find(name)), ((None, name),))
+    return Statement(questions.presence_query(name), lambda s: (bool(s.find(name)), s.find(name)), ((None, name),))
 
 
 def _has_color(name: str, color: str) -> Statement:
@@ -192,11 +179,6 @@ def _is_beside(first: str, second: str, side: str) -> Statement:
 Edit = tuple[Scene, tuple[Statement, Statement]]
 
 
-def _single(scene: Scene) -> list[int]:
-    """Objects whose name occurs once."""
-    return [index for index, thing in enumerate(scene.objects) if len(scene.find(thing.name)) == 1]
-
-
 def _changed(scene: Scene, index: int, **changes) -> Scene:
     things = list(scene.objects)
     things[index] = replace(things[index], **changes)
@@ -204,9 +186,9 @@ def _changed(scene: Scene, index: int, **changes) -> Scene:
 
 
 def _recolor(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
-    index = rng.choice(_single(scene))
+    index = rng.choice(scene.single())
     thing = scene.objects[index]
-    others = [c for c in colors_of(pool, thing.name) if c != thing.color]
+    others = [c for c in questions.colors_of(pool, thing.name) if c != thing.color]
     if not others or thing.color is None:
         return None
     color = rng.choice(others)
@@ -217,17 +199,17 @@ def _recolor(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
 def _remove(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
     if len(scene.objects) < 2:
         return None
-    index = rng.choice(_single(scene))
+    index = rng.choice(scene.single())
     left = tuple(thing for i, thing in enumerate(scene.objects) if i != index)
-    names = absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
+    names = questions.absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
     control = names[0] if names and rng.random() < 0.5 else rng.choice(left).name  # keeps yes and no about equal
     return replace(scene, objects=left), (_is_there(scene.objects[index].name), _is_there(control))
 
 
 def _replace(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
-    index = rng.choice(_single(scene))
+    index = rng.choice(scene.single())
     thing = scene.objects[index]
-    names = absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
+    names = questions.absent_names(scene, pool, rng.sample(pool.names, min(6, len(pool.names))))
     if not names:
         return None
     new = sample_object(rng, pool, names[0], thing.x, thing.y, thing.extent)
@@ -236,7 +218,7 @@ def _replace(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
 
 
 def _swap(rng: random.Random, scene: Scene, pool: Pool) -> Edit | None:
-    single = _single(scene)
+    single = scene.single()
     if len(single) < 2:
         return None
     a, b = rng.sample(single, 2)
@@ -257,7 +239,7 @@ def _hallusionbench(builder: SceneBuilder, rng: random.Random, pool: Pool, index
     kind = kinds[index % len(kinds)]
     arguments = builder.arguments
     scene = sample_scene(rng, pool, arguments.min_objects, arguments.max_objects, word_rate=0.0)
-    if not _single(scene):
+    if not scene.single():
         return None
     edit = _EDITS[kind](rng, scene, pool)
     if edit is None:
@@ -284,7 +266,7 @@ def _hallusion_rows(
     kind: str, number: int, pictures: list[Picture], asked: tuple[Statement, Statement]
 ) -> Iterator[dict]:
     for figure, picture in enumerate(pictures):
-        encoded = stored(encode_image(picture.image))
+        encoded = encode_image(picture.image)
         for question_id, statement in enumerate(asked):
             yes, look_at = statement.check(picture.scene)
             question = Question("check", statement.query, statement.query, "", look_at, about=statement.about)

@@ -10,7 +10,7 @@ import dataclasses
 import random
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,14 +155,7 @@ def _manifest(builder: SceneBuilder) -> dict:
         "format": FORMAT,
         "arguments": {old.get(k, k): v for k, v in options.items() if k not in left_out},
         "source": {"kind": source.name, "table": source.digest, "backgrounds": builder.backgrounds_digest},
-        "counts": {
-            **{part: getattr(arguments, part) for part in PARTS},
-            **{
-                f"benchmarks/{s}/{b}": _groups(b, arguments.test) * GROUP[b]
-                for s in arguments.splits
-                for b in BENCHMARKS
-            },
-        },
+        "counts": _counts(arguments),
         "names": sorted(kinds),
         "colours": list(source.colors),
         "held_out": {
@@ -193,29 +186,26 @@ def _is_finished(out: Path, manifest: dict) -> bool:
     return True
 
 
-def _groups(benchmark: str, test: int) -> int:
-    return test // GROUP[benchmark]
+def _counts(arguments: SceneArguments) -> dict[str, int]:
+    """Rows of each part, and of each benchmark in each split."""
+    tests = product(arguments.splits, BENCHMARKS)
+    return {
+        **{part: getattr(arguments, part) for part in PARTS},
+        **{f"benchmarks/{split}/{name}": arguments.test // GROUP[name] * GROUP[name] for split, name in tests},
+    }
 
 
-_builder: SceneBuilder  # one for each process that draws
-
-
-def _start_worker(arguments: SceneArguments) -> None:
-    global _builder
-    _builder = SceneBuilder(arguments)
-
-
-def _draw_training(job: tuple[str, int, int]) -> tuple[pa.Table, pa.Table, pa.Table]:
+def _draw_training(builder: SceneBuilder, job: tuple[str, int, int]) -> tuple[pa.Table, pa.Table, pa.Table]:
     part, start, stop = job
-    make = _builder.caption_row if part == "captions" else _builder.instruction_row
+    make = builder.caption_row if part == "captions" else builder.instruction_row
     rows, masks, phrases = zip(*(make(index) for index in range(start, stop)), strict=True)
     by_phrase = _table(chain.from_iterable(phrases), PHRASE_FEATURES)
     return _table(rows, ROW_FEATURES), _table(masks, MASK_FEATURES), by_phrase
 
 
-def _draw_benchmark(job: tuple[str, str, int, int]) -> tuple[pa.Table]:
+def _draw_benchmark(builder: SceneBuilder, job: tuple[str, str, int, int]) -> tuple[pa.Table]:
     split, benchmark, start, stop = job
-    groups = (benchmark_rows(_builder, split, benchmark, index) for index in range(start, stop))
+    groups = (benchmark_rows(builder, split, benchmark, index) for index in range(start, stop))
     return (_table(chain.from_iterable(groups), FEATURES[benchmark]),)
 
 
@@ -241,21 +231,18 @@ def _write(files: dict[Path, Features], tables: Iterator[tuple[pa.Table, ...]], 
 
 
 def _fill(folder: Path, arguments: SceneArguments, num_proc: int, progress: bool) -> None:
-    counts = {part: getattr(arguments, part) for part in PARTS}
-    tests = sum(_groups(b, arguments.test) * GROUP[b] for b in BENCHMARKS)
-    total = sum(counts.values()) + len(arguments.splits) * tests
-    bar = Bar(total=total, desc="scenes", unit="row", disable=not progress)
-    with bar, worker_map(num_proc, _start_worker, (arguments,)) as work:
-        for part, count in counts.items():
+    counts = _counts(arguments)
+    bar = Bar(total=sum(counts.values()), desc="scenes", unit="row", disable=not progress)
+    with bar, worker_map(num_proc, SceneBuilder, arguments) as work:
+        for part in PARTS:
             files = {
                 folder / part / "train.parquet": ROW_FEATURES,
                 folder / MASKS / f"{part}.parquet": MASK_FEATURES,
                 folder / PHRASES / f"{part}.parquet": PHRASE_FEATURES,
             }
-            _write(files, work(_draw_training, [(part, *chunk) for chunk in _chunks(count)]), bar)
-        for split in arguments.splits:
-            for benchmark in BENCHMARKS:
-                jobs = [(split, benchmark, *chunk) for chunk in _chunks(_groups(benchmark, arguments.test))]
-                path = folder / "benchmarks" / split / f"{benchmark}.parquet"
-                _write({path: FEATURES[benchmark]}, work(_draw_benchmark, jobs), bar)
+            _write(files, work(_draw_training, [(part, *chunk) for chunk in _chunks(counts[part])]), bar)
+        for split, benchmark in product(arguments.splits, BENCHMARKS):
+            place = f"benchmarks/{split}/{benchmark}"
+            jobs = [(split, benchmark, *chunk) for chunk in _chunks(counts[place] // GROUP[benchmark])]
+            _write({folder / f"{place}.parquet": FEATURES[benchmark]}, work(_draw_benchmark, jobs), bar)
     draw_contact_sheet(folder, folder / "contact_sheet.png")

@@ -83,34 +83,22 @@ class SceneBuilder:
         picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
         alone = index < self.arguments.presence_first * self.arguments.instructions
         questions = sample_questions(rng, picture.scene, pool, self.arguments.turns, alone)
-        turns = [number for number, question in enumerate(questions) if question.look_at or question.sign]
-        turn = rng.choice(turns)
+        turns = [(number, question) for number, question in enumerate(questions) if question.look_at or question.sign]
+        chosen = rng.randrange(len(turns))
         name = f"instructions-{index:07d}"
-        guidance = {
-            turn: _mask_row(
-                name, questions[turn].query, 2 * turn, picture, questions[turn].look_at, questions[turn].sign
-            )
-            for turn in turns
-        }
-        phrases = [guidance[turn] for turn in turns[:MAX_PHRASES]]
-        return _row(name, picture, question_messages(rng, questions)), guidance[turn], phrases
+        masks = [_mask_row(name, asked.query, 2 * turn, picture, asked.look_at, asked.sign) for turn, asked in turns]
+        return _row(name, picture, question_messages(rng, questions)), masks[chosen], masks[:MAX_PHRASES]
 
 
 def _row(name: str, picture: Picture, messages: list[Message]) -> dict:
-    return {"id": name, "images": [stored(encode_image(picture.image))], "messages": messages}
-
-
-def stored(encoded: bytes) -> dict:
-    """An encoded picture as `datasets.Image` keeps it."""
-    return {"bytes": encoded, "path": None}
+    return {"id": name, "images": [encode_image(picture.image)], "messages": messages}
 
 
 def _mask_row(name: str, query: str, message_index: int, picture: Picture, objects, sign: bool = False) -> dict:
     mask = picture.mask(objects, sign)
     assert mask is not None, "a guided turn has something to look at"
-    encoded = stored(encode_mask(mask))
-    guidance = {"query": query, "message_index": message_index, "mask": encoded, "source": "scenes", "score": 1.0}
-    return {"id": name, **guidance}
+    told = {"id": name, "query": query, "message_index": message_index}
+    return {**told, "mask": encode_mask(mask), "source": "scenes", "score": 1.0}
 
 
 def _load_backgrounds(folder: str | Path) -> tuple[list[Image.Image], str]:

@@ -4,14 +4,15 @@ Masks come from one owner map: each pixel belongs to the last thing painted ther
 construction. Objects of which more than `MAX_HIDDEN` is covered are left out before anything is painted.
 """
 
-import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from agevlm.images import stored
 
 from .layout import Scene, keep
 from .objects import CutoutSource, IconSource, Sprite, rgb
@@ -36,10 +37,7 @@ class Picture:
         if not objects and not sign:
             return None
         wanted = [*objects, _SIGN] if sign else list(objects)
-        found = self.owner == wanted[0]
-        for index in wanted[1:]:
-            found |= self.owner == index
-        return Image.fromarray(found)
+        return Image.fromarray(np.logical_or.reduce([self.owner == index for index in wanted]))
 
 
 @lru_cache(maxsize=4)
@@ -82,9 +80,7 @@ def crop_background(rng: random.Random, photo: Image.Image, size: int) -> np.nda
     return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)))
 
 
-@lru_cache(maxsize=32)
-def _sign_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+_sign_font = lru_cache(maxsize=32)(ImageFont.load_default)
 
 
 def draw_sign(rng: random.Random, word: str, size: int) -> Image.Image:
@@ -108,11 +104,6 @@ def _claim(
         x, y, width, height = sign_box
         owner[y : y + height, x : x + width] = _SIGN
     return owner
-
-
-def _hidden(owner: np.ndarray, areas: Sequence[int]) -> list[float]:
-    visible = np.bincount(owner.ravel() + 1, minlength=_SIGN + 2)
-    return [1 - visible[index + 1] / area for index, area in enumerate(areas)]
 
 
 def _place_sign(rng: random.Random, board: Image.Image, sprites: Sequence[tuple[Sprite, int, int]], size: int):
@@ -157,7 +148,8 @@ def compose(
     kept = list(range(len(sprites)))
     while True:  # leaving one out can only uncover others
         now = [sprites[i] for i in kept]
-        hidden = _hidden(_claim(owner, now, sign_box), [int(s.alpha.sum()) for s, _, _ in now])
+        visible = np.bincount(_claim(owner, now, sign_box).ravel() + 1, minlength=_SIGN + 2)
+        hidden = [1 - visible[index + 1] / int(sprite.alpha.sum()) for index, (sprite, *_) in enumerate(now)]
         worst = max(range(len(now)), key=hidden.__getitem__)
         if hidden[worst] <= MAX_HIDDEN:
             break
@@ -193,15 +185,5 @@ def _true_in_front(sprites: Sequence[tuple[Sprite, int, int]]) -> frozenset[tupl
     return frozenset(pairs)
 
 
-def encode_image(image: Image.Image) -> bytes:
-    """JPEG, quality 90."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def encode_mask(mask: Image.Image) -> bytes:
-    """1-bit PNG."""
-    buffer = io.BytesIO()
-    mask.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+encode_image = partial(stored, kind="JPEG", quality=90)
+encode_mask = partial(stored, compress_level=1)

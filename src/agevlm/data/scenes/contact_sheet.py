@@ -1,14 +1,15 @@
 """One picture to look at: scenes with what is asked, the answer, and the outlines of the masks to look at."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from agevlm.data.masks import PHRASES
 from agevlm.data.rows import MAX_PHRASES
+from agevlm.data.tables import read_rows
 from agevlm.drawing import outline, outline_phrases, panels
 from agevlm.images import open_image, save_image
 
@@ -20,9 +21,7 @@ Entry = tuple[Image.Image, Image.Image | None, str]
 
 def _head(path: Path, count: int) -> list[dict]:
     """The first rows of a parquet file; empty where there is none."""
-    if not path.is_file():
-        return []
-    return next((batch.to_pylist() for batch in pq.ParquetFile(path).iter_batches(batch_size=count)), [])
+    return list(islice(read_rows(path), count)) if path.is_file() else []
 
 
 def _training(folder: Path, part: str) -> Iterator[Entry]:
@@ -60,16 +59,11 @@ def _benchmark(path: Path) -> Iterator[Entry]:
         yield open_image(row["image"], row["id"]), mask, f"{path.parent.name}: {_TEXTS[path.stem](row)}"
 
 
-def _entries(folder: Path) -> Iterator[Entry]:
-    for part in ("captions", "instructions"):
-        yield from _training(folder, part)
-    for path in sorted((folder / "benchmarks").glob("*/*.parquet")):
-        yield from _benchmark(path)
-
-
-def draw_contact_sheet(folder: str | Path, out: str | Path) -> None:
+def draw_contact_sheet(folder: Path, out: Path) -> None:
     """Writes a PNG with the first rows of every file of a folder of scenes."""
-    draw_entries(list(_entries(Path(folder))), Path(out))
+    training = (_training(folder, part) for part in ("captions", "instructions"))
+    tests = map(_benchmark, sorted((folder / "benchmarks").glob("*/*.parquet")))
+    draw_entries(list(chain.from_iterable([*training, *tests])), out)
 
 
 def draw_entries(entries: Sequence[Entry], out: Path) -> None:

@@ -1,10 +1,9 @@
 """Makes a folder of named RGBA cut-outs from published packages; the pictures are never part of the project.
 
-    agevlm data cutouts --output cutouts
-
-downloads with the ordinary clients (`apt-get download`, `npm pack`) the Tux Paint stamps (GPL-2: photographs) and the
-Fluent 3D emoji (MIT: drawings) with OpenMoji's names (CC-BY-SA 4.0), keeps plain single objects under singular names
-and writes PNG files and cutouts.json: [{file, name, category, group, style}]. Needs Debian's `dpkg-deb` and `npm`.
+`agevlm data cutouts` downloads with the ordinary clients (`apt-get download`, `npm pack`) the Tux Paint stamps (GPL-2:
+photographs) and the Fluent 3D emoji (MIT: drawings) with OpenMoji's names (CC-BY-SA 4.0), keeps plain single objects
+under singular names and writes PNG files and cutouts.json: [{file, name, category, group, style}]. Needs Debian's
+`dpkg-deb` and `npm`.
 """
 
 import json

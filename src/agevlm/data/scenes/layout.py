@@ -50,6 +50,10 @@ class Scene:
         """Indices of the objects called `name`, where given of that color."""
         return tuple(i for i, o in enumerate(self.objects) if o.name == name and (color is None or o.color == color))
 
+    def single(self) -> list[int]:
+        """Indices of the objects whose name occurs once."""
+        return [i for i, thing in enumerate(self.objects) if len(self.find(thing.name)) == 1]
+
     def reference(self, index: int) -> str | None:
         """The shortest description that only object `index` fits, or None where there is none."""
         thing = self.objects[index]

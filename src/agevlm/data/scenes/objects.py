@@ -148,7 +148,7 @@ class IconSource:
         self.colors = tuple(COLORS) if colors is None else tuple(c for c in COLORS if c in set(colors))
         self._glyphs = {(n, style): glyph for n, row in table.items() for style, glyph in row["glyphs"].items()}
         self._layers = lru_cache(maxsize=4096)(self._draw_glyph)
-        self._font = lru_cache(maxsize=64)(self._load_font)
+        self._font = lru_cache(maxsize=64)(lambda style, size: ImageFont.truetype(self._file(FONTS[style][0]), size))
 
     @cached_property
     def _folder(self) -> Path:
@@ -168,9 +168,6 @@ class IconSource:
         return {
             style: json.loads(self._file(chars).read_text(encoding="utf-8")) for style, (_, chars) in FONTS.items()
         }
-
-    def _load_font(self, style: str, size: int) -> ImageFont.FreeTypeFont:
-        return ImageFont.truetype(self._file(FONTS[style][0]), size)
 
     def _draw_glyph(self, name: str, style: str, mip: int) -> tuple[Image.Image, Image.Image]:
         """(ink, silhouette) of a glyph as 8-bit squares of `mip` pixels; the glyph's longer side fills them."""

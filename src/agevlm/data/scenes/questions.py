@@ -133,13 +133,9 @@ def count(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
     return _multiple_choice("count", query, choices, str(right), found, [(None, name)])
 
 
-def _referable(scene: Scene) -> list[int]:
-    return [index for index in range(len(scene.objects)) if scene.reference(index)]
-
-
 def _pair(rng: random.Random, scene: Scene, axis: str) -> tuple[int, int] | None:
     """Two objects that words tell apart and that lie clearly apart along `axis`, in random order."""
-    named = _referable(scene)
+    named = [index for index in range(len(scene.objects)) if scene.reference(index)]
     pairs = [(a, b) for a in named for b in named if a != b and order(scene.objects[a], scene.objects[b], axis)]
     return rng.choice(pairs) if pairs else None
 
@@ -197,7 +193,7 @@ def read_sign(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
 
 
 def is_color(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [i for i, o in enumerate(scene.objects) if o.color and len(scene.find(o.name)) == 1]
+    single = [index for index in scene.single() if scene.objects[index].color]
     if not single:
         return None
     index = rng.choice(single)
@@ -237,10 +233,11 @@ def _free(rng: random.Random, query: str, answer: str, look_at, about, distracto
 
 
 def what_color(rng: random.Random, scene: Scene, pool: Pool) -> Question | None:
-    single = [(i, o.name, o.color) for i, o in enumerate(scene.objects) if o.color and len(scene.find(o.name)) == 1]
+    single = [(index, color) for index in scene.single() if (color := scene.objects[index].color)]
     if not single:
         return None
-    index, name, color = rng.choice(single)
+    index, color = rng.choice(single)
+    name = scene.objects[index].name
     others = [c for c in colors_of(pool, name) if c != color]
     rng.shuffle(others)
     return _free(rng, f"What color is the {name}?", color, (index,), [(None, name)], others)

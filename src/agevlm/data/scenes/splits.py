@@ -64,10 +64,6 @@ class Pool:
         return color in self.colors[name] or color in self.rare_colors[name]
 
 
-def _ranked(kinds: Mapping[str, Kind]) -> list[str]:
-    return sorted(kinds, key=lambda name: unit_hash("frequency", name))
-
-
 def held_out_names(kinds: Mapping[str, Kind]) -> tuple[str, ...]:
     order = sorted(kinds, key=lambda name: unit_hash("name", name))
     return tuple(sorted(order[: max(2, round(HELD_OUT * len(kinds)))]))
@@ -86,7 +82,7 @@ def make_pools(kinds: Mapping[str, Kind], colors: Sequence[str]) -> dict[str, Po
     if len(kinds) < 6:
         raise ValueError(f"scenes need at least 6 object names to hold some out, got {len(kinds)}: {sorted(kinds)}")
     unseen = set(held_out_names(kinds))
-    order = _ranked(kinds)
+    order = sorted(kinds, key=lambda name: unit_hash("frequency", name))
     tests = {name: held_out_style(kind) for name, kind in kinds.items()}
     common: dict[str, tuple[str | None, ...]] = {n: (None,) for n in order}
     if colors:
