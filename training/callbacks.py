@@ -91,8 +91,7 @@ class ListedRows:
         self.whole = not going_on
         path = self.path(args.output_dir)
         if going_on and path.is_file():
-            lines = read_lines(path)  # earlier versions wrote no place
-            self.rows = {line.get("place", line["id"]): [line["id"], line["reason"]] for line in lines}
+            self.rows = {line["place"]: [line["id"], line["reason"]] for line in read_lines(path)}
         elif args.should_save:
             path.unlink(missing_ok=True)
 

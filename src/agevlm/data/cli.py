@@ -43,8 +43,6 @@ def scenes(argv: list[str] | None = None) -> None:
     parser.add_argument("--colors", nargs="+", help="use these colors alone")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="tests to make (default: all)")
     _add_workers(parser)
-    parser.rename("--num-proc", "--workers")
-    parser.rename("--colours", "--colors")
     options = vars(parser.parse_args(argv))
 
     from .scenes.build import build_scenes
@@ -119,7 +117,6 @@ def check(argv: list[str] | None = None) -> None:
         "--against", nargs="+", default=(), metavar="FOLDER", help="evaluation sets, as pictures or Parquet files"
     )
     parser.add_argument("--model", help="folder or repository whose tokenizer counts tokens")
-    parser.rename("--checkpoint", "--model")
     parser.add_argument(
         "--max-length", type=int, default=MAX_LENGTH, help="tokens a row may have (default: %(default)s)"
     )
@@ -127,7 +124,6 @@ def check(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, help="new folder for report.json and rows.jsonl, which lists all findings"
     )
-    parser.rename("--out", "--output")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a row is dropped or a problem")
     options = vars(parser.parse_args(argv))
 
