@@ -37,7 +37,7 @@ from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import IMAGE_TOKEN, build_processor, chat_style
 from agevlm.progress import written
-from agevlm.store import flatten, new_folder, write_json
+from agevlm.store import check_free, flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
 from agevlm.training.lineage import git_commit, library_versions
@@ -301,8 +301,7 @@ def run_verb(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a folder that is in use, or parts that cannot be had or do not fit.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} is there already. Choose a new folder.")
+    check_free(args.output)
     console = Console(markup=False)
     plan = plan_parts(args)
     shapes = without_weights(plan, args.seed)

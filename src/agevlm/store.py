@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
 
 
 _UMASK = os.umask(0)  # the only way to read it is to set it
@@ -63,6 +65,12 @@ def _own(path: Path) -> int:
                 os.ftruncate(place, 0)
                 return place
         os.close(place)  # who had it has renamed or removed it
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError if no new folder can be made there: a file lies there, or a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already. Choose a new folder.")
 
 
 @contextmanager
@@ -166,24 +174,17 @@ def changed_fields(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
     ]
 
 
-def check_same(
-    place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run", added: Collection[str] = ()
-) -> None:
+def check_same(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any], what: str = "run") -> None:
     """Compares the work recorded at `place` with the one asked for.
-
-    Args:
-        added: fields that earlier versions did not record. A record without them is taken at its word.
 
     Raises:
         ValueError: they differ; the message names `place` and all that differs.
     """
-    asked = as_json(asked)
-    known = {name: asked[name] for name in added if name in asked and name not in there}
-    if changed := changed_fields({**there, **known}, asked):
+    if changed := changed_fields(there, as_json(asked)):
         raise ValueError(f"{place} holds another {what} ({'; '.join(changed)}); choose another folder or delete it")
 
 
-def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Collection[str] = ()) -> bool:
+def claim(file: Path, identity: Mapping[str, Any], what: str = "run") -> bool:
     """Records the purpose of the folder of `file`, or finds the same one there (`check_same`).
 
     Returns:
@@ -193,7 +194,7 @@ def claim(file: Path, identity: Mapping[str, Any], what: str = "run", added: Col
         ValueError: the folder is for something else.
     """
     if file.is_file():
-        check_same(file.parent, read_json(file), identity, what, added)
+        check_same(file.parent, read_json(file), identity, what)
         return True
     write_json(file, identity)
     return False
@@ -280,6 +281,24 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(f"another run is writing to {path}; wait for it or stop it") from error
+
+
+# ---- Weights ----
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for torch; tensors are read when they are asked for.
+
+    Raises:
+        ValueError: the file is something else, or not complete.
+    """
+    try:
+        tensors = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}). Restore or download it.") from error
+    with tensors:
+        yield tensors
 
 
 # ---- Digests ----

@@ -257,5 +257,5 @@ def test_an_unknown_layout_names_what_it_holds_and_what_is_known():
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
         read_shapes([file])

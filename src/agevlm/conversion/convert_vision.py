@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import ConvNextConfig, ConvNextModel
+
+from agevlm.store import open_weights
 
 
 # (pattern, replacement), applied to the start of a name.
@@ -204,11 +205,8 @@ def read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read as safetensors ({error}). Download it again.") from error
+        with open_weights(file) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
 
 
@@ -217,7 +215,7 @@ def load_tower(conversion: Conversion, files: Sequence[Path]) -> ConvNextModel:
     targets = {source: target for target, source in conversion.sources.items()}
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with open_weights(file) as tensors:
             names = [name for name in tensors.keys() if name in targets]  # noqa: SIM118 - not a mapping
             weights.update({targets[name]: tensors.get_tensor(name) for name in names})
     model = ConvNextModel(conversion.config).to(torch.float32)

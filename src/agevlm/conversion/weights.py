@@ -10,10 +10,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
 
 from agevlm.conversion.convert_vision import read_shapes, some
 from agevlm.conversion.sources import Source, fetch
+from agevlm.store import open_weights
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -47,7 +47,7 @@ class Weights(Mapping[str, torch.Tensor]):
         file = self._files[name]
         if file in self._bins:
             return self._bins[file][name]
-        with safe_open(file, "pt") as tensors:
+        with open_weights(file) as tensors:
             return tensors.get_tensor(name)
 
     def matching(self, pattern: str) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def _read_dtypes(file: Path, names: list[str]) -> dict[str, torch.dtype]:
-    with safe_open(file, "pt") as tensors:
+    with open_weights(file) as tensors:
         stored = {name: tensors.get_slice(name).get_dtype() for name in names}
     strange = [f"{name} ({kind})" for name, kind in stored.items() if kind not in DTYPES]
     if strange:

@@ -173,7 +173,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Records what the answers in `folder` depend on, or compares it with what was recorded."""
     if (folder / PREDICTIONS).exists() and not (folder / RUN).is_file():
         raise ValueError(f"{folder} has {PREDICTIONS} but no {RUN}; delete the folder or choose another one")
-    claim(folder / RUN, identity, added=("pictures",))
+    claim(folder / RUN, identity)
 
 
 def read_predictions(folder: Path, prompts: Mapping[str, str]) -> list[Prediction]:

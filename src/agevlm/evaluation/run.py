@@ -337,7 +337,7 @@ def _read_finished(path: Path, identity: dict) -> Metrics | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    check_same(path.parent, found.get("identity", {}), identity, added=("pictures", "masked_pictures"))
+    check_same(path.parent, found.get("identity", {}), identity)
     if found.get("format") != FORMAT and is_main():
         print(
             f"{path} has format {found.get('format')}, this version writes {FORMAT}: it has other metrics, and "
