@@ -40,10 +40,9 @@ from agevlm.progress import written
 from agevlm.store import check_free, flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
-from agevlm.training.lineage import git_commit, library_versions
+from agevlm.training.lineage import INIT_FILE, git_commit, library_versions
 
 
-RECORD_FILE = "agevlm_init.json"
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama-3.1's and 3.2's, which their tokenizers have but do not name
 
 # Where a published tower states the mean and standard deviation of its pixels: file, field ("" for the top), keys.
@@ -279,22 +278,6 @@ def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console:
     console.print(table)
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """The parts of the model, and the version of the code."""
-    record = {**record, "git_commit": git_commit(), "versions": library_versions()}
-    write_json(folder / RECORD_FILE, record)
-
-
-def save(
-    model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, record: dict[str, Any], output: Path
-) -> None:
-    """Write everything beside `output` and rename it when it is complete."""
-    with new_folder(output) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        write_record(temporary, record)
-
-
 def run_verb(args: argparse.Namespace) -> None:
     """`agevlm init`, with the arguments of `cli.py`.
 
@@ -310,6 +293,8 @@ def run_verb(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     model = build(plan, args.seed).to(getattr(torch, args.dtype))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save(model, plan.processor, record, args.output)
+    with new_folder(args.output) as temporary:
+        model.save_pretrained(temporary)
+        plan.processor.save_pretrained(temporary)
+        write_json(temporary / INIT_FILE, {**record, "git_commit": git_commit(), "versions": library_versions()})
     written(args.output, "agevlm train stage1_align --init-from {} --data DATA")

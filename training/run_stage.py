@@ -174,7 +174,7 @@ def run_stage(
         if held is not None and "language" not in earlier:
             console.print(f"{recipe.name}: its language ability was not measured; a run in another folder would.")
         publish_stage(output_dir, args, init_from, console)
-        return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
+        return StageResult("already finished", output_dir, earlier, read_log(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
     if held is not None:
@@ -362,5 +362,6 @@ def _last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
     return {name: value for name, value in sorted(metrics.items()) if not any(part in name for part in noise)}
 
 
-def _log_history(output_dir: Path) -> list[dict[str, float]]:
-    return TrainerState.load_from_json(str(output_dir / TRAINER_STATE_NAME)).log_history
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Trainer's log of a finished stage."""
+    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

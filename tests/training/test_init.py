@@ -34,7 +34,8 @@ from agevlm.reproduction.matrix import SIZES, Start
 from agevlm.reproduction.prepare import save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
-from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights
+from agevlm.training.init import count_parameters, plan_parts, without_weights
+from agevlm.training.lineage import INIT_FILE
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
 from builders import picture, tiny_tokenizer
@@ -130,7 +131,7 @@ def test_the_vocabulary_keeps_its_size_and_answers_end(start, llama):
 
 
 def test_the_record_says_what_it_was_made_of(start, llama, tower):
-    record = json.loads((start / RECORD_FILE).read_text())
+    record = json.loads((start / INIT_FILE).read_text())
     assert record["language_model"]["source"] == llama.name
     assert record["vision_tower"]["source"] == tower.name
     assert record["vision_tower"]["layout"] == "timm"
@@ -185,7 +186,7 @@ def test_a_tokenizer_without_reserved_tokens_gets_new_rows(tower, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
     llama = save_llama(tmp_path / "llama", tokenizer)
     main(["--output", str(tmp_path / "start"), *flags(llama, tower)])
-    record = json.loads((tmp_path / "start" / RECORD_FILE).read_text())
+    record = json.loads((tmp_path / "start" / INIT_FILE).read_text())
     assert record["chat_style"] == "ChatML"
     assert (record["language_model"]["vocabulary"], record["language_model"]["added_to_vocabulary"]) == (259, 1)
     weights = load_file(tmp_path / "start" / "model.safetensors")["model.language_model.embed_tokens.weight"]
@@ -347,7 +348,7 @@ def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, t
     script = (
         "import os, signal\n"
         "from agevlm.training import cli, init\n"
-        "init.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "init.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"cli.init({argv!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
@@ -427,7 +428,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
     weights = Path(out, "model.safetensors").read_bytes()
     assert weights == (start / "model.safetensors").read_bytes()
-    record = json.loads(Path(out, RECORD_FILE).read_text())
+    record = json.loads(Path(out, INIT_FILE).read_text())
     for part, name in {"language_model": "a/llama", "vision_tower": "a/tower"}.items():
         assert record[part]["revision"] == hub.commits(name)[0].oid
     assert record["vision_tower"]["source"] == "a/tower"

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
+from agevlm.training.run_stage import read_log
 from agevlm.training.stages.recipe import StageRecipe
 
 from .matrix import ROWS
@@ -131,8 +129,3 @@ def draw_charts(found: Found, rows: Sequence[str]) -> list[dict[str, Any]]:
         if any(any(seeds) for seeds in lines.values()):
             drawn.append({"title": title, "lines": list(lines), "svg": line_chart(title, lines, starts, percent)})
     return drawn
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The trainer's log of a finished stage."""
-    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

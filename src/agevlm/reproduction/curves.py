@@ -12,8 +12,9 @@ from typing import Any
 from agevlm.drawing import save_figure
 from agevlm.training.curve import PRESENCE, QUESTIONS
 from agevlm.training.lineage import read_lineage
+from agevlm.training.run_stage import read_log
 
-from .charts import over_seeds, read_log
+from .charts import over_seeds
 from .matrix import ROWS
 from .scores import Found, Trained
 
