@@ -1,6 +1,6 @@
 """Learning curves of a reproduction: presence against the questions that the stage of instructions has trained on.
 
-Their questions are not those that are reported (`prepare.draw_questions`). Folders of before have no curves.
+Their questions are not those that are reported (`prepare.draw_questions`).
 """
 
 import math

@@ -142,11 +142,6 @@ class Run:
     start: Start
     query: Query
 
-    @property
-    def origin(self) -> str:
-        """The folder that it starts from."""
-        return self.parent or self.start.name
-
 
 BASELINE, GUIDED, GUIDED_TWICE, TWIN, PHRASES = "ca-baseline", "agevlm", "agevlm-lm", "twin", "phrases"
 QUICKSTART = (BASELINE, GUIDED, PHRASES)

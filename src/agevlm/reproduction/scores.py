@@ -198,10 +198,9 @@ def read_scores(found: Found, scenes: Path) -> Scores:
         asked += [units[row["id"]] for row in usable]
         for model, parsed in answers.items():
             unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
-    in_words = {model: at.parent / LANGUAGE / told.PAPER.name / PREDICTIONS for model, at in folders.items()}
-    lines = {model: read_lines(file) for model, file in in_words.items() if file.is_file()}  # folders of before: none
-    if lines:
-        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[told.PAPER.name]), lines)
+    name = told.PAPER.name
+    lines = {model: read_lines(at.parent / LANGUAGE / name / PREDICTIONS) for model, at in folders.items()}
+    _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[name]), lines)
     _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
     _read_looks(scores, folders, units)
     return scores
