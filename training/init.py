@@ -31,6 +31,7 @@ from transformers import (
 from agevlm.conversion.assemble import assemble
 from agevlm.conversion.convert_vision import Conversion, load_tower, plan_conversion
 from agevlm.conversion.sources import Source, fetch, locate, weight_shapes
+from agevlm.conversion.weights import Weights
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
@@ -209,7 +210,7 @@ def build(plan: Plan, seed: int, from_scratch: bool = False) -> AgeVlmForConditi
     else:
         folder = fetch(plan.language_source)[0].parent
         language_model = load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
-    tower = load_tower(plan.conversion, fetch(plan.vision_source))
+    tower = load_tower(plan.conversion, Weights(plan.vision_source))
     check_weights(tower, {"missing_keys": (), "unexpected_keys": ()}, plan.vision_source.name)
     return join_parts(plan, language_model, tower, seed)
 

@@ -310,11 +310,8 @@ def _lineage(
 
 
 def _language(held: HeldText, output_dir: Path, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The lineage's entry on the language ability: `before` is that of an interrupted run.
-
-    Raises:
-        ValueError: the interrupted run has measured another text.
-    """
+    """The lineage's entry on the language ability: `before` is that of an interrupted run. Raises ValueError if that
+    has measured another text."""
     there = (earlier or {}).get("language")
     if there is not None:
         check_same(output_dir, {name: there[name] for name in held.stated}, held.stated, "held text")
@@ -322,11 +319,8 @@ def _language(held: HeldText, output_dir: Path, earlier: Mapping[str, Any] | Non
 
 
 def _earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The lineage of an earlier run of the same recipe in `output_dir`, None if nothing is there.
-
-    Raises:
-        ValueError: the folder belongs to another recipe, or to something else altogether.
-    """
+    """The lineage of an earlier run of the same recipe in `output_dir`, None if nothing is there. Raises ValueError if
+    the folder belongs to another recipe, or to something else altogether."""
     lineage = read_lineage(output_dir)
     if lineage is None:
         foreign = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []

@@ -94,11 +94,7 @@ class StageTrainer(WatchedTrainer):
     # ---- Checkpoints ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer's, which only warns of weights that do not fit.
-
-        Raises:
-            ValueError: the checkpoint is damaged; the message names it.
-        """
+        """Trainer's, which only warns of weights that do not fit. Raises ValueError, naming a damaged checkpoint."""
         with reading(resume_from_checkpoint, "its weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

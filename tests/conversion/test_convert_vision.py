@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers import ConvNextModel
 
 from agevlm.conversion.convert_vision import expected_shapes, load_tower, plan_conversion, read_shapes
+from agevlm.conversion.sources import locate
+from agevlm.conversion.weights import Weights
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 
 
@@ -85,7 +87,7 @@ def converted(weights: Mapping[str, torch.Tensor], folder) -> ConvNextModel:
     """Through a file, as a user has it."""
     file = folder / "model.safetensors"
     save_file(dict(weights), file)
-    return load_tower(plan_conversion(read_shapes([file])), [file])
+    return load_tower(plan_conversion(read_shapes([file])), Weights(locate(str(file))))
 
 
 # ---- Names and shapes ----

@@ -210,14 +210,9 @@ def read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_tower(conversion: Conversion, files: Sequence[Path]) -> ConvNextModel:
+def load_tower(conversion: Conversion, weights: Mapping[str, torch.Tensor]) -> ConvNextModel:
     """The tower in float32, its pooled norm (which AGE-VLM leaves out) untrained. Nothing else is read."""
-    targets = {source: target for target, source in conversion.sources.items()}
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        with open_weights(file) as tensors:
-            names = [name for name in tensors.keys() if name in targets]  # noqa: SIM118 - not a mapping
-            weights.update({targets[name]: tensors.get_tensor(name) for name in names})
     model = ConvNextModel(conversion.config).to(torch.float32)
-    model.load_state_dict({**{f"layernorm.{k}": v for k, v in model.layernorm.state_dict().items()}, **weights})
+    read = {target: weights[source] for target, source in conversion.sources.items()}
+    model.load_state_dict({**{f"layernorm.{k}": v for k, v in model.layernorm.state_dict().items()}, **read})
     return model.eval()

@@ -124,12 +124,8 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
 
 
 def _shards(index: Path) -> tuple[str, ...]:
-    """The files that an index names. They are files beside it, of the same kind as the index: it must not lead out of
-    the folder, nor to pickles that were not requested.
-
-    Raises:
-        ValueError: no index of weights, or one that names other files.
-    """
+    """The files that an index names, beside it and of its kind. Raises ValueError if it leads out of the folder, or to
+    pickles that were not requested."""
     weight_map = read_table(index).get("weight_map", {})
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: `weight_map` is no table of tensors and files. Download it again.")

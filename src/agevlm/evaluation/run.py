@@ -23,7 +23,7 @@ from rich.console import Console
 
 from agevlm.data.rows import content_digest
 from agevlm.data.scenes.build import load_benchmark, load_told
-from agevlm.hub_cards import weights_fingerprint
+from agevlm.hub_cards.facts import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
 from agevlm.progress import written

@@ -116,7 +116,7 @@ def ground(argv: list[str] | None = None) -> None:
 
 def _weights(name: str | None) -> str | None:
     """Identity of a model: the fingerprint of a folder's weights, else its name."""
-    from agevlm.hub_cards import weights_fingerprint
+    from agevlm.hub_cards.facts import weights_fingerprint
 
     return weights_fingerprint(name) if name is not None and Path(name).is_dir() else name
 
