@@ -70,11 +70,11 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
 
 def test_rows_with_guidance_bring_their_masks(files):
     folder, rows, masks = files
-    ground.ground([rows, str(folder / "out"), "--backend", "exact", "--masks", masks])
+    ground.ground([rows, "--output", str(folder / "out"), "--backend", "exact", "--masks", masks])
     kept = read_masks(folder / "out").select_columns(list(MASK_FEATURES))
     joined = join_masks(load_table(rows), kept)
     joined.to_parquet(folder / "joined.parquet")
-    ground.ground([str(folder / "joined.parquet"), str(folder / "again"), "--backend", "exact"])
+    ground.ground([str(folder / "joined.parquet"), "--output", str(folder / "again"), "--backend", "exact"])
     again = read_masks(folder / "again")
     assert again["id"] == kept["id"]
     assert [m.tobytes() for m in again["mask"]] == [m.tobytes() for m in kept["mask"]]
@@ -146,11 +146,11 @@ def test_phrases_pass_through_page_quality_and_coco(tmp_path, write_files):
     assert [item["name"] for item in content["categories"]] == ["A cat", "cat"]
     assert [(item["image_id"], item["category_id"]) for item in content["annotations"]] == [(1, 1), (1, 2), (2, 1)]
     again = [str(tmp_path / "c.json"), "--rows", rows, "--output"]
-    ground.import_coco([*again, str(tmp_path / "back.parquet"), "--by-phrase"])
+    ground.import_coco([*again, "--output", str(tmp_path / "back.parquet"), "--by-phrase"])
     back, wanted = load_table(str(tmp_path / "back.parquet")), by_phrase_set(PHRASES)
     assert back.remove_columns(["mask", "source"]).to_list() == wanted.remove_columns(["mask", "source"]).to_list()
     assert all((np.array(one) == np.array(two)).all() for one, two in zip(back["mask"], wanted["mask"], strict=True))
-    ground.import_coco([*again, str(tmp_path / "whole.parquet")])
+    ground.import_coco([*again, "--output", str(tmp_path / "whole.parquet")])
     whole = load_table(str(tmp_path / "whole.parquet"))
     assert whole["query"] == ["A cat and a cat", "A cat"] and np.array(whole["mask"][0]).sum() == 24
 
@@ -257,7 +257,7 @@ def test_what_is_no_data_set_is_said(tmp_path):
     rows = str(tmp_path / "rows.parquet")
     Dataset.from_dict({"id": ["a"], "mask": [None]}).to_parquet(rows)
     with pytest.raises(ValueError, match=r"rows\.parquet: no column images, messages"):
-        ground.ground([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
+        ground.ground([rows, "--output", str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
     with pytest.raises(ValueError, match="no complete run"):
         read_masks(tmp_path)
     assert load_masks(str(tmp_path))["id"] == ["a"]

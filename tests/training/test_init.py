@@ -402,12 +402,12 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     said = init_from_hub(
         tmp_path,
         hub,
-        [out, *flags("a/gated", "a/tower")],
-        [out, *flags("a/gated-no-login", "a/tower")],
-        [out, *flags("a/missing", "a/tower")],
-        [out, *flags("a/llama", "a/pickled")],
-        [out, *flags("no/such/folder", "a/tower")],
-        [out, *flags("a/llama", "a/tower"), "--dry-run"],
+        ["--output", out, *flags("a/gated", "a/tower")],
+        ["--output", out, *flags("a/gated-no-login", "a/tower")],
+        ["--output", out, *flags("a/missing", "a/tower")],
+        ["--output", out, *flags("a/llama", "a/pickled")],
+        ["--output", out, *flags("no/such/folder", "a/tower")],
+        ["--output", out, *flags("a/llama", "a/tower"), "--dry-run"],
     )
     for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
         assert sentence == (
@@ -423,7 +423,7 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     assert "config.json" in downloaded and "model.safetensors" not in downloaded
 
     # for good; then again without a network
-    assert init_from_hub(tmp_path, hub, [out, *flags("a/llama", "a/tower")]) == [""]
+    assert init_from_hub(tmp_path, hub, ["--output", out, *flags("a/llama", "a/tower")]) == [""]
     downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
     assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
     weights = Path(out, "model.safetensors").read_bytes()
@@ -436,8 +436,8 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     offline = init_from_hub(
         tmp_path,
         hub,
-        [again, *flags("a/llama", "a/tower")],
-        [again + "2", *flags("b/unknown", "a/tower")],
+        ["--output", again, *flags("a/llama", "a/tower")],
+        ["--output", again + "2", *flags("b/unknown", "a/tower")],
         HF_HUB_OFFLINE="1",
     )
     assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights
