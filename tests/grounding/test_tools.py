@@ -145,7 +145,7 @@ def test_phrases_pass_through_page_quality_and_coco(tmp_path, write_files):
     assert [image["file_name"] for image in content["images"]] == ["r1", "r2"]
     assert [item["name"] for item in content["categories"]] == ["A cat", "cat"]
     assert [(item["image_id"], item["category_id"]) for item in content["annotations"]] == [(1, 1), (1, 2), (2, 1)]
-    again = [str(tmp_path / "c.json"), "--rows", rows, "--output"]
+    again = [str(tmp_path / "c.json"), "--rows", rows]
     ground.import_coco([*again, "--output", str(tmp_path / "back.parquet"), "--by-phrase"])
     back, wanted = load_table(str(tmp_path / "back.parquet")), by_phrase_set(PHRASES)
     assert back.remove_columns(["mask", "source"]).to_list() == wanted.remove_columns(["mask", "source"]).to_list()
