@@ -30,8 +30,7 @@ from transformers import (
 
 from agevlm.conversion.assemble import assemble
 from agevlm.conversion.convert_vision import Conversion, load_tower, plan_conversion
-from agevlm.conversion.sources import Source, fetch, locate, weight_shapes
-from agevlm.conversion.weights import Weights
+from agevlm.conversion.sources import Source, Weights, fetch, locate, weight_shapes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading

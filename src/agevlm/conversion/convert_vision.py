@@ -13,13 +13,10 @@ Names say nothing about the activation. It is the exact GELU in all of them unle
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import ConvNextConfig, ConvNextModel
-
-from agevlm.store import open_weights
 
 
 # (pattern, replacement), applied to the start of a name.
@@ -195,19 +192,6 @@ def describe_misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, 
         ],
     }
     return "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-
-
-def read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in safetensors files; no weights are read.
-
-    Raises:
-        ValueError: a file that is something else, or not complete.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with open_weights(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return shapes
 
 
 def load_tower(conversion: Conversion, weights: Mapping[str, torch.Tensor]) -> ConvNextModel:
