@@ -16,13 +16,6 @@ It trains with TRL's own `SFTTrainer` on the same rows, by the recipes of `train
 `set_trainable(twin, recipe.trains, recipe.frozen)` reads Table 1 for it too: where stages 1 to 3 train projector and
 cross blocks, they train projector and added layers, or in the smaller twin the projector alone.
 
-    twin, processor = concatenating_twin(model, processor)
-    set_trainable(twin, recipe.trains, recipe.frozen)
-    SFTTrainer(
-        twin, AgeVlmSFTConfig(**recipe.training_arguments(output_dir=...)), ConcatenatingCollator(processor),
-        train_dataset=rows, processing_class=processor,
-    )
-
 Bars beside a padded picture stay visible to it, as they are to the published models of this kind; ours masks them.
 """
 
