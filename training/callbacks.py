@@ -136,6 +136,7 @@ class WatchedTrainer(SFTTrainer):
     """TRL's `SFTTrainer` that measures itself and stops in time. Batches may carry their `row_ids`."""
 
     def __init__(self, model: PreTrainedModel, args: Any, **kwargs):
+        self._peak_flops: float | None = None
         self._started = time.perf_counter()
         self._waited = 0.0
         self._counted = torch.zeros(3, dtype=torch.float64)  # tokens, images, FLOPs
