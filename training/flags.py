@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from agevlm.arguments import VerbParser
 
+from .stages.recipe import Size, Variant
+
 
 DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON, Parquet files, or a Hub data set."
 
@@ -16,16 +18,14 @@ DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON
 class StageArguments:
     """Which stage runs, on what, from where."""
 
-    variant: Literal[
-        "agevlm", "agevlm-lm", "agevlm-phrases", "agevlm-phrases-lm", "ca-baseline", "twin", "twin-plain"
-    ] = field(
+    variant: Variant = field(
         default="agevlm",
         metadata={
             "help": "Guidance in stage 3, in stages 3 and 4 (both also phrase by phrase), or nowhere; or the "
             "concatenating twin, with or without a Llama layer for each cross block."
         },
     )
-    size: Literal["paper", "small", "tiny"] = field(
+    size: Size = field(
         default="paper",
         metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
     )

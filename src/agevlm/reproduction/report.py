@@ -22,9 +22,8 @@ from agevlm.models import load
 from agevlm.store import read_json, write_json, write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
 
-from .charts import draw_charts
+from .charts import Curves, curve_lines, curves_json, draw_charts, draw_curves, read_curves
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
-from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
 from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, PHRASES, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
@@ -44,6 +43,7 @@ from .scores import (
     layer_title,
     read_scores,
     right_answers,
+    spread,
 )
 from .setting import deviation_lines, settings
 
@@ -175,8 +175,7 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    text = f"{sum(known) / len(known):.{digits}f}"
-    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    return spread(sum(known) / len(known), known, f"{{:.{digits}f}}".format)
 
 
 def _centred_auroc(entry: Any) -> float:

@@ -5,7 +5,7 @@ question in all seeds at once), in parentheses the lowest and highest seed. The 
 questions and seeds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -274,6 +274,11 @@ def _read_looks(scores: Scores, folders: Mapping[Model, Path], units: Mapping[st
         title = layer_title(layer)
         scores.blind[title] = scores.blind[MASS]
         _add(scores, title, measures, [units[key] for key in common])
+
+
+def spread(middle: float, values: Sequence[float], write: Callable[[float], str]) -> str:
+    """A number over seeds: `middle (lowest to highest)`, of one seed alone."""
+    return write(middle) + (f" ({write(min(values))} to {write(max(values))})" if len(values) > 1 else "")
 
 
 def layer_title(layer: int | str) -> str:
