@@ -199,8 +199,10 @@ def read_scores(found: Found, scenes: Path) -> Scores:
         for model, parsed in answers.items():
             unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
     name = told.PAPER.name
-    lines = {model: read_lines(at.parent / LANGUAGE / name / PREDICTIONS) for model, at in folders.items()}
-    _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[name]), lines)
+    files = {model: at.parent / LANGUAGE / name / PREDICTIONS for model, at in folders.items()}
+    lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may have failed
+    if lines:
+        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[name]), lines)
     _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
     _read_looks(scores, folders, units)
     return scores

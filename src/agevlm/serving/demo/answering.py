@@ -70,13 +70,11 @@ def ask(
 
     def work(name: str, answerer: Answerer) -> None:
         model, processor = answerer.subject.model, answerer.subject.processor
-        settings = {"layers": answerer.layers, "max_new_tokens": max_new_tokens}
-        streamer = _ToQueue(processor.tokenizer, name, events)
+        settings = {"before": before.get(name, ()), "layers": answerer.layers, "max_new_tokens": max_new_tokens}
         try:
             with answerer.lock:
-                earlier = before.get(name, ())
-                done = attend(model, processor, images, question, before=earlier, streamer=streamer, **settings)
-            events.put((name, done))
+                streamer = _ToQueue(processor.tokenizer, name, events)
+                events.put((name, attend(model, processor, images, question, streamer=streamer, **settings)))
         except Exception as error:  # raised again where the user waits
             events.put((name, error))
 
