@@ -193,7 +193,7 @@ def curve_lines(curves: Curves) -> list[list[str]]:
     return lines
 
 
-def questions_text(values: Sequence[float], most: int) -> str:
+def questions_text(values: Sequence[float], most: float) -> str:
     """The median over seeds (lowest to highest); the higher one of two in the middle."""
 
     def text(value: float) -> str:

@@ -70,11 +70,20 @@ def ask(
 
     def work(name: str, answerer: Answerer) -> None:
         model, processor = answerer.subject.model, answerer.subject.processor
-        settings = {"before": before.get(name, ()), "layers": answerer.layers, "max_new_tokens": max_new_tokens}
         try:
+            streamer = _ToQueue(processor.tokenizer, name, events)
             with answerer.lock:
-                streamer = _ToQueue(processor.tokenizer, name, events)
-                events.put((name, attend(model, processor, images, question, streamer=streamer, **settings)))
+                done = attend(
+                    model,
+                    processor,
+                    images,
+                    question,
+                    before=before.get(name, ()),
+                    layers=answerer.layers,
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                )
+            events.put((name, done))
         except Exception as error:  # raised again where the user waits
             events.put((name, error))
 
