@@ -9,13 +9,11 @@ Read are the files that a run leaves behind: `agevlm_stage.json` (recipe, parent
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from agevlm.store import digest, read_table
+from agevlm.store import digest, open_weights, read_table
 
 
 LINEAGE_FILE, PUSH_FILE, STATE_FILE = "agevlm_stage.json", "agevlm_push.json", "trainer_state.json"
@@ -76,9 +74,8 @@ def weights_fingerprint(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("adapter_model.safetensors"))
     with ExitStack() as stack:
-        tensors = {
-            name: file for path in paths for file in [stack.enter_context(_open(path))] for name in file.offset_keys()
-        }
+        files = [stack.enter_context(open_weights(path)) for path in paths]
+        tensors = {name: file for file in files for name in file.offset_keys()}
 
         def pieces() -> Iterator[str | Any]:
             for name, file in sorted(tensors.items(), key=lambda item: item[0]):
@@ -97,18 +94,8 @@ def count_parameters(folder: Path) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with _open(path) as file:
+        with open_weights(path) as file:
             for name in file.offset_keys():
                 part = next((part for part, starts in PARTS.items() if name.startswith(starts)), "other")
                 counts[part] = counts.get(part, 0) + math.prod(file.get_slice(name).get_shape())
     return {part: counts[part] for part in (*PARTS, "other") if part in counts}
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        file = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}). Restore it.") from error
-    with file:
-        yield file

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.processing import AgeVlmProcessor
-from agevlm.training.init import RECORD_FILE
+from agevlm.training.lineage import INIT_FILE
 from builders import picture, save_tiny
 
 
@@ -38,7 +38,7 @@ def published(tmp_path_factory):
         "language_model": {"source": "meta-llama/Llama-3.2-1B-Instruct", "revision": "abc"},
         "vision_tower": {"source": "tower.safetensors", "revision": None},
     }
-    (start / RECORD_FILE).write_text(json.dumps(made))
+    (start / INIT_FILE).write_text(json.dumps(made))
     build_scenes(folder / "scenes", captions=16, instructions=8, test=4, size=96, max_objects=3, progress=False)
     flags = ["--size", "tiny", "--data", str(folder / "scenes"), "--max_steps", "2", "--disable_tqdm", "True"]
     flags += ["--logging_steps", "1"]

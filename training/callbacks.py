@@ -9,9 +9,6 @@
 - A row that cannot be used is left out (`collator.py`), listed once in `skipped_rows.jsonl` in the run's folder, and
   counted in the log. A row whose mask cannot guide is listed in `unguided_rows.jsonl` and trains without guidance. The
   run stops if more than half of the rows are unusable.
-- `Probes` draws, every so many steps, where the model looks on a few fixed rows.
-- `MeasureLanguage` measures the perplexity of a held text before the first step and after the last one.
-- `LearningCurve` (`curve.py`) answers questions every so many steps.
 
 FLOPs are those of the matrix products that the weights stand for, and of attention: 2 per weight and position forward,
 as many again backward where a gradient passes through (everywhere but in frozen stages of the tower), and again where
@@ -25,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +89,7 @@ class ListedRows:
         self.whole = not going_on
         path = self.path(args.output_dir)
         if going_on and path.is_file():
-            lines = read_lines(path)  # earlier versions wrote no place
-            self.rows = {line.get("place", line["id"]): [line["id"], line["reason"]] for line in lines}
+            self.rows = {line["place"]: [line["id"], line["reason"]] for line in read_lines(path)}
         elif args.should_save:
             path.unlink(missing_ok=True)
 
@@ -139,7 +136,6 @@ class WatchedTrainer(SFTTrainer):
     """TRL's `SFTTrainer` that measures itself and stops in time. Batches may carry their `row_ids`."""
 
     def __init__(self, model: PreTrainedModel, args: Any, **kwargs):
-        self._flops: Flops | None = None
         self._peak_flops: float | None = None
         self._started = time.perf_counter()
         self._waited = 0.0
@@ -169,18 +165,18 @@ class WatchedTrainer(SFTTrainer):
             self.skipped.add(batch.pop(SKIPPED_ROWS, []), len(batch["input_ids"]))
             self._count_unguided(batch)
         self.turns = sum(answer_turns(batch["labels"]) for batch in batch_samples)
-        if self._flops is None:
-            self._flops = Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
         for batch in batch_samples:
             self._counted += torch.tensor(self._flops.of(batch), dtype=torch.float64)
         return batch_samples, num_items_in_batch
 
+    @cached_property
+    def _flops(self) -> "Flops":
+        return Flops(unwrap_peft_model(self.accelerator.unwrap_model(self.model)))
+
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        # Of evaluations
-        inputs.pop(ROW_IDS, None)
-        inputs.pop(UNGUIDED_ROWS, None)
-        inputs.pop(PARTLY_GUIDED_ROWS, None)
+        for name in (ROW_IDS, UNGUIDED_ROWS, PARTLY_GUIDED_ROWS):  # of evaluations
+            inputs.pop(name, None)
         self.skipped.add(inputs.pop(SKIPPED_ROWS, []), 0)
         return inputs
 

@@ -1,15 +1,14 @@
 """Checkpoint folders that are either complete or invisible.
 
 Trainer writes `checkpoint-N` file by file; a run killed meanwhile leaves a folder that only looks like a checkpoint.
-Here everything is written below `.incomplete` in the run's folder and renamed when it is complete. The promise is
-against killed processes; a power cut may still lose data that the operating system has not written to disk.
+Here everything is written below `.incomplete` in the run's folder and renamed when it is complete (`store.py`).
 """
 
 import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from agevlm.store import publish
 
@@ -20,11 +19,6 @@ STAGING = ".incomplete"
 def staging_folder(run_folder: str | os.PathLike) -> Path:
     """The folder in which `run_folder` collects incomplete checkpoints."""
     return Path(run_folder) / STAGING
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
-    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def publish_folder(source: Path, target: Path) -> None:

@@ -85,10 +85,6 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     @property
     def part_learning_rates(self) -> dict[str, float]:
         """The parts that have a learning rate of their own."""
-        rates = {
-            "projector": self.projector_learning_rate,
-            "cross_attention": self.cross_attention_learning_rate,
-            "vision": self.vision_learning_rate,
-            "language_model": self.language_model_learning_rate,
-        }
+        parts = ("projector", "cross_attention", "vision", "language_model")
+        rates = {part: getattr(self, f"{part}_learning_rate") for part in parts}
         return {part: rate for part, rate in rates.items() if rate is not None}

@@ -43,7 +43,7 @@ from agevlm.processing.image_processing_agevlm import checked_fit, visible_cells
 from agevlm.progress import Bar
 from agevlm.store import Journal, as_json, claim, digest, locked, write_text
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.lineage import data_fingerprint, model_fingerprint
+from agevlm.training.lineage import data_fingerprint, identity_hash, model_fingerprint
 from agevlm.training.stages.recipe import TWINS, StageRecipe
 
 
@@ -121,7 +121,7 @@ class FeatureStore:
 
     def __init__(self, root: str | Path, identity: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype):
         identity = as_json({**identity, "shape": shape, "dtype": str(dtype)})
-        self.folder = Path(root) / digest(json.dumps(identity, sort_keys=True), size=8)
+        self.folder = Path(root) / identity_hash(identity)
         self.shape, self.dtype = shape, dtype
         self.picture_bytes = shape[0] * shape[1] * dtype.itemsize
         with locked(self.folder):
@@ -221,15 +221,11 @@ class FeatureStore:
         number, processes = share
         mine = Subset(rows, range(len(rows) * number // processes, len(rows) * (number + 1) // processes))
         with locked(self.folder / f"part-{number:05}") as part:
-            sizes = {PICTURES: PICTURE.itemsize, FEATURES: self.picture_bytes}
-            files = [part / name for name in sizes]
-            whole = min(
-                path.stat().st_size // size if path.exists() else 0
-                for path, size in zip(files, sizes.values(), strict=True)
-            )
+            sizes = {part / PICTURES: PICTURE.itemsize, part / FEATURES: self.picture_bytes}
+            whole = min(path.stat().st_size // size if path.exists() else 0 for path, size in sizes.items())
             with (
-                Journal(files[0], lambda _: whole * PICTURE.itemsize) as pictures,
-                Journal(files[1], lambda _: whole * self.picture_bytes) as features,
+                Journal(part / PICTURES, lambda path: whole * sizes[path]) as pictures,
+                Journal(part / FEATURES, lambda path: whole * sizes[path]) as features,
             ):
                 self.refresh()
                 loader: DataLoader = DataLoader(
@@ -285,10 +281,10 @@ class _Missing:
                         picture = open_image(image, "a picture")
                         opened.append(picture)
                         records.append((key, (picture.height, picture.width)))
-        return np.array(records, PICTURE), self._pixels(opened) if opened else None
-
-    def _pixels(self, opened: list[Image.Image]) -> torch.Tensor:
-        return self.images(opened, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        if not opened:
+            return np.array(records, PICTURE), None
+        pixels = self.images(opened, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        return np.array(records, PICTURE), pixels
 
 
 class _FeatureProcessor:

@@ -6,7 +6,9 @@ The parser that reads a command line is TRL's (`train.py`); it adds the flags of
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
-from agevlm.arguments import VerbParser, note_old
+from agevlm.arguments import VerbParser
+
+from .stages.recipe import Size, Variant
 
 
 DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON, Parquet files, or a Hub data set."
@@ -16,16 +18,14 @@ DATA_HELP = "Folder of `agevlm data scenes` or `data cambrian`, LLaVA-style JSON
 class StageArguments:
     """Which stage runs, on what, from where."""
 
-    variant: Literal[
-        "agevlm", "agevlm-lm", "agevlm-phrases", "agevlm-phrases-lm", "ca-baseline", "twin", "twin-plain"
-    ] = field(
+    variant: Variant = field(
         default="agevlm",
         metadata={
             "help": "Guidance in stage 3, in stages 3 and 4 (both also phrase by phrase), or nowhere; or the "
             "concatenating twin, with or without a Llama layer for each cross block."
         },
     )
-    size: Literal["paper", "small", "tiny"] = field(
+    size: Size = field(
         default="paper",
         metadata={"help": "Learning rate, batch, steps and precision for the paper's or smaller models."},
     )
@@ -140,20 +140,6 @@ class OwnTrainingArguments:
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}
     )
-
-
-# Flags that had another name -> today's; the old ones work for one more release, also in `--config` files
-RENAMED = {"guidance_normalisation": "guidance_normalization"}
-
-
-def current_name(flag: str) -> str:
-    """A flag of the command line (`--old-name=value`) or a field of a configuration under today's name."""
-    name, equals, value = flag.partition("=")
-    known = name.lstrip("-").replace("-", "_")
-    if known not in RENAMED:
-        return flag
-    note_old(f"`{known}`", f"`{RENAMED[known]}`")
-    return f"{'--' if name.startswith('--') else ''}{RENAMED[known]}{equals}{value}"
 
 
 # The flags of transformers, TRL and peft that most runs need

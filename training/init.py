@@ -30,20 +30,19 @@ from transformers import (
 
 from agevlm.conversion.assemble import assemble
 from agevlm.conversion.convert_vision import Conversion, load_tower, plan_conversion
-from agevlm.conversion.sources import Source, fetch, locate, weight_shapes
+from agevlm.conversion.sources import Source, Weights, fetch, locate, weight_shapes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.models import TOKENIZER, load_processor, load_weights, reading
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import IMAGE_TOKEN, build_processor, chat_style
 from agevlm.progress import written
-from agevlm.store import flatten, new_folder, write_json
+from agevlm.store import check_free, flatten, new_folder, write_json
 from agevlm.training.defaults import IMAGE_SIZE
 from agevlm.training.freezing import part_of, trainable_table
-from agevlm.training.lineage import git_commit, library_versions
+from agevlm.training.lineage import INIT_FILE, git_commit, library_versions
 
 
-RECORD_FILE = "agevlm_init.json"
 PAD_TOKEN = "<|finetune_right_pad_id|>"  # Llama-3.1's and 3.2's, which their tokenizers have but do not name
 
 # Where a published tower states the mean and standard deviation of its pixels: file, field ("" for the top), keys.
@@ -210,7 +209,7 @@ def build(plan: Plan, seed: int, from_scratch: bool = False) -> AgeVlmForConditi
     else:
         folder = fetch(plan.language_source)[0].parent
         language_model = load_weights(LlamaForCausalLM, folder, exact=True, dtype=torch.float32, use_safetensors=True)
-    tower = load_tower(plan.conversion, fetch(plan.vision_source))
+    tower = load_tower(plan.conversion, Weights(plan.vision_source))
     check_weights(tower, {"missing_keys": (), "unexpected_keys": ()}, plan.vision_source.name)
     return join_parts(plan, language_model, tower, seed)
 
@@ -279,30 +278,13 @@ def show(record: dict[str, Any], model: AgeVlmForConditionalGeneration, console:
     console.print(table)
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """The parts of the model, and the version of the code."""
-    record = {**record, "git_commit": git_commit(), "versions": library_versions()}
-    write_json(folder / RECORD_FILE, record)
-
-
-def save(
-    model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, record: dict[str, Any], output: Path
-) -> None:
-    """Write everything beside `output` and rename it when it is complete."""
-    with new_folder(output) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        write_record(temporary, record)
-
-
 def run_verb(args: argparse.Namespace) -> None:
     """`agevlm init`, with the arguments of `cli.py`.
 
     Raises:
         ValueError: a folder that is in use, or parts that cannot be had or do not fit.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} is there already. Choose a new folder.")
+    check_free(args.output)
     console = Console(markup=False)
     plan = plan_parts(args)
     shapes = without_weights(plan, args.seed)
@@ -311,6 +293,8 @@ def run_verb(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     model = build(plan, args.seed).to(getattr(torch, args.dtype))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    save(model, plan.processor, record, args.output)
+    with new_folder(args.output) as temporary:
+        model.save_pretrained(temporary)
+        plan.processor.save_pretrained(temporary)
+        write_json(temporary / INIT_FILE, {**record, "git_commit": git_commit(), "versions": library_versions()})
     written(args.output, "agevlm train stage1_align --init-from {} --data DATA")

@@ -26,9 +26,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from agevlm.data.rows import which_guided
-from agevlm.store import digest, read_table, write_json
+from agevlm.store import as_json, check_same, digest, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.sampling import guided_flags
+from agevlm.training.stages.recipe import StageRecipe
 from agevlm.training.streaming import reader_of
 
 
@@ -237,6 +238,59 @@ def _is_link(repo: Any, commit: Any = None) -> bool:
     """Whether a loaded file states a repository's id (and commit), and not some text that a card would show."""
     named = isinstance(repo, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, re.ASCII) is not None
     return named and (commit is None or re.fullmatch(r"[0-9a-f]{40}", str(commit)) is not None)
+
+
+def describe_run(
+    recipe: StageRecipe,
+    args: AgeVlmSFTConfig,
+    rows: datasets.Dataset,
+    model: PreTrainedModel,
+    init_from: str | Path | None,
+    revision: str | None,
+    adapters: dict[str, Any],
+) -> dict[str, Any]:
+    """The lineage of a run when it starts: everything that is known of it."""
+    data = data_fingerprint(rows)
+    identity = as_json(
+        {
+            "stage": recipe.stage,
+            "variant": recipe.variant,
+            "trains": recipe.trains,
+            "frozen": recipe.frozen,
+            "training": stored_names(training_identity(args)),
+            "data": data,
+            "parent_weights": model_fingerprint(model),
+            **adapters,
+        }
+    )
+    return {
+        "name": recipe.name,
+        "stage": recipe.stage,
+        "variant": recipe.variant,
+        "size": recipe.size,
+        "status": "unfinished",
+        "repo": args.hub_model_id,
+        **parent_lineage(init_from, revision or "main"),
+        "recipe_hash": identity_hash(identity),
+        "recipe": identity,
+        "data": {"part": recipe.data, "mask_fraction": recipe.mask_fraction, **data, "masks_of": masks_of(rows)},
+        "git_commit": git_commit(),
+        "versions": library_versions(),
+        "metrics": {},
+    }
+
+
+def earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The lineage of an earlier run of the same recipe in `output_dir`, None if nothing is there. Raises ValueError if
+    the folder belongs to another recipe, or to something else altogether."""
+    lineage = read_lineage(output_dir)
+    if lineage is None:
+        foreign = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+        if "config.json" in foreign or any(name.startswith("checkpoint-") for name in foreign):
+            raise ValueError(f"{output_dir} holds a model of another origin. Choose an empty folder as output.")
+        return None
+    check_same(output_dir, lineage["recipe"], identity, "recipe's run")
+    return lineage
 
 
 def write_lineage(folder: str | os.PathLike, lineage: Mapping[str, Any]) -> None:

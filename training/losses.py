@@ -39,17 +39,10 @@ def normalize_maps(maps_KBV: torch.Tensor, normalization: Normalization = "sum")
     """P of Eq. 3: `maps_KBV` scaled per layer and row so that the cells sum to 1 (`sum`) or peak at 1 (`max`).
 
     Computed in float32 at least; a row of zeros stays zero.
-
-    Raises:
-        ValueError: `normalization` is neither `sum` nor `max`.
     """
     maps_KBV = maps_KBV.to(torch.promote_types(maps_KBV.dtype, torch.float32))
-    if normalization == "sum":
-        scale_KB1 = maps_KBV.sum(dim=-1, keepdim=True)
-    elif normalization == "max":
-        scale_KB1 = maps_KBV.amax(dim=-1, keepdim=True)
-    else:
-        raise ValueError(f"`normalization` must be one of {', '.join(NORMALIZATIONS)}, got '{normalization}'.")
+    scale = maps_KBV.sum if normalization == "sum" else maps_KBV.amax
+    scale_KB1 = scale(dim=-1, keepdim=True)
     return maps_KBV / scale_KB1.clamp(min=EPSILON)
 
 

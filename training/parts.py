@@ -49,7 +49,7 @@ from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 from agevlm.progress import start_lines, written
-from agevlm.store import new_folder
+from agevlm.store import check_free, new_folder
 
 from .parts_card import measure_parts, write_card
 from .step_bar import use_step_bar
@@ -261,8 +261,7 @@ def run_verb(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the folder is there already, or there are no cut-outs for the size `small`.
     """
-    if args.output.exists():
-        raise ValueError(f"{args.output} exists. Choose a new folder.")
+    check_free(args.output)
     if args.size == "small" and args.cutouts is None:
         raise ValueError("The size `small` is made of real pictures: give --cutouts.")
     # Other numbers are another work.
@@ -273,11 +272,3 @@ def run_verb(args: argparse.Namespace) -> None:
     else:
         make_small(args.output, work, args.cutouts, args.scenes, args.seed)
     written(args.output, "agevlm init --parts {} --output START")
-
-
-if __name__ == "__main__":  # as it was called, for one more release
-    from agevlm.arguments import note_old
-    from agevlm.training import cli
-
-    note_old("`python -m agevlm.training.parts`", "`agevlm parts`")
-    cli.parts()

@@ -29,8 +29,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import get_session, httpx
 from rich.console import Console
 
-from agevlm.hub_cards import EVALUATION_FILE, evaluation_fits, write_card
-from agevlm.hub_cards.facts import ATTENTION_FILE, LOSS_FILE, STATE_FILE
+from agevlm.hub_cards.facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, STATE_FILE, evaluation_fits
+from agevlm.hub_cards.render import write_card
 from agevlm.store import read_json, read_table, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.lineage import INIT_FILE, LINEAGE_FILE, PUSH_FILE, read_lineage, write_lineage
@@ -97,7 +97,7 @@ def push(
         "repo": repo_id,
         "private": private,
         "branch": branch,
-        "tag": stage_tag(lineage),
+        "tag": lineage.get("name", "").replace("_", "-") or None,  # `stage1-align`
         "status": "pending",
         "commit": None,
         "tries": earlier.get("tries", 0),
@@ -169,17 +169,8 @@ def published_files(folder: Path) -> dict[str, Path]:
     return kept
 
 
-def stage_tag(lineage: Mapping[str, Any]) -> str | None:
-    """`stage1-align` for the stage `stage1_align`; None for a checkpoint of no stage."""
-    name = lineage.get("name")
-    return None if name is None else name.replace("_", "-")
-
-
 def _check_finished(folder: Path, lineage: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: no checkpoint, an unfinished one, or one without all its weights.
-    """
+    """Raises ValueError: no checkpoint, an unfinished one, or one without all its weights."""
     if lineage.get("status", "finished") != "finished":
         raise ValueError(f"{folder} holds an unfinished run ({lineage['name']}). Run it again to finish it.")
     shards = {"model.safetensors"}

@@ -20,7 +20,7 @@ from agevlm.data.rows import undecoded
 from agevlm.data.scenes.build import load_rows
 from agevlm.language import HeldText, read_held_text
 from agevlm.processing import AgeVlmProcessor
-from agevlm.store import as_json, check_same
+from agevlm.store import check_same
 from agevlm.training.adapters import AdapterArguments, load_start, merge
 from agevlm.training.callbacks import MeasureLanguage
 from agevlm.training.checkpoints import (
@@ -34,20 +34,7 @@ from agevlm.training.curve import LearningCurve, read_questions
 from agevlm.training.dry_run import print_dry_run
 from agevlm.training.features import use_stored_features, why_not
 from agevlm.training.freezing import set_trainable
-from agevlm.training.lineage import (
-    LINEAGE_FILE,
-    data_fingerprint,
-    git_commit,
-    identity_hash,
-    library_versions,
-    masks_of,
-    model_fingerprint,
-    parent_lineage,
-    read_lineage,
-    stored_names,
-    training_identity,
-    write_lineage,
-)
+from agevlm.training.lineage import LINEAGE_FILE, describe_run, earlier_lineage, write_lineage
 from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH, check_guided
 from agevlm.training.stage_trainer import StageTrainer
@@ -161,8 +148,8 @@ def run_stage(
     held = None if language is None else read_held_text(language, processor)
     questions = None if answers is None else read_questions(answers)
     lora = adapters.lora(model.config, recipe.frozen)
-    lineage = _lineage(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
-    earlier = _earlier_lineage(output_dir, lineage["recipe"])
+    lineage = describe_run(recipe, args, rows, model, init_from, revision, adapters.identity(lora))
+    earlier = earlier_lineage(output_dir, lineage["recipe"])
     checkpoint = get_last_checkpoint(output_dir) if resume and earlier is not None else None
     before = earlier or {}
     goes_on = checkpoint is not None or before.get("status") == "finished"
@@ -174,7 +161,7 @@ def run_stage(
         if held is not None and "language" not in earlier:
             console.print(f"{recipe.name}: its language ability was not measured; a run in another folder would.")
         publish_stage(output_dir, args, init_from, console)
-        return StageResult("already finished", output_dir, earlier, _log_history(output_dir))
+        return StageResult("already finished", output_dir, earlier, read_log(output_dir))
     # All processes have looked at the folder before one of them changes it.
     args.distributed_state.wait_for_everyone()
     if held is not None:
@@ -269,72 +256,13 @@ def _load_data(
     return undecoded(load_rows(data, recipe.data, fraction, masks=joined, by_phrase=by_phrase))
 
 
-def _lineage(
-    recipe: StageRecipe,
-    args: AgeVlmSFTConfig,
-    rows: Dataset,
-    model: PreTrainedModel,
-    init_from: str | Path | None,
-    revision: str | None,
-    adapters: dict[str, Any],
-) -> dict[str, Any]:
-    """Everything that is known about a run when it starts."""
-    data = data_fingerprint(rows)
-    identity = as_json(
-        {
-            "stage": recipe.stage,
-            "variant": recipe.variant,
-            "trains": recipe.trains,
-            "frozen": recipe.frozen,
-            "training": stored_names(training_identity(args)),
-            "data": data,
-            "parent_weights": model_fingerprint(model),
-            **adapters,
-        }
-    )
-    return {
-        "name": recipe.name,
-        "stage": recipe.stage,
-        "variant": recipe.variant,
-        "size": recipe.size,
-        "status": "unfinished",
-        "repo": args.hub_model_id,
-        **parent_lineage(init_from, revision or "main"),
-        "recipe_hash": identity_hash(identity),
-        "recipe": identity,
-        "data": {"part": recipe.data, "mask_fraction": recipe.mask_fraction, **data, "masks_of": masks_of(rows)},
-        "git_commit": git_commit(),
-        "versions": library_versions(),
-        "metrics": {},
-    }
-
-
 def _language(held: HeldText, output_dir: Path, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The lineage's entry on the language ability: `before` is that of an interrupted run.
-
-    Raises:
-        ValueError: the interrupted run has measured another text.
-    """
+    """The lineage's entry on the language ability: `before` is that of an interrupted run. Raises ValueError if that
+    has measured another text."""
     there = (earlier or {}).get("language")
     if there is not None:
         check_same(output_dir, {name: there[name] for name in held.stated}, held.stated, "held text")
     return {**held.stated, "before": (there or {}).get("before"), "after": None}
-
-
-def _earlier_lineage(output_dir: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The lineage of an earlier run of the same recipe in `output_dir`, None if nothing is there.
-
-    Raises:
-        ValueError: the folder belongs to another recipe, or to something else altogether.
-    """
-    lineage = read_lineage(output_dir)
-    if lineage is None:
-        foreign = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
-        if "config.json" in foreign or any(name.startswith("checkpoint-") for name in foreign):
-            raise ValueError(f"{output_dir} holds a model of another origin. Choose an empty folder as output.")
-        return None
-    check_same(output_dir, lineage["recipe"], identity, "recipe's run")
-    return lineage
 
 
 def _save_finished(trainer: StageTrainer, output_dir: Path) -> None:
@@ -362,5 +290,6 @@ def _last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
     return {name: value for name, value in sorted(metrics.items()) if not any(part in name for part in noise)}
 
 
-def _log_history(output_dir: Path) -> list[dict[str, float]]:
-    return TrainerState.load_from_json(str(output_dir / TRAINER_STATE_NAME)).log_history
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Trainer's log of a finished stage."""
+    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, unwrap_peft_model
 
 from agevlm.models import reading
 from agevlm.training.callbacks import WatchedTrainer
-from agevlm.training.checkpoints import checkpoint_name, publish_folder, remove_leftovers, staging_folder
+from agevlm.training.checkpoints import publish_folder, remove_leftovers, staging_folder
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
@@ -94,11 +94,7 @@ class StageTrainer(WatchedTrainer):
     # ---- Checkpoints ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer's, which only warns of weights that do not fit.
-
-        Raises:
-            ValueError: the checkpoint is damaged; the message names it.
-        """
+        """Trainer's, which only warns of weights that do not fit. Raises ValueError, naming a damaged checkpoint."""
         with reading(resume_from_checkpoint, "its weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -117,8 +113,8 @@ class StageTrainer(WatchedTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's checkpoint, written to a temporary place and renamed to `checkpoint-N` when complete."""
         run_folder = Path(self._get_output_dir(trial))
-        staging = staging_folder(run_folder)
-        staged, final = (folder / checkpoint_name(self.state.global_step) for folder in (staging, run_folder))
+        staging, name = staging_folder(run_folder), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = staging / name, run_folder / name
         if self.args.should_save:
             remove_leftovers(run_folder)
         self.record_rows()  # a resumed run finds the rows that were skipped before
@@ -130,7 +126,7 @@ class StageTrainer(WatchedTrainer):
             self._staging = None
         if self.state.best_global_step:
             # Trainer has looked for it among the temporary folders.
-            best = run_folder / checkpoint_name(self.state.best_global_step)
+            best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == final or best.exists():
                 self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()

@@ -8,8 +8,7 @@
 - Its scale: TRL divides the language-modeling loss by the answer tokens of the whole optimizer step (all accumulated
   micro-batches, all processes); guidance is divided by the guided rows of the whole step in the same way. One batch of
   8, 8 accumulated batches of 1 and 2 processes give the same gradients, however the masks are spread.
-- Metrics averaged over rows, learning rates per part, checkpoints that are complete or invisible (`checkpoints.py`), a
-  model card and a lineage file in every saved folder.
+- Metrics averaged over rows, and a model card in every saved folder.
 
 A phrase is guided if its mask has a cell and its query a token that sees a picture. Eq. 3 is averaged over the guided
 phrases of a row, then over the rows that have some; a row with one mask has one phrase. With `guidance_weight=0` a
@@ -67,8 +66,6 @@ class AgeVlmSFTTrainer(StageTrainer):
     """
 
     _tag_names = ["trl", "sft", "agevlm"]  # noqa: RUF012 - the attribute TRL reads
-    args: AgeVlmSFTConfig
-    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel, args: AgeVlmSFTConfig, lineage: dict | None = None, **kwargs):
         if args.guidance_weight > 0 and (kwargs.get("compute_loss_func") or args.label_smoothing_factor > 0):

@@ -124,18 +124,17 @@ def dispatch(words: list[str]) -> None:
     raise ValueError(f"there is no verb {asked!r}; {hint}")
 
 
-def system_error(error: Exception) -> OSError | None:
-    """The system error that safetensors or torch met while writing; neither says of which file."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    if number:
-        return OSError(int(number[1]), f"a file cannot be written: {os.strerror(int(number[1]))}")
-    if "inline_container" in str(error):  # torch's archives, which know no reason
-        return OSError(errno.ENOSPC, "a file cannot be written to its end")
-    return None
-
-
-def one_line(error: OSError) -> str:
-    """A system error with its path and what to do about it."""
+def one_line(error: Exception) -> str | None:
+    """A user's mistake, or a system error with its path and what to do about it; None for any other error."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if not isinstance(error, OSError):  # safetensors and torch say nothing of the file that they write
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            error = OSError(int(number[1]), f"a file cannot be written: {os.strerror(int(number[1]))}")
+        elif "inline_container" in str(error):  # torch's archives, which know no reason
+            error = OSError(errno.ENOSPC, "a file cannot be written to its end")
+        else:
+            return None
     if error.errno is None or error.strerror is None:
         if isinstance(error, ConnectionError):
             return f"{error}; check the connection, or give a folder of this machine".removeprefix("; ")
@@ -155,21 +154,13 @@ def main() -> None:
         number = error.args[0] if error.args else signal.SIGINT
         print("agevlm: interrupted; the same command resumes or begins again", file=sys.stderr)
         sys.exit(128 + number)
-    except ValueError as error:
-        sys.exit(_refuse(str(error)))
-    except OSError as error:
-        sys.exit(_refuse(one_line(error)))
     except Exception as error:
-        behind = system_error(error)
-        if behind is None:
+        said = one_line(error)
+        if said is None:
             raise
-        sys.exit(_refuse(one_line(behind)))
+        print(f"agevlm: {said}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
-
-
-def _refuse(message: str) -> int:
-    print(f"agevlm: {message}", file=sys.stderr)
-    return 2

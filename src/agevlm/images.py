@@ -206,11 +206,8 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _to_8_bits(image: Image.Image, white: int, where: str) -> Image.Image:
-    """Gray of any depth as `L`, or `LA` where one value is transparent.
-
-    Raises:
-        ValueError: values outside of the range: 0 to `white`; in floating point 0 to 1, or 0 to 255.
-    """
+    """Gray of any depth as `L`, or `LA` where one value is transparent. Raises ValueError for values outside of the
+    range: 0 to `white`; in floating point 0 to 1, or 0 to 255."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     floating = image.mode == "F"

@@ -255,11 +255,7 @@ def _check_shapes(
 
 
 def _check_report(name: Name, model: PreTrainedModel, report: Mapping[str, Any], exact: bool) -> None:
-    """`check_weights` of what counts in a report, with the shapes that do not fit.
-
-    Raises:
-        ValueError: see there.
-    """
+    """`check_weights` of what counts in a report, with the shapes that do not fit."""
 
     def layer(key: str) -> str:
         return re.sub(r"\.\d+\.", ".*.", key)

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError, safe_open
+
 
 _UMASK = os.umask(0)  # the only way to read it is to set it
 os.umask(_UMASK)
@@ -63,6 +65,12 @@ def _own(path: Path) -> int:
                 os.ftruncate(place, 0)
                 return place
         os.close(place)  # who had it has renamed or removed it
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError if no new folder can be made there: a file lies there, or a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already. Choose a new folder.")
 
 
 @contextmanager
@@ -273,6 +281,24 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(f"another run is writing to {path}; wait for it or stop it") from error
+
+
+# ---- Weights ----
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened for torch; tensors are read when they are asked for.
+
+    Raises:
+        ValueError: the file is something else, or not complete.
+    """
+    try:
+        tensors = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}). Restore or download it.") from error
+    with tensors:
+        yield tensors
 
 
 # ---- Digests ----

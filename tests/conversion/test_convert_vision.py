@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import ConvNextModel
 
-from agevlm.conversion.convert_vision import expected_shapes, load_tower, plan_conversion, read_shapes
+from agevlm.conversion.convert_vision import expected_shapes, load_tower, plan_conversion
+from agevlm.conversion.sources import Weights, locate
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 
 
@@ -85,7 +86,8 @@ def converted(weights: Mapping[str, torch.Tensor], folder) -> ConvNextModel:
     """Through a file, as a user has it."""
     file = folder / "model.safetensors"
     save_file(dict(weights), file)
-    return load_tower(plan_conversion(read_shapes([file])), [file])
+    weights = Weights(locate(str(file)))
+    return load_tower(plan_conversion(weights.shapes), weights)
 
 
 # ---- Names and shapes ----
@@ -257,5 +259,5 @@ def test_an_unknown_layout_names_what_it_holds_and_what_is_known():
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        read_shapes([file])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        Weights(locate(str(file)))

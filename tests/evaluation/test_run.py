@@ -22,7 +22,7 @@ from agevlm.evaluation.looking import load_masked
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import choose, compare_folders, evaluate_scenes, load_scenes, stored_fingerprint
 from agevlm.evaluation.tables import summary_table
-from agevlm.hub_cards import weights_fingerprint
+from agevlm.hub_cards.facts import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import weights_digest
 from agevlm.store import locked, read_lines, write_json

@@ -35,7 +35,7 @@ def files(tmp_path, write_files):
 def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
     folder, rows, masks = files
     out = folder / "out"
-    command = [rows, str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--num-workers", "0"]
+    command = [rows, "--output", str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--workers", "0"]
     ground.ground(command)
     assert "5 masks kept of 8 rows attempted" in capsys.readouterr().out
     before = (out / "data" / "kept.parquet").stat().st_mtime_ns
@@ -56,11 +56,10 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
     assert all(quality[name]["mean"] == 1 for name in ("iou", "boundary_f", "grid_iou"))
 
     pytest.importorskip("pycocotools", reason="needs the extra coco")
-    ground.export_coco([str(out), str(folder / "coco.json")])
-    ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet"), "--rows", rows])
-    assert "`agevlm ground import` is now `agevlm data import`" in capsys.readouterr().err
+    ground.export_coco([str(out), "--output", str(folder / "coco.json")])
+    ground.import_coco([str(folder / "coco.json"), "--output", str(folder / "back.parquet"), "--rows", rows])
     with pytest.raises(ValueError, match="give the rows that they belong to, --rows ROWS"):
-        ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet")])
+        ground.import_coco([str(folder / "coco.json"), "--output", str(folder / "back.parquet")])
     kept, back = read_masks(out), load_table(str(folder / "back.parquet"))
     assert back["id"] == kept["id"] and back["query"] == kept["query"]
     for one, two in zip(kept["mask"], back["mask"], strict=True):
@@ -71,11 +70,11 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
 
 def test_rows_with_guidance_bring_their_masks(files):
     folder, rows, masks = files
-    ground.ground([rows, str(folder / "out"), "--backend", "exact", "--masks", masks])
+    ground.ground([rows, "--output", str(folder / "out"), "--backend", "exact", "--masks", masks])
     kept = read_masks(folder / "out").select_columns(list(MASK_FEATURES))
     joined = join_masks(load_table(rows), kept)
     joined.to_parquet(folder / "joined.parquet")
-    ground.ground([str(folder / "joined.parquet"), str(folder / "again"), "--backend", "exact"])
+    ground.ground([str(folder / "joined.parquet"), "--output", str(folder / "again"), "--backend", "exact"])
     again = read_masks(folder / "again")
     assert again["id"] == kept["id"]
     assert [m.tobytes() for m in again["mask"]] == [m.tobytes() for m in kept["mask"]]
@@ -146,12 +145,12 @@ def test_phrases_pass_through_page_quality_and_coco(tmp_path, write_files):
     assert [image["file_name"] for image in content["images"]] == ["r1", "r2"]
     assert [item["name"] for item in content["categories"]] == ["A cat", "cat"]
     assert [(item["image_id"], item["category_id"]) for item in content["annotations"]] == [(1, 1), (1, 2), (2, 1)]
-    again = [str(tmp_path / "c.json"), "--rows", rows, "--output"]
-    ground.import_coco([*again, str(tmp_path / "back.parquet"), "--by-phrase"])
+    again = [str(tmp_path / "c.json"), "--rows", rows]
+    ground.import_coco([*again, "--output", str(tmp_path / "back.parquet"), "--by-phrase"])
     back, wanted = load_table(str(tmp_path / "back.parquet")), by_phrase_set(PHRASES)
     assert back.remove_columns(["mask", "source"]).to_list() == wanted.remove_columns(["mask", "source"]).to_list()
     assert all((np.array(one) == np.array(two)).all() for one, two in zip(back["mask"], wanted["mask"], strict=True))
-    ground.import_coco([*again, str(tmp_path / "whole.parquet")])
+    ground.import_coco([*again, "--output", str(tmp_path / "whole.parquet")])
     whole = load_table(str(tmp_path / "whole.parquet"))
     assert whole["query"] == ["A cat and a cat", "A cat"] and np.array(whole["mask"][0]).sum() == 24
 
@@ -258,7 +257,7 @@ def test_what_is_no_data_set_is_said(tmp_path):
     rows = str(tmp_path / "rows.parquet")
     Dataset.from_dict({"id": ["a"], "mask": [None]}).to_parquet(rows)
     with pytest.raises(ValueError, match=r"rows\.parquet: no column images, messages"):
-        ground.ground([rows, str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
+        ground.ground([rows, "--output", str(tmp_path / "out"), "--backend", "exact", "--masks", rows])
     with pytest.raises(ValueError, match="no complete run"):
         read_masks(tmp_path)
     assert load_masks(str(tmp_path))["id"] == ["a"]

@@ -12,9 +12,9 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
-from agevlm.hub_cards import read_facts, render_card, weights_fingerprint, write_card
 from agevlm.hub_cards.cli import main
-from agevlm.hub_cards.facts import count_parameters
+from agevlm.hub_cards.facts import count_parameters, read_facts, weights_fingerprint
+from agevlm.hub_cards.render import render_card, write_card
 from agevlm.training.publish import published_files
 from builders import picture, save_tiny, tiny_model
 

@@ -34,7 +34,8 @@ from agevlm.reproduction.matrix import SIZES, Start
 from agevlm.reproduction.prepare import save_start
 from agevlm.training.cli import init as main
 from agevlm.training.cli import parse_init
-from agevlm.training.init import RECORD_FILE, count_parameters, plan_parts, without_weights
+from agevlm.training.init import count_parameters, plan_parts, without_weights
+from agevlm.training.lineage import INIT_FILE
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align
 from builders import picture, tiny_tokenizer
@@ -87,7 +88,7 @@ def flags(llama: Path | str, tower: Path | str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, llama, tower) -> Path:
     folder = tmp_path_factory.mktemp("init") / "start"
-    main([str(folder), *flags(llama, tower)])
+    main(["--output", str(folder), *flags(llama, tower)])
     return folder
 
 
@@ -130,7 +131,7 @@ def test_the_vocabulary_keeps_its_size_and_answers_end(start, llama):
 
 
 def test_the_record_says_what_it_was_made_of(start, llama, tower):
-    record = json.loads((start / RECORD_FILE).read_text())
+    record = json.loads((start / INIT_FILE).read_text())
     assert record["language_model"]["source"] == llama.name
     assert record["vision_tower"]["source"] == tower.name
     assert record["vision_tower"]["layout"] == "timm"
@@ -155,8 +156,8 @@ def test_stage_1_starts_from_it(start, tmp_path):
 
 
 def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp_path):
-    main([str(tmp_path / "same"), *flags(llama, tower)])
-    main([str(tmp_path / "other"), *flags(llama, tower, "--seed", "1", "--dtype", "bfloat16")])
+    main(["--output", str(tmp_path / "same"), *flags(llama, tower)])
+    main(["--output", str(tmp_path / "other"), *flags(llama, tower, "--seed", "1", "--dtype", "bfloat16")])
     files = [folder / "model.safetensors" for folder in (start, tmp_path / "same", tmp_path / "other")]
     assert files[0].read_bytes() == files[1].read_bytes()
     first, other = load_file(files[0]), load_file(files[2])
@@ -171,7 +172,7 @@ def test_parts_are_what_the_quickstart_starts_from(tmp_path, position):
     start = Start(position=position)
     save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, size=SIZES["tiny"], start=start)
     places = ["--cross-attention-layers", "1", "4", "--cross-attention-position", position]
-    main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
+    main(["--output", str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
     assert AutoConfig.from_pretrained(tmp_path / "init").cross_attention_position == position
     for name in ("model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "init" / name).read_bytes() == (tmp_path / "quickstart" / name).read_bytes(), name
@@ -184,8 +185,8 @@ def test_a_tokenizer_without_reserved_tokens_gets_new_rows(tower, tmp_path):
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
     llama = save_llama(tmp_path / "llama", tokenizer)
-    main([str(tmp_path / "start"), *flags(llama, tower)])
-    record = json.loads((tmp_path / "start" / RECORD_FILE).read_text())
+    main(["--output", str(tmp_path / "start"), *flags(llama, tower)])
+    record = json.loads((tmp_path / "start" / INIT_FILE).read_text())
     assert record["chat_style"] == "ChatML"
     assert (record["language_model"]["vocabulary"], record["language_model"]["added_to_vocabulary"]) == (259, 1)
     weights = load_file(tmp_path / "start" / "model.safetensors")["model.language_model.embed_tokens.weight"]
@@ -197,7 +198,7 @@ def test_pixels_are_normalized_as_the_tower_was_trained(llama, tmp_path):
     save_tower(tmp_path / "tower" / "model.safetensors")
     stated = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     (tmp_path / "tower" / "config.json").write_text(json.dumps(stated))
-    main([str(tmp_path / "start"), *flags(llama, tmp_path / "tower")])
+    main(["--output", str(tmp_path / "start"), *flags(llama, tmp_path / "tower")])
     image_processor = AutoProcessor.from_pretrained(tmp_path / "start").image_processor
     assert (list(image_processor.image_mean), list(image_processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
@@ -226,7 +227,7 @@ def save_large_parts(folder: Path) -> tuple[Path, Path]:
 
 def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
     llama, tower = save_large_parts(tmp_path)
-    argv = [str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
+    argv = ["--output", str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
     model = without_weights(plan_parts(parse_init(argv)), seed=0)
     with torch.device("meta"):
         paper = AgeVlmForConditionalGeneration(AgeVlmConfig.paper())
@@ -261,7 +262,7 @@ def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
 def refuse(output: Path, argv: list[str], message: str) -> None:
     """The command fails with `message` and leaves nothing."""
     with pytest.raises(ValueError, match=message):
-        main([str(output), *argv])
+        main(["--output", str(output), *argv])
     assert not output.exists()
     assert not list(output.parent.glob(f".{output.name}*"))
 
@@ -269,7 +270,7 @@ def refuse(output: Path, argv: list[str], message: str) -> None:
 def test_a_folder_in_use_is_left_alone(llama, tower, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
-        main([str(tmp_path), *flags(llama, tower)])
+        main(["--output", str(tmp_path), *flags(llama, tower)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -338,16 +339,16 @@ def test_sizes_and_layers_that_do_not_fit_are_noticed_before_weights_are_read(tm
 def test_parts_stand_alone(tmp_path, capsys):
     refuse(tmp_path / "start", ["--parts", str(tmp_path)], "holds no parts")
     with pytest.raises(SystemExit):
-        main([str(tmp_path / "start"), "--parts", str(TINY_PARTS), "--language-model", "x"])
+        main(["--output", str(tmp_path / "start"), "--parts", str(TINY_PARTS), "--language-model", "x"])
     assert "--parts brings both parts" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, tower, tmp_path):
-    argv = [str(tmp_path / "start"), *flags(llama, tower)]
+    argv = ["--output", str(tmp_path / "start"), *flags(llama, tower)]
     script = (
         "import os, signal\n"
         "from agevlm.training import cli, init\n"
-        "init.write_record = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "init.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"cli.init({argv!r})\n"
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
@@ -401,12 +402,12 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     said = init_from_hub(
         tmp_path,
         hub,
-        [out, *flags("a/gated", "a/tower")],
-        [out, *flags("a/gated-no-login", "a/tower")],
-        [out, *flags("a/missing", "a/tower")],
-        [out, *flags("a/llama", "a/pickled")],
-        [out, *flags("no/such/folder", "a/tower")],
-        [out, *flags("a/llama", "a/tower"), "--dry-run"],
+        ["--output", out, *flags("a/gated", "a/tower")],
+        ["--output", out, *flags("a/gated-no-login", "a/tower")],
+        ["--output", out, *flags("a/missing", "a/tower")],
+        ["--output", out, *flags("a/llama", "a/pickled")],
+        ["--output", out, *flags("no/such/folder", "a/tower")],
+        ["--output", out, *flags("a/llama", "a/tower"), "--dry-run"],
     )
     for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
         assert sentence == (
@@ -422,12 +423,12 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     assert "config.json" in downloaded and "model.safetensors" not in downloaded
 
     # for good; then again without a network
-    assert init_from_hub(tmp_path, hub, [out, *flags("a/llama", "a/tower")]) == [""]
+    assert init_from_hub(tmp_path, hub, ["--output", out, *flags("a/llama", "a/tower")]) == [""]
     downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
     assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
     weights = Path(out, "model.safetensors").read_bytes()
     assert weights == (start / "model.safetensors").read_bytes()
-    record = json.loads(Path(out, RECORD_FILE).read_text())
+    record = json.loads(Path(out, INIT_FILE).read_text())
     for part, name in {"language_model": "a/llama", "vision_tower": "a/tower"}.items():
         assert record[part]["revision"] == hub.commits(name)[0].oid
     assert record["vision_tower"]["source"] == "a/tower"
@@ -435,8 +436,8 @@ def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, 
     offline = init_from_hub(
         tmp_path,
         hub,
-        [again, *flags("a/llama", "a/tower")],
-        [again + "2", *flags("b/unknown", "a/tower")],
+        ["--output", again, *flags("a/llama", "a/tower")],
+        ["--output", again + "2", *flags("b/unknown", "a/tower")],
         HF_HUB_OFFLINE="1",
     )
     assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from agevlm.training.checkpoints import STAGING
 from agevlm.training.freezing import part_of
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
-from agevlm.training.stages.recipe import SIZES, TWINS, VARIANTS, build_recipe
+from agevlm.training.stages.recipe import TWINS, Size, Variant, build_recipe
 from builders import tiny_model, tiny_processor
 
 
@@ -76,7 +77,7 @@ def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
     ("variant", "weights_of_stages"),
     [("agevlm", [0, 0, 1, 0]), ("agevlm-lm", [0, 0, 1, 1]), ("ca-baseline", [0, 0, 0, 0])],
 )
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", get_args(Size))
 def test_variants_differ_in_the_guidance_weight_alone(size, variant, weights_of_stages):
     for (stage, recipe_of), weight in zip(STAGES.items(), weights_of_stages, strict=True):
         recipe, reference = recipe_of(size, variant), recipe_of(size, "agevlm")
@@ -87,7 +88,7 @@ def test_variants_differ_in_the_guidance_weight_alone(size, variant, weights_of_
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", get_args(Size))
 def test_sizes_change_only_what_they_may(size, stage):
     paper, recipe = STAGES[stage]("paper"), STAGES[stage](size)
     for name in ("name", "stage", "frozen", "data", "paper_rows", "goal"):
@@ -101,8 +102,8 @@ def test_sizes_change_only_what_they_may(size, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in TWINS])
+@pytest.mark.parametrize("size", get_args(Size))
+@pytest.mark.parametrize("variant", [variant for variant in get_args(Variant) if variant not in TWINS])
 def test_every_recipe_dry_runs(tmp_path, stage, size, variant):
     text = dry_run(STAGES[stage](size, variant), tmp_path / "never", model=tiny_model(), data=make_rows())
     assert f"stage {stage}, {variant}, size {size}" in text

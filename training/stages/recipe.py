@@ -12,14 +12,13 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
-TWIN, TWIN_PLAIN = "twin", "twin-plain"
-TWINS = (TWIN, TWIN_PLAIN)
+Variant = Literal["agevlm", "agevlm-lm", "agevlm-phrases", "agevlm-phrases-lm", "ca-baseline", "twin", "twin-plain"]
+Size = Literal["paper", "small", "tiny"]
+TWINS = TWIN, TWIN_PLAIN = "twin", "twin-plain"
 BY_PHRASE = ("agevlm-phrases", "agevlm-phrases-lm")  # as those without -phrases, with a mask for each phrase
-VARIANTS = ("agevlm", "agevlm-lm", "ca-baseline", *TWINS, *BY_PHRASE)
-SIZES = ("paper", "small", "tiny")
 
 CAMBRIAN_CAPTIONS, CAMBRIAN_INSTRUCTIONS = 2_500_000, 10_000_000
 CAPTION_MASKS, INSTRUCTION_MASKS = 77_000, 150_000
@@ -161,9 +160,9 @@ def build_recipe(
     Raises:
         ValueError: an unknown size or variant.
     """
-    for name, value, known in (("size", size, SIZES), ("variant", variant, VARIANTS)):
-        if value not in known:
-            raise ValueError(f"Unknown {name} '{value}'. Choose from {', '.join(known)}.")
+    for name, value, known in (("size", size, Size), ("variant", variant, Variant)):
+        if value not in get_args(known):
+            raise ValueError(f"Unknown {name} '{value}'. Choose from {', '.join(get_args(known))}.")
     guided = variant.replace("-phrases", "") in guided_variants
     training = {**PAPER_TRAINING, "guidance_weight": 1.0 if guided else 0.0}
     recipe = StageRecipe(size=size, variant=variant, training=training, **fields)

@@ -19,7 +19,7 @@ from agevlm.conversion import convllava, mobilevlm
 from agevlm.conversion.layout import Target, check_names, generation_config
 from agevlm.conversion.sources import INDEX_FILE, PickledWeightsError, Source, locate
 from agevlm.progress import Bar, written
-from agevlm.store import new_folder, write_json
+from agevlm.store import check_free, new_folder, write_json
 
 
 RECORD_FILE = "agevlm_conversion.json"
@@ -79,8 +79,7 @@ def run_verb(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a folder that is in use, or a source that cannot be had or is something else.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} is there already. Choose a new folder.")
+    check_free(args.output)
     try:
         source = locate(args.source, args.revision, bins=args.read_bin)
     except PickledWeightsError as error:

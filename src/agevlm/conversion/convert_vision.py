@@ -13,11 +13,9 @@ Names say nothing about the activation. It is the exact GELU in all of them unle
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import ConvNextConfig, ConvNextModel
 
 
@@ -196,30 +194,9 @@ def describe_misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, 
     return "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
 
 
-def read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in safetensors files; no weights are read.
-
-    Raises:
-        ValueError: a file that is something else, or not complete.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read as safetensors ({error}). Download it again.") from error
-    return shapes
-
-
-def load_tower(conversion: Conversion, files: Sequence[Path]) -> ConvNextModel:
+def load_tower(conversion: Conversion, weights: Mapping[str, torch.Tensor]) -> ConvNextModel:
     """The tower in float32, its pooled norm (which AGE-VLM leaves out) untrained. Nothing else is read."""
-    targets = {source: target for target, source in conversion.sources.items()}
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if name in targets]  # noqa: SIM118 - not a mapping
-            weights.update({targets[name]: tensors.get_tensor(name) for name in names})
     model = ConvNextModel(conversion.config).to(torch.float32)
-    model.load_state_dict({**{f"layernorm.{k}": v for k, v in model.layernorm.state_dict().items()}, **weights})
+    read = {target: weights[source] for target, source in conversion.sources.items()}
+    model.load_state_dict({**{f"layernorm.{k}": v for k, v in model.layernorm.state_dict().items()}, **read})
     return model.eval()

@@ -15,8 +15,7 @@ from agevlm.conversion.convert_vision import tower_config
 from agevlm.conversion.fast_vlm import fast_vlm_config, tower_stride
 from agevlm.conversion.layout import LANGUAGE_MODEL, LEFT_OUT, Target, find_origins, read_config, text_config
 from agevlm.conversion.prompt import CLIP_MEAN, CLIP_STD, IMAGE_TOKEN, build_processor, load_tokenizer
-from agevlm.conversion.sources import PickledWeightsError, Source, locate
-from agevlm.conversion.weights import Weights
+from agevlm.conversion.sources import PickledWeightsError, Source, Weights, locate
 
 
 TOWER = "model.vision_tower."

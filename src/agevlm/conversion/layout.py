@@ -16,8 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
 from agevlm.conversion.convert_vision import describe_misfits, some
-from agevlm.conversion.sources import Source
-from agevlm.conversion.weights import Weights
+from agevlm.conversion.sources import Source, Weights
 
 
 LANGUAGE_MODEL = (

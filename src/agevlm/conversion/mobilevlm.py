@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig
 from agevlm.conversion.layout import LANGUAGE_MODEL, LEFT_OUT, Target, find_origins, read_config, text_config
 from agevlm.conversion.modeling_mobilevlm import MobileVlmConfig, MobileVlmForConditionalGeneration
 from agevlm.conversion.prompt import IMAGE_TOKEN, build_processor, load_tokenizer
-from agevlm.conversion.sources import Source
-from agevlm.conversion.weights import Weights
+from agevlm.conversion.sources import Source, Weights
 
 
 TOWER = "clip-vit-large-patch14-336"

@@ -11,6 +11,7 @@ The template has no `<s>`: the processor adds it, as it does to every text. (`to
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaTokenizer, LlavaProcessor
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_torchvision_available
@@ -69,15 +70,24 @@ def build_processor(
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
 ) -> LlavaProcessor:
-    """Pictures padded to a square in their mean color, then resized (bicubic); one token per `cell_size` pixels."""
-    side = {"height": image_size, "width": image_size}
-    image_processor = LlavaImageProcessor(
-        do_pad=True, size={"shortest_edge": image_size}, crop_size=side, resample=BICUBIC,
-        image_mean=list(image_mean), image_std=list(image_std),
-    )  # fmt: skip
+    """The processor of both systems, with their template, `<image>` and bicubic resizing."""
     template = Path(__file__).with_name("chat_template_vicuna.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
+    pictures = {"resample": BICUBIC, "image_mean": list(image_mean), "image_std": list(image_std)}
+    return llava_processor(tokenizer, image_size, cell_size, template, IMAGE_TOKEN, **pictures)
+
+
+def llava_processor(
+    tokenizer: Any, image_size: int, cell_size: int, template: str, image_token: str, **pictures: Any
+) -> LlavaProcessor:
+    """Pictures padded to a square in their mean color, then resized; one token per `cell_size` pixels.
+
+    Args:
+        pictures: `resample`, `image_mean`, `image_std`.
+    """
+    side = {"height": image_size, "width": image_size}
+    image_processor = LlavaImageProcessor(do_pad=True, size={"shortest_edge": image_size}, crop_size=side, **pictures)
     return LlavaProcessor(
         image_processor, tokenizer, patch_size=cell_size, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=template, image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=0, chat_template=template, image_token=image_token,
     )  # fmt: skip

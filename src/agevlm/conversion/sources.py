@@ -5,15 +5,19 @@ its license has been accepted, and how large it is. Its weights are fetched afte
 becomes one sentence that says what to do.
 
 Pickles are refused. The one way around it is `bins=True`, which `agevlm convert --read-bin` asks for: the published
-baselines have nothing else. Who reads such files, reads them with `torch.load(weights_only=True)`.
+baselines have nothing else. Such files are read with `torch.load(weights_only=True)`, which builds tensors and nothing
+else, and refuses a file that asks for more. One tensor at a time is read, so memory does not grow with the checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
@@ -25,13 +29,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from agevlm.conversion.convert_vision import read_shapes
-from agevlm.store import read_table
+from agevlm.conversion.convert_vision import some
+from agevlm.store import open_weights, read_table
 
 
 CONFIGURATION = ["*.json", "*.jinja", "tokenizer.model"]  # with the tokenizer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -124,12 +129,8 @@ def choose_weights(files: Sequence[str], name: str, bins: bool = False) -> tuple
 
 
 def _shards(index: Path) -> tuple[str, ...]:
-    """The files that an index names. They are files beside it, of the same kind as the index: it must not lead out of
-    the folder, nor to pickles that were not requested.
-
-    Raises:
-        ValueError: no index of weights, or one that names other files.
-    """
+    """The files that an index names, beside it and of its kind. Raises ValueError if it leads out of the folder, or to
+    pickles that were not requested."""
     weight_map = read_table(index).get("weight_map", {})
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: `weight_map` is no table of tensors and files. Download it again.")
@@ -192,14 +193,80 @@ def fetch(source: Source) -> list[Path]:
     return paths
 
 
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a source by name. Each is read when it is asked for; files are mapped, not loaded.
+
+    Raises:
+        ValueError: see `fetch`; a file that is something else, not complete, or holds numbers of another kind.
+    """
+
+    def __init__(self, source: Source):
+        self.name = source.name
+        self._files: dict[str, Path] = {}
+        self._bins: dict[Path, dict[str, torch.Tensor]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for file in fetch(source):
+            if file.suffix == ".bin":
+                self._bins[file] = _read_bin(file)
+                facts = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._bins[file].items()}
+            else:
+                facts = _read_header(file)
+            for name, (shape, dtype) in facts.items():
+                self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self._files[name]
+        if file in self._bins:
+            return self._bins[file][name]
+        with open_weights(file) as tensors:
+            return tensors.get_tensor(name)
+
+    def matching(self, pattern: str) -> tuple[str, ...]:
+        """The names that a regular expression describes from end to end."""
+        return tuple(name for name in self._files if re.fullmatch(pattern, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 def weight_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a part's weights; of remote files only the headers are read."""
-    files = [source.folder / file for file in source.weights]
-    if source.revision is None or all(file.is_file() for file in files):
-        return read_shapes(fetch(source))
+    if source.revision is None or all((source.folder / file).is_file() for file in source.weights):
+        return Weights(source).shapes
     shapes: dict[str, tuple[int, ...]] = {}
     with hub_errors(source.name):
         for file in source.weights:
             header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.revision)
             shapes.update({name: tuple(tensor.shape) for name, tensor in header.tensors.items()})
     return shapes
+
+
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    with open_weights(file) as tensors:
+        stored = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+        kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in stored.items()}
+    strange = [f"{name} ({kind})" for name, (_, kind) in kinds.items() if kind not in DTYPES]
+    if strange:
+        raise ValueError(
+            f"{file} holds {some(strange)}. Converted are weights of {', '.join(DTYPES)}: take the checkpoint before "
+            "it was quantized."
+        )
+    return {name: (shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+
+
+def _read_bin(file: Path) -> dict[str, torch.Tensor]:
+    again = "Download it again, or convert it to safetensors where you trust it."
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} asks for more than tensors, so it is not read: {reason}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}). {again}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file} is no table of tensors. {again}")
+    return content

@@ -16,13 +16,6 @@ It trains with TRL's own `SFTTrainer` on the same rows, by the recipes of `train
 `set_trainable(twin, recipe.trains, recipe.frozen)` reads Table 1 for it too: where stages 1 to 3 train projector and
 cross blocks, they train projector and added layers, or in the smaller twin the projector alone.
 
-    twin, processor = concatenating_twin(model, processor)
-    set_trainable(twin, recipe.trains, recipe.frozen)
-    SFTTrainer(
-        twin, AgeVlmSFTConfig(**recipe.training_arguments(output_dir=...)), ConcatenatingCollator(processor),
-        train_dataset=rows, processing_class=processor,
-    )
-
 Bars beside a padded picture stay visible to it, as they are to the published models of this kind; ours masks them.
 """
 
@@ -35,7 +28,7 @@ from transformers import ConvNextConfig, FastVlmForConditionalGeneration, LlamaC
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from agevlm.conversion.fast_vlm import fast_vlm_config
-from agevlm.conversion.prompt import LlavaImageProcessor
+from agevlm.conversion.prompt import llava_processor
 from agevlm.data.rows import IMAGE_PLACEHOLDER, validate_row
 from agevlm.images import open_image
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -132,14 +125,9 @@ def concatenating_processor(processor: AgeVlmProcessor) -> LlavaProcessor:
     tokenizer = copy.deepcopy(processor.tokenizer)
     # The template writes the first token. A tokenizer that adds it (Llama-3's does) would add a second one.
     tokenizer.backend_tokenizer.post_processor = None
-    side = images.size["height"]
-    image_processor = LlavaImageProcessor(
-        do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+    return llava_processor(
+        tokenizer, images.size["height"], images.cell_size, processor.chat_template, IMAGE_PLACEHOLDER,
         resample=images.resample, image_mean=list(images.image_mean), image_std=list(images.image_std),
-    )  # fmt: skip
-    return LlavaProcessor(
-        image_processor, tokenizer, patch_size=images.cell_size, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=processor.chat_template, image_token=IMAGE_PLACEHOLDER,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from agevlm.data.rows import content_digest
 from agevlm.data.scenes.build import load_benchmark, load_told
-from agevlm.hub_cards import weights_fingerprint
+from agevlm.hub_cards.facts import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import load, unique_names, weights_digest
 from agevlm.progress import written
@@ -430,11 +430,3 @@ def run_verb(arguments: argparse.Namespace) -> None:
     write_text(output / "results.html", html_page(results, comparisons, answers, errors))
     Console(markup=False).print(summary_table(results))
     written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
-
-
-if __name__ == "__main__":  # as it was called with `accelerate launch -m`, for one more release
-    from agevlm.arguments import note_old
-    from agevlm.evaluation import cli
-
-    note_old("agevlm.evaluation.run", "`-m agevlm eval`")
-    cli.evaluate()

@@ -1,19 +1,31 @@
-"""Training curves as inline SVG that takes its colors from the page, light or dark; no scripts."""
+"""Curves of a reproduction: those of training as inline SVG that takes its colors from the page, light or dark; and
+presence against the questions that the stage of instructions has trained on, as a picture and numbers.
 
+The questions of these learning curves are not those that are reported (`prepare.draw_questions`).
+"""
+
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+from agevlm.drawing import save_figure
+from agevlm.training.curve import PRESENCE, QUESTIONS
+from agevlm.training.lineage import read_lineage
+from agevlm.training.run_stage import read_log
 from agevlm.training.stages.recipe import StageRecipe
 
 from .matrix import ROWS
-from .scores import Found
+from .scores import Found, Trained, spread
 
 
 MOST_POINTS = 120
@@ -21,7 +33,11 @@ MOST_POINTS = 120
 _LINES = ("#0000f0", "#0000f1", "#0000f2", "#0000f3")
 _COLORS = {"#0000fa": "soft", "#0000fb": "rule", **{color: f"v{index}" for index, color in enumerate(_LINES)}}
 
-Points = Sequence[tuple[float, float]]  # (step, value)
+Points = Sequence[tuple[float, float]]  # (step, value), or (questions, presence)
+LEVELS = (0.75, 0.85, 0.90)  # of presence
+# Of the page's lines, and more
+COLORS = ("#7d828c", "#0b63c5", "#c2560c", "#7a3fb0", "#1a7f4b", "#8a6100", "#b3372f", "#444444")
+Curves = dict[str, dict[int, Points]]  # row -> seed -> points
 
 
 def over_seeds(seeds: Sequence[Points]) -> np.ndarray:
@@ -44,11 +60,6 @@ def line_chart(
         stages: name -> step at which the stage starts; drawn as dotted separators.
         percent: the values are shares, written as percentages.
     """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
     soft, rule = list(_COLORS)[:2]
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -133,6 +144,93 @@ def draw_charts(found: Found, rows: Sequence[str]) -> list[dict[str, Any]]:
     return drawn
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The trainer's log of a finished stage."""
-    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+# -- learning curves --------------------------------------------------------------------------------------------------
+
+
+def read_curves(found: Found) -> Curves:
+    """The curve of the last stage that has one, of every row and seed that have."""
+    read = {name: {seed: _points(run) for seed, run in runs.items()} for name, runs in found.items()}
+    drawn = {name: {seed: points for seed, points in seeds.items() if points} for name, seeds in read.items()}
+    return {name: seeds for name, seeds in drawn.items() if seeds}
+
+
+def _points(run: Trained) -> Points:
+    logs = (read_log(folder) for _, folder in reversed(run.stages))
+    curves = ([(entry[QUESTIONS], entry[PRESENCE]) for entry in log if PRESENCE in entry] for log in logs)
+    return next(filter(None, curves), [])
+
+
+def questions_to(level: float, points: Points) -> float:
+    """The questions at the first point that reaches `level`; infinity where none does."""
+    return next((questions for questions, presence in points if presence >= level), math.inf)
+
+
+def curves_json(curves: Curves) -> dict[str, Any]:
+    """Row -> seed -> its points, and its questions to each level (null: not reached)."""
+    return {
+        name: {
+            str(seed): {
+                "points": points,
+                "questions_to": {
+                    f"{100 * level:g}": None if math.isinf(q := questions_to(level, points)) else q for level in LEVELS
+                },
+            }
+            for seed, points in seeds.items()
+        }
+        for name, seeds in curves.items()
+    }
+
+
+def curve_lines(curves: Curves) -> list[list[str]]:
+    """One line per row: questions to each level, and presence at the end."""
+    lines = [["", *(f"questions to {100 * level:g} %" for level in LEVELS), "at the end, %", "of questions", "seeds"]]
+    for name, seeds in curves.items():
+        most = min(points[-1][0] for points in seeds.values())
+        reached = [questions_text([questions_to(level, p) for p in seeds.values()], most) for level in LEVELS]
+        ends = [100 * points[-1][1] for points in seeds.values()]
+        end = spread(statistics.mean(ends), ends, "{:.1f}".format)
+        lines.append([ROWS[name].title, *reached, end, f"{most:,}", ", ".join(map(str, seeds))])
+    return lines
+
+
+def questions_text(values: Sequence[float], most: float) -> str:
+    """The median over seeds (lowest to highest); the higher one of two in the middle."""
+
+    def text(value: float) -> str:
+        return f"> {most:,}" if math.isinf(value) else f"{int(value):,}"
+
+    return spread(statistics.median_high(values), values, text)
+
+
+def draw_curves(curves: Curves, found: Found, path: Path) -> bool:
+    """One line per row: the mean over seeds, and each seed's as a thin one. Returns whether there are curves."""
+    if not curves:
+        return False
+    figure = Figure(figsize=(7.6, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for index, (name, seeds) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
+        for points in seeds.values() if len(seeds) > 1 else ():
+            axes.plot(*zip(*points, strict=True), color=color, lw=0.8, alpha=0.4)
+        questions, mean, _, _ = over_seeds(list(seeds.values()))
+        axes.plot(questions, mean, color=color, lw=2.2, label=ROWS[name].title)
+    for level in LEVELS:
+        axes.axhline(level, color="grey", lw=0.5, ls=":")
+    axes.axhline(_constant(curves, found), color="grey", lw=0.9, ls="--", label="best constant answer")
+    axes.set_xlabel("questions trained on")
+    axes.set_ylabel("presence answered right")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    save_figure(figure, path)
+    return True
+
+
+def _constant(curves: Curves, found: Found) -> float:
+    """The share that the best constant answer gets right, of the questions of the first curve."""
+    name, seeds = next(iter(curves.items()))
+    lineages = (read_lineage(folder) or {} for _, folder in found[name][next(iter(seeds))].stages)
+    yes = next(lineage["answers"]["yes"] for lineage in lineages if "answers" in lineage)
+    return max(yes, 1 - yes)

@@ -142,11 +142,6 @@ class Run:
     start: Start
     query: Query
 
-    @property
-    def origin(self) -> str:
-        """The folder that it starts from."""
-        return self.parent or self.start.name
-
 
 BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "twin"
 PHRASES, PHRASES_TWICE = "phrases", "phrases-lm"
@@ -204,7 +199,7 @@ def choose_rows(names: Iterable[str] | None) -> list[Row]:
     """
     if names is None:
         return list(ROWS.values())
-    wanted = {name.lower().replace("isation", "ization") for name in names}  # its spelling before
+    wanted = {name.lower() for name in names}
     known = {"quickstart", *ROWS, *(row.group.lower() for row in ROWS.values())}
     if unknown := sorted(wanted - known):
         raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")

@@ -22,9 +22,8 @@ from agevlm.models import load
 from agevlm.store import read_json, write_json, write_text
 from agevlm.training.lineage import git_commit, library_versions, read_lineage
 
-from .charts import draw_charts
+from .charts import Curves, curve_lines, curves_json, draw_charts, draw_curves, read_curves
 from .claims import FAILS, HOLDS, NOT_RUN, Claim, claims, difference_text, reading, summary
-from .curves import Curves, curve_lines, curves_json, draw_curves, read_curves
 from .matrix import BASELINE, GUIDED, GUIDED_TWICE, MAIN, PHRASES, PHRASES_TWICE, ROWS, TWIN
 from .prepare import SPLIT
 from .scores import (
@@ -44,6 +43,7 @@ from .scores import (
     layer_title,
     read_scores,
     right_answers,
+    spread,
 )
 from .setting import deviation_lines, settings
 
@@ -77,7 +77,7 @@ class Section:
     """A table of the page with a picture above it.
 
     Args:
-        lines: makes the table; where it has a head alone, the section is left out, or says `otherwise` alone.
+        lines: makes the table; where it has a head alone, the section is left out.
         picture: name of a file beside the report, and what draws it (returns whether there was anything to draw).
     """
 
@@ -85,7 +85,6 @@ class Section:
     note: str
     lines: Callable[[Material], Lines]
     picture: tuple[str, Callable[[Material, Path], bool]] | None = None
-    otherwise: str = ""
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -106,8 +105,13 @@ def number_lines(titles: Sequence[str], material: Material) -> Lines:
             lines.append([title, *(_text(scores, name, title) for name in main), blind, theirs])
     if len(lines) > 1:
         lines.append(["seeds", *(_seeds(material.found[name]) for name in main), "", ""])
-    filled = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    return [list(line) for line in zip(*filled, strict=True)]
+    return _filled(lines)
+
+
+def _filled(lines: Lines) -> Lines:
+    """Without empty columns."""
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
 def _text(scores: Scores, name: str, title: str) -> str:
@@ -133,8 +137,7 @@ def presence_lines(material: Material) -> Lines:
             above = "yes" if scores.is_above_blind(name, ACCURACY) else "no"
             false_yes, blind = scores.numbers[name][FALSE_YES].text(), f"{best[1]:.1f} ({best[0]})"
             lines.append([ROWS[name].title, number.text(), blind, above, compared, false_yes, _seeds(runs)])
-    filled = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    return [list(line) for line in zip(*filled, strict=True)]
+    return _filled(lines)
 
 
 def looks_lines(material: Material) -> Lines:
@@ -172,8 +175,7 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    text = f"{sum(known) / len(known):.{digits}f}"
-    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    return spread(sum(known) / len(known), known, f"{{:.{digits}f}}".format)
 
 
 def _centred_auroc(entry: Any) -> float:
@@ -281,7 +283,6 @@ LEAD = (
         "reaches a level.",
         lambda material: curve_lines(material.curves),
         ("curves.png", lambda m, path: draw_curves({n: m.curves[n] for n in m.main if n in m.curves}, m.found, path)),
-        otherwise="No stage in this folder has a learning curve: it was trained by an earlier version.",
     ),
     Section(
         "Where they look",
@@ -435,8 +436,7 @@ def _made(section: Section, material: Material, output: Path) -> dict[str, Any] 
     """Title, note, lines and the picture's file name (None without one); None where there is nothing to say."""
     lines = section.lines(material)
     if not lines[1:]:
-        said = {"title": section.title, "note": section.otherwise, "lines": lines[:0], "picture": None}
-        return said if section.otherwise else None
+        return None
     name, draw = section.picture or ("", lambda *_: False)
     picture = name if draw(material, output / name) else None
     return {"title": section.title, "note": section.note, "lines": lines, "picture": picture}
@@ -447,15 +447,10 @@ def html(page: Mapping[str, Any], output: Path) -> str:
     environment = page_environment(
         "reproduction",
         duration=duration,
-        picture=lambda name: _address(output / name),
+        picture=lambda name: data_address(open_image(output / name, name), "webp", 82, PICTURE_SIDE),
         tone={HOLDS: "holds", FAILS: "fails"}.get,
     )
     return environment.get_template(TEMPLATE).render({**page, "not_run": NOT_RUN})
-
-
-def _address(path: Path) -> str:
-    """A picture as a WebP data URL."""
-    return data_address(open_image(path, str(path)), "webp", 82, PICTURE_SIDE)
 
 
 def duration(seconds: float) -> str:

@@ -63,11 +63,6 @@ class Place:
         return self.output / "scenes"
 
     @property
-    def features(self) -> Path:
-        """The frozen tower's output for each picture, shared by all rows and seeds."""
-        return self.output / "features"
-
-    @property
     def curve(self) -> Path:
         """The questions of the learning curves."""
         return self.output / "curve.parquet"
@@ -103,7 +98,7 @@ class Step:
 
 def train_step(place: Place, seed: int, run: Run) -> None:
     """One stage run, with the model it starts from if it is the first."""
-    origin = place.output / f"seed-{seed}" / run.origin
+    origin = place.output / f"seed-{seed}" / (run.parent or run.start.name)
     if run.parent is None:
         with locked(origin):
             save_start(place.parts, origin, seed, SIZES[place.size], run.start)
@@ -118,7 +113,7 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             data=rows,
             init_from=origin,
             language=None if SIZES[place.size].scratch else place.scenes,  # which knows none before stage 4
-            stored_features=place.features if why_not(recipe, args) is None else None,
+            stored_features=place.output / "features" if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
             name=f"seed-{seed}/{run.name}",

@@ -5,7 +5,7 @@ question in all seeds at once), in parentheses the lowest and highest seed. The 
 questions and seeds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,10 +198,11 @@ def read_scores(found: Found, scenes: Path) -> Scores:
         asked += [units[row["id"]] for row in usable]
         for model, parsed in answers.items():
             unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
-    in_words = {model: at.parent / LANGUAGE / told.PAPER.name / PREDICTIONS for model, at in folders.items()}
-    lines = {model: read_lines(file) for model, file in in_words.items() if file.is_file()}  # folders of before: none
+    name = told.PAPER.name
+    files = {model: at.parent / LANGUAGE / name / PREDICTIONS for model, at in folders.items()}
+    lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may have failed
     if lines:
-        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[told.PAPER.name]), lines)
+        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[name]), lines)
     _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
     _read_looks(scores, folders, units)
     return scores
@@ -275,6 +276,11 @@ def _read_looks(scores: Scores, folders: Mapping[Model, Path], units: Mapping[st
         title = layer_title(layer)
         scores.blind[title] = scores.blind[MASS]
         _add(scores, title, measures, [units[key] for key in common])
+
+
+def spread(middle: float, values: Sequence[float], write: Callable[[float], str]) -> str:
+    """A number over seeds: `middle (lowest to highest)`, of one seed alone."""
+    return write(middle) + (f" ({write(min(values))} to {write(max(values))})" if len(values) > 1 else "")
 
 
 def layer_title(layer: int | str) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from agevlm.data.scenes.build import FORMAT
@@ -17,6 +16,7 @@ from .scores import Found
 def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, str]:
     """The report's lines about settings."""
     folders = {folder for runs in found.values() for run in runs.values() for _, folder in run.stages}
+    commits = {str((read_lineage(folder) or {}).get("git_commit", "unknown"))[:12] for folder in folders}
     counts = SIZES[size]
     told = {
         "size": size,
@@ -24,7 +24,7 @@ def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, st
         "scenes": f"format {FORMAT}, split {SPLIT}, {counts.questions:,} questions of each benchmark",
         "other measurements": f"similarity of {counts.pairs} pairs, padding of {counts.oblong} pictures cut to 16 : 9",
         "report written at commit": str(git_commit())[:12],
-        "stages trained at commit": ", ".join(sorted({_commit(folder) for folder in folders})),
+        "stages trained at commit": ", ".join(sorted(commits)),
     }
     for run in chain(ROWS[GUIDED_TWICE], size, 0):
         recipe, rows = run.recipe, getattr(counts, run.recipe.data)
@@ -34,11 +34,6 @@ def settings(size: str, found: Found, failed: Mapping[str, str]) -> dict[str, st
         )
     told["shared work"] = "stages that begin several rows alike ran once"
     return told | {f"failed: {name}": reason for name, reason in failed.items()}
-
-
-def _commit(folder: Path) -> str:
-    lineage = read_lineage(folder)
-    return str(lineage["git_commit"])[:12] if lineage is not None else "unknown"
 
 
 def deviation_lines(size: str) -> list[list[str]]:

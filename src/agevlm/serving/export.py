@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from agevlm.arguments import VerbParser
 from agevlm.progress import written
-from agevlm.store import new_folder
+from agevlm.store import check_free, new_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--int8", action="store_true", help="ONNX only: dynamic quantization of all matrix products")
     parser.add_argument("--images", type=int, default=1, help="places for pictures per row (default: 1)")
     options = parser.parse_args(argv)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise ValueError(f"{options.output} is there already. Choose a new folder.")
+    check_free(options.output)
     if options.images < 1:
         raise ValueError(f"`--images` must be at least 1, got {options.images}.")
 

@@ -34,26 +34,6 @@ class Answerer:
         known = list(self.subject.attention)
         return [known[round(index)] for index in np.linspace(0, len(known) - 1, min(len(known), LAYERS_DRAWN))]
 
-    def answer(
-        self,
-        images: Sequence[Image.Image],
-        question: str,
-        before: Sequence[tuple[str, str]],
-        max_new_tokens: int,
-        streamer: TextStreamer,
-    ) -> Attended:
-        with self.lock:
-            return attend(
-                self.subject.model,
-                self.subject.processor,
-                images,
-                question,
-                before=before,
-                layers=self.layers,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-            )
-
 
 class _ToQueue(TextStreamer):
     """Puts `(name, text so far)` whenever a word is complete."""
@@ -89,10 +69,21 @@ def ask(
     events: queue.Queue = queue.Queue()
 
     def work(name: str, answerer: Answerer) -> None:
+        model, processor = answerer.subject.model, answerer.subject.processor
         try:
-            streamer = _ToQueue(answerer.subject.processor.tokenizer, name, events)
-            earlier = before.get(name, ())
-            events.put((name, answerer.answer(images, question, earlier, max_new_tokens, streamer)))
+            streamer = _ToQueue(processor.tokenizer, name, events)
+            with answerer.lock:
+                done = attend(
+                    model,
+                    processor,
+                    images,
+                    question,
+                    before=before.get(name, ()),
+                    layers=answerer.layers,
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                )
+            events.put((name, done))
         except Exception as error:  # raised again where the user waits
             events.put((name, error))
 

@@ -182,11 +182,8 @@ def _card(name: str, question: str) -> str:
 
 
 def _pictures(gallery: Any) -> list[Mapping[str, Any]]:
-    """A client's descriptions of its uploads, of which Gradio has checked nothing.
-
-    Raises:
-        ValueError: there are more than `MAX_PICTURES`, or none.
-    """
+    """A client's descriptions of its uploads, of which Gradio has checked nothing. Raises ValueError if there are more
+    than `MAX_PICTURES`."""
     gallery = gallery if isinstance(gallery, list) else []
     if len(gallery) > MAX_PICTURES:
         raise ValueError(f"there are {len(gallery)} pictures; ask about {MAX_PICTURES} or fewer")
@@ -195,11 +192,8 @@ def _pictures(gallery: Any) -> list[Mapping[str, Any]]:
 
 
 def _before(said: Any, paths: Sequence[Any], names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-    """The conversation that a client has had with each model: nothing where it was about other pictures.
-
-    Raises:
-        ValueError: it is longer than `MAX_TURNS`, a text in it longer than `MAX_SAID`, or it is none.
-    """
+    """The conversation that a client has had with each model: nothing where it was about other pictures. Raises
+    ValueError if it is longer than `MAX_TURNS`, a text in it longer than `MAX_SAID`, or it is none."""
     said = said if isinstance(said, Mapping) and said.get("pictures") == paths else {}
     turns = said.get("turns") if isinstance(said.get("turns"), Mapping) else {}
     before = {name: turns.get(name) or [] for name in names}
@@ -218,11 +212,8 @@ def _is_turn(pair: Any) -> bool:
 
 
 def _open_upload(upload: Mapping[str, Any], folder: str) -> Image.Image:
-    """The picture of a client's description of its upload, of which Gradio has checked nothing.
-
-    Raises:
-        ValueError: there is no upload of that description in `folder`, or it is no picture.
-    """
+    """The picture of a client's description of its upload. Raises ValueError if there is none in `folder`, or it is no
+    picture."""
     content = _read_upload(upload.get("path"), folder)
     if content is None:
         raise ValueError("there is no picture; upload one")
@@ -248,16 +239,16 @@ def _read_upload(path: Any, folder: str) -> bytes | None:
     if not isinstance(path, str):
         return None
     most = MAX_UPLOAD * 2**20
+
+    def at_once(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
     try:
-        with open(resolve_inside(folder, path), "rb", opener=_open_at_once) as file:
+        with open(resolve_inside(folder, path), "rb", opener=at_once) as file:
             status = os.fstat(file.fileno())
             return file.read(most) if stat.S_ISREG(status.st_mode) and status.st_size <= most else None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links, before Python 3.13
         return None
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _draw(
