@@ -1,4 +1,4 @@
-"""The command line: frozen verbs and flags, errors in one line."""
+"""The command line: frozen verbs and flags, old spellings, errors in one line."""
 
 import argparse
 import errno
@@ -16,6 +16,7 @@ from agevlm.reproduction import reproduce
 from agevlm.reproduction.prepare import prepare_parts
 from agevlm.serving.demo import app
 from agevlm.store import locked
+from agevlm.training import flags as training_flags
 
 
 # Commit 01c7f2d: number of positional arguments, flags. Whatever could be said there can be said here.
@@ -62,7 +63,6 @@ BEFORE = {
 # fmt: on
 # What the helps show instead. `output` stands for what was the last positional argument.
 RENAMED = {
-    "train": {"guidance_normalisation": "guidance_normalization"},
     "reproduce": {"quickstart": "output"},
     "data scenes": {"num-proc": "workers", "colours": "colors"},
     "data check": {"checkpoint": "model", "out": "output"},
@@ -118,7 +118,7 @@ def test_flags_are_frozen(verb, parser_of):
     spellings = {name for name in parser._option_string_actions if name.startswith("--")} - {"--help"}
     if verb == "train":  # 600 flags are the libraries', which are imported to name them
         every = set(parser_of(verb, "--help-all")._option_string_actions)
-        before = {f"--{RENAMED[verb].get(flag, flag)}" for flag in flags.split()}
+        before = {f"--{training_flags.RENAMED.get(flag, flag)}" for flag in flags.split()}
         assert before | spellings <= every | {"--config"}  # which TRL reads itself
         assert 35 <= len(spellings) <= 48
         return
@@ -126,20 +126,39 @@ def test_flags_are_frozen(verb, parser_of):
     now = {renamed.get(flag, flag) for flag in flags.split()} | ADDED.get(verb, set())
     now |= {"output"} if verb in NEW_OUTPUT else set()
     assert spellings == {f"--{flag}" for flag in now}
+    assert parser.renamed == {f"--{old}": f"--{new}" for old, new in renamed.items()}
+    assert parser.output_was_positional == (verb in NEW_OUTPUT)
     positional = [action for action in parser._actions if not action.option_strings]
-    assert len(positional) + (verb in NEW_OUTPUT) == count
+    assert len(positional) + parser.output_was_positional == count
 
 
 def test_every_entry_point_is_a_verb():
-    """`python -m` is for the command itself and for `accelerate launch`."""
+    """`python -m` is for the command itself, for `accelerate launch`, and for old spellings that say so."""
     package = Path(cli.__file__).parent
     found = set()
     for place, _, names in os.walk(package, followlinks=True):
         for path in (Path(place) / name for name in names if name.endswith(".py")):
             text = path.read_text(encoding="utf-8")
-            if text.rpartition("\n\n")[2].startswith('if __name__ == "__main__"'):
+            if text.rpartition("\n\n")[2].startswith('if __name__ == "__main__"') and "note_old" not in text:
                 found.add(str(path.relative_to(package)))
     assert found == {"__main__.py", "training/train.py"}
+
+
+def test_old_spellings_work_with_a_note(capsys):
+    parser = VerbParser("test", "A test.")
+    parser.add_argument("source")
+    parser.add_output("folder")
+    parser.add_argument("--workers", type=int)
+    parser.rename("--num-proc", "--workers")
+    wanted = parser.parse_args(["a", "--output", "b", "--workers", "2"])
+    assert capsys.readouterr().err == "" and wanted.output == Path("b")
+    for old in (["a", "b", "--num-proc", "2"], ["a", "--num-proc=2", "b"]):
+        assert parser.parse_args(old) == wanted
+        said = capsys.readouterr().err
+        assert "--num-proc is now --workers" in said and "`--output b`" in said
+    for wrong in (["a"], ["a", "b", "c"], ["a", "b", "--nothing"], ["a", "--output", "b", "c"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
 
 
 def test_the_overview_lists_every_verb():
@@ -156,7 +175,7 @@ def test_a_wrong_verb_gets_a_proposal():
 
 
 def test_a_users_mistake_is_one_line():
-    result = run("data", "scenes", "--output", "/nonexistent-parent/file.txt/out", "--names", "aple")
+    result = run("data", "scenes", "/nonexistent-parent/file.txt/out", "--names", "aple")
     assert result.returncode == 2
     assert "aple" in result.stderr and "apple" in result.stderr
     assert "Traceback" not in result.stderr

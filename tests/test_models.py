@@ -146,7 +146,7 @@ WAYS = {
     "analyze similarity": look(analyze.similarity),
     "analyze padding": look(analyze.padding),
     "demo": lambda folder, scenes, out: demo.main([str(folder)]),
-    "export": lambda folder, scenes, out: export.main([str(folder), "--output", str(out)]),
+    "export": lambda folder, scenes, out: export.main([str(folder), str(out)]),
     "train": start_stage(),
     "train with adapters": start_stage(use_peft=True),
     "twin": start_train("--variant", "twin"),
@@ -232,7 +232,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="llava is no AGE-VLM checkpoint: its model type is 'llava'"):
             way(tmp_path / "llava", ours=True)
     with pytest.raises(CheckpointError, match="llava is no AGE-VLM checkpoint"):
-        export.main([str(tmp_path / "llava"), "--output", str(tmp_path / "out")])
+        export.main([str(tmp_path / "llava"), str(tmp_path / "out")])
     for name in ("a/b/c", str(tmp_path / "missing")):
         with pytest.raises(CheckpointError, match=f"{name} is neither a folder nor the id of a repository"):
             load(name)

@@ -6,7 +6,7 @@ The parser that reads a command line is TRL's (`train.py`); it adds the flags of
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
-from agevlm.arguments import VerbParser
+from agevlm.arguments import VerbParser, note_old
 
 from .stages.recipe import Size, Variant
 
@@ -140,6 +140,20 @@ class OwnTrainingArguments:
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Peak TFLOP/s of one device, for the metric `mfu`. Default: measured."}
     )
+
+
+# Flags that had another name -> today's; the old ones work for one more release, also in `--config` files
+RENAMED = {"guidance_normalisation": "guidance_normalization"}
+
+
+def current_name(flag: str) -> str:
+    """A flag of the command line (`--old-name=value`) or a field of a configuration under today's name."""
+    name, equals, value = flag.partition("=")
+    known = name.lstrip("-").replace("-", "_")
+    if known not in RENAMED:
+        return flag
+    note_old(f"`{known}`", f"`{RENAMED[known]}`")
+    return f"{'--' if name.startswith('--') else ''}{RENAMED[known]}{equals}{value}"
 
 
 # The flags of transformers, TRL and peft that most runs need

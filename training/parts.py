@@ -272,3 +272,11 @@ def run_verb(args: argparse.Namespace) -> None:
     else:
         make_small(args.output, work, args.cutouts, args.scenes, args.seed)
     written(args.output, "agevlm init --parts {} --output START")
+
+
+if __name__ == "__main__":  # as it was called, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.training import cli
+
+    note_old("`python -m agevlm.training.parts`", "`agevlm parts`")
+    cli.parts()

@@ -21,7 +21,7 @@ from agevlm.store import locked
 from agevlm.training import cli
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.config import AgeVlmSFTConfig
-from agevlm.training.flags import StageArguments
+from agevlm.training.flags import StageArguments, current_name
 from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import STAGES
 from agevlm.training.stages.recipe import StageRecipe
@@ -67,6 +67,13 @@ class FileParser(TrlParser):
         return super().set_defaults_with_config(**given)
 
 
+class StageParser(FileParser):
+    """Its configuration files may hold old names of flags."""
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return super().set_defaults_with_config(**{current_name(name): value for name, value in kwargs.items()})
+
+
 def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig, AdapterArguments]:
     """Recipe, stage flags, training arguments and adapter flags of a command line that begins with a stage's name.
 
@@ -75,7 +82,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     """
     # All flags are shown for the first stage, which has what all of them have.
     stage, flags = (next(iter(STAGES)), argv) if argv[0] == "--help-all" else (argv[0], argv[1:])
-    flags = [part for word in flags for part in word.split("=", word.startswith("--config="))]
+    flags = [part for word in flags for part in current_name(word).split("=", word.startswith("--config="))]
     # First pass: the flags that decide the recipe, which in turn decides the defaults of all the others.
     first = FileParser(StageArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # no NewType fits
     first.add_argument("--per_device_train_batch_size", type=int)
@@ -84,7 +91,7 @@ def parse(argv: list[str]) -> tuple[StageRecipe, StageArguments, AgeVlmSFTConfig
     defaults = {"output_dir": f"runs/{arguments.variant}/{stage}"}
     if namespace.per_device_train_batch_size is not None:
         defaults["per_device_train_batch_size"] = namespace.per_device_train_batch_size
-    parser = FileParser(
+    parser = StageParser(
         (StageArguments, AgeVlmSFTConfig, AdapterArguments),  # type: ignore[arg-type]  # as above
         prog="agevlm train",
         usage="agevlm train STAGE [--flag VALUE ...]",  # argparse's own names 600 flags before it says a word

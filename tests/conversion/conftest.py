@@ -25,7 +25,7 @@ def pair(request, tmp_path_factory, words, vocabulary):
     original = Published(folder, request.param, words, vocabulary, bins=request.param == "convllava")
     flags = ["--read-bin"] if request.param == "convllava" else []
     converted = folder / request.param  # models are called after their folders
-    cli.main([request.param, str(original.folder), "--output", str(converted), *flags])
+    cli.main([request.param, str(original.folder), str(converted), *flags])
     return original, converted
 
 

@@ -22,8 +22,8 @@ from builders import picture
 def test_convllava_takes_the_tower_that_the_authors_loader_takes(tmp_path, words, vocabulary, capsys):
     original = Published(tmp_path, "convllava", words, vocabulary)
     image, command = picture(90, 60), ["convllava", str(original.folder)]
-    cli.main([*command, "--output", str(tmp_path / "default")])
-    cli.main([*command, "--output", str(tmp_path / "inside"), "--vision-from-checkpoint"])
+    cli.main([*command, str(tmp_path / "default")])
+    cli.main([*command, str(tmp_path / "inside"), "--vision-from-checkpoint"])
     record = json.loads((tmp_path / "default" / "agevlm_conversion.json").read_text())
     inside = {
         name.removeprefix("model.vision_tower.vision_tower."): value
@@ -97,7 +97,7 @@ def test_half_precision_stays_as_it_is_published(tmp_path, words, vocabulary):
     """The checkpoint in bfloat16, its tower in float32, as ConvLLaVA's: no tensor is cast on the way."""
     original, dtype = Published(tmp_path, "convllava", words, vocabulary), torch.bfloat16
     rewrite(original, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
-    cli.main(["convllava", str(original.folder), "--output", str(tmp_path / "out")])
+    cli.main(["convllava", str(original.folder), str(tmp_path / "out")])
     written = load_file(tmp_path / "out" / "model.safetensors")
     kinds = {name: tensor.dtype for name, tensor in written.items()}
     assert {kinds[name] for name in kinds if "vision_tower" in name} == {torch.float32}
@@ -111,7 +111,7 @@ def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, v
     """Through the command, in a process that knows this Hub alone; pickles stay where they are unless asked for."""
     original = Published(tmp_path, "convllava", words, vocabulary, bins=True)
     (original.folder / "config.json").write_text(json.dumps({**original.config, "mm_vision_tower": "a/tower"}))
-    command = ["convert", "convllava", "a/convllava", "--output", str(tmp_path / "out")]
+    command = ["convert", "convllava", "a/convllava", str(tmp_path / "out")]
     with HubServer(tmp_path / "hub") as hub:
         commit = hub.add_repo("a/convllava", original.folder).find("main").oid
         hub.add_repo("a/tower", tmp_path / "tower")
@@ -141,7 +141,7 @@ def small(tmp_path, words, vocabulary) -> Published:
 
 def refuse(command: list, message: str, output: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        cli.main([*map(str, command), "--output", str(output)])
+        cli.main([*map(str, command), str(output)])
     assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
 
 
@@ -264,7 +264,7 @@ def test_pickles_are_read_only_when_asked_for_and_only_for_tensors(tmp_path, wor
     refuse([*command, "--read-bin"], "cannot be read", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     file.write_bytes(good)
-    cli.main([*map(str, command), "--output", str(tmp_path / "out"), "--read-bin"])
+    cli.main([*map(str, command), str(tmp_path / "out"), "--read-bin"])
     record = json.loads((tmp_path / "out" / "agevlm_conversion.json").read_text())
     assert record["read_with"] == "torch.load(weights_only=True)" and record["left_out"] == LAYERS
 
@@ -281,13 +281,13 @@ def test_a_pickled_tower_says_what_to_pass(tmp_path, words, vocabulary):
     tower = published.save_folder(tmp_path / "pickled", original.tower, {"hidden_act": "gelu"}, bins=True)
     command = ["convllava", original.folder, "--vision-tower", tower]
     refuse(command, "vision tower .* `--read-bin` .*`--vision-from-checkpoint`", tmp_path / "out")
-    cli.main([*map(str, command), "--output", str(tmp_path / "out"), "--read-bin"])
+    cli.main([*map(str, command), str(tmp_path / "out"), "--read-bin"])
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_an_empty_folder_is_taken_and_a_finished_one_left_alone(small, tmp_path):
     (tmp_path / "out").mkdir()
-    command = ["mobilevlm-v2", str(small.folder), "--output", str(tmp_path / "out")]
+    command = ["mobilevlm-v2", str(small.folder), str(tmp_path / "out")]
     cli.main(command)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match="is there already"):
@@ -299,7 +299,7 @@ def test_a_folder_in_use_and_a_killed_run(small, tmp_path, monkeypatch):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
-        cli.main(["mobilevlm-v2", str(small.folder), "--output", str(tmp_path / "used")])
+        cli.main(["mobilevlm-v2", str(small.folder), str(tmp_path / "used")])
     assert (tmp_path / "used" / "file").read_text() == "mine"
 
     def killed(*args, **kwargs):
@@ -307,5 +307,5 @@ def test_a_folder_in_use_and_a_killed_run(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        cli.main(["mobilevlm-v2", str(small.folder), "--output", str(tmp_path / "out")])
+        cli.main(["mobilevlm-v2", str(small.folder), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()

@@ -142,7 +142,7 @@ def test_doctor_and_conversion_agree_and_a_converted_set_is_healthy(diagnosis, c
 
 def test_a_strict_check_ends_with_status_1(written, converted, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([str(written[0]), "--strict", "--workers", "1", "--limit", "40", "--output", str(tmp_path / "r")])
+        main([str(written[0]), "--strict", "--workers", "1", "--limit", "40", "--out", str(tmp_path / "r")])
     assert ended.value.code == 1
     assert "image_missing" not in capsys.readouterr().out  # behind the limit
     assert json.loads((tmp_path / "r" / "report.json").read_text())["rows_read"] == 40

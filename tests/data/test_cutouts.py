@@ -112,7 +112,7 @@ def clients(tmp_path, monkeypatch):
 
 
 def test_fetching(clients, capsys):
-    main(["--output", str(clients / "cutouts"), "--downloads", str(clients / "downloads")])
+    main([str(clients / "cutouts"), "--downloads", str(clients / "downloads")])
     listing = json.loads((clients / "cutouts/cutouts.json").read_text())
     found = {(e["name"], e["style"], e["category"]) for e in listing}
     assert found == {("owl", "drawing", "bird"), ("owl", "photo", "bird"), ("airplane", "drawing", "vehicle"),

@@ -37,19 +37,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="re
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_workers_end_with_their_command(tmp_path, number, status):
     out = tmp_path / "scenes"
-    command = [
-        sys.executable,
-        "-m",
-        "agevlm",
-        "data",
-        "scenes",
-        "--output",
-        str(out),
-        "--captions",
-        "50000",
-        "--workers",
-        "2",
-    ]
+    command = [sys.executable, "-m", "agevlm", "data", "scenes", str(out), "--captions", "50000", "--num-proc", "2"]
     # Whoever runs the tests in the background ignores SIGINT, and children inherit that.
     heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)

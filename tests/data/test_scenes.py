@@ -145,7 +145,7 @@ def test_bad_arguments(changes, message, tmp_path):
 
 def test_command_line_gives_the_same_scenes(folder, tmp_path, capsys):
     flags = [text for name in ("captions", "instructions", "test", "size") for text in (f"--{name}", str(SMALL[name]))]
-    main(["--output", str(tmp_path / "out"), *flags, "--workers", "1"])
+    main([str(tmp_path / "out"), *flags, "--num-proc", "1"])
     assert "contact_sheet.png" in capsys.readouterr().out
     assert (tmp_path / "out/scenes.json").read_text() == (folder / "scenes.json").read_text()
 

@@ -20,7 +20,7 @@ def test_two_processes_write_what_one_does_and_one_may_finish_for_two(tmp_path, 
     rows, masks = write_files([f"number {number}" for number in range(count)], [(30, 20)] * count, boxes)
 
     def command(out, *more):
-        return [rows, "--output", str(tmp_path / out), "--backend", "exact", "--masks", masks, *more]
+        return [rows, str(tmp_path / out), "--backend", "exact", "--masks", masks, *more]
 
     def launch(out, *more):
         return [*TORCHRUN, "-m", "agevlm", "ground", *command(out, *more)]

@@ -35,7 +35,7 @@ def files(tmp_path, write_files):
 def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
     folder, rows, masks = files
     out = folder / "out"
-    command = [rows, "--output", str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--workers", "0"]
+    command = [rows, str(out), "--backend", "exact", "--masks", masks, "--keep", "5", "--num-workers", "0"]
     ground.ground(command)
     assert "5 masks kept of 8 rows attempted" in capsys.readouterr().out
     before = (out / "data" / "kept.parquet").stat().st_mtime_ns
@@ -56,10 +56,11 @@ def test_the_command_line_from_rows_to_page_quality_and_coco(files, capsys):
     assert all(quality[name]["mean"] == 1 for name in ("iou", "boundary_f", "grid_iou"))
 
     pytest.importorskip("pycocotools", reason="needs the extra coco")
-    ground.export_coco([str(out), "--output", str(folder / "coco.json")])
-    ground.import_coco([str(folder / "coco.json"), "--output", str(folder / "back.parquet"), "--rows", rows])
+    ground.export_coco([str(out), str(folder / "coco.json")])
+    ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet"), "--rows", rows])
+    assert "`agevlm ground import` is now `agevlm data import`" in capsys.readouterr().err
     with pytest.raises(ValueError, match="give the rows that they belong to, --rows ROWS"):
-        ground.import_coco([str(folder / "coco.json"), "--output", str(folder / "back.parquet")])
+        ground.import_coco([str(folder / "coco.json"), str(folder / "back.parquet")])
     kept, back = read_masks(out), load_table(str(folder / "back.parquet"))
     assert back["id"] == kept["id"] and back["query"] == kept["query"]
     for one, two in zip(kept["mask"], back["mask"], strict=True):

@@ -142,7 +142,7 @@ def test_the_quickstarts_rows_differ_in_guidance_alone(size):
 
 def test_rows_are_chosen_by_name_or_group():
     assert [row.name for row in choose_rows(["max", "guidance"])] == ["guided-4", "max"]
-    assert choose_rows(["Normalization"]) == [ROWS["max"]]
+    assert choose_rows(["Normalisation"]) == choose_rows(["normalization"]) == [ROWS["max"]]
     assert choose_rows(None) == list(ROWS.values())
     with pytest.raises(ValueError, match=r"called sum.*agevlm"):
         choose_rows(["sum"])
@@ -196,21 +196,23 @@ def test_a_failure_takes_along_what_needs_it_and_nothing_else(tmp_path, jobs):
         execute(steps, jobs, strict=True, tell=lambda text: None)
 
 
-def test_both_verbs_are_one_reproduction(monkeypatch):
+def test_both_verbs_are_one_reproduction(monkeypatch, tmp_path, capsys):
     """Same function, same arguments, one folder; a call sees one accelerator."""
     seen = []
     monkeypatch.setattr(reproduce, "run_verb", seen.append)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     cli.quickstart([])
-    cli.reproduce(["--only", "quickstart", "--strict", "--output", "runs/quickstart"])
+    cli.reproduce(["--only", "quickstart", "--strict", "--quickstart", "runs/quickstart"])
     assert seen[0] == seen[1]
+    assert "--quickstart is now --output" in capsys.readouterr().err
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     cli.reproduce([])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(SystemExit):
-        cli.reproduce(["--jobs", "0"])
+    for wrong in (["--quickstart", "a", "--output", "b"], ["--jobs", "0"]):
+        with pytest.raises(SystemExit):
+            cli.reproduce(wrong)
 
 
 def test_missing_parts_say_what_to_do(tmp_path):

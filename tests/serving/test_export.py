@@ -55,7 +55,7 @@ def mixed_rows():
 @pytest.mark.slow
 def test_onnx_runtime_gives_the_tokens_of_the_checkpoint(onnx, tmp_path, capsys):
     """`agevlm export`, then every question about the example picture, alone and as one batch with beams."""
-    main([str(CHECKPOINT), "--output", str(tmp_path / "out")])
+    main([str(CHECKPOINT), str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     said = capsys.readouterr()
@@ -121,15 +121,15 @@ def test_mistakes_are_named(torch_export, tmp_path):
         ExportedAgeVlm(only_vision)
     (tmp_path / "file").write_text("in use", encoding="utf-8")
     with pytest.raises(ValueError, match="there already"):
-        main([str(CHECKPOINT), "--output", str(tmp_path)])
+        main([str(CHECKPOINT), str(tmp_path)])
     with pytest.raises(ValueError, match="at least 1"):
-        main([str(CHECKPOINT), "--output", str(tmp_path / "new"), "--images", "0"])
+        main([str(CHECKPOINT), str(tmp_path / "new"), "--images", "0"])
     for name, message in (
         (ROOT / "checkpoints/tiny-parts/language_model", "is no AGE-VLM checkpoint: its model type is 'llama'"),
         (tmp_path / "nowhere", "nowhere is neither a folder nor the id of a repository"),
     ):
         with pytest.raises(ValueError, match=message):
-            main([str(name), "--output", str(tmp_path / "new")])
+            main([str(name), str(tmp_path / "new")])
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
@@ -166,7 +166,7 @@ def test_torch_export_survives_the_disk(torch_export, tmp_path, monkeypatch):
 def test_int8_is_a_third_and_answers_alike(onnx, tmp_path):
     model = AgeVlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
     processor = AgeVlmProcessor.from_pretrained(CHECKPOINT)
-    main([str(CHECKPOINT), "--output", str(tmp_path / "out"), "--int8"])
+    main([str(CHECKPOINT), str(tmp_path / "out"), "--int8"])
     exported = ExportedAgeVlm.from_pretrained(tmp_path / "out")
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx.data"))
     assert size < 0.36 * sum(parameter.nbytes for parameter in model.parameters())  # the head has its own copy

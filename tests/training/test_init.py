@@ -88,7 +88,7 @@ def flags(llama: Path | str, tower: Path | str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, llama, tower) -> Path:
     folder = tmp_path_factory.mktemp("init") / "start"
-    main(["--output", str(folder), *flags(llama, tower)])
+    main([str(folder), *flags(llama, tower)])
     return folder
 
 
@@ -156,8 +156,8 @@ def test_stage_1_starts_from_it(start, tmp_path):
 
 
 def test_the_seed_decides_and_the_dtype_halves_the_file(start, llama, tower, tmp_path):
-    main(["--output", str(tmp_path / "same"), *flags(llama, tower)])
-    main(["--output", str(tmp_path / "other"), *flags(llama, tower, "--seed", "1", "--dtype", "bfloat16")])
+    main([str(tmp_path / "same"), *flags(llama, tower)])
+    main([str(tmp_path / "other"), *flags(llama, tower, "--seed", "1", "--dtype", "bfloat16")])
     files = [folder / "model.safetensors" for folder in (start, tmp_path / "same", tmp_path / "other")]
     assert files[0].read_bytes() == files[1].read_bytes()
     first, other = load_file(files[0]), load_file(files[2])
@@ -172,7 +172,7 @@ def test_parts_are_what_the_quickstart_starts_from(tmp_path, position):
     start = Start(position=position)
     save_start(TINY_PARTS, tmp_path / "quickstart", seed=3, size=SIZES["tiny"], start=start)
     places = ["--cross-attention-layers", "1", "4", "--cross-attention-position", position]
-    main(["--output", str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
+    main([str(tmp_path / "init"), "--parts", str(TINY_PARTS), "--seed", "3", *places])
     assert AutoConfig.from_pretrained(tmp_path / "init").cross_attention_position == position
     for name in ("model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "init" / name).read_bytes() == (tmp_path / "quickstart" / name).read_bytes(), name
@@ -198,7 +198,7 @@ def test_pixels_are_normalized_as_the_tower_was_trained(llama, tmp_path):
     save_tower(tmp_path / "tower" / "model.safetensors")
     stated = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     (tmp_path / "tower" / "config.json").write_text(json.dumps(stated))
-    main(["--output", str(tmp_path / "start"), *flags(llama, tmp_path / "tower")])
+    main([str(tmp_path / "start"), *flags(llama, tmp_path / "tower")])
     image_processor = AutoProcessor.from_pretrained(tmp_path / "start").image_processor
     assert (list(image_processor.image_mean), list(image_processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
@@ -227,7 +227,7 @@ def save_large_parts(folder: Path) -> tuple[Path, Path]:
 
 def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
     llama, tower = save_large_parts(tmp_path)
-    argv = ["--output", str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
+    argv = [str(tmp_path / "start"), "--language-model", str(llama), "--vision-tower", str(tower)]
     model = without_weights(plan_parts(parse_init(argv)), seed=0)
     with torch.device("meta"):
         paper = AgeVlmForConditionalGeneration(AgeVlmConfig.paper())
@@ -262,7 +262,7 @@ def test_the_real_parts_make_the_papers_model(tmp_path, capsys):
 def refuse(output: Path, argv: list[str], message: str) -> None:
     """The command fails with `message` and leaves nothing."""
     with pytest.raises(ValueError, match=message):
-        main(["--output", str(output), *argv])
+        main([str(output), *argv])
     assert not output.exists()
     assert not list(output.parent.glob(f".{output.name}*"))
 
@@ -270,7 +270,7 @@ def refuse(output: Path, argv: list[str], message: str) -> None:
 def test_a_folder_in_use_is_left_alone(llama, tower, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
-        main(["--output", str(tmp_path), *flags(llama, tower)])
+        main([str(tmp_path), *flags(llama, tower)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -339,12 +339,12 @@ def test_sizes_and_layers_that_do_not_fit_are_noticed_before_weights_are_read(tm
 def test_parts_stand_alone(tmp_path, capsys):
     refuse(tmp_path / "start", ["--parts", str(tmp_path)], "holds no parts")
     with pytest.raises(SystemExit):
-        main(["--output", str(tmp_path / "start"), "--parts", str(TINY_PARTS), "--language-model", "x"])
+        main([str(tmp_path / "start"), "--parts", str(TINY_PARTS), "--language-model", "x"])
     assert "--parts brings both parts" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, tower, tmp_path):
-    argv = ["--output", str(tmp_path / "start"), *flags(llama, tower)]
+    argv = [str(tmp_path / "start"), *flags(llama, tower)]
     script = (
         "import os, signal\n"
         "from agevlm.training import cli, init\n"

@@ -111,17 +111,17 @@ def test_a_wrong_configuration_file_is_refused(tmp_path, text, message):
         parse(["stage3_ground", "--config", str(tmp_path / "run.yaml")])
 
 
-def test_flags_with_dashes_underscores_and_from_files_are_one(tmp_path):
-    (tmp_path / "run.yaml").write_text("guidance-normalization: max\n")
+def test_the_old_name_of_the_normalization_works_with_a_note(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("guidance_normalisation: max\n")
     for flags in (
-        ["--guidance_normalization", "max"],
-        ["--guidance-normalization=max"],
+        ["--guidance_normalisation", "max"],
+        ["--guidance-normalisation=max"],
         ["--config", str(tmp_path / "run.yaml")],
-        [f"--config={tmp_path / 'run.yaml'}"],
     ):
         _, _, training, _ = parse(["stage3_ground", *flags])
         assert training.guidance_normalization == "max"
-    assert stored_names(training_identity(training))["guidance_normalisation"] == "max"  # as folders of runs have it
+        assert capsys.readouterr().err.count("`guidance_normalisation` is now `guidance_normalization`") == 1
+    assert stored_names(training_identity(training))["guidance_normalisation"] == "max"  # as stored earlier
 
 
 def test_dry_run_from_the_command_line(tmp_path, capsys):

@@ -32,6 +32,8 @@ def scenes(argv: list[str] | None = None) -> None:
         kind = special.get(name, {"type": type(value)})
         parser.add_argument(f"--{name.replace('_', '-')}", default=value, help=told, **kind)
     _add_workers(parser)
+    parser.rename("--num-proc", "--workers")
+    parser.rename("--colours", "--colors")
     options = vars(parser.parse_args(argv))
 
     from .scenes.build import build_scenes
@@ -106,6 +108,7 @@ def check(argv: list[str] | None = None) -> None:
         "--against", nargs="+", default=(), metavar="FOLDER", help="evaluation sets, as pictures or Parquet files"
     )
     parser.add_argument("--model", help="folder or repository whose tokenizer counts tokens")
+    parser.rename("--checkpoint", "--model")
     parser.add_argument(
         "--max-length", type=int, default=MAX_LENGTH, help="tokens a row may have (default: %(default)s)"
     )
@@ -113,6 +116,7 @@ def check(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, help="new folder for report.json and rows.jsonl, which lists all findings"
     )
+    parser.rename("--out", "--output")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a row is dropped or a problem")
     options = vars(parser.parse_args(argv))
 

@@ -146,3 +146,11 @@ def run_verb(arguments: argparse.Namespace) -> None:
     """`agevlm results`, with the arguments of `cli.py`."""
     write_text(arguments.output, results_page([read_metrics(path) for path in arguments.metrics]))
     written(arguments.output)
+
+
+if __name__ == "__main__":  # as it was called, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.evaluation import cli
+
+    note_old("agevlm.evaluation.leaderboard", "`agevlm results`")
+    cli.results()

@@ -430,3 +430,11 @@ def run_verb(arguments: argparse.Namespace) -> None:
     write_text(output / "results.html", html_page(results, comparisons, answers, errors))
     Console(markup=False).print(summary_table(results))
     written(output, f"agevlm demo {shlex.join(arguments.models[:2])}")
+
+
+if __name__ == "__main__":  # as it was called with `accelerate launch -m`, for one more release
+    from agevlm.arguments import note_old
+    from agevlm.evaluation import cli
+
+    note_old("agevlm.evaluation.run", "`-m agevlm eval`")
+    cli.evaluate()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agevlm.arguments import VerbParser
+from agevlm.arguments import VerbParser, note_old
 from agevlm.progress import written
 
 from .choices import QUERY_SOURCES, names
@@ -53,6 +53,7 @@ def ground(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="of Florence-2's answer (%(default)s)")
+    parser.rename("--num-workers", "--workers")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at a row that cannot be used")
     options = parser.parse_args(argv)
@@ -199,6 +200,7 @@ def import_coco(argv: list[str] | None = None) -> None:
     parser.add_argument("--by-phrase", action="store_true", help="a mask for each thing that a text names, up to 8")
     parser.add_output("Parquet file to write", "FILE")
     options = parser.parse_args(argv)
+    note_old("`agevlm ground import`", "`agevlm data import`")
     if options.rows is None:
         raise ValueError(f"{options.coco} has no texts for its masks: give the rows that they belong to, --rows ROWS")
 
@@ -263,3 +265,4 @@ def import_data(argv: list[str] | None = None) -> None:
 
 def _add_model(parser: VerbParser, purpose: str) -> None:
     parser.add_argument("--model", help=f"checkpoint whose grid {purpose} (default: 768, pad)")
+    parser.rename("--processor", "--model")

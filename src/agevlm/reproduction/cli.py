@@ -15,6 +15,15 @@ SIZE_HELP = (
 )
 
 
+class _Once(argparse.Action):
+    """Refuses a second value: `--quickstart` and `--output` were two folders before."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} is given twice; scenes, runs and report lie in one folder")
+        setattr(namespace, self.dest, values)
+
+
 def quickstart(argv: list[str] | None = None) -> None:
     """Train a model without guidance, the paper's, and one guided phrase by phrase; evaluate on unseen scenes, report.
 
@@ -38,6 +47,7 @@ def reproduce(argv: list[str] | None = None) -> None:
     """
     parser = VerbParser("reproduce", reproduce.__doc__)
     _add_run(parser, Path("runs/reproduce"))
+    parser.rename("--quickstart", "--output")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows or groups of the matrix (see --dry-run)")
     parser.add_argument("--strict", action="store_true", help="stop at the first step that fails")
     parser.add_argument("--dry-run", action="store_true", help="print the matrix and what is to be done")
@@ -47,7 +57,7 @@ def reproduce(argv: list[str] | None = None) -> None:
 def _add_run(parser: VerbParser, output: Path) -> None:
     """What both verbs have in common."""
     parser.add_argument("--size", choices=SIZES, default=SIZES[0], help=SIZE_HELP)
-    parser.add_argument("--output", type=Path, default=output, help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, action=_Once, default=output, help="folder (default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
     )

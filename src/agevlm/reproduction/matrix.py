@@ -199,7 +199,7 @@ def choose_rows(names: Iterable[str] | None) -> list[Row]:
     """
     if names is None:
         return list(ROWS.values())
-    wanted = {name.lower() for name in names}
+    wanted = {name.lower().replace("isation", "ization") for name in names}  # its spelling before
     known = {"quickstart", *ROWS, *(row.group.lower() for row in ROWS.values())}
     if unknown := sorted(wanted - known):
         raise ValueError(f"No row or group is called {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
