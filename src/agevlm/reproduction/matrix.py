@@ -73,13 +73,15 @@ _TINY = Size(
     cross_attention_layers=(1, 4),
 )
 # From scratch, because a language model that looks things up answers without guidance too. Clutter: four to six small
-# things, so that looking at things is not yet looking at the right one.
+# things, so that looking at things is not yet looking at the right one. A crowd: six to ten.
 _CLUTTER = replace(_TINY, min_objects=4, max_objects=6, image_size=320)
+_CLUTTER_SCRATCH = replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0)
 SIZES = {
     "tiny-scratch": replace(_TINY, scratch=True, presence_first=1.0),
     "tiny": _TINY,
-    "clutter": replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0),
+    "clutter": _CLUTTER_SCRATCH,
     "clutter-able": _CLUTTER,
+    "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
     "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
 }
 
