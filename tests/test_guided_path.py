@@ -1,6 +1,7 @@
 """The way of appendix A on tiny models of the real classes: text -> masks -> guided stage 3 -> where it looks."""
 
 import json
+import shlex
 import shutil
 
 import builders_grounding as tiny
@@ -34,16 +35,7 @@ def train(folder, *more: str) -> dict:
     """What the finished folder says of itself."""
     output = folder / f"stage3-{len(list(folder.iterdir()))}"
     data = ["--data", str(folder / "scenes"), "--init-from", str(folder / "start"), "--output-dir", str(output)]
-    steps = [
-        "--max-steps",
-        "2",
-        "--logging-steps",
-        "1",
-        "--per-device-train-batch-size",
-        "4",
-        "--disable-tqdm",
-        "True",
-    ]
+    steps = shlex.split("--max-steps 2 --logging-steps 1 --per-device-train-batch-size 4 --disable-tqdm True")
     dispatch(["train", "stage3_ground", "--size", "tiny", *data, *steps, *more])
     return {"folder": output, **json.loads((output / "agevlm_stage.json").read_text())}
 

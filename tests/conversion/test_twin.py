@@ -290,16 +290,8 @@ def test_one_command_trains_it(ours, equal, tmp_path, capsys):
     scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=4, test=1, size=64, progress=False)
     rest = ["--data", str(scenes), "--size", "tiny", "--max_steps", "2", "--per_device_train_batch_size", "2",
             "--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--disable_tqdm", "true"]  # fmt: skip
-    align = [
-        "stage1_align",
-        "--variant",
-        "twin",
-        "--init_from",
-        str(tmp_path / "start"),
-        "--output_dir",
-        str(tmp_path / "align"),
-        *rest,
-    ]
+    places = ["--init_from", str(tmp_path / "start"), "--output_dir", str(tmp_path / "align")]
+    align = ["stage1_align", "--variant", "twin", *places, *rest]
     train.main(align)
     assert (
         f"{ours[0].num_parameters():,} parameters; its twin: {equal[0].num_parameters():,}" in capsys.readouterr().out
