@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from jinja2 import Template
 
 from agevlm.store import write_bytes, write_text
 
@@ -76,9 +78,8 @@ def render_card(facts: Mapping[str, Any]) -> ModelCard:
     recipe = facts.get("recipe") or {}
     training = recipe.get("training") or {}
     config, processor = facts.get("config") or {}, (facts.get("processor") or {}).get("image_processor") or {}
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
+    content = _template().render(
+        card_data=card_data.to_yaml(),
         title=title if stage is None else f"{title}, stage {stage}",
         intermediate=stage is not None and stage < len(STAGES),
         stage=stage,
@@ -105,6 +106,13 @@ def render_card(facts: Mapping[str, Any]) -> ModelCard:
         commit=facts.get("git_commit"),
         versions=facts.get("versions") or {},
     )
+    return ModelCard(content)
+
+
+@cache
+def _template() -> Template:
+    """Compiled once: `ModelCard.from_template` would do so for each card, and a run writes two with a checkpoint."""
+    return Template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _bases(facts: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Shared fixtures; the objects come from `builders.py`."""
 
+import gc
 import os
 
 
@@ -19,6 +20,12 @@ from builders import tiny_model, tiny_processor
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("agevlm", deadline=None)
 hypothesis.settings.load_profile("agevlm")
+
+
+def pytest_collection_finish():
+    """What is imported stays: accelerate collects garbage behind every training and need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,8 +84,22 @@ ADDED = {
 }  # fmt: skip
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "agevlm", *args], capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line in this process: its status, and what it printed on both streams."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["agevlm", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -161,36 +176,36 @@ def test_old_spellings_work_with_a_note(capsys):
             parser.parse_args(wrong)
 
 
-def test_the_overview_lists_every_verb():
-    result = run("--help")
-    assert result.returncode == 0
-    assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)
-    group = run("ground", "view", "--help").stdout
-    assert "agevlm ground view" in group and "\n  data scenes " in run("data", "--help").stdout
+def test_the_overview_lists_every_verb(run):
+    status, said, _ = run("--help")
+    assert status == 0
+    assert all(f"\n  {verb} " in said for verb in cli.VERBS)
+    assert "agevlm ground view" in run("ground", "view", "--help")[1]
+    assert "\n  data scenes " in run("data", "--help")[1]
 
 
-def test_a_wrong_verb_gets_a_proposal():
-    result = run("analyze", "atention")
+@pytest.mark.parametrize("start", [[sys.executable, "-m", "agevlm"], [str(Path(sys.executable).parent / "agevlm")]])
+def test_a_wrong_verb_gets_a_proposal(start):
+    """In a process of its own, by both names of the command."""
+    result = subprocess.run([*start, "analyze", "atention"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "'analyze attention'" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_users_mistake_is_one_line():
-    result = run("data", "scenes", "/nonexistent-parent/file.txt/out", "--names", "aple")
-    assert result.returncode == 2
-    assert "aple" in result.stderr and "apple" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_users_mistake_is_one_line(run):
+    status, _, said = run("data", "scenes", "--output", "/nonexistent-parent/file.txt/out", "--names", "aple")
+    assert status == 2 and said.startswith("agevlm: ") and said.count("\n") == 1
+    assert "aple" in said and "apple" in said
 
 
-def test_a_file_in_the_way_is_one_line(tmp_path):
+def test_a_file_in_the_way_is_one_line(run, tmp_path):
     rows, file = tmp_path / "rows.json", tmp_path / "file"
     rows.write_text(
         '[{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]}]'
     )
     file.write_text("")
-    result = run("data", "cambrian", str(rows), "--output", str(file / "out"), "--workers", "1")
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("agevlm: ") and result.stderr.count("\n") == 1
-    assert str(file) in result.stderr and "choose another path" in result.stderr
+    status, _, said = run("data", "cambrian", str(rows), "--output", str(file / "out"), "--workers", "1")
+    assert status == 2 and said.startswith("agevlm: ") and said.count("\n") == 1
+    assert str(file) in said and "choose another path" in said
 
 
 @pytest.mark.parametrize(
@@ -208,15 +223,13 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
         (ConnectionError("the Hub did not answer"), "the Hub did not answer; check the connection"),
     ],
 )
-def test_system_errors_are_one_line(error, said, monkeypatch, capsys):
+def test_system_errors_are_one_line(error, said, run, monkeypatch):
     def fail(_):
         raise error
 
     monkeypatch.setattr(cli, "dispatch", fail)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    text = capsys.readouterr().err
-    assert ended.value.code == 2 and text.startswith(f"agevlm: {said}") and text.count("\n") == 1
+    status, _, text = run()
+    assert status == 2 and text.startswith(f"agevlm: {said}") and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["demo", "quickstart", "reproduce"])
@@ -236,11 +249,9 @@ def test_what_comes_with_the_package_is_found_from_any_folder(verb, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_env_names_what_a_bug_report_needs():
-    result = run("env")
-    assert result.returncode == 0
-    for package in ("agevlm", "torch", "transformers", "trl"):
-        assert package in result.stdout
+def test_env_names_what_a_bug_report_needs(run):
+    status, said, _ = run("env")
+    assert status == 0 and all(package in said for package in ("agevlm", "torch", "transformers", "trl"))
 
 
 WRITERS = {

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from training_worker import make_rows, quick
 
-from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.models import load
 from agevlm.processing import AgeVlmProcessor
@@ -15,7 +14,7 @@ from agevlm.training import train
 from agevlm.training.adapters import AdapterArguments
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage4_instruct
-from builders import save_tiny
+from builders import save_tiny, tiny_scenes
 from vlms import llava
 
 
@@ -101,7 +100,7 @@ def test_it_does_not_pass_through_training(folder, tmp_path, flags):
 
 
 def test_it_does_not_pass_through_the_twin(folder, tmp_path):
-    scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=2, test=1, size=64, progress=False)
+    scenes = tiny_scenes(tmp_path / "scenes")
     start = hostile(folder)
     for stage in ("stage1_align", "stage4_instruct"):
         flags = ["--init_from", str(start), "--data", str(scenes), "--size", "tiny", "--max_steps", "1"]

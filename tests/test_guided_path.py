@@ -1,6 +1,7 @@
 """The way of appendix A on tiny models of the real classes: text -> masks -> guided stage 3 -> where it looks."""
 
 import json
+import shlex
 import shutil
 
 import builders_grounding as tiny
@@ -9,8 +10,8 @@ from datasets import Dataset
 
 from agevlm.cli import dispatch
 from agevlm.data.masks import load_masks
-from agevlm.data.scenes.build import build_scenes, load_rows
-from builders import save_tiny
+from agevlm.data.scenes.build import load_rows
+from builders import save_tiny, tiny_scenes
 
 
 ANY_MASK = ("--min-area", "0", "--max-area", "1", "--min-score", "-1")  # random weights score around 0
@@ -20,7 +21,7 @@ ANY_MASK = ("--min-area", "0", "--max-area", "1", "--min-score", "-1")  # random
 def folder(tmp_path_factory):
     """Scenes without masks of their own, a checkpoint, and what `agevlm ground` makes of the captions."""
     root = tmp_path_factory.mktemp("path")
-    build_scenes(root / "scenes", captions=12, instructions=4, test=12, size=96, progress=False)
+    tiny_scenes(root / "scenes", captions=12, test=12, size=96)
     shutil.rmtree(root / "scenes" / "masks")
     save_tiny(root / "start")
     parts = ["--grounder", str(tiny.florence2(root / "florence2")), "--segmenter", str(tiny.sam(root / "sam"))]
@@ -34,16 +35,7 @@ def train(folder, *more: str) -> dict:
     """What the finished folder says of itself."""
     output = folder / f"stage3-{len(list(folder.iterdir()))}"
     data = ["--data", str(folder / "scenes"), "--init-from", str(folder / "start"), "--output-dir", str(output)]
-    steps = [
-        "--max-steps",
-        "2",
-        "--logging-steps",
-        "1",
-        "--per-device-train-batch-size",
-        "4",
-        "--disable-tqdm",
-        "True",
-    ]
+    steps = shlex.split("--max-steps 2 --logging-steps 1 --per-device-train-batch-size 4 --disable-tqdm True")
     dispatch(["train", "stage3_ground", "--size", "tiny", *data, *steps, *more])
     return {"folder": output, **json.loads((output / "agevlm_stage.json").read_text())}
 

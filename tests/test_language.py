@@ -9,9 +9,8 @@ from datasets import Dataset
 from agevlm import language
 from agevlm.analysis.subjects import Subject
 from agevlm.conversion.twin import concatenating_twin
-from agevlm.data.scenes.build import build_scenes
 from agevlm.language import HeldText, perplexity, read_held_text
-from builders import tiny_model, tiny_processor, tiny_tokenizer
+from builders import tiny_model, tiny_processor, tiny_scenes, tiny_tokenizer
 from vlms import EVERY
 
 
@@ -64,7 +63,7 @@ def test_texts_come_from_files_tables_and_scenes(tmp_path):
     Dataset.from_dict({"text": ["One.", "", "Two."]}).to_parquet(tmp_path / "rows.parquet")
     assert read_held_text(tmp_path / "rows.parquet", processor).texts == (("", "One.\n\n\n\nTwo."),)
 
-    build_scenes(tmp_path / "scenes", captions=1, instructions=1, test=8, size=96, max_objects=3, progress=False)
+    tiny_scenes(tmp_path / "scenes", test=8, size=96, max_objects=3)
     scenes = read_held_text(tmp_path / "scenes", processor)
     assert len(scenes.texts) == 8 and {answer for _, answer in scenes.texts} == {"Yes", "No"}
     given = scenes.texts[0][0]

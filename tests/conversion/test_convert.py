@@ -8,8 +8,7 @@ from pathlib import Path
 import published_baselines as published
 import pytest
 import torch
-from hub_server import HubServer
-from remote_code_worker import isolated
+from hub_server import HubServer, connect
 from safetensors.torch import load_file, save_file
 from tiny_baselines import LAYERS, QUESTION, Published, conversation, encode
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -107,24 +106,19 @@ def test_half_precision_stays_as_it_is_published(tmp_path, words, vocabulary):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, vocabulary):
-    """Through the command, in a process that knows this Hub alone; pickles stay where they are unless asked for."""
+def test_checkpoint_and_tower_come_from_the_hub_at_a_revision(tmp_path, words, vocabulary, monkeypatch):
+    """Pickles stay where they are unless asked for."""
     original = Published(tmp_path, "convllava", words, vocabulary, bins=True)
     (original.folder / "config.json").write_text(json.dumps({**original.config, "mm_vision_tower": "a/tower"}))
-    command = ["convert", "convllava", "a/convllava", str(tmp_path / "out")]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    command, out = ["convllava", "a/convllava"], tmp_path / "out"
     with HubServer(tmp_path / "hub") as hub:
+        connect(hub, monkeypatch)
         commit = hub.add_repo("a/convllava", original.folder).find("main").oid
         hub.add_repo("a/tower", tmp_path / "tower")
-        script = (
-            "import sys\nfrom agevlm.cli import main\n"
-            "flags = sys.argv[1:]\n"
-            "for more in ([], ['--read-bin', '--revision', 'main']):\n"
-            "    sys.argv = ['agevlm', *flags, *more]\n"
-            "    try:\n        main()\n    except SystemExit as error:\n        print('left with', error.code)\n"
-        )
-        run = isolated(tmp_path, "-c", script, *command, **hub.environment)
-    assert "left with 2" in run.stdout and "Or pass `--read-bin`" in run.stderr, run.stderr[-2000:]
-    record = json.loads((tmp_path / "out" / "agevlm_conversion.json").read_text())
+        refuse(command, "Or pass `--read-bin`", out)
+        cli.main([*command, "--output", str(out), "--read-bin", "--revision", "main"])
+    record = json.loads((out / "agevlm_conversion.json").read_text())
     assert record["revision"] == commit and record["vision_tower"]["source"] == "a/tower"
 
 

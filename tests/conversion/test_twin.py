@@ -13,14 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from trl import SFTTrainer
 
 from agevlm.conversion.twin import ConcatenatingCollator, concatenating_processor, concatenating_twin
-from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.training import train
 from agevlm.training.collator import AgeVlmDataCollator
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.freezing import set_trainable
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage4_instruct
-from builders import IMAGE_SIZE, picture, row, tiny_model, tiny_processor
+from builders import IMAGE_SIZE, picture, row, tiny_model, tiny_processor, tiny_scenes
 
 
 CELLS = (IMAGE_SIZE // 32) ** 2
@@ -287,19 +286,11 @@ def test_one_command_trains_it(ours, equal, tmp_path, capsys):
     """A stage from an AGE-VLM's folder; the same call again finds it done; the next stage starts from it."""
     for part in ours:
         part.save_pretrained(tmp_path / "start")
-    scenes = build_scenes(tmp_path / "scenes", captions=4, instructions=4, test=1, size=64, progress=False)
+    scenes = tiny_scenes(tmp_path / "scenes")
     rest = ["--data", str(scenes), "--size", "tiny", "--max_steps", "2", "--per_device_train_batch_size", "2",
             "--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--disable_tqdm", "true"]  # fmt: skip
-    align = [
-        "stage1_align",
-        "--variant",
-        "twin",
-        "--init_from",
-        str(tmp_path / "start"),
-        "--output_dir",
-        str(tmp_path / "align"),
-        *rest,
-    ]
+    places = ["--init_from", str(tmp_path / "start"), "--output_dir", str(tmp_path / "align")]
+    align = ["stage1_align", "--variant", "twin", *places, *rest]
     train.main(align)
     assert (
         f"{ours[0].num_parameters():,} parameters; its twin: {equal[0].num_parameters():,}" in capsys.readouterr().out

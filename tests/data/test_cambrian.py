@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,7 @@ import pytest
 from bad_rows import encoded, photo, turns, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workers import FORK
 
 from agevlm.data.published.convert import convert
 from agevlm.data.published.json_records import plan_chunks, read_records
@@ -118,12 +118,6 @@ def test_the_result_depends_on_neither_format_nor_workers(tmp_path):
     assert one["sources"] == {"coco": {"dropped": 4, "rows": 26}, "text": {"rows": 10}}
 
 
-KILLED = """import sys
-from agevlm.data.published.convert import convert
-convert(sys.argv[1], sys.argv[2], rows_per_shard=4)
-"""
-
-
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     """Killed amid the ids, amid the shards, before the end. Finished shards are not written again."""
     source, _ = write_corpus(tmp_path / "corpus")
@@ -133,11 +127,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     moments = ["work/ids-00005.npy", "work/report-00006.json", "summary.json"]
     kept: dict[str, int] = {}
     for moment in moments:
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(out)], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (partial / moment).exists():
+        process = FORK.Process(target=lambda: convert(source, out, rows_per_shard=4, progress=False))
+        process.start()
+        while process.is_alive() and not (partial / moment).exists():
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         if out.exists():
             break  # it was faster
         now = {p.name: p.stat().st_mtime_ns for p in partial.glob("train-*.parquet")}

@@ -224,15 +224,9 @@ def test_plurals(singular, many):
 
 @pytest.mark.parametrize(
     ("noun", "word"),
-    [
-        ("apple", "an"),
-        ("red apple", "a"),
-        ("orange apple", "an"),
-        ("unicorn", "a"),
-        ("umbrella", "an"),
-        ("hourglass", "an"),
-    ],
-)
+    [("apple", "an"), ("red apple", "a"), ("orange apple", "an"), ("unicorn", "a"), ("umbrella", "an"),
+     ("hourglass", "an")],
+)  # fmt: skip
 def test_articles(noun, word):
     assert article(noun) == word
 

@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation.cli import evaluate as main
-from builders import save_tiny
+from builders import save_tiny, tiny_scenes
 
 
 ROWS = 8
@@ -22,7 +21,7 @@ def place(tmp_path_factory):
     """A model, scenes, and what one process makes of them."""
     folder = tmp_path_factory.mktemp("processes")
     save_tiny(folder / "model")
-    build_scenes(folder / "scenes", captions=1, instructions=1, test=ROWS, size=64, progress=False)
+    tiny_scenes(folder / "scenes", test=ROWS)
     main(arguments(folder, "one", batch_size=8))
     return folder
 

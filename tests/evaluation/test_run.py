@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from rich.console import Console
 
-from agevlm.data.scenes.build import build_scenes, load_benchmark
+from agevlm.data.scenes.build import load_benchmark
 from agevlm.evaluation import run
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.cli import results as make_page
@@ -26,7 +26,7 @@ from agevlm.hub_cards.facts import weights_fingerprint
 from agevlm.language import perplexity, read_held_text
 from agevlm.models import weights_digest
 from agevlm.store import locked, read_lines, write_json
-from builders import save_tiny, tiny_model, tiny_processor
+from builders import save_tiny, tiny_model, tiny_processor, tiny_scenes
 from vlms import llava
 
 
@@ -52,7 +52,7 @@ class EveryYes:
 def folder(tmp_path_factory):
     """`out`, what `agevlm eval` made of the tiny checkpoint and a random one, and what it was given."""
     folder = tmp_path_factory.mktemp("run")
-    build_scenes(folder / "scenes", captions=1, instructions=1, test=ROWS, size=96, max_objects=3, progress=False)
+    tiny_scenes(folder / "scenes", test=ROWS, size=96, max_objects=3)
     save_tiny(folder / "random")
     rows = load_benchmark(folder / "scenes", "composition", "pope").filter(lambda row: row["mask"] is not None)
     rows.select_columns(["image", "question", "mask"]).to_parquet(folder / "masks.parquet")

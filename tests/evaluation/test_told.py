@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from agevlm.data.scenes.build import build_scenes, load_benchmark, load_told
+from agevlm.data.scenes.build import load_benchmark, load_told
 from agevlm.evaluation.cli import evaluate as main
 from agevlm.evaluation.leaderboard import read_metrics, results_page
 from agevlm.evaluation.registry import TEXT_ONLY
 from agevlm.evaluation.run import choose, evaluate_scenes
 from agevlm.store import read_lines
-from builders import save_tiny
+from builders import save_tiny, tiny_scenes
 from vlms import llava
 
 
@@ -21,7 +21,7 @@ ROWS = 16
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told") / "scenes"
-    return build_scenes(folder, captions=1, instructions=1, test=ROWS, size=96, max_objects=3, progress=False)
+    return tiny_scenes(folder, test=ROWS, size=96, max_objects=3, splits=("composition", "name"))
 
 
 def test_the_pictures_of_a_split_are_told(scenes):

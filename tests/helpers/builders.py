@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.processing.build import build_processor
 
@@ -138,6 +139,12 @@ def tiny_batch(model: AgeVlmForConditionalGeneration) -> dict[str, torch.Tensor]
         "image_mask": torch.tensor([[True, False], [False, False], [True, True]]),
         "visual_token_mask": visual_token_mask,
     }
+
+
+def tiny_scenes(folder: Path, **changes) -> Path:
+    """Scenes with a few rows of training, and one question of each benchmark in one split; returns their folder."""
+    few = {"captions": 4, "instructions": 4, "test": 1, "size": 64, "splits": ("composition",), "progress": False}
+    return build_scenes(folder, **{**few, **changes})
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

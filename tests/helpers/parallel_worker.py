@@ -1,11 +1,8 @@
-"""Models sharded over the processes of a torchrun. Each takes its own batch and writes what it got.
-
-    torchrun --nproc_per_node 2 tests/helpers/parallel_worker.py FOLDER
+"""Models sharded over the processes of a group. Each takes its own batch and writes what it got.
 
 FOLDER/tp and FOLDER/fsdp hold a checkpoint each, and `batches.pt`, a list with one batch per process.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -43,13 +40,8 @@ def step(kind: str, folder: Path) -> None:
     dist.barrier()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def run(folder: Path) -> None:
+    """What each process of the group runs."""
     dist.init_process_group("gloo")
     for kind in ("tp", "fsdp"):
         step(kind, folder / kind)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

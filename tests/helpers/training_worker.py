@@ -1,10 +1,6 @@
-"""Rows, arguments and runs that the training tests share.
+"""Rows, arguments and runs that the training tests share."""
 
-Also a script, for what needs a process of its own: `gradients` under torchrun, and `stage` runs that kill themselves.
-"""
-
-import argparse
-import gc
+import functools
 import os
 import signal
 from dataclasses import dataclass
@@ -22,7 +18,6 @@ from agevlm.training.freezing import set_trainable
 from agevlm.training.run_stage import StageResult, run_stage
 from agevlm.training.stages import stage1_align, stage3_ground
 from agevlm.training.stages.recipe import StageRecipe
-from agevlm.training.train import end_processes
 from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import mask, row, tiny_model, tiny_processor
 
@@ -35,6 +30,7 @@ PHRASES = "t3itg8i1"  # the same with lists of so many phrases
 TWO_PROCESS_KINDS = ("8gitiitt", "3t8titit")
 
 
+@functools.cache
 def make_rows(kinds: str = KINDS) -> Dataset:
     """A row per letter of `kinds`; answers and masks differ in size."""
     rows = []
@@ -150,37 +146,16 @@ class Stop(BaseException):
 
 
 class StopAt(TrainerCallback):
-    """Raises `Stop` behind a step."""
+    """Raises `Stop` behind a step, or kills the process there, with no chance to clean up."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, killed: bool = False):
+        self.step, self.killed = step, killed
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise Stop
-
-
-class KillAtStep(TrainerCallback):
-    """Kills this process in the middle of a run, with no chance to clean up."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_while_saving(step: int) -> None:
-    """Kills this process when checkpoint `step` has its weights but neither optimizer nor state."""
-    stock = AgeVlmSFTTrainer._save_optimizer_and_scheduler
-
-    def save(self, output_dir):
-        if self.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        stock(self, output_dir)
-
-    AgeVlmSFTTrainer._save_optimizer_and_scheduler = save
 
 
 def quick(recipe: StageRecipe, rows: int = 2, **changes) -> StageRecipe:
@@ -270,40 +245,3 @@ def run_streamed_stage(output_dir: Path, data: Path, callbacks=(), workers: int 
             recipe, output_dir, data=data, model=tiny_model(), processor=tiny_processor(), callbacks=callbacks
         )
     return StreamedRun(result, seen)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["gradients", "stage", "streamed", "features"])
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--compute", action="store_true")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--kill_at_step", type=int)
-    parser.add_argument("--kill_while_saving", type=int)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.what == "stage":
-        if arguments.kill_while_saving is not None:
-            kill_while_saving(arguments.kill_while_saving)
-        callbacks = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
-        run_small_stage(arguments.output_dir, callbacks)
-    elif arguments.what == "features":
-        kills = [] if arguments.kill_at_step is None else [KillAtStep(arguments.kill_at_step)]
-        run_frozen_stage(arguments.output_dir, arguments.compute, kills)
-        end_processes()
-    elif arguments.what == "streamed":
-        kill = [KillAtStep(arguments.kill_at_step)]
-        run_streamed_stage(arguments.output_dir, arguments.data, kill, arguments.workers)
-    else:
-        for kinds in TWO_PROCESS_KINDS:
-            # Not logged: rows most of whose words are guided ask for the mass.
-            step = {"batch_size": 1, "accumulation": 4, "logging_steps": 2}
-            gradients = step_gradients(arguments.output_dir, **step, kinds=kinds)
-            torch.save(gradients, arguments.output_dir / f"{kinds}-{os.environ['RANK']}.pt")
-        gc.collect()  # trainers hold the process group in reference cycles: its threads end only without them
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

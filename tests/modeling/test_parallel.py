@@ -4,7 +4,7 @@ import parallel_worker
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from workers import TORCHRUN, run_worker
+from workers import fork_ranks
 
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from builders import tiny_batch, tiny_model
@@ -41,7 +41,7 @@ def sharded(tmp_path_factory) -> dict[str, list[dict]]:
         model.save_pretrained(folder / kind)
         pictures = tiny_batch(model)
         torch.save([pictures, pictures if kind == "tp" else {**TEXT, **BLANK}], folder / kind / "batches.pt")
-    run_worker(parallel_worker, folder, launcher=TORCHRUN)
+    fork_ranks(lambda: parallel_worker.run(folder))
     return {kind: [torch.load(folder / kind / f"rank-{rank}.pt") for rank in range(2)] for kind in ("tp", "fsdp")}
 
 

@@ -428,18 +428,8 @@ def test_the_page_needs_nothing_else_and_escapes_texts(tmp_path):
     assert not re.search(r"url\((?!#)|@import", html)
     assert set(re.findall(r"https?://[^\"]*", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
-    told = (
-        "<i>Run",
-        "<b>AGE",
-        "80.5",
-        "1 min 43 s",
-        "9.9",
-        "1e-3",
-        "0123456789ab",
-        "Claims not run: 1",
-        "No curve here.",
-        "AGE-VLM",
-    )
+    told = ("<i>Run", "<b>AGE", "80.5", "1 min 43 s", "9.9", "1e-3", "0123456789ab", "Claims not run: 1",
+            "No curve here.", "AGE-VLM")  # fmt: skip
     for expected in (*told, *(f"because {claim['verdict']}" for claim in made)):
         assert expected in shown.text, expected
     with pytest.raises(ValueError, match=r"gone\.png"):

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training_worker
 from datasets import Dataset
-from training_worker import Stop, StopAt, make_arguments, make_rows, quick, write_shards
-from workers import TORCHRUN, run_worker, same_weights
+from training_worker import Stop, StopAt, make_arguments, make_rows, quick, run_frozen_stage, write_shards
+from workers import fork, fork_ranks, same_weights
 
 from agevlm.data.rows import undecoded
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmVisionTower
@@ -27,7 +26,6 @@ from builders import mask, row, same, stored, tiny_model, tiny_processor
 
 
 ROWS = "gigtgiiggitgi"  # 13: the last batch is smaller, and some rows are text alone
-PICTURES_IN_ROWS = sum(kind != "t" for kind in ROWS)
 WIDTH, CELLS = 32, 9  # of the tiny tower
 
 
@@ -169,17 +167,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
-    run_worker(training_worker, "features", tmp_path / "read", "--kill_at_step", 3, killed=True)
+    fork(lambda: run_frozen_stage(tmp_path / "read", computes=False, callbacks=[StopAt(3, killed=True)]), killed=True)
     assert (tmp_path / "read" / "checkpoint-2").exists()
-    training_worker.run_frozen_stage(tmp_path / "read", computes=False)
-    training_worker.run_frozen_stage(tmp_path / "computed", computes=True)
+    run_frozen_stage(tmp_path / "read", computes=False)
+    run_frozen_stage(tmp_path / "computed", computes=True)
     assert same_weights(tmp_path / "read", tmp_path / "computed")
 
 
 @pytest.mark.slow
 def test_two_processes_store_a_share_each_and_take_equal_steps(tmp_path):
-    for name, flags in (("read", ()), ("computed", ("--compute",))):
-        run_worker(training_worker, "features", tmp_path / name, *flags, launcher=TORCHRUN)
+    for name in ("read", "computed"):
+        fork_ranks(lambda name=name: run_frozen_stage(tmp_path / name, computes=name == "computed"))
     assert same_weights(tmp_path / "read", tmp_path / "computed")
     (store,) = (tmp_path / "store").iterdir()
     parts = sorted(path.parent.name for path in store.glob(f"*/{PICTURES}"))

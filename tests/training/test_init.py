@@ -1,20 +1,14 @@
-"""`agevlm init`: parts from folders and from a Hub, what is said when there are none, and what stage 1 makes of it.
-
-The Hub is that of `hub_server.py`, in place of the real one (`HF_ENDPOINT`).
-"""
+"""`agevlm init`: parts from folders and from a Hub, what is said when there are none, and what stage 1 makes of it."""
 
 import json
-import signal
+import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, connect
 from published_towers import random_weights, timm_shapes
-from remote_code_worker import isolated
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_worker import make_rows, quick
@@ -27,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from workers import fork, killed_here
 
 from agevlm import TINY_PARTS
 from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
@@ -345,14 +340,9 @@ def test_parts_stand_alone(tmp_path, capsys):
 
 def test_a_run_killed_while_saving_leaves_no_folder_and_can_be_repeated(llama, tower, tmp_path):
     argv = [str(tmp_path / "start"), *flags(llama, tower)]
-    script = (
-        "import os, signal\n"
-        "from agevlm.training import cli, init\n"
-        "init.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"cli.init({argv!r})\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agevlm.training.init.write_json", killed_here)
+        fork(lambda: main(argv), killed=True)
     assert not (tmp_path / "start").exists()
     assert [path.name for path in tmp_path.iterdir()] == [".start.incomplete"]
     main(argv)
@@ -379,66 +369,42 @@ def hub(tmp_path_factory, llama):
         yield server
 
 
-def init_from_hub(home: Path, hub: HubServer, *runs: list[str], **environment: str) -> list[str]:
-    """Run `init` several times in one process that knows only this Hub; what each one said, "" for success."""
-    script = (
-        "import json, sys\n"
-        "from agevlm.training.cli import init as main\n"
-        "for argv in json.loads(sys.argv[1]):\n"
-        "    try:\n"
-        "        main(argv)\n"
-        "    except ValueError as error:\n"
-        "        print('SAID', json.dumps(str(error)))\n"
-        "    else:\n"
-        "        print('SAID \"\"')\n"
+def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, start, tmp_path, monkeypatch):
+    """`test_hub_roundtrip.py` has a process that knows the Hub by its environment alone."""
+    connect(hub, monkeypatch, token=None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "start"
+    no_access = (
+        "{name} is gated and you have no access: accept its license at {hub}/{name} and log in with `hf auth login`, "
+        "or pass a folder that has it."
     )
-    run = isolated(home, "-c", script, json.dumps(runs), **{**hub.environment, **environment})
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line.removeprefix("SAID ")) for line in run.stdout.splitlines() if line.startswith("SAID ")]
+    for model, tower, sentence in (
+        ("a/gated", "a/tower", no_access.format(name="a/gated", hub=hub.address)),
+        ("a/gated-no-login", "a/tower", no_access.format(name="a/gated-no-login", hub=hub.address)),
+        ("a/missing", "a/tower", "a/missing is neither here nor on the Hub"),
+        ("a/llama", "a/pickled", "a/pickled holds its weights only as pytorch_model.bin"),
+        ("no/such/folder", "a/tower", "no/such/folder is neither a folder"),
+    ):
+        refuse(out, flags(model, tower), re.escape(sentence))
 
+    def downloaded() -> set[str]:
+        return {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
 
-def test_parts_come_from_the_hub_and_what_it_refuses_is_told_in_a_sentence(hub, start, llama, tmp_path):
-    out = str(tmp_path / "start")
-    said = init_from_hub(
-        tmp_path,
-        hub,
-        ["--output", out, *flags("a/gated", "a/tower")],
-        ["--output", out, *flags("a/gated-no-login", "a/tower")],
-        ["--output", out, *flags("a/missing", "a/tower")],
-        ["--output", out, *flags("a/llama", "a/pickled")],
-        ["--output", out, *flags("no/such/folder", "a/tower")],
-        ["--output", out, *flags("a/llama", "a/tower"), "--dry-run"],
-    )
-    for name, sentence in zip(("a/gated", "a/gated-no-login"), said, strict=False):
-        assert sentence == (
-            f"{name} is gated and you have no access: accept its license at {hub.address}/{name} and log in with "
-            "`hf auth login`, or pass a folder that has it."
-        )
-    assert "a/missing is neither here nor on the Hub" in said[2]
-    assert "a/pickled holds its weights only as pytorch_model.bin" in said[3]
-    assert "no/such/folder is neither a folder" in said[4]
-    assert said[5] == ""
-    assert not Path(out).exists()
-    downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
-    assert "config.json" in downloaded and "model.safetensors" not in downloaded
+    argv = flags("a/llama", "a/tower")
+    main(["--output", str(out), *argv, "--dry-run"])
+    assert not out.exists() and "config.json" in downloaded() and "model.safetensors" not in downloaded()
 
     # for good; then again without a network
-    assert init_from_hub(tmp_path, hub, ["--output", out, *flags("a/llama", "a/tower")]) == [""]
-    downloaded = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
-    assert "model.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
-    weights = Path(out, "model.safetensors").read_bytes()
+    main(["--output", str(out), *argv])
+    assert "model.safetensors" in downloaded() and "pytorch_model.bin" not in downloaded()
+    weights = (out / "model.safetensors").read_bytes()
     assert weights == (start / "model.safetensors").read_bytes()
-    record = json.loads(Path(out, INIT_FILE).read_text())
+    record = json.loads((out / INIT_FILE).read_text())
     for part, name in {"language_model": "a/llama", "vision_tower": "a/tower"}.items():
         assert record[part]["revision"] == hub.commits(name)[0].oid
     assert record["vision_tower"]["source"] == "a/tower"
-    again = str(tmp_path / "again")
-    offline = init_from_hub(
-        tmp_path,
-        hub,
-        ["--output", again, *flags("a/llama", "a/tower")],
-        ["--output", again + "2", *flags("b/unknown", "a/tower")],
-        HF_HUB_OFFLINE="1",
-    )
-    assert offline[0] == "" and Path(again, "model.safetensors").read_bytes() == weights
-    assert f"b/unknown is not in the local cache and {hub.address}/b/unknown cannot be reached" in offline[1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    main(["--output", str(tmp_path / "again"), *argv])
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    away = f"b/unknown is not in the local cache and {hub.address}/b/unknown cannot be reached"
+    refuse(tmp_path / "other", flags("b/unknown", "a/tower"), re.escape(away))

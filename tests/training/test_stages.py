@@ -3,18 +3,19 @@
 import io
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import training_worker
 from PIL import Image
 from rich.console import Console
 from training_worker import CountSteps, Stop, StopAt, make_rows, quick, run_small_stage
 from transformers import AutoProcessor
-from workers import run_worker, same_weights
+from workers import fork, killed_here, same_weights
 
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -25,10 +26,12 @@ from agevlm.training.freezing import part_of
 from agevlm.training.run_stage import run_stage
 from agevlm.training.stages import stage1_align, stage2_adapt_vision, stage3_ground, stage4_instruct
 from agevlm.training.stages.recipe import TWINS, Size, Variant, build_recipe
+from agevlm.training.trainer import AgeVlmSFTTrainer
 from builders import tiny_model, tiny_processor
 
 
 STAGES = dict(enumerate(stages.STAGES.values(), start=1))
+OTHERS = [variant for variant in get_args(Variant) if variant not in (*TWINS, "agevlm")]
 
 
 def weights(folder):
@@ -102,8 +105,9 @@ def test_sizes_change_only_what_they_may(size, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", get_args(Size))
-@pytest.mark.parametrize("variant", [variant for variant in get_args(Variant) if variant not in TWINS])
+@pytest.mark.parametrize(
+    ("size", "variant"), [*((size, "agevlm") for size in get_args(Size)), *(("tiny", name) for name in OTHERS)]
+)
 def test_every_recipe_dry_runs(tmp_path, stage, size, variant):
     text = dry_run(STAGES[stage](size, variant), tmp_path / "never", model=tiny_model(), data=make_rows())
     assert f"stage {stage}, {variant}, size {size}" in text
@@ -231,15 +235,28 @@ def test_bad_pictures_in_a_folder_of_scenes_are_left_out_and_listed(tmp_path):
 # ---- Interrupted runs ----
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was left alone, and its result."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run_small_stage(folder)
+
+
 @pytest.mark.parametrize(
-    ("flags", "left", "steps"),
-    [
-        (["--kill_at_step", "5"], {"checkpoint-2", "checkpoint-4"}, 2),
-        (["--kill_while_saving", "4"], {"checkpoint-2", STAGING}, 4),
-    ],
+    ("killed_after", "left", "steps"),
+    [("a step", {"checkpoint-2", "checkpoint-4"}, 2), ("the weights of a checkpoint", {"checkpoint-2", STAGING}, 4)],
 )
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, flags, left, steps):
-    run_worker(training_worker, "stage", tmp_path / "run", *flags, killed=True)
+def test_a_killed_run_resumes_to_the_weights_of_a_whole_one(tmp_path, monkeypatch, whole, killed_after, left, steps):
+    stock = AgeVlmSFTTrainer._save_optimizer_and_scheduler
+
+    def save(self, output_dir):
+        (killed_here if self.state.global_step == 4 else stock)(self, output_dir)
+
+    callbacks = [StopAt(5, killed=True)]
+    if killed_after != "a step":
+        monkeypatch.setattr(AgeVlmSFTTrainer, "_save_optimizer_and_scheduler", save)
+    fork(lambda: run_small_stage(tmp_path / "run", callbacks), killed=True)
+    monkeypatch.undo()
     found = set(os.listdir(tmp_path / "run"))
     assert left | {"agevlm_stage.json"} <= found
     assert {name for name in found if name.startswith("checkpoint-")} == left - {STAGING}
@@ -248,10 +265,9 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, f
     count = CountSteps()
     resumed = run_small_stage(tmp_path / "run", callbacks=[count])
     assert count.steps == steps
-    whole = run_small_stage(tmp_path / "whole")
     assert resumed.status == "trained"
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole.log_history]
+    assert same_weights(tmp_path / "run", whole[0])
+    assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole[1].log_history]
     assert STAGING not in os.listdir(tmp_path / "run")
 
 
@@ -297,10 +313,8 @@ def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch, 
     assert result.lineage["metrics"]["loss"] > 0
 
 
-def test_without_resume_an_unfinished_run_starts_again(tmp_path):
-    killed = tmp_path / "run"
-    run_small_stage(tmp_path / "whole")
-    run_small_stage(killed)
+def test_without_resume_an_unfinished_run_starts_again(tmp_path, whole):
+    killed = Path(shutil.copytree(whole[0], tmp_path / "run"))
     lineage = json.loads((killed / "agevlm_stage.json").read_text())
     (killed / "agevlm_stage.json").write_text(json.dumps({**lineage, "status": "unfinished"}))
     (killed / "checkpoint-6").rename(killed / "checkpoint-60")  # it had come further
@@ -308,4 +322,4 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path):
     run_small_stage(killed, callbacks=[count], resume=False)
     assert count.steps == 6
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    assert same_weights(killed, tmp_path / "whole")
+    assert same_weights(killed, whole[0])

@@ -6,12 +6,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import training_worker
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from training_worker import make_rows, run_streamed_stage, write_shards
+from training_worker import StopAt, make_rows, run_streamed_stage, write_shards
 from transformers.trainer_utils import get_last_checkpoint
-from workers import run_worker, same_weights
+from workers import fork, same_weights
 
 from agevlm.data.rows import MASK_FEATURES, ROW_FEATURES, open_row
 from agevlm.training import streaming
@@ -183,8 +182,7 @@ def test_masks_must_fit(folder):
 def test_killed_runs_see_the_rows_and_end_with_the_weights_of_the_uninterrupted_one(tmp_path, folder):
     """20 rows, 2 a step, 2 epochs, a checkpoint every 3 steps; killed in the second epoch, with workers before."""
     through = run_streamed_stage(tmp_path / "through", folder)
-    flags = ("--data", folder, "--kill_at_step", 14, "--workers", 2)
-    run_worker(training_worker, "streamed", tmp_path / "killed", *flags, killed=True)
+    fork(lambda: run_streamed_stage(tmp_path / "killed", folder, [StopAt(14, killed=True)], workers=2), killed=True)
     assert get_last_checkpoint(tmp_path / "killed").endswith("checkpoint-12")
     resumed = run_streamed_stage(tmp_path / "killed", folder)
 

@@ -1,5 +1,6 @@
 """The command line: recipes set the defaults, flags win."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,32 +29,12 @@ def test_a_stage_without_flags_is_its_recipe():
 
 
 def test_flags_win_over_the_recipe_and_the_batch_is_kept():
-    recipe, arguments, training, _ = parse(
-        [
-            "stage4_instruct",
-            "--variant",
-            "agevlm-lm",
-            "--size",
-            "tiny",
-            "--freeze_self_attention",
-            "--dry_run",
-            "--mask_fraction",
-            "0.25",
-            "--per_device_train_batch_size",
-            "4",
-            "--learning_rate",
-            "2e-3",
-            "--vision_learning_rate",
-            "1e-4",
-            "--seed",
-            "7",
-            "--output_dir",
-            "out",
-            "--no_resume",
-            "--init_from",
-            "a/b",
-        ]
+    flags = (
+        "stage4_instruct --variant agevlm-lm --size tiny --freeze_self_attention --dry_run --mask_fraction 0.25 "
+        "--per_device_train_batch_size 4 --learning_rate 2e-3 --vision_learning_rate 1e-4 --seed 7 --output_dir out "
+        "--no_resume --init_from a/b"
     )
+    recipe, arguments, training, _ = parse(shlex.split(flags))
     assert recipe.frozen == ("self_attention",)
     assert recipe.mask_fraction == 0.25
     assert recipe.training["guidance_weight"] == training.guidance_weight == 1.0
