@@ -60,7 +60,7 @@ check: install
 CHECKPOINT = build/checkpoint
 THINGS = --max-objects 3 --colors red orange yellow green blue purple \
 	--names apple bicycle bird car cat clock fish flower house key star tree
-FLAGS = --size tiny --variant agevlm-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/fresh \
+FLAGS = --size tiny --variant agevlm-phrases-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/fresh \
 	--stored-features $(CHECKPOINT)/features
 checkpoint: install
 	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/fresh --captions 0 --instructions 0 --test 300 $(THINGS)

@@ -37,6 +37,10 @@ class AgeVlmSFTConfig(OwnTrainingArguments, SFTConfig):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not take."}
     )
+    use_cache: bool = field(
+        default=True,
+        metadata={"help": "Written into the model's configuration, for whoever loads it. Training uses no cache."},
+    )
     hub_strategy: HubStrategy | str = field(
         default="end", metadata={"help": "Must stay `end`: a stage is pushed when it is finished."}
     )

@@ -176,13 +176,13 @@ def train_language_model(
             assistant_only_loss=True,
             gradient_checkpointing=False,
             bf16=False,
+            use_cache=True,  # of the saved configuration
             train_sampling_strategy="sequential",  # the lessons' order
         )
         rows = Dataset.from_list([{"messages": messages} for messages in corpus])
         trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         use_step_bar(trainer, "language model")
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
-        model.config.use_cache = True  # TRL trains without
         return model
 
     return _once(work, LlamaForCausalLM, train)

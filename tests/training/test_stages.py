@@ -74,6 +74,8 @@ def test_a_stage_moves_the_parts_of_table_1_and_no_others(tmp_path, stage):
     assert {group_of(name) for name in moved} == MOVES[stage]
     still = [name for name in before if group_of(name) in MOVES[stage] and name not in moved]
     assert not still
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["use_cache"]  # the Trainer's default would switch it off for whoever loads the stage
 
 
 @pytest.mark.parametrize(
