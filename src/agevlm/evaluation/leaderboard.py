@@ -6,13 +6,12 @@ own. A sentence in the field `note` of a file is printed above its tables.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agevlm.progress import written
-from agevlm.store import write_text
+from agevlm.store import read_json, write_text
 
 from .benchmark import Column, Metrics
 from .run import BENCHMARKS
@@ -137,7 +136,7 @@ def read_metrics(path: Path) -> Metrics:
         ValueError: it is none.
     """
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = read_json(path)
         missing = [key for key in _NEEDED if key not in metrics]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

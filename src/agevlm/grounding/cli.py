@@ -144,10 +144,11 @@ def view(argv: list[str] | None = None) -> None:
     from agevlm.data.tables import load_table
     from agevlm.grounding.output import SUMMARY
     from agevlm.grounding.view import write_view
+    from agevlm.store import read_json
 
     name = options.dataset
     if name is None and (options.run / SUMMARY).is_file():
-        name = json.loads((options.run / SUMMARY).read_text(encoding="utf-8"))["dataset"]
+        name = read_json(options.run / SUMMARY)["dataset"]
     output = options.output or options.run / "view.html"
     count = write_view(
         options.run, load_table(name, options.split) if name else None, output, _grid(options.model), options.count

@@ -6,7 +6,6 @@ filtered in the page.
 """
 
 import heapq
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from agevlm.data.rows import undecoded
 from agevlm.data.tables import check_columns
 from agevlm.drawing import outline, outline_phrases
 from agevlm.images import data_address, open_image
-from agevlm.store import write_text
+from agevlm.store import read_json, write_text
 
 from .output import SPLITS, SUMMARY, environment, read_masks
 from .regions import Grid
@@ -52,7 +51,7 @@ def write_view(run: Path, rows: Dataset | None, path: Path, grid: Grid, count: i
         places = [index for index, row_id in enumerate(rows["id"]) if row_id in wanted]
         for row in undecoded(rows.select(places).select_columns(["id", "images"])):
             pictures[row["id"]] = row["images"][0] if row["images"] else None
-    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_json(run / SUMMARY)
     page = (
         environment()
         .get_template("view.html.jinja")
