@@ -110,6 +110,8 @@ def test_pictures_are_found_where_training_finds_them(folder, tmp_path_factory):
     path = write(folder, ROWS[:2])
     rows = load_own(path, apart)
     assert [image["bytes"] for image in rows["image"]] == [(folder / "a.png").read_bytes()] * 2
+    with pytest.raises(ValueError, match="gone does not exist; give the folder, or the archives"):
+        load_own(path, folder / "gone")
     (folder / "a.png").rename(folder / "A.PNG")
     assert load_own(path)[0]["image"]["path"] == str(folder / "A.PNG")
     assert sorted(file.name for file in folder.iterdir()) == ["A.PNG", "b.png", "own.jsonl"]

@@ -52,7 +52,7 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
     root = Path(images) if images is not None else place.parent if place.is_file() else place
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:  # where the store keeps its index, if it needs one
-        source = open_source(place, [root] if root.exists() else None, work)
+        source = open_source(place, None if images is None and not place.exists() else [root], work)
         for number, record in _records(source):
             try:
                 rows += _questions(record, number, source.store)
