@@ -176,6 +176,13 @@ def test_a_bad_row_is_recorded_and_strict_stops(folder, name):
         load_own(path, strict=True)
 
 
+def test_where_no_row_can_be_used_the_reason_is_given(folder):
+    rows = load_own(write(folder, ROWS[:2]))
+    skipped = [{"verdict": "skipped", "error": f"row {name}: broken"} for name in rows["id"]]
+    with pytest.raises(ValueError, match=f"own: none of 2 rows could be used; row {rows['id'][0]}: broken"):
+        score_predictions(PAPER, rows, skipped)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
