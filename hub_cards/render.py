@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Template
 
-from agevlm.store import write_bytes, write_text
+from agevlm.store import read_text, write_bytes, write_text
 
 from .datasets import is_dataset, write_dataset_card
 from .facts import ATTENTION_FILE, EVALUATION_FILE, LOSS_FILE, evaluation_fits, read_facts, weights_fingerprint
@@ -258,7 +258,7 @@ def add_evaluation(folder: Path, metrics: Path, dataset: str | None) -> None:
     Raises:
         ValueError: no such result, or that of other weights.
     """
-    text = metrics.read_text(encoding="utf-8")
+    text = read_text(metrics)
     try:
         evaluation = json.loads(text)
         _evaluation({name: evaluation[name] for name in ("split", "benchmarks", "grounding")})

@@ -230,6 +230,22 @@ def test_values_that_do_not_tell_the_object_are_listed(values, dtype):
         open_image(Image.fromarray(np.array([values], dtype=dtype)), "mask", mode="1")
 
 
+@pytest.mark.parametrize(("values", "white"), [((38, 175), 255), ((20, 255), 255), ((10_000, 40_000), 65535)])
+def test_a_mask_that_would_lose_an_object_is_refused(values, white):
+    """Soft edges are cut at one half. Both of these fill areas."""
+    two = MARKED * values[0]
+    two[:, 20:] = MARKED[:, 20:] * values[1]
+    dtype = np.uint8 if white == 255 else np.uint16
+    with pytest.raises(ValueError, match=f"mask: .*values 0, {values[0]}, {values[1]}, which do not tell"):
+        open_image(Image.fromarray(two.astype(dtype)), "mask", mode="1")
+
+
+@pytest.mark.parametrize("quality", [30, 75, 90, 95])
+def test_the_noise_of_jpeg_is_no_object(quality):
+    found = np.asarray(open_image(stored(grey(0, 255), "JPEG", quality=quality), "mask", mode="1"))
+    np.testing.assert_array_equal(found, MARKED)
+
+
 def test_colors_of_one_brightness_are_refused():
     image = Image.merge("RGB", [Image.new("L", (40, 30))] * 2 + [grey(0, 1)])
     with pytest.raises(ValueError, match=r"mask: .*one brightness"):

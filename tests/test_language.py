@@ -73,11 +73,11 @@ def test_texts_come_from_files_tables_and_scenes(tmp_path):
 
 def test_places_without_text_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9 noir")  # Latin-1
     Dataset.from_dict({"line": ["One."]}).to_parquet(tmp_path / "rows.parquet")
     for name, message in (
         ("empty.txt", "holds no text"),
-        ("bytes.txt", "is no UTF-8 text"),
+        ("bytes.txt", r"bytes\.txt is no UTF-8 \(byte 3: .*\); store it as UTF-8"),
         ("rows.parquet", "rows.parquet: no column text, which is needed; there are line"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -343,7 +343,8 @@ class Flops:
 def measured_peak(device: torch.device, bf16: bool) -> float:
     """FLOPs per second of the largest matrix products one device makes in the type that trains."""
     size, dtype = (8192 if device.type != "cpu" else 512), torch.bfloat16 if bf16 else torch.float32
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device)  # the global one is the run's, and each process of a run measures once
+    left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + 0.2
     while time.perf_counter() < end or not best:
         start = time.perf_counter()

@@ -145,6 +145,9 @@ class StageTrainer(WatchedTrainer):
             # Gathered from shards, tied weights are two tensors.
             tied = unwrap_peft_model(self.model).all_tied_weights_keys
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        # A fast tokenizer saves the truncation and padding of its last call, which decide no later one.
+        self.processing_class.tokenizer.backend_tokenizer.no_truncation()
+        self.processing_class.tokenizer.backend_tokenizer.no_padding()
         with own_class(self.model):
             super()._save(output_dir, state_dict)
         folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))

@@ -6,7 +6,6 @@ Llama, and a Llama layer for each cross block, so that both have the same number
 `--variant ca-baseline`. The twin has no attention maps to guide, no adapters, no card of ours and no push.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ class TwinTrainer(StageTrainer):
     """TRL's `SFTTrainer` on our rows, with the twin's collator; takes what `StageTrainer` takes."""
 
     def __init__(self, model: PreTrainedModel, args: AgeVlmSFTConfig, processing_class: Any, **kwargs):
-        # The collator's tokenizer keeps the truncation and padding of its last call, also in its files.
-        collator = ConcatenatingCollator(copy.deepcopy(processing_class), args.max_length, args.pad_to_multiple_of)
+        collator = ConcatenatingCollator(processing_class, args.max_length, args.pad_to_multiple_of)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -242,7 +243,7 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
 
     Alpha decides where it is not opaque everywhere; else the brightness. Two values are background and object (the
     larger one); 0 alone is an empty mask and white alone a full one; soft edges between dark and bright are cut at one
-    half.
+    half, if no object is lost on the dark side.
 
     Args:
         white: largest value of a gray mask of more than 8 bits.
@@ -279,7 +280,8 @@ def read_mask(image: Image.Image, where: str, white: int = 65535) -> Image.Image
 def read_classes(image: Any, where: str) -> Image.Image:
     """A mask as [`open_image`] reads it, or of numbers of classes or objects: all but 0 (background) and 255 (border).
 
-    A palette counts by its numbers, not by its colors. Raises ValueError as `open_image` does.
+    A palette counts by its numbers, not by its colors. Several gray values, one of 32 or more, that fill areas are
+    objects, 255 too. Raises ValueError as `open_image` does.
     """
     stored = open_stored(image, where, decode=True)
     if stored.mode in ("P", "L", "I;16", "I") and not _has_alpha(stored):
@@ -287,7 +289,23 @@ def read_classes(image: Any, where: str) -> Image.Image:
         numbers = [number for number in np.unique(values) if number not in (0, 255)]
         if numbers and (stored.mode == "P" or (len(numbers) > 1 and max(numbers) < _CLASSES)):
             return Image.fromarray((values != 0) & (values != 255))
+        if numbers and max(numbers) >= _CLASSES and not values.all() and len(_areas(values) - {0}) > 1:
+            return Image.fromarray(values != 0)
     return open_image(image, where, mode="1")
+
+
+def _areas(values: np.ndarray) -> set[float]:
+    """Which of a few values fill areas: a quarter of their pixels, or more, lie among their like. Edges and noise do
+    not, nor do the many values of photographs."""
+    found, counts = np.unique(values, return_counts=True)
+    if len(found) > _CLASSES:
+        return set()
+    like = values[1:-1, 1:-1]
+    inside = np.ones(like.shape, dtype=bool)
+    for down, right in itertools.product(range(3), repeat=2):
+        inside &= values[down : down + like.shape[0], right : right + like.shape[1]] == like
+    shares = [(like[inside] == value).sum() / count for value, count in zip(found, counts, strict=True)]
+    return {value.item() for value, share in zip(found, shares, strict=True) if share >= 0.25}
 
 
 def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:
@@ -302,7 +320,11 @@ def _two_levels(values: np.ndarray, white: int, where: str) -> Image.Image:
         chosen = values > 0
     elif len(found) == 2 and np.isfinite(high - low):
         chosen = values == high
-    elif 0 <= low * 2 <= white < high * 2 <= 2 * white and not (high == white and found[-2] < _CLASSES):
+    elif (
+        0 <= low * 2 <= white < high * 2 <= 2 * white
+        and not (high == white and found[-2] < _CLASSES)
+        and not any(0 < 2 * value <= white for value in _areas(values))
+    ):
         chosen = values.astype(np.float64) * 2 > white
     else:
         listed = ", ".join(f"{value:g}" for value in found[:8]) + (", ..." if len(found) > 8 else "")

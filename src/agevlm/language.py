@@ -16,7 +16,7 @@ from torch.nn import functional
 from agevlm.data.scenes.build import load_told
 from agevlm.data.tables import check_columns, load_table
 from agevlm.models import render
-from agevlm.store import digest
+from agevlm.store import digest, read_text
 
 
 WINDOW = 512  # tokens of a long text that are predicted from each other
@@ -72,10 +72,7 @@ def read_held_text(place: str | Path, processor: Any) -> HeldText:
 def _read(place: str | Path) -> str:
     path = Path(place)
     if path.is_file() and path.suffix != ".parquet":
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text ({error}); convert it") from error
+        return read_text(path)
     name, _, config = (str(place), "", "") if path.exists() else str(place).partition(":")
     rows = load_table(name, config=config or None, usual=("test", "validation", "train"))
     check_columns(place, rows.column_names, ["text"])

@@ -43,7 +43,7 @@ from agevlm.modeling_agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from agevlm.modeling_agevlm.configuration_agevlm import AUTO_MAP
 from agevlm.modeling_agevlm.modeling_agevlm import check_weights
 from agevlm.processing import AgeVlmProcessor
-from agevlm.store import digest
+from agevlm.store import digest, read_text
 
 
 Name = str | PathLike[str]
@@ -97,7 +97,7 @@ def _read_table(name: Name, file: str, revision: str, required: bool = False) ->
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=required)
         if path is None:
             return None
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(read_text(Path(path)))
         if not isinstance(fields, dict):
             raise ValueError(f"it holds no table of fields but {type(fields).__name__}")
     return fields

@@ -18,6 +18,14 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 
 
+# How a file begins that is no text in UTF-8, and what to do
+_NO_TEXT = (
+    (b"\x1f\x8b", "is compressed with gzip; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"PAR1", "is a Parquet file; name it .parquet"),
+)
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _UMASK = os.umask(0)  # the only way to read it is to set it
 os.umask(_UMASK)
 
@@ -141,11 +149,36 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(map(_line, rows)))
 
 
+def check_text(path: Path) -> None:
+    """Raises ValueError, naming the file, its form and the fix, if it begins as no text in UTF-8 does."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith(_UTF16) or [head[::2], head[1::2]].count(b"\0\0") == 1:  # letters of ASCII without a mark
+        raise ValueError(f"{path} is UTF-16; store it as UTF-8")
+    for start, found in _NO_TEXT:
+        if head.startswith(start):
+            raise ValueError(f"{path} {found}")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, without the mark that some editors put in front.
+
+    Raises:
+        ValueError: `check_text` refuses the file; other bytes that are no UTF-8, unless `errors` says what of them.
+    """
+    check_text(path)
+    try:
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 (byte {error.start}: {error.reason}); store it as UTF-8") from error
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError, naming the file, if it is no JSON."""
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON ({error}). Restore it, or delete it.") from error
 
 

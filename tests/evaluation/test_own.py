@@ -6,6 +6,7 @@ import io
 import json
 import re
 import socket
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,21 @@ def test_pictures_inside_of_the_file(folder):
     assert load_own(folder / "own.csv")[0]["image"]["bytes"] == base64.b64decode(data)
 
 
+def test_pictures_are_found_where_training_finds_them(folder, tmp_path_factory):
+    """In an archive, and under a name in other case; the folder of the rows stays as it is."""
+    apart = tmp_path_factory.mktemp("pictures") / "all.tar"
+    with tarfile.open(apart, "w") as tar:
+        tar.add(folder / "a.png", "a.png")
+    path = write(folder, ROWS[:2])
+    rows = load_own(path, apart)
+    assert [image["bytes"] for image in rows["image"]] == [(folder / "a.png").read_bytes()] * 2
+    with pytest.raises(ValueError, match="gone does not exist; give the folder, or the archives"):
+        load_own(path, folder / "gone")
+    (folder / "a.png").rename(folder / "A.PNG")
+    assert load_own(path)[0]["image"]["path"] == str(folder / "A.PNG")
+    assert sorted(file.name for file in folder.iterdir()) == ["A.PNG", "b.png", "own.jsonl"]
+
+
 @pytest.mark.parametrize("layout", ["conversations", "messages"])
 def test_every_question_of_a_conversation_is_a_row(folder, layout):
     names = (
@@ -119,7 +135,7 @@ def test_every_question_of_a_conversation_is_a_row(folder, layout):
 
 
 BAD = {
-    "gone": ({"image": "c.png"}, "no picture c.png"),
+    "gone": ({"image": "c.png"}, "image_missing: c.png is in none of"),
     "outside": ({"image": "../a.png"}, "leaves its folder"),
     "absolute": ({"image": "/etc/passwd"}, "leaves its folder"),
     "url": ({"image": "https://example.org/a.png"}, "image_url"),
@@ -136,9 +152,12 @@ BAD = {
     "kind": ({"kind": "boolean"}, "use yes-no, choice, exact, contains"),
     "no yes or no": ({"kind": "yes-no", "answer": "maybe"}, "expected yes or no"),
     "no option": ({"options": ["red", "blue"], "answer": "green"}, "one of the options"),
+    "yes and no": ({"answer": ["yes", "No."]}, "none is wrong"),
+    "yes and no of a kind": ({"kind": "yes-no", "answer": ["no", "yes"]}, "none is wrong"),
+    "all options": ({"options": ["red", "blue"], "answer": ["blue", "A"]}, "none is wrong"),
     "two options": ({"options": ["red", "RED"], "answer": "red"}, "one of the options"),
     "one option": ({"kind": "choice", "options": ["red"], "answer": "A"}, "1 options"),
-    "mask": ({"mask": "c.png"}, "no picture c.png"),
+    "mask": ({"mask": "c.png"}, "image_missing: c.png"),
     "phrase": ({"guidance": {"query": "dog", "mask": "a.png"}}, "does not hold 'dog'"),
     "phrase of a number": ({"guidance": {"query": 3, "mask": "a.png"}}, "use {query, mask}"),
     "phrases of text": ({"guidance": ["cup"]}, "use {query, mask}"),
@@ -155,6 +174,13 @@ def test_a_bad_row_is_recorded_and_strict_stops(folder, name):
     assert message in rows["unusable"][1] and rows["unusable"][1].startswith("row 2 (id '")
     with pytest.raises(ValueError, match="row 2"):
         load_own(path, strict=True)
+
+
+def test_where_no_row_can_be_used_the_reason_is_given(folder):
+    rows = load_own(write(folder, ROWS[:2]))
+    skipped = [{"verdict": "skipped", "error": f"row {name}: broken"} for name in rows["id"]]
+    with pytest.raises(ValueError, match=f"own: none of 2 rows could be used; row {rows['id'][0]}: broken"):
+        score_predictions(PAPER, rows, skipped)
 
 
 @pytest.mark.parametrize(

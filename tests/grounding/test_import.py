@@ -77,6 +77,7 @@ LEVELS = EXACT.astype(np.uint8)
 NUMBERS = LEVELS * 3
 NUMBERS[10:20, 10:20] = 5  # of another class
 NUMBERS[0] = 255  # a border
+LEFT = LEVELS * (np.arange(SIZE[0]) < 20).astype(np.uint8)
 ALPHA = np.dstack([np.full((*EXACT.shape, 3), 90, np.uint8), LEVELS * 255])
 VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, *[200] * 750]  # begins as Pascal VOC's
 
@@ -100,6 +101,9 @@ FORMS = {
     "PNG 0/255": saved(LEVELS * 255),
     "PNG of 16 bits": saved(LEVELS.astype(np.uint16)),
     "PNG of numbers": saved(NUMBERS),
+    "PNG of two objects": saved(LEFT * 38 + (LEVELS - LEFT) * 175),
+    "PNG of two objects, one white": saved(LEFT * 40 + (LEVELS - LEFT) * 255),
+    "PNG of two objects, of 16 bits": saved(LEFT * np.uint16(1000) + (LEVELS - LEFT) * np.uint16(2000)),
     "PNG with a palette": saved(LEVELS, "P", palette=[255, 255, 255, 0, 0, 0]),
     "PNG with a palette of classes": saved(NUMBERS, "P", palette=VOC),
     "PNG with alpha": saved(ALPHA, "RGBA"),

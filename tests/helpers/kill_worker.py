@@ -5,8 +5,11 @@
 WORK is a verb of `agevlm` (`VERBS`), which SIGKILL and SIGTERM stop in turn (HOW is `signals`), or a disk that takes
 no file beyond some size (`disk`: the verb must say so in one line, and leave no process); or a stage with its variant
 (`RUNS`), which SIGKILL stops. Every start is a fork of this process, whose imports are done: most of its life is work
-and saving. Prints one JSON line for each finished run: the work, the number of stops, what they left, and `different`,
-the files that are not those of a run that was left alone.
+and saving. `export` traces for a minute before it saves for a second: the run that is left alone traces, the others
+save what this process has traced.
+
+Prints one JSON line for each finished run: the work, the number of stops, what they left, and `different`, the files
+that are not those of a run that was left alone.
 """
 
 import dataclasses
@@ -33,7 +36,9 @@ from workers import same_weights
 from agevlm import cli
 from agevlm.data.scenes.build import build_scenes
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from agevlm.reproduction import prepare
 from agevlm.reproduction.matrix import SIZES
+from agevlm.serving import exported
 from agevlm.training.checkpoints import STAGING
 from agevlm.training.lineage import read_lineage
 from agevlm.training.run_stage import run_stage
@@ -87,13 +92,26 @@ def run_verb(verb: str, inputs: Path, folder: Path) -> None:
     os.chdir(folder)
     if verb == "reproduce":
         SIZES["tiny-scratch"] = dataclasses.replace(
-            SIZES["tiny-scratch"], captions=8, instructions=8, questions=4, pairs=4, oblong=2, turns=1
+            SIZES["tiny-scratch"], captions=8, instructions=8, questions=4, pairs=4, oblong=2, turns=1, image_size=96
         )
+        prepare.CURVE_QUESTIONS = 8
     flag = "--output-dir" if verb == "train" else "--output"
-    vars(sys.modules["__main__"]).pop("__file__")  # workers of the verb need not import this module
+    vars(sys.modules["__main__"]).pop("__file__", None)  # workers of the verb need not import this module
     words = [word.format(inputs=inputs, parts=PARTS) for word in VERBS[verb].split()]
     sys.argv = ["agevlm", *verb.split(), *words, flag, OUTPUT]
     cli.main()
+
+
+def trace_once(inputs: Path, folder: Path) -> None:
+    """Exports here, and lets every later `export`, in forks too, find the graphs that this one has traced."""
+    trace, made = exported.export, []
+
+    def export(*args, **options):
+        made[:] = made or [trace(*args, **options)]
+        return made[0]
+
+    exported.export = export
+    run_verb("export", inputs, folder)
 
 
 def run(stage: str, variant: str, folder: Path) -> None:
@@ -230,6 +248,8 @@ def main(folder: Path, stops: int, seed: int, how: str, names: list[str]) -> Non
             begun = time.monotonic()
             assert os.waitpid(start(work, alone, output), 0)[1] == 0, output.read_text()[-3000:]
             lengths[name] = time.monotonic() - begun
+            if name == "export":
+                trace_once(folder / "inputs", folder / "traced")
         stopped = folder / f"stopped-{number}"
         left: Counter[str] = Counter()
         if how == "disk":

@@ -1,6 +1,8 @@
 """Exported graphs answer as the model does: torch.export and ONNX, one row or many, with and without pictures."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,27 @@ def test_mistakes_are_named(torch_export, tmp_path):
         with pytest.raises(ValueError, match=message):
             main([str(name), str(tmp_path / "new")])
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_the_same_command_again_finds_its_export_finished(tmp_path, monkeypatch, capsys):
+    class Graphs:
+        def save_pretrained(self, folder):
+            (folder / "export.json").write_text("{}")
+
+    monkeypatch.setattr("agevlm.serving.exported.export", lambda *_, **__: Graphs())
+    command = [str(CHECKPOINT), str(tmp_path / "out")]
+    main(command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    main(command)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'out'} holds this export, nothing to do"
+    with pytest.raises(ValueError, match=r"holds another export \(int8: False there, True asked\)"):
+        main([*command, "--int8"])
+    shutil.copytree(CHECKPOINT, tmp_path / "other")
+    sharper = json.loads((tmp_path / "other/generation_config.json").read_text()) | {"temperature": 0.5}
+    (tmp_path / "other/generation_config.json").write_text(json.dumps(sharper))
+    with pytest.raises(ValueError, match=r"holds another export \(settings"):
+        main([str(tmp_path / "other"), *command[1:]])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.slow

@@ -343,7 +343,9 @@ def test_flops_know_what_trains_and_what_is_there():
 
 
 def test_peak_is_a_rate_that_a_product_reaches():
+    drawn = torch.get_rng_state()
     assert 1e8 < measured_peak(torch.device("cpu"), bf16=False) < 1e13
+    assert torch.equal(torch.get_rng_state(), drawn), "the run's dropout would depend on when it is measured"
 
 
 def test_row_ids_reach_no_model(tmp_path):

@@ -269,6 +269,11 @@ def test_a_killed_run_resumes_to_the_weights_of_a_whole_one(tmp_path, monkeypatc
     assert count.steps == steps
     assert resumed.status == "trained"
     assert same_weights(tmp_path / "run", whole[0])
+    drawn, drawn_whole = (
+        torch.load(folder / "checkpoint-6/rng_state.pth", weights_only=False)["cpu"]
+        for folder in (tmp_path / "run", whole[0])
+    )
+    assert torch.equal(drawn, drawn_whole)
     assert [entry["step"] for entry in resumed.log_history] == [entry["step"] for entry in whole[1].log_history]
     assert STAGING not in os.listdir(tmp_path / "run")
 
@@ -311,6 +316,8 @@ def test_a_run_that_died_before_its_last_save_only_saves(tmp_path, monkeypatch, 
     result = run_small_stage(tmp_path / "run", callbacks=[count], max_steps=max_steps)
     assert count.steps == 0
     assert "leftover" not in os.listdir(tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "tokenizer.json").read_text())  # not the padding of some last call
+    assert saved["padding"] is None and saved["truncation"] is None
     assert result.lineage["status"] == "finished"
     assert result.lineage["metrics"]["loss"] > 0
 

@@ -23,6 +23,8 @@ from datasets.data_files import (
 )
 from huggingface_hub import DatasetCard
 
+from agevlm.store import check_text
+
 from .rows import refuse_names
 
 
@@ -54,6 +56,8 @@ def read_files(paths: Sequence[str | Path], **options: Any) -> Dataset:
     """
     files = [exactly(path) for path in paths]
     if Path(paths[0]).suffix in (".json", ".jsonl"):
+        for path in filter(os.path.isfile, paths):
+            check_text(Path(path))
         return Dataset.from_json(files, **options)
     return refuse_names(Dataset.from_parquet(files, **options))
 
@@ -96,6 +100,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is no such file.
     """
+    check_text(path)
     csv.field_size_limit(_LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

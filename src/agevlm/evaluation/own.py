@@ -44,13 +44,16 @@ def right_answers(kind: str, answers: Sequence[str], options: Sequence[str]) -> 
     """The answers as `parse` gives them: yes or no, a letter, a normalized text; as they are for `contains`.
 
     Raises:
-        ValueError: an unknown kind, or an answer that is none of its kind.
+        ValueError: an unknown kind, an answer that is none of its kind, or right answers that leave no wrong one.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; use {', '.join(KINDS)}")
     if kind == "choice" and not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"a choice among {len(options)} options; give 2 to {len(LETTERS)} in options")
-    return [_right_answer(kind, answer, options) for answer in answers]
+    right = [_right_answer(kind, answer, options) for answer in answers]
+    if len(set(right)) == {"yes-no": 2, "choice": len(options)}.get(kind):
+        raise ValueError(f"answer is {list(answers)}, all that can be said, so that none is wrong; give the right one")
+    return right
 
 
 def _right_answer(kind: str, answer: str, options: Sequence[str]) -> str:

@@ -3,10 +3,12 @@ conversations that training takes (LLaVA's, or `messages` and `images`), of whic
 
 Besides: `id`, `kind`, `options` (a list, or texts between "|"; or the columns A, B, ...), `category`, and what to look
 at: `mask`, or `guidance` by phrase ({query, mask}). Pictures are paths below a folder, or in the file. The reader of
-published sets (`data/published/records.py`) reads each row, so that checks and names for what is wrong are the same.
+published sets (`data/published/records.py`) reads each row, and their `PictureStore` finds the pictures, so that
+checks and names for what is wrong are the same.
 A row that cannot be asked stays, with the reason.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 
+from agevlm.data.published.pictures import PictureStore
 from agevlm.data.published.records import CONVERSATIONS, BadRow, checked, parse_record, read_image, read_record
-from agevlm.data.published.sources import open_source
-from agevlm.data.rows import IMAGE_PLACEHOLDER, find_query, resolve_inside
+from agevlm.data.published.sources import Source, open_source
+from agevlm.data.rows import IMAGE_PLACEHOLDER, find_query
 from agevlm.store import digest
 
 from .benchmark import table_options
@@ -40,7 +43,7 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
 
     Args:
         place: a file, or what else training takes (`data.published.sources.open_source`).
-        images: folder of the pictures that rows name; default: the file's.
+        images: folder or archive of the pictures that rows name; default: the file's folder.
 
     Raises:
         ValueError: a file that cannot be read, no row that can be asked, or if strict a row that cannot.
@@ -48,14 +51,16 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
     place = Path(place)
     root = Path(images) if images is not None else place.parent if place.is_file() else place
     rows: list[dict[str, Any]] = []
-    for number, record in _records(place, root):
-        try:
-            rows += _questions(record, number, root)
-        except BadRow as error:
-            row_id = error.row_id or f"row-{number}"
-            rows.append({**EMPTY, "id": row_id, UNUSABLE: f"row {number} (id {row_id!r}): {error}"})
-            if strict:
-                raise ValueError(f"{place}, {rows[-1][UNUSABLE]}") from None
+    with tempfile.TemporaryDirectory() as work:  # where the store keeps its index, if it needs one
+        source = open_source(place, None if images is None and not place.exists() else [root], work)
+        for number, record in _records(source):
+            try:
+                rows += _questions(record, number, source.store)
+            except BadRow as error:
+                row_id = error.row_id or f"row-{number}"
+                rows.append({**EMPTY, "id": row_id, UNUSABLE: f"row {number} (id {row_id!r}): {error}"})
+                if strict:
+                    raise ValueError(f"{place}, {rows[-1][UNUSABLE]}") from None
     if all(UNUSABLE in row for row in rows):
         reason = f"none of {len(rows)} rows can be asked; {rows[0][UNUSABLE]}" if rows else "it holds no rows"
         raise ValueError(f"{place}: {reason}")
@@ -69,14 +74,13 @@ def load_own(place: str | Path, images: str | Path | None = None, strict: bool =
     return Dataset.from_list([{name: row.get(name) for name in FEATURES} for row in rows], features=FEATURES)
 
 
-def _records(place: Path, root: Path) -> Iterator[tuple[int, Any]]:
+def _records(source: Source) -> Iterator[tuple[int, Any]]:
     """(place from 1, record) of every row."""
-    source = open_source(place, [root] if root.exists() else None, root)
     for chunk in source.chunks(1024, None):
         yield from source.records(chunk)
 
 
-def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
+def _questions(record: Any, number: int, store: PictureStore) -> list[dict[str, Any]]:
     """The questions of one record. Raises `BadRow`."""
     record = record if isinstance(record, Mapping) else parse_record(record)
     if not record.keys() & (CONVERSATIONS - {"caption"}):
@@ -91,7 +95,7 @@ def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
         if len(draft.images) != 1:
             raise BadRow("no_picture", f"{len(draft.images)} pictures; give one, or ask texts by --data told=FILE")
         shared = {
-            "image": _stored(draft.images[0], root),
+            "image": _stored(draft.images[0], store),
             "picture": draft.images[0] if isinstance(draft.images[0], str) else digest(draft.images[0]["bytes"]),
             "category": " ".join(_texts(record.get("category"), "category")),
         }
@@ -102,7 +106,7 @@ def _questions(record: Any, number: int, root: Path) -> list[dict[str, Any]]:
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
             row_id = draft.id if len(places) == 1 else f"{draft.id}-{turn}"
             rows.append({**shared, "id": row_id, **_question(record, text, answers or [answer]),
-                         "guidance": _guidance(record, text, place, root)})  # fmt: skip
+                         "guidance": _guidance(record, text, place, store)})  # fmt: skip
     except BadRow as error:
         error.row_id = draft.id
         raise
@@ -125,7 +129,7 @@ def _question(record: Mapping[str, Any], question: str, answers: list[str]) -> d
     return {"question": question, "answers": right, "kind": guessed, "guessed": not kind, "options": options}
 
 
-def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) -> list[dict[str, Any]]:
+def _guidance(record: Mapping[str, Any], question: str, place: int, store: PictureStore) -> list[dict[str, Any]]:
     """What to look at: the phrases of `guidance` in message `place`, and `mask` for the question. Raises `BadRow`."""
     given = record.get("guidance") or []
     phrases = [*given] if isinstance(given, list) else [given]
@@ -144,7 +148,7 @@ def _guidance(record: Mapping[str, Any], question: str, place: int, root: Path) 
         if phrase.get("message_index") in (None, place):
             if find_query(question, said) < 0:
                 raise BadRow("bad_guidance", f"the question {question!r} does not hold {said['query']!r}; copy it")
-            found.append({**said, "mask": _stored(read_image(phrase.get("mask"), "mask"), root)})
+            found.append({**said, "mask": _stored(read_image(phrase.get("mask"), "mask"), store)})
     return found
 
 
@@ -170,14 +174,6 @@ def _text(value: str | float) -> str:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
-def _stored(image: Any, root: Path) -> dict[str, Any]:
-    """A picture as an undecoded column has it. Raises `BadRow` if it is not below `root`."""
-    if not isinstance(image, str):
-        return {"bytes": image["bytes"], "path": None}
-    try:
-        path = resolve_inside(root, image)
-        if not path.is_file():
-            raise BadRow("image_missing", f"there is no picture {image} in {root}; --images names its folder")
-    except (ValueError, OSError) as error:
-        raise BadRow("image_path_bad", f"picture {image[:100]!r}: {error}") from None
-    return {"bytes": None, "path": str(path)}
+def _stored(image: Any, store: PictureStore) -> dict[str, Any]:
+    """A picture as an undecoded column has it. Raises `BadRow` where there is none."""
+    return store.stored(image) if isinstance(image, str) else {"bytes": image["bytes"], "path": None}

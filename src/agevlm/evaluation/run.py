@@ -278,7 +278,7 @@ def score_predictions(
     """
     usable, (lines,) = answered(rows, predictions)
     if not usable:
-        raise ValueError(f"{benchmark.name}: none of {len(rows)} rows could be used; its predictions name the errors")
+        raise ValueError(f"{benchmark.name}: none of {len(rows)} rows could be used; {predictions[0]['error']}")
     parsed = [line["parsed"] for line in lines]
     result = {
         **benchmark.score(usable, parsed),

@@ -8,7 +8,6 @@ names in the published files are renamed, and rows without an `id` get one from 
 """
 
 import ast
-import base64
 import json
 import re
 from pathlib import Path
@@ -20,8 +19,10 @@ from datasets import Image as ImageFeature
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from agevlm.data.published.records import BadRow, read_image
 from agevlm.data.rows import refuse_names, resolve_inside, undecoded
 from agevlm.data.tables import load_set, read_files
+from agevlm.store import check_text, read_text
 
 from .benchmark import Benchmark, check_fields, check_row
 from .inputs import without_pictures
@@ -154,7 +155,7 @@ def _read(path: Path, benchmark: Benchmark, images: str | Path | None) -> Datase
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     lines = [line for line in text.split("\n") if line.strip()]  # a text may hold other signs that end a line
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     if not all(isinstance(row, dict) and row for row in rows):
@@ -175,7 +176,9 @@ def _read_tsv(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
     """Rows of a table, VLMEvalKit's (with an `index`) in the published columns."""
     options = pyarrow.csv.ParseOptions(delimiter="\t", newlines_in_values=True)
     block = pyarrow.csv.ReadOptions(block_size=min(2**31 - 1, max(1 << 20, path.stat().st_size + 1)))
-    header = path.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
+    check_text(path)
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline().rstrip("\r\n").split("\t")
     text = pyarrow.csv.ConvertOptions(column_types={name.strip('"'): "string" for name in header})
     rows = pyarrow.csv.read_csv(path, block, options, text).to_pylist()
     rows = [
@@ -219,8 +222,9 @@ def _with_picture(row: dict[str, Any], root: Path, where: str) -> dict[str, Any]
     if len(named) > MOST_CHARACTERS:
         raise ValueError(f"{where}, field image: {len(named)} characters of base64; shrink the picture")
     try:
-        if len(named) > 1000:
-            return {**row, "image": {"bytes": base64.b64decode("".join(named.split()), validate=True), "path": None}}
-        return {**row, "image": {"bytes": None, "path": str(resolve_inside(root, named))}}
-    except ValueError as error:
+        image = read_image(named, "it")
+        if isinstance(image, str):
+            image = {"bytes": None, "path": str(resolve_inside(root, image))}
+    except (BadRow, ValueError) as error:
         raise ValueError(f"{where}, field image: {error}") from error
+    return {**row, "image": image}

@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from agevlm.store import check_text
+
 from .records import CONVERSATIONS, MAX_RECORD_BYTES
 
 
@@ -20,17 +22,6 @@ _BLOCK = 2**20
 # start of a string that goes on behind the block.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]|"', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
-
-
-# How a file begins that holds no rows in JSON, and what to do
-_OTHER_FILES = (
-    (b"\x1f\x8b", "is compressed with gzip; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it"),
-    (b"PK\x03\x04", "is a zip archive; unpack it"),
-    (b"PAR1", "is a Parquet file; name it .parquet"),
-    (b"\xff\xfe", "is UTF-16; store it as UTF-8"),
-    (b"\xfe\xff", "is UTF-16; store it as UTF-8"),
-)
 
 
 @dataclass(frozen=True)
@@ -49,18 +40,19 @@ def check_shape(path: Path) -> None:
     Raises:
         ValueError: neither rows of JSON, one a line, nor (.json) an array of them.
     """
+    check_text(path)
     with path.open("rb") as file:
         head = file.read(MAX_RECORD_BYTES + 1).removeprefix(_BOM).lstrip()
-    found = next((text for start, text in _OTHER_FILES if head.startswith(start)), None)
+    found = None
     first, *others = [line for line in head.splitlines()[:20] if line.strip()] or [b""]
-    if found is None and not head:
+    if not head:
         found = "is empty"
-    elif found is None and head.startswith(b"[") and path.suffix.lower() != ".json":
+    elif head.startswith(b"[") and path.suffix.lower() != ".json":
         if first.strip() == b"[" or (not others and isinstance(_parsed(first), list)):
             found = "is one JSON array; name it .json"
-    elif found is None and head.startswith(b"{"):
+    elif head.startswith(b"{"):
         found = _object_shape(head, first, not others)
-    elif found is None and not any(line.lstrip()[:1] in (b"{", b"[") for line in (first, *others)):
+    elif not any(line.lstrip()[:1] in (b"{", b"[") for line in (first, *others)):
         found = f"begins with {head[:40]!r}; give one JSON object a line, or an array of them"
     if found is not None:
         raise ValueError(f"{path} {found}")

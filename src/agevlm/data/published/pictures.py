@@ -20,12 +20,13 @@ import shutil
 import sqlite3
 import tarfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
@@ -93,19 +94,36 @@ class PictureStore:
             BadRow: there is none, or it cannot be read (`image_missing`, `image_path_outside`, ...).
         """
         found = self.find(path)
+        place = self._place(found, path)
         try:
-            if found.offset is not None and found.size is not None:
-                self._check_size(found.size, path)
-                return self._archives[found.container].read(found.offset, found.size), found.note
+            return (place.read_bytes() if isinstance(place, Path) else place()), found.note
+        except OSError as error:
+            raise BadRow("image_unreadable", f"{path}: {error.strerror}") from None
+
+    def stored(self, path: str) -> dict[str, Any]:
+        """A picture as an undecoded column has it: the name of its file, or its bytes where it lies in an archive.
+
+        Raises:
+            BadRow: as `read`; the file itself is not read.
+        """
+        place = self._place(self.find(path), path)
+        return {"bytes": None, "path": str(place)} if isinstance(place, Path) else {"bytes": place(), "path": None}
+
+    def _place(self, found: Found, path: str) -> Path | Callable[[], bytes]:
+        """The file of a picture, or what reads it from its archive. Raises `BadRow` as `read` does."""
+        if found.offset is not None and found.size is not None:
+            self._check_size(found.size, path)
+            return partial(self._archives[found.container].read, found.offset, found.size)
+        try:
             file = resolve_inside(self.folders[found.container], found.path)
             if not file.is_file():  # reading a pipe or a device may never end
                 raise BadRow("image_unreadable", f"{path} is no regular file")
             self._check_size(file.stat().st_size, path)
-            return file.read_bytes(), found.note
         except ValueError as error:
             raise BadRow("image_path_outside", str(error)) from None
         except OSError as error:
             raise BadRow("image_unreadable", f"{path}: {error.strerror}") from None
+        return file
 
     def find(self, path: str) -> Found:
         """Where a picture is. Raises `BadRow` as `read` does."""
@@ -135,7 +153,8 @@ class PictureStore:
                 return Found(**{**vars(same[0]), "note": ("image_miscased", f"{path} is {same[0].path}")})
         if outside is not None:
             raise BadRow("image_path_outside", str(outside))
-        raise BadRow("image_missing", f"{path} is in none of {', '.join(p.name for p in self.folders + self.named)}")
+        places = ", ".join(place.name for place in self.folders + self.named)
+        raise BadRow("image_missing", f"{path} is in none of {places}; --images names the folder or its archives")
 
     def __getstate__(self) -> dict:
         """For other processes: connections and open archives stay behind."""

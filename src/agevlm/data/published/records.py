@@ -23,6 +23,7 @@ from agevlm.data.rows import IMAGE_PLACEHOLDER
 
 
 MAX_RECORD_BYTES = 16 * 2**20  # of one row's JSON
+_LONGEST_PATH = 1000  # a longer text in the place of a picture is its bytes in base64
 PUBLISHED_PLACEHOLDER = "<image>"
 NO_PICTURE = ("", "none", "nan")  # what Cambrian's loader takes for a row of text alone
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -227,7 +228,7 @@ def read_image(value: Any, where: str) -> Any:
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_PICTURE):
         raise BadRow("null_image", f"{where} is {value!r}")
     if isinstance(value, str):
-        if value.startswith("data:") or _BASE64.fullmatch(value):
+        if value.startswith("data:") or len(value) > _LONGEST_PATH or _BASE64.fullmatch(value):
             return {"bytes": _from_base64(value, where), "path": None}
         if re.match(r"(?:https?|s3|gs):", value):
             raise BadRow("image_url", f"{where} is {value[:100]!r}; download it and give its path")
@@ -250,7 +251,8 @@ def _from_base64(value: str, where: str) -> bytes:
             raise ValueError("no base64")
         return base64.b64decode("".join(body.split()), validate=True)
     except (ValueError, binascii.Error) as error:
-        raise BadRow("bad_image_field", f"{where} is {value[:60]!r}: {error}") from None
+        reason = f"{where} is {value[:60]!r}: {error}; give the base64 of a whole file, or a path"
+        raise BadRow("bad_image_field", reason) from None
 
 
 def _check_media(record: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from agevlm.data.duplicates import hash64
 from agevlm.data.rows import content_digest
 from agevlm.data.tables import BELOW, IN_ROOT, load_table, read_csv, read_rows, split_files
 from agevlm.images import SUFFIXES
-from agevlm.store import digest
+from agevlm.store import digest, read_text
 
 from .json_records import Chunk, check_shape, plan_chunks, read_records
 from .pictures import PictureStore, decode_picture
@@ -236,6 +236,6 @@ def _captioned(folder: Path) -> list[dict[str, str]]:
         for picture in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")):
             if picture.suffix.lower() in SUFFIXES:
                 name = picture.relative_to(folder).as_posix()
-                caption = text.read_text(encoding="utf-8-sig", errors="surrogateescape")
+                caption = read_text(text, errors="surrogateescape")
                 rows.append({"id": name, "image": name, "caption": caption.strip()})
     return rows

@@ -21,7 +21,7 @@ from PIL import Image, ImageFont
 
 from agevlm.data.rows import resolve_inside
 from agevlm.images import open_image
-from agevlm.store import digest
+from agevlm.store import digest, read_json, read_text
 
 
 COLORS = {
@@ -201,10 +201,10 @@ class CutoutSource:
         listing = self.folder / "cutouts.json"
         if not listing.is_file():
             raise ValueError(f"{self.folder} has no cutouts.json; make it with `agevlm data cutouts`")
-        text = listing.read_text(encoding="utf-8")
+        text = read_text(listing)
         self._files: dict[tuple[str, str], Path] = {}
         found: dict[str, dict] = {}
-        for number, row in enumerate(json.loads(text)):
+        for number, row in enumerate(read_json(listing)):
             missing = {"file", "name", "category", "style"} - set(row)
             if missing:
                 raise ValueError(f"{listing}: entry {number} lacks {', '.join(sorted(missing))}")
