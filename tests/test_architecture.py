@@ -250,7 +250,7 @@ def test_no_pickle_eval_or_shell():
         assert options.get("shell") != "True", f"{place} runs a shell string"
         if name == "torch.load":
             # The one reader of pickles: published baselines, where the user asks for it
-            assert path == PACKAGE / "conversion" / "weights.py", f"{place}: safetensors only"
+            assert path == PACKAGE / "conversion" / "sources.py", f"{place}: safetensors only"
             assert options["weights_only"] == "True", place
 
 

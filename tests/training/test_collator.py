@@ -194,7 +194,8 @@ def test_masks_may_be_encoded(collator):
 def test_masks_with_soft_edges_are_cut_at_one_half(collator):
     soft = mask(50, 30, box=(5, 5, 25, 25)).convert("L")
     expected = collator([guide(conversation(), mask=soft)])
-    soft.paste(100, (25, 0, 50, 30))
+    for column in range(25, 30):  # fades out from the object's edge
+        soft.paste(100 - 20 * (column - 25), (column, 5, column + 1, 25))
     batch = collator([guide(conversation(), mask=soft)])
     assert same(batch, expected)
 

@@ -232,6 +232,10 @@ def _line(share: np.ndarray, full: np.ndarray, length: int) -> tuple[float, floa
     seen = counts > 0
     coordinates = (share * full).sum(0)[seen] / counts[seen] * length
     places = np.nonzero(seen)[0] + 0.5
+    if length == 1 and len(places):  # no ramp: all that shows the picture is its one pixel
+        slope = 1 / (places[-1] - places[0] + 1)
+        start = -slope * (places[0] - 0.5)
+        return float(start), float(start + slope * share.shape[1])
     # Resampling flattens the ramp at the picture's own border; its inside is straight.
     inner = (coordinates > 1.5) & (coordinates < length - 1.5)
     if inner.sum() >= 3:

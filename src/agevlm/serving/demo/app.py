@@ -36,7 +36,7 @@ KEPT = 3600  # seconds that an upload stays on the disk, and at most a quarter m
 MAX_PICTURES = 4  # of a question
 MAX_TURNS = 16  # before it
 MAX_SAID = 8_000  # characters of a question or an answer before it
-# The first three test scenes of the tiny checkpoint: no training row shows these pairs of color and thing
+# Test scenes of the tiny checkpoint
 EXAMPLES = {
     "example.png": "Is there a red apple in the image?",
     "example-bird.webp": "Is there a green bird in the image?",
