@@ -270,8 +270,8 @@ def draw_looks(material: Material, path: Path) -> bool:
 LEAD = (
     Section(
         "Presence on unseen compositions",
-        "Percent of POPE's questions about unseen pictures, whose pairs of color and thing may be ones that no training "
-        "row shows (column `held_out_pair` of the questions). Mean over seeds, "
+        "Percent of POPE's questions about unseen pictures, whose pairs of color and thing may be ones that no "
+        "training row shows (column `held_out_pair` of the questions). Mean over seeds, "
         "[bootstrap 95 % interval over questions], (lowest to highest seed). “Above it”: the whole interval is above "
         "the best constant answer. Differences in points: [interval over questions and seeds], (each seed's). “False "
         "yes”: percent of the questions about absent things that are answered yes, which is hallucination proper.",
