@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 
 import kill_worker
 import pytest
-from workers import run_worker
+from tqdm import tqdm
+from workers import fork, run_worker
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the stops need fork")
@@ -48,3 +50,22 @@ def test_stages_that_are_killed_end_with_the_same_weights(tmp_path):
     """All four, guided and not. After each of 20 kills the worker loads every checkpoint that is there."""
     results = stopped(tmp_path, 20, kill_worker.RUNS)
     assert {result["work"] for result in results if result["stops"]} == set(kill_worker.RUNS)
+
+
+def test_a_start_that_is_killed_while_it_draws_holds_up_no_later_one(tmp_path):
+    def draw(folder):
+        list(tqdm(range(3)))
+
+    def killed(folder):
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def started() -> None:
+        kill_worker.share_no_lock()
+        draw(tmp_path)  # tqdm makes its lock with the first bar
+        ended = [
+            os.waitpid(kill_worker.start(work, tmp_path, tmp_path / "output.txt"), 0)[1] for work in (killed, draw)
+        ]
+        assert ended == [signal.SIGKILL, 0]
+
+    fork(started, seconds=60)

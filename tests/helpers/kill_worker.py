@@ -13,6 +13,7 @@ that are not those of a run that was left alone.
 """
 
 import dataclasses
+import faulthandler
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 from training_worker import make_rows, quick
 from transformers import TrainerState
 from workers import same_weights
@@ -63,6 +66,7 @@ VERBS = {
 OUTPUT = "out"
 PARTS = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny-parts"
 STOPS_PER_RUN = 4
+LONGEST = 800  # seconds of a start; one that hangs says where, and fails
 # What a clock says, and what is said of the last process alone
 CLOCK = re.compile(
     rb'"(?:seconds|data_wait|mfu|memory_gib|\w+_per_second|train_runtime|train_loss|scenes and parts|'
@@ -163,6 +167,12 @@ def other_weights(one: Path, other: Path) -> list[str]:
 # ---- Starts and stops ----
 
 
+def share_no_lock() -> None:
+    """All forks of a process share tqdm's own lock: a start that is killed while it holds it would block all later
+    ones. The verbs of a user share none: each is a process of its own."""
+    tqdm.set_lock(threading.RLock())
+
+
 def start(work: Callable[[Path], None], folder: Path, output: Path, most: int | None = None) -> int:
     """A fork, with a session of its own, that does the work; returns its process id. `most`: bytes of a file."""
     child = os.fork()
@@ -173,6 +183,7 @@ def start(work: Callable[[Path], None], folder: Path, output: Path, most: int | 
         os.setsid()
         for stream in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         if most is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -231,6 +242,7 @@ def refused(work: Callable[[Path], None], folder: Path, most: int) -> None:
 
 def main(folder: Path, stops: int, seed: int, how: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    share_no_lock()
     rng = random.Random(seed)
     output = folder / "output.txt"
     if VERBS.keys() & set(names):
