@@ -283,8 +283,8 @@ def main(folder: Path, stops: int, seed: int, how: str, names: list[str]) -> Non
                 total += 1
                 continue
             assert status == 0, output.read_text()[-3000:]
-            # A machine that was busy before may be idle now, and most stops would come too late.
-            lengths[name] = min(lengths[name], time.monotonic() - begun)
+            if not left:  # a whole run whose stop came too late: the machine may have been busy before
+                lengths[name] = min(lengths[name], time.monotonic() - begun)
             break
         number += 1
         if left and name in unhurt:
