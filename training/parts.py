@@ -147,12 +147,15 @@ def _once(work: Path, kind: type[Trained], train: Callable[[], Trained]) -> Trai
 
 
 def train_vision_tower(
-    config: AgeVlmConfig, processor: AgeVlmProcessor, pictures: SceneArguments, number: int, work: Path
+    config: AgeVlmConfig, processor: AgeVlmProcessor, pictures: SceneArguments, number: int, work: Path, **changes
 ) -> ConvNextModel:
-    """A ConvNeXt of `config.vision_config`, trained on `number` pictures of two things to six (`tower.py`)."""
-    pictures = replace(pictures, min_objects=2, max_objects=6)
+    """A ConvNeXt of `config.vision_config`, trained on `number` of `pictures` (`tower.py`).
+
+    Args:
+        changes: arguments of the training that are not those of all parts.
+    """
     arguments = TrainingArguments(
-        **_arguments(work, pictures.seed, number // 32, learning_rate=3e-3, per_device_train_batch_size=32),
+        **_arguments(work, pictures.seed, number // 32, learning_rate=3e-3, per_device_train_batch_size=32, **changes),
         remove_unused_columns=False,
     )
     return _once(work, ConvNextModel, partial(train_cells, config, processor, pictures, number, arguments))
@@ -222,8 +225,9 @@ def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: i
     )
     config = tiny_config(processor)
     pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colors=COLORS)
+    shown = replace(pictures, min_objects=2, max_objects=6)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
-        tower = pool.submit(train_vision_tower, config, processor, pictures, scenes, work / "tower")
+        tower = pool.submit(train_vision_tower, config, processor, shown, scenes, work / "tower")
         language = pool.submit(train_language_model, config, processor, conversations, seed, work / "language")
         made = (processor, language.result(), tower.result())
     with new_folder(folder) as temporary:
@@ -243,8 +247,8 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
         cross_attention_layers=[2],
         image_token_id=processor.image_token_id,
     )
-    pictures = SceneArguments(size=IMAGE_SIZE, seed=seed, cutouts=str(cutouts))
-    tower = train_vision_tower(config, processor, pictures, scenes, work / "tower")
+    pictures = SceneArguments(size=IMAGE_SIZE, min_objects=2, max_objects=4, seed=seed, cutouts=str(cutouts))
+    tower = train_vision_tower(config, processor, pictures, scenes, work / "tower", bf16=True)
     with new_folder(folder) as temporary:
         _save(temporary, processor, language_model, tower)
 

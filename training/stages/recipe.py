@@ -40,32 +40,19 @@ PAPER_TRAINING = {
     "save_total_limit": 2,
     "loss_spike": 10.0,
 }
-# Small data sets have few masks: with the paper's fractions a stage would see a handful. At size tiny the tower stays
-# frozen throughout: it is trained on the same kind of pictures, and its output can be stored (`features.py`).
+# Small data sets have few masks: with the paper's fractions a stage would see a handful.
+_SMALLER = {
+    "global_batch_size": 32,
+    "mask_fraction": 1.0,
+    "per_device_train_batch_size": 32,
+    "activation_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "save_steps": 100,
+    "loss_spike": None,
+}
 SMALLER: dict[str, dict[str, Any]] = {
-    "small": {
-        "global_batch_size": 32,
-        "mask_fraction": 1.0,
-        "learning_rate": 3e-4,
-        "per_device_train_batch_size": 32,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "save_steps": 200,
-        "loss_spike": None,
-    },
-    "tiny": {
-        "global_batch_size": 32,
-        "mask_fraction": 1.0,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.05,
-        "per_device_train_batch_size": 32,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "save_steps": 100,
-        "loss_spike": None,
-    },
+    "small": {**_SMALLER, "learning_rate": 1e-3},
+    "tiny": {**_SMALLER, "learning_rate": 3e-3, "weight_decay": 0.05, "bf16": False},
 }
 
 
@@ -167,6 +154,9 @@ def build_recipe(
     training = {**PAPER_TRAINING, "guidance_weight": 1.0 if guided else 0.0}
     recipe = StageRecipe(size=size, variant=variant, training=training, **fields)
     changes = {**SMALLER.get(size, {}), **(smaller or {}).get(size, {})}
+    if size != "paper":
+        # The tower is trained on the same kind of pictures. Frozen, its output can be stored (`features.py`).
+        changes["trains"] = tuple(part for part in recipe.trains if not part.startswith("vision"))
     if variant in TWINS:
         recipe = recipe.override(mask_fraction=0.0)
     if recipe.mask_fraction == 0:

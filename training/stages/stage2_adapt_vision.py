@@ -25,5 +25,4 @@ def recipe(size: str = "paper", variant: str = "agevlm", vision: str = "vision_l
         data="captions",
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=0.0,
-        smaller={"tiny": {"trains": ("projector", "cross_attention")}},
     )

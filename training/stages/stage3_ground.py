@@ -28,5 +28,4 @@ def recipe(size: str = "paper", variant: str = "agevlm", vision: str = "vision_l
         data="captions",
         paper_rows=CAMBRIAN_CAPTIONS,
         mask_fraction=CAPTION_MASKS / CAMBRIAN_CAPTIONS,
-        smaller={"tiny": {"trains": ("projector", "cross_attention")}},
     )

@@ -29,12 +29,9 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
         paper_rows=CAMBRIAN_INSTRUCTIONS,
         mask_fraction=INSTRUCTION_MASKS / CAMBRIAN_INSTRUCTIONS,
         # At the other stages' rate the whole model moves so fast that the grounded attention is lost (docs/LOG.md).
+        # In sequence: rows on presence alone come first, if there are any.
         smaller={
-            "tiny": {
-                "trains": ("projector", "cross_attention", "language_model"),
-                "learning_rate": 1e-3,
-                "train_sampling_strategy": "sequential",  # rows on presence alone come first, if there are any
-            },
-            "small": {"learning_rate": 3e-5},
+            "tiny": {"learning_rate": 1e-3, "train_sampling_strategy": "sequential"},
+            "small": {"learning_rate": 3e-4, "train_sampling_strategy": "sequential"},
         },
     )

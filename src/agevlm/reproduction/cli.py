@@ -70,6 +70,10 @@ def _add_run(parser: VerbParser, output: Path) -> None:
         help="steps at a time, which share the cores (default: 2; with an accelerator 1)",
     )
     parser.add_argument("--cutouts", type=Path, help="small: folder made by `agevlm data cutouts`")
+    parser.add_argument("--questions", type=Path, help="own questions that every row answers too (eval's --data)")
+    parser.add_argument(
+        "--text", type=Path, help="text whose perplexity is measured around every stage (default: scenes in words)"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:

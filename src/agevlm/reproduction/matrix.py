@@ -32,8 +32,8 @@ Position = Literal["after_layer", "after_self_attention"]
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
     stages' recipes, the share of rows that ask for presence alone and come first, the content of the pictures (None:
-    everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), and the pairs of
-    the similarity and pictures of the padding (`oblong`).
+    everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), the splits that
+    questions are drawn of, and the pairs of the similarity and pictures of the padding (`oblong`).
 
     From `scratch`, the language model is drawn at random, with half of the pretrained one's width, and trains in all
     stages, so it learns to look things up here."""
@@ -51,6 +51,7 @@ class Size:
     names: tuple[str, ...] | None = None
     colors: tuple[str, ...] | None = None
     cross_attention_layers: tuple[int, ...] | None = None
+    splits: tuple[str, ...] = ("composition",)
     pairs: int = 150
     oblong: int = 80
 
@@ -82,7 +83,16 @@ SIZES = {
     "clutter": _CLUTTER_SCRATCH,
     "clutter-able": _CLUTTER,
     "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
-    "small": Size(captions=16_000, instructions=16_000, turns=4, questions=800, max_objects=4, recipes="small"),
+    "small": Size(
+        captions=8_000,
+        instructions=4_000,
+        turns=4,
+        questions=400,
+        max_objects=4,
+        recipes="small",
+        presence_first=0.6,
+        splits=("composition", "name", "style"),
+    ),
 }
 
 

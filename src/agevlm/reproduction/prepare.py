@@ -4,7 +4,7 @@ import json
 import os
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
 from agevlm.data.scenes.words import plural
 from agevlm.data.tables import read_files
-from agevlm.evaluation import pope
+from agevlm.evaluation import own, pope, told
+from agevlm.evaluation.benchmark import Benchmark
+from agevlm.evaluation.own_rows import load_own
+from agevlm.evaluation.registry import BENCHMARKS
+from agevlm.evaluation.run import load_scenes
 from agevlm.store import new_folder, replacing
 from agevlm.training.init import build, plan_parts
 from agevlm.training.parts import make_small
@@ -32,6 +36,14 @@ from .matrix import Run, Size, Start, cross_layers
 
 
 SPLIT = "composition"
+EVALUATION, LANGUAGE, OWN = "evaluation", "language", "own"  # sets of questions that a row's model answers
+# Set -> split of the scenes, and what is asked about it; a size draws all splits or the first alone.
+QUESTIONS: dict[str, tuple[str, tuple[Benchmark, ...]]] = {
+    EVALUATION: (SPLIT, tuple(protocols["paper"] for protocols in BENCHMARKS.values())),
+    LANGUAGE: (SPLIT, (told.PAPER,)),
+    "name": ("name", (pope.PAPER,)),
+    "style": ("style", (pope.PAPER,)),
+}
 CURVE_QUESTIONS, CURVE_SEED = 500, 2000  # the seed of scenes is 0, that of parts 1000
 
 
@@ -56,7 +68,7 @@ def draw_scenes(folder: Path, size: Size, cutouts: Path | None) -> Path:
         turns=size.turns,
         presence_first=size.presence_first,
         test=size.questions,
-        splits=(SPLIT,),
+        splits=size.splits,
         num_proc=min(2, os.cpu_count() or 1),
         **_pictures(size, cutouts),
     )
@@ -75,6 +87,22 @@ def draw_questions(path: Path, size: Size, cutouts: Path | None) -> None:
         rows.to_parquet(temporary)
 
 
+def question_sets(
+    scenes: Path, questions: Path | None = None
+) -> Iterator[tuple[str, dict[str, str], list[Benchmark], dict[str, Dataset]]]:
+    """Name, source, benchmarks and rows of every set of questions that rows are measured on.
+
+    Args:
+        questions: own ones (`agevlm eval --data`).
+    """
+    for name, (split, benchmarks) in QUESTIONS.items():
+        if (scenes / "benchmarks" / split).is_dir():
+            rows = load_scenes(scenes, split, benchmarks)
+            yield name, {"data": "scenes", "split": split}, list(benchmarks), rows
+    if questions is not None:
+        yield OWN, {"data": questions.name, "split": "test"}, [own.PAPER], {own.PAPER.name: load_own(questions)}
+
+
 def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | None) -> Path:
     """The folder of the pretrained parts: given, committed (tiny), or made now (small).
 
@@ -89,7 +117,7 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     if not folder.exists():
         if cutouts is None:
             raise ValueError("The parts of the size `small` are made of cut-outs: give --cutouts or --parts")
-        make_small(folder, output / "parts-work", cutouts, scenes=40_000, seed=1000)
+        make_small(folder, output / "parts-work", cutouts, scenes=64_000, seed=1000)
     return folder
 
 

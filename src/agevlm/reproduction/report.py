@@ -33,6 +33,7 @@ from .scores import (
     FALSE_YES,
     LOOKS,
     MASS,
+    OTHERS,
     PADDING,
     SIMILARITY,
     TABLE_2,
@@ -319,9 +320,16 @@ SECTIONS = (
         partial(number_lines, [*(answer.title for answer in TASKS), UNREAD]),
     ),
     Section(
+        "Other pictures",
+        "Presence again: about things whose names no training row has; about things in a style that no training row "
+        "shows (of cut-outs: photographs of what was seen as a drawing); own questions (`--questions`).",
+        partial(number_lines, [answer.title for answer in OTHERS]),
+    ),
+    Section(
         "Language ability",
-        "Perplexity of the answers to 200 yes/no questions about scenes in words, mean over seeds (lowest to "
-        "highest). A guess has 2. Stages 1 to 3 leave a cross-attention model's answers to text alone as they were.",
+        "Perplexity around each stage, mean over seeds (lowest to highest): of the text given as `--text`, else of "
+        "the answers to 200 yes/no questions about scenes in words, of which a guess has 2. Stages 1 to 3 leave a "
+        "cross-attention model's answers to text alone as they were.",
         language_lines,
     ),
     Section(
@@ -386,7 +394,13 @@ def draw_examples(found: Found, names: Sequence[str], scenes: Path, output: Path
 
 
 def write_report(
-    output: Path, size: str, scenes: Path, found: Found, failed: Mapping[str, str], seconds: Mapping[str, float]
+    output: Path,
+    size: str,
+    scenes: Path,
+    found: Found,
+    failed: Mapping[str, str],
+    seconds: Mapping[str, float],
+    questions: Path | None = None,
 ) -> None:
     """Writes the three files and the pictures.
 
@@ -394,6 +408,7 @@ def write_report(
         found: all measured rows.
         failed: step -> why it is missing.
         seconds: of each part of the work.
+        questions: own ones that rows were measured on.
 
     Raises:
         ValueError: nothing has been measured.
@@ -403,7 +418,7 @@ def write_report(
     main = [name for name in found if ROWS[name].group == MAIN] or list(found)[:4]
     examples = draw_examples(found, main, scenes, output / "examples")
     files = {name: _read_all(found, name) for name in (SIMILARITY, PADDING)}
-    material = Material(size, found, read_scores(found, scenes), read_curves(found), files, examples, main)
+    material = Material(size, found, read_scores(found, scenes, questions), read_curves(found), files, examples, main)
     lead, made = (
         [made for made in (_made(section, material, output) for section in sections) if made is not None]
         for sections in (LEAD, SECTIONS)

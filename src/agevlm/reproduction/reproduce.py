@@ -28,8 +28,8 @@ from agevlm.analysis.similarity import write_similarity
 from agevlm.analysis.subjects import Subject
 from agevlm.data.parallel import worker_pool
 from agevlm.data.scenes.build import load_benchmark
-from agevlm.evaluation import pope, told
-from agevlm.evaluation.run import RESULT, evaluate_scenes, stored_fingerprint
+from agevlm.evaluation import pope
+from agevlm.evaluation.run import RESULT, evaluate, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.progress import Bar, start_lines, written
@@ -40,9 +40,19 @@ from agevlm.training.lineage import read_lineage
 from agevlm.training.run_stage import run_stage
 
 from .matrix import ROWS, SIZES, Row, Run, chain, choose_rows, unique
-from .prepare import SPLIT, draw_questions, draw_scenes, prepare_parts, rows_of, save_start
+from .prepare import (
+    OWN,
+    QUESTIONS,
+    SPLIT,
+    draw_questions,
+    draw_scenes,
+    prepare_parts,
+    question_sets,
+    rows_of,
+    save_start,
+)
 from .report import write_report
-from .scores import LANGUAGE, PADDING, SIMILARITY, Trained
+from .scores import PADDING, SIMILARITY, Trained
 
 
 MAX_NEW_TOKENS = 32
@@ -52,11 +62,13 @@ CURVE_POINTS = 12  # of a learning curve
 
 @dataclass(frozen=True)
 class Place:
-    """Where things lie: everything in `output`, but the pretrained `parts`."""
+    """Where things lie: everything in `output`, but the pretrained `parts`, own `questions` and a plain `text`."""
 
     output: Path
     size: str
     parts: Path = Path()
+    questions: Path | None = None
+    text: Path | None = None
 
     @property
     def scenes(self) -> Path:
@@ -80,7 +92,9 @@ class Place:
         return lineage is not None and lineage["status"] == "finished"
 
     def is_measured(self, seed: int, row: Row) -> bool:
-        files = (f"evaluation/{RESULT}", f"{LANGUAGE}/{RESULT}", SIMILARITY, PADDING)
+        asked = [name for name, (split, _) in QUESTIONS.items() if split in SIZES[self.size].splits]
+        asked += [OWN] if self.questions is not None else []
+        files = (*(f"{name}/{RESULT}" for name in asked), SIMILARITY, PADDING)
         return all((self.measured(seed, row) / name).is_file() for name in files)
 
 
@@ -112,7 +126,8 @@ def train_step(place: Place, seed: int, run: Run) -> None:
             folder,
             data=rows,
             init_from=origin,
-            language=None if SIZES[place.size].scratch else place.scenes,  # which knows none before stage 4
+            # From scratch, a language model knows none before stage 4
+            language=None if SIZES[place.size].scratch else place.text or place.scenes,
             stored_features=place.output / "features" if why_not(recipe, args) is None else None,
             answers=place.curve if recipe.data == "instructions" else None,
             args=args,
@@ -122,18 +137,18 @@ def train_step(place: Place, seed: int, run: Run) -> None:
 
 
 def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
-    """Benchmarks and looking, questions in words, similarity, padding of a row's model, which its last run trained."""
+    """Questions and looking, similarity, padding of a row's model, which its last run trained."""
     checkpoint, size = str(place.folder(seed, run)), SIZES[place.size]
     subject = Subject(*load(checkpoint))
     with locked(place.measured(seed, row)) as folder:
-        for part, benchmarks in (("evaluation", ["all"]), (LANGUAGE, [told.PAPER.name])):
-            evaluate_scenes(
+        for name, source, benchmarks, rows in question_sets(place.scenes, place.questions):
+            evaluate(
                 subject.model,
                 subject.processor,
-                place.scenes,
-                SPLIT,
-                folder / part,
-                benchmarks=benchmarks,
+                benchmarks,
+                rows,
+                folder / name,
+                source=source,
                 name=row.title,
                 weights=stored_fingerprint(checkpoint),
                 batch_size=50,
@@ -301,7 +316,7 @@ def run_verb(args: argparse.Namespace) -> None:
         )
     quiet()
     parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
-    place = Place(args.output, args.size, parts)
+    place = Place(args.output, args.size, parts, args.questions, args.text)
     draw_scenes(place.scenes, SIZES[args.size], args.cutouts)
     draw_questions(place.curve, SIZES[args.size], args.cutouts)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
@@ -317,7 +332,7 @@ def run_verb(args: argparse.Namespace) -> None:
         jobs = args.jobs or (1 if torch.accelerator.is_available() else 2)
         failed = execute(steps, jobs, args.strict, tell)
     seconds = {"scenes and parts": prepared - started, "training and measuring": time.monotonic() - prepared}
-    write_report(args.output, args.size, place.scenes, collect(place), failed, seconds)
+    write_report(args.output, args.size, place.scenes, collect(place), failed, seconds, place.questions)
     page = args.output / "report.html"
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     ends = {str(place.folder(args.seeds[0], chain(row, place.size, args.seeds[0])[-1])) for row in (rows[-1], rows[0])}

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from agevlm.evaluation import leaderboard, told
+from agevlm.evaluation import leaderboard, own, told
 from agevlm.evaluation.benchmark import Benchmark, Row, units_of
 from agevlm.evaluation.generate import PREDICTIONS
 from agevlm.evaluation.inputs import without_pictures
 from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import RESULT, load_scenes
+from agevlm.evaluation.run import RESULT
 from agevlm.evaluation.tables import lookup
 from agevlm.stats import Measure, ResultKey, interval, mean, paired_difference, share
 from agevlm.store import read_json, read_lines
 from agevlm.training.stages.recipe import StageRecipe
 
 from .matrix import BASELINE, GUIDED, GUIDED_TWICE, TWIN
-from .prepare import SPLIT
+from .prepare import EVALUATION, LANGUAGE, OWN, question_sets
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Trained:
 
 
 SIMILARITY, PADDING = "similarity/similarity.json", "padding.json"  # in the folder of measurements
-LANGUAGE = "language"  # folder of the questions in words
 Found = Mapping[str, Mapping[int, Trained]]  # row -> seed -> what lies there
 # Our row -> the paper's. Our twin stands for ConvLLaVA: one ConvNeXt tower, visual tokens in front of the text.
 _PAPERS = {BASELINE: "CA-Baseline", GUIDED: "AGE-VLM", GUIDED_TWICE: "AGE-VLM-LM", TWIN: "ConvLLaVA"}
@@ -52,6 +51,7 @@ class Answer:
         path: of the benchmark's metrics.
         column: of the paper's Table 2; `factor` makes percent of it.
         is_race: more is better, so that answering blindly can be beaten.
+        asked: set of questions (`prepare.QUESTIONS`).
     """
 
     title: str
@@ -60,6 +60,7 @@ class Answer:
     column: str = ""
     factor: float = 1
     is_race: bool = True
+    asked: str = EVALUATION
 
     @property
     def paper(self) -> dict[str, float]:
@@ -101,9 +102,15 @@ TASKS = (
     Answer("CV-Bench, counting", "cvbench", ("tasks", "Count")),
     Answer("CV-Bench, position", "cvbench", ("tasks", "Relation")),
     Answer("CV-Bench, in front", "cvbench", ("tasks", "Depth")),
-    Answer("yes/no in words, no picture", told.PAPER.name, ("accuracy",)),
+    Answer("yes/no in words, no picture", told.PAPER.name, ("accuracy",), asked=LANGUAGE),
 )
-ANSWERS = (*TABLE_2, *TASKS)
+_OTHER = {"name": "unseen names", "style": "an unseen style", OWN: "own questions"}
+OTHERS = tuple(
+    Answer(f"{title}, {words}", own.PAPER.name if asked == OWN else "pope", path, is_race=is_race, asked=asked)
+    for asked, words in _OTHER.items()
+    for title, path, is_race in (("accuracy", ("accuracy",), True), ("false yes", ("false_yes",), False))
+)
+ANSWERS = (*TABLE_2, *TASKS, *OTHERS)
 LOOKS = (
     Look(MASS, "in_mask_mass"),
     Look("times an even spread", "in_mask_mass", is_ratio=True),
@@ -178,52 +185,54 @@ class Scores:
 Model = tuple[str, int]  # a row and a seed
 
 
-def read_scores(found: Found, scenes: Path) -> Scores:
+def read_scores(found: Found, scenes: Path, questions: Path | None = None) -> Scores:
     """All numbers of all measured rows.
 
     Rows of a benchmark that any model skipped are left out for all, so that numbers compare and pair.
+
+    Args:
+        questions: own ones, where rows were measured on them.
     """
     scores = Scores({row: {} for row in found})
-    folders = {(row, seed): run.measured / "evaluation" for row, runs in found.items() for seed, run in runs.items()}
-    benchmarks = [known["paper"] for known in BENCHMARKS.values()]
-    data = load_scenes(scenes, SPLIT, benchmarks)
+    folders = {(row, seed): run.measured for row, runs in found.items() for seed, run in runs.items()}
     units: dict[str, tuple[str, Any]] = {}  # id -> its benchmark, and what is drawn together with it
     asked: list[tuple[str, Any]] = []
     unread: dict[Model, list[np.ndarray]] = {model: [] for model in folders}
-    for benchmark in benchmarks:
-        rows = list(without_pictures(data[benchmark.name]))
-        units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
-        lines = {model: read_lines(at / benchmark.name / PREDICTIONS) for model, at in folders.items()}
-        usable, answers = _read_answers(scores, benchmark, rows, lines)
-        asked += [units[row["id"]] for row in usable]
-        for model, parsed in answers.items():
-            unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
-    name = told.PAPER.name
-    files = {model: at.parent / LANGUAGE / name / PREDICTIONS for model, at in folders.items()}
-    lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may have failed
-    if lines:
-        _read_answers(scores, told.PAPER, list(load_scenes(scenes, SPLIT, [told.PAPER])[name]), lines)
+    for name, _, benchmarks, data in question_sets(scenes, questions):
+        for benchmark in benchmarks:
+            rows = list(without_pictures(data[benchmark.name]))
+            files = {model: at / name / benchmark.name / PREDICTIONS for model, at in folders.items()}
+            lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may fail
+            if not lines:
+                continue
+            usable, answers = _read_answers(scores, name, benchmark, rows, lines)
+            if name != EVALUATION:
+                continue
+            units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
+            asked += [units[row["id"]] for row in usable]
+            for model, parsed in answers.items():
+                unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
     _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
-    _read_looks(scores, folders, units)
+    _read_looks(scores, {model: at / EVALUATION for model, at in folders.items()}, units)
     return scores
 
 
 def right_answers(run: Trained, benchmark: Benchmark) -> set[str]:
     """Ids of the questions that a row's model answers right."""
-    lines = read_lines(run.measured / "evaluation" / benchmark.name / PREDICTIONS)
+    lines = read_lines(run.measured / EVALUATION / benchmark.name / PREDICTIONS)
     return {line["id"] for line in lines if line["verdict"] == "correct"}
 
 
 def _read_answers(
-    scores: Scores, benchmark: Benchmark, rows: Sequence[Row], lines: Mapping[Model, Sequence[Any]]
+    scores: Scores, asked: str, benchmark: Benchmark, rows: Sequence[Row], lines: Mapping[Model, Sequence[Any]]
 ) -> tuple[list[Row], dict[Model, list[str | None]]]:
-    """The numbers of one benchmark; the rows that no model skipped, and what each model answered to them."""
+    """The numbers of one benchmark of a set of questions; the rows that no model skipped, and each model's answers."""
     kept = [i for i in range(len(rows)) if all(line[i]["verdict"] != "skipped" for line in lines.values())]
     usable = [rows[index] for index in kept]
     answers = {model: [line[index]["parsed"] for index in kept] for model, line in lines.items()}
     made = {model: benchmark.all_measures(usable, parsed) for model, parsed in answers.items()}
     guesses, units = benchmark.constants(usable), [benchmark.unit(row) for row in usable]
-    for answer in (answer for answer in ANSWERS if answer.benchmark == benchmark.name):
+    for answer in (a for a in ANSWERS if (a.asked, a.benchmark) == (asked, benchmark.name)):
         blind = {name: lookup(guess, answer.path) for name, guess in guesses.items()} if answer.is_race else {}
         scores.blind[answer.title] = {name: value for name, value in blind.items() if value is not None}
         measures = {model: measure[answer.path] for model, measure in made.items() if answer.path in measure}
