@@ -161,8 +161,8 @@ class AgeVlmSFTTrainer(StageTrainer):
         return batch_samples, num_items_in_batch
 
     def _score_answers_alone(self, inputs: dict[str, Any]) -> None:
-        """Let the head score the tokens that have a label alone, as TRL's does on a GPU. On a CPU it scores every token,
-        and answers are a tenth of a conversation."""
+        """Let the head score the tokens that have a label alone, as TRL's does on a GPU. On a CPU it scores every
+        token, and answers are a tenth of a conversation."""
         labels_BT = inputs.pop("labels")[:, 1:]
         self._answered_BT = labels_BT != -100
         inputs["shift_labels"] = labels_BT[self._answered_BT][None]

@@ -51,7 +51,13 @@ _SMALLER = {
     "loss_spike": None,
 }
 SMALLER: dict[str, dict[str, Any]] = {
-    "small": {**_SMALLER, "learning_rate": 1e-3},
+    "small": {
+        **_SMALLER,
+        "learning_rate": 1e-3,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "group_by_length",  # of 32 captions in any order, a third is padding
+    },
     "tiny": {**_SMALLER, "learning_rate": 3e-3, "weight_decay": 0.05, "bf16": False},
 }
 
