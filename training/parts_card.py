@@ -1,4 +1,4 @@
-"""The abilities of the tiny parts, measured on unseen color and name pairs, and their card."""
+"""The abilities of the pretrained parts, measured on unseen pictures, and their card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +29,11 @@ KINDS: dict[str, Generator] = {
     "depth": depth,
 }
 ANSWER_TOKENS = 6
+TITLES = {
+    "told": "the language model, on scenes in words",
+    "cells": "one cell of the tower, read by a linear classifier",
+}
+Figures = Mapping[str, Mapping[str, float]]  # part (of TITLES) -> ability -> share of right answers
 
 
 @torch.no_grad()
@@ -68,40 +73,35 @@ def told_accuracy(
     return found
 
 
-def measure_parts(folder: Path, scenes: SceneArguments, number: int = 500) -> dict[str, dict[str, float]]:
-    """`told` (`told_accuracy`) and `cells` (`cell_accuracy`) of the parts in `folder`.
+def measure_parts(folder: Path, scenes: SceneArguments, questions: int = 500, pictures: int = 500) -> Figures:
+    """What the parts in `folder` can do.
 
     Args:
         scenes: names and colors that the parts were trained on.
-        number: questions of each kind, and pictures.
+        questions: of each kind, to the language model (`told_accuracy`); 0: none.
+        pictures: for the tower (`cell_accuracy`).
     """
     processor = AgeVlmProcessor.from_pretrained(folder)
-    language_model = load_weights(LlamaForCausalLM, folder / "language_model", exact=True)
     tower = load_weights(ConvNextModel, folder / "vision_tower", exact=True)
-    return {
-        "told": told_accuracy(language_model, processor, scenes, number),
-        "cells": cell_accuracy(tower, processor, scenes, number),
-    }
+    figures = {"cells": cell_accuracy(tower, processor, scenes, pictures)}
+    if questions:
+        language_model = load_weights(LlamaForCausalLM, folder / "language_model", exact=True)
+        figures = {"told": told_accuracy(language_model, processor, scenes, questions), **figures}
+    return figures
 
 
-def write_card(folder: Path, figures: Mapping[str, Mapping[str, float]], made: Mapping[str, Any]) -> None:
-    """`README.md` of the parts: their architecture, their abilities, the numbers that made them (`made`)."""
+def write_card(folder: Path, size: str, description: str, figures: Figures, made: Mapping[str, Any]) -> None:
+    """`README.md` of the parts: what they are, their abilities, the numbers that made them (`made`)."""
+    numbers = ", ".join(f"{name} {value}" for name, value in made.items())
     lines = [
-        "# Pretrained parts of the size tiny",
+        f"# Pretrained parts of the size {size}",
         "",
-        "A tokenizer with whole words and one token a role, a Llama that has read scenes in words, and a ConvNeXt",
-        "that has named what each cell of a picture shows. `agevlm init --parts` joins them; they have never met.",
+        f"{description} `agevlm init --parts` joins them; they have never met.",
         "",
-        "Made by `agevlm parts tiny --output OUTPUT` with " + ", ".join(f"{k} {v}" for k, v in made.items()) + ".",
+        f"Made by `agevlm parts {size} --output OUTPUT` with {numbers}.",
         "",
-        "On unseen pairs of color and name (`agevlm/training/parts_card.py`):",
-        "",
-        "| the language model, on scenes in words | answers right |",
-        "|---|--:|",
-        *(f"| {kind} | {share:.1%} |" for kind, share in figures["told"].items()),
-        "",
-        "| one cell of the tower, read by a linear classifier | right |",
-        "|---|--:|",
-        *(f"| {key} of the thing | {share:.1%} |" for key, share in figures["cells"].items()),
+        "On unseen pictures (`agevlm/training/parts_card.py`), share of right answers:",
     ]
+    for part, shares in figures.items():
+        lines += ["", f"| {TITLES[part]} | |", "|---|--:|", *(f"| {key} | {share:.1%} |" for key, share in shares.items())]
     write_text(folder / "README.md", "\n".join(lines) + "\n")

@@ -24,7 +24,7 @@ def test_the_card_says_what_the_parts_know():
     """On a part of its questions: within four standard errors of the card, and above what issue and recipes need."""
     card = (TINY_PARTS / "README.md").read_text(encoding="utf-8")
     stated = {name: float(share) / 100 for name, share in re.findall(r"\| (.+?) \| ([\d.]+)% \|", card)}
-    figures = measure_parts(TINY_PARTS, SCENES, number=150)
+    figures = measure_parts(TINY_PARTS, SCENES, questions=150, pictures=150)
     measured = figures["told"] | {f"{key} of the thing": share for key, share in figures["cells"].items()}
     assert measured.keys() == stated.keys()
     for name, share in measured.items():

@@ -84,14 +84,16 @@ SIZES = {
     "clutter-able": _CLUTTER,
     "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
     "small": Size(
-        captions=8_000,
-        instructions=4_000,
+        captions=4_000,
+        instructions=1_600,
         turns=4,
         questions=400,
         max_objects=4,
         recipes="small",
-        presence_first=0.6,
+        presence_first=0.75,
         splits=("composition", "name", "style"),
+        pairs=60,
+        oblong=40,
     ),
 }
 

@@ -139,7 +139,8 @@ def train_step(place: Place, seed: int, run: Run) -> None:
 def measure_step(place: Place, seed: int, row: Row, run: Run) -> None:
     """Questions and looking, similarity, padding of a row's model, which its last run trained."""
     checkpoint, size = str(place.folder(seed, run)), SIZES[place.size]
-    subject = Subject(*load(checkpoint))
+    dtype = torch.bfloat16 if run.recipe.training["bf16"] else torch.float32  # that of the training
+    subject = Subject(*load(checkpoint, dtype=dtype))
     with locked(place.measured(seed, row)) as folder:
         for name, source, benchmarks, rows in question_sets(place.scenes, place.questions):
             evaluate(
