@@ -63,8 +63,8 @@ VOCAB_SIZE = 2048  # more than the words need: training ends when each is one to
 NAMES = ("apple", "bicycle", "bird", "car", "cat", "clock", "fish", "flower", "house", "key", "star", "tree")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 TINY = (
-    "A tokenizer with whole words and one token a role, a Llama that has read scenes in words, and a ConvNeXt that has "
-    "named what each cell of a picture shows."
+    "A tokenizer with whole words and one token a role, a Llama that has read scenes in words, and a ConvNeXt that "
+    "has named what each cell of a picture shows."
 )
 SMALL = "SmolLM2-135M-Instruct, and a ConvNeXt that has named what each cell of a picture of cut-outs shows."
 SPECIAL_TOKENS = [

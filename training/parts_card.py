@@ -103,5 +103,6 @@ def write_card(folder: Path, size: str, description: str, figures: Figures, made
         "On unseen pictures (`agevlm/training/parts_card.py`), share of right answers:",
     ]
     for part, shares in figures.items():
-        lines += ["", f"| {TITLES[part]} | |", "|---|--:|", *(f"| {key} | {share:.1%} |" for key, share in shares.items())]
+        lines += ["", f"| {TITLES[part]} | |", "|---|--:|"]
+        lines += [f"| {ability} | {share:.1%} |" for ability, share in shares.items()]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
