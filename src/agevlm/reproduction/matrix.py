@@ -84,7 +84,7 @@ SIZES = {
     "clutter-able": _CLUTTER,
     "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
     "small": Size(
-        captions=4_000,
+        captions=4_800,
         instructions=1_600,
         turns=4,
         questions=400,

@@ -117,7 +117,7 @@ def prepare_parts(size: str, parts: Path | None, output: Path, cutouts: Path | N
     if not folder.exists():
         if cutouts is None:
             raise ValueError("The parts of the size `small` are made of cut-outs: give --cutouts or --parts")
-        make_small(folder, output / "parts-work", cutouts, scenes=64_000, seed=1000)
+        make_small(folder, output / "parts-work", cutouts, scenes=40_000, seed=1000)
     return folder
 
 
