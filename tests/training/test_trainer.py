@@ -180,6 +180,18 @@ def test_one_forward_pass_per_batch_and_no_logits(tmp_path):
     assert calls == {"backbone": 2, "head": 0}
 
 
+def test_the_head_scores_answers_alone(tmp_path):
+    """On a CPU too; a prediction, which also gives logits, scores every token."""
+    trainer, states = make_trainer(tmp_path, max_steps=1, per_device_train_batch_size=8), []
+    trainer.model.model.register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state.shape))
+    trainer.train()
+    (batch,) = trainer.get_train_dataloader()
+    assert states == [(1, int((batch["labels"] != -100).sum()), trainer.model.config.text_config.hidden_size)]
+    states.clear()
+    trainer.evaluate(make_rows(KINDS))
+    assert all(shape[:2] == batch["input_ids"].shape for shape in states)
+
+
 def test_second_forward_passes_of_trl_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor.*guidance_weight=0"):
         make_trainer(tmp_path, label_smoothing_factor=0.1)

@@ -32,8 +32,9 @@ Position = Literal["after_layer", "after_self_attention"]
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
     stages' recipes, the share of rows that ask for presence alone and come first, the content of the pictures (None:
-    everything there is), their side in pixels, where the cross blocks sit (None: every fourth layer), the splits that
-    questions are drawn of, and the pairs of the similarity and pictures of the padding (`oblong`).
+    everything there is; `in_two_styles`: of the cut-outs those that are drawn and photographed), their side in
+    pixels, where the cross blocks sit (None: every fourth layer), the splits that questions are drawn of, and the
+    pairs of the similarity and pictures of the padding (`oblong`).
 
     From `scratch`, the language model is drawn at random, with half of the pretrained one's width, and trains in all
     stages, so it learns to look things up here."""
@@ -50,6 +51,7 @@ class Size:
     image_size: int = 224
     names: tuple[str, ...] | None = None
     colors: tuple[str, ...] | None = None
+    in_two_styles: bool = False
     cross_attention_layers: tuple[int, ...] | None = None
     splits: tuple[str, ...] = ("composition",)
     pairs: int = 150
@@ -91,6 +93,7 @@ SIZES = {
         max_objects=4,
         recipes="small",
         presence_first=0.75,
+        in_two_styles=True,
         splits=("composition", "name", "style"),
         pairs=60,
         oblong=40,

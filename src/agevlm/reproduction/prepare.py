@@ -20,7 +20,7 @@ from agevlm.conversion.twin import concatenating_twin
 from agevlm.data.masks import join_masks, masks_of
 from agevlm.data.scenes.benchmarks import FEATURES, GROUP, benchmark_rows
 from agevlm.data.scenes.build import build_scenes, load_rows
-from agevlm.data.scenes.builder import SceneArguments, SceneBuilder
+from agevlm.data.scenes.builder import SceneArguments, SceneBuilder, make_source
 from agevlm.data.scenes.words import plural
 from agevlm.data.tables import read_files
 from agevlm.evaluation import own, pope, told
@@ -49,11 +49,14 @@ CURVE_QUESTIONS, CURVE_SEED = 500, 2000  # the seed of scenes is 0, that of part
 
 def _pictures(size: Size, cutouts: Path | None) -> dict[str, Any]:
     """The content of the pictures of a size, as arguments of `SceneArguments`."""
+    names = size.names
+    if size.in_two_styles:
+        names = tuple(name for name, kind in make_source(cutouts, None, None).kinds.items() if len(kind.styles) > 1)
     return {
         "size": size.image_size,
         "min_objects": size.min_objects,
         "max_objects": size.max_objects,
-        "names": size.names,
+        "names": names,
         "colors": size.colors,
         "cutouts": cutouts,
     }
