@@ -256,8 +256,8 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
     tower = train_vision_tower(config, processor, pictures, scenes, work / "tower", bf16=True)
     with new_folder(folder) as temporary:
         _save(temporary, processor, language_model, tower)
-        # Hundreds of names take as many more pictures to fit a classifier; SmolLM2 has been measured by its authors.
-        figures = measure_parts(temporary, pictures, questions=0, pictures=3_000)
+        # Hundreds of names take more pictures to fit a classifier; SmolLM2 has been measured by its authors.
+        figures = measure_parts(temporary, pictures, questions=0, pictures=1_000)
         write_card(temporary, "small", SMALL, figures, {"scenes": scenes, "seed": seed})
 
 
