@@ -27,7 +27,7 @@ from agevlm.reproduction.matrix import (
     cross_layers,
     unique,
 )
-from agevlm.reproduction.prepare import draw_scenes, rows_of, save_start, things_named, vocabulary
+from agevlm.reproduction.prepare import draw_scenes, question_sets, rows_of, save_start, things_named, vocabulary
 from agevlm.reproduction.reproduce import Place, Step, execute, train_step
 from agevlm.reproduction.scores import TABLE_2, TASKS
 from agevlm.training.freezing import part_of
@@ -221,6 +221,24 @@ def test_missing_parts_say_what_to_do(tmp_path):
         save_start(tmp_path, tmp_path / "start", 0, SIZES["tiny"], Start())
     with pytest.raises(ValueError, match="agevlm data cutouts"):
         cli.quickstart(["--size", "small", "--output", str(tmp_path)])
+
+
+def test_size_small_shows_what_is_there_drawn_and_photographed(tmp_path):
+    names = [f"thing{chr(97 + number)}" for number in range(12)]
+    things = [
+        {"name": name, "style": style, "category": f"kind{place % 3}", "file": f"{style}-{name}.png"}
+        for place, name in enumerate(names)
+        for style in (("drawing", "photo") if place < 8 else ("photo",))
+    ]
+    for thing in things:
+        Image.new("RGBA", (80, 80), "red").save(tmp_path / thing["file"])
+    (tmp_path / "cutouts.json").write_text(json.dumps(things), encoding="utf-8")
+    size = dataclasses.replace(SIZES["small"], captions=4, instructions=4, questions=4)
+    scenes = draw_scenes(tmp_path / "scenes", size, tmp_path)
+    assert json.loads((scenes / "scenes.json").read_text(encoding="utf-8"))["names"] == names[:8]
+    found = {name: data for name, _, _, data in question_sets(scenes)}
+    assert list(found) == ["evaluation", "language", "name", "style"]
+    assert [len(data["pope"]) for name, data in found.items() if name != "language"] == [4, 4, 4]
 
 
 @pytest.fixture
