@@ -17,7 +17,6 @@ from agevlm.evaluation import leaderboard, own, told
 from agevlm.evaluation.benchmark import Benchmark, Row, units_of
 from agevlm.evaluation.generate import PREDICTIONS
 from agevlm.evaluation.inputs import without_pictures
-from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import RESULT
 from agevlm.evaluation.tables import lookup
 from agevlm.stats import Measure, ResultKey, interval, mean, paired_difference, share
@@ -74,12 +73,13 @@ class Answer:
 @dataclass(frozen=True)
 class Look:
     """A number of the attention on rows with a mask, mean over cross layers; `benchmark`: of its questions alone.
-    `is_ratio`: over what attention gives that is spread evenly."""
+    `is_ratio`: over what attention gives that is spread evenly. `asked`: set of questions."""
 
     title: str
     metric: str
     benchmark: str | None = None
     is_ratio: bool = False
+    asked: str = EVALUATION
 
 
 MASS, ACCURACY, UNREAD = "attention inside the mask", "POPE accuracy", "answers not read"
@@ -117,6 +117,8 @@ LOOKS = (
     Look("points at it", "pointing_accuracy"),
     Look("POPE: attention inside the mask", "in_mask_mass", "pope"),
     Look("POPE: points at it", "pointing_accuracy", "pope"),
+    Look("own questions: attention inside the mask", "in_mask_mass", asked=OWN),
+    Look("own questions: points at it", "pointing_accuracy", asked=OWN),
 )
 
 
@@ -195,25 +197,23 @@ def read_scores(found: Found, scenes: Path, questions: Path | None = None) -> Sc
     """
     scores = Scores({row: {} for row in found})
     folders = {(row, seed): run.measured for row, runs in found.items() for seed, run in runs.items()}
-    units: dict[str, tuple[str, Any]] = {}  # id -> its benchmark, and what is drawn together with it
-    asked: list[tuple[str, Any]] = []
-    unread: dict[Model, list[np.ndarray]] = {model: [] for model in folders}
     for name, _, benchmarks, data in question_sets(scenes, questions):
+        units: dict[str, tuple[str, Any]] = {}  # id -> its benchmark, and what is drawn together with it
+        asked: list[tuple[str, Any]] = []
+        unread: dict[Model, list[np.ndarray]] = {model: [] for model in folders}
         for benchmark in benchmarks:
             rows = list(without_pictures(data[benchmark.name]))
             files = {model: at / name / benchmark.name / PREDICTIONS for model, at in folders.items()}
             lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may fail
-            if not lines:
-                continue
-            usable, answers = _read_answers(scores, name, benchmark, rows, lines)
-            if name != EVALUATION:
-                continue
-            units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
-            asked += [units[row["id"]] for row in usable]
-            for model, parsed in answers.items():
-                unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
-    _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
-    _read_looks(scores, {model: at / EVALUATION for model, at in folders.items()}, units)
+            if lines:
+                usable, answers = _read_answers(scores, name, benchmark, rows, lines)
+                units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
+                asked += [units[row["id"]] for row in usable]
+                for model, parsed in answers.items():
+                    unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
+        if name == EVALUATION:
+            _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
+        _read_looks(scores, name, {model: at / name for model, at in folders.items()}, units)
     return scores
 
 
@@ -248,15 +248,17 @@ def _add(scores: Scores, title: str, measures: Mapping[Model, Measure], units: S
         scores.numbers[row][title] = Number(seeds, numbers)
 
 
-def _read_looks(scores: Scores, folders: Mapping[Model, Path], units: Mapping[str, tuple[str, Any]]) -> None:
-    """Attention on the questions that have a mask, where every model that has maps was measured."""
+def _read_looks(
+    scores: Scores, asked: str, folders: Mapping[Model, Path], units: Mapping[str, tuple[str, Any]]
+) -> None:
+    """Attention on the questions of a set that have a mask, where every model that has maps was measured."""
     records: dict[Model, dict[str, Any]] = {}
     for model, folder in folders.items():
-        files = [folder / name / "grounding.jsonl" for name in BENCHMARKS]
+        files = [folder / name / "grounding.jsonl" for name in dict(units.values())]
         if lines := [line for file in files if file.is_file() for line in read_lines(file)]:
             records[model] = {line["id"]: line for line in lines}
     common = [key for key in units if records and all(key in lines for lines in records.values())]
-    for look in LOOKS:
+    for look in (look for look in LOOKS if look.asked == asked):
         chosen = [key for key in common if look.benchmark in (None, units[key][0])]
         if not chosen:
             continue
@@ -275,6 +277,8 @@ def _read_looks(scores: Scores, folders: Mapping[Model, Path], units: Mapping[st
             model: measure([np.mean(lines[key][look.metric]) for key in chosen]) for model, lines in records.items()
         }
         _add(scores, look.title, measures, [units[key] for key in chosen])
+    if asked != EVALUATION:
+        return
     layers = {model: read_json(folders[model] / RESULT)["grounding"]["layers"] for model in records}
     for layer in sorted(set().union(*layers.values())):
         measures = {
