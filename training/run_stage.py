@@ -3,7 +3,7 @@ done."""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,8 @@ def run_stage(
     args.output_dir = str(output_dir)
     adapters = adapters or AdapterArguments()
     adapters.check(recipe.name, recipe.trains, init_from, args)
+    if adapters.attn_implementation is None and args.bf16 and args.device.type == "cpu":
+        adapters = replace(adapters, attn_implementation="eager")  # SDPA's kernel takes four times as long backward
     reason = why_not(recipe, args, adapters.use_peft) if stored_features is not None else None
     if reason is not None:
         raise ValueError(f"`--stored-features` {stored_features}: {reason}. Leave it out.")
