@@ -32,6 +32,6 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
         # In sequence: rows on presence alone come first, if there are any.
         smaller={
             "tiny": {"learning_rate": 1e-3, "train_sampling_strategy": "sequential"},
-            "small": {"learning_rate": 3e-4, "train_sampling_strategy": "sequential"},
+            "small": {"language_model_learning_rate": 1e-4, "train_sampling_strategy": "sequential"},
         },
     )
