@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from training_worker import CountSteps, Stop, StopAt, make_rows, quick, run_small_stage
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainerCallback
 from workers import fork, killed_here, same_weights
 
 from agevlm.data.rows import ROW_FEATURES
 from agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from agevlm.store import read_lines
 from agevlm.training import stages
+from agevlm.training.adapters import AdapterArguments
 from agevlm.training.checkpoints import STAGING
 from agevlm.training.freezing import part_of
 from agevlm.training.run_stage import run_stage
@@ -332,3 +333,27 @@ def test_without_resume_an_unfinished_run_starts_again(tmp_path, whole):
     assert count.steps == 6
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert same_weights(killed, whole[0])
+
+
+@pytest.mark.parametrize(
+    ("bf16", "asked", "used"), [(True, None, "eager"), (True, "sdpa", "sdpa"), (False, None, "sdpa")]
+)
+def test_bfloat16_on_a_cpu_trains_with_eager_attention(tmp_path, bf16, asked, used):
+    """Unless another kernel is asked for."""
+    tiny_model().save_pretrained(tmp_path / "start")
+    tiny_processor().save_pretrained(tmp_path / "start")
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(model.config.text_config._attn_implementation)
+
+    run_stage(
+        quick(stage1_align.recipe(size="tiny"), bf16=bf16, max_steps=1),
+        tmp_path / "run",
+        data=make_rows("ii"),
+        init_from=tmp_path / "start",
+        adapters=AdapterArguments(attn_implementation=asked),
+        callbacks=[Note()],
+    )
+    assert seen == [used]
