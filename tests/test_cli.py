@@ -30,6 +30,7 @@ BEFORE = {
     "data scenes": (1, "backgrounds captions colours cutouts instructions max-objects names num-proc seed size test "
                        "turns word-rate"),
     "data cutouts": (1, "downloads"),
+    "data photographs": (0, "cutouts downloads foreground output seed"),
     "data cambrian": (2, "images limit rows-per-shard strict workers"),
     "data import": (1, "images masks output part strict"),
     "data check": (1, "against checkpoint images limit max-length out strict workers"),
