@@ -125,7 +125,7 @@ def test_fetching(clients, capsys):
     out, downloads = clients / "photographs", clients / "downloads"
     main(["--output", str(out), "--downloads", str(downloads), "--foreground"])
     said = capsys.readouterr().out
-    assert "6 photographs of 6 names" in said and "12 adversarial; 12 random" in said
+    assert "6 photographs of 6 names, 6 with a foreground\n" in said and "12 adversarial; 12 random" in said
     assert "3 CC-BY-SA 4.0; 3 Public Domain" in said
     assert said.endswith(f"; next: agevlm eval CHECKPOINT --data {out}/questions.jsonl --output evaluation\n")
     entries = json.loads((out / "photographs.json").read_text())
@@ -164,6 +164,17 @@ def test_the_questions_are_own_questions(clients):
         ("categories", "adversarial"),
         ("categories", "random"),
     }
+
+
+def test_a_photograph_of_which_nothing_stands_out_has_no_mask(clients, capsys):
+    path = clients / "package/usr/share/gcompris-qt/rcc/erase.rcc"
+    dark = {"r/pig.webp": webp(color="black"), "r/README": b"License: CC0\nFiles: pig.webp"}
+    path.write_bytes(qt_archive(dark))
+    main(["--output", str(clients / "photographs"), "--foreground"])
+    assert "5 photographs of 5 names, 4 with a foreground\n" in capsys.readouterr().out
+    rows = load_own(clients / "photographs/questions.jsonl", strict=True)
+    assert [bool(row["guidance"]) for row in rows if "pig" in row["id"]] == [False] * 4
+    assert not (clients / "photographs/masks/erase").exists()
 
 
 def test_names_of_training_are_told_apart(clients, cutouts):

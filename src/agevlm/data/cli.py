@@ -84,7 +84,8 @@ def photographs(argv: list[str] | None = None) -> None:
     from .scenes.fetch_photographs import fetch_photographs
 
     entries, questions = fetch_photographs(**vars(options))
-    print(f"{len(entries)} photographs of {len({entry['name'] for entry in entries})} names")
+    masks = f", {sum('mask' in entry for entry in entries)} with a foreground" if options.foreground else ""
+    print(f"{len(entries)} photographs of {len({entry['name'] for entry in entries})} names{masks}")
     for field, rows in (("category", questions), ("license", entries)):
         counts = sorted(Counter(row[field] for row in rows).items())
         print(f"{field}: " + "; ".join(f"{count} {value}" for value, count in counts))

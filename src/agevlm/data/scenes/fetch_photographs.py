@@ -69,7 +69,8 @@ def read_rights(text: str) -> dict[str, dict[str, str]]:
     """File -> {license, author, source, changes}, out of paragraphs of fields ("License: ...", "Files: ...")."""
     found: dict[str, dict[str, str]] = {}
     for paragraph in re.split(r"\n\s*\n", text):
-        fields, key = defaultdict(list), ""
+        fields: dict[str, list[str]] = defaultdict(list)
+        key = ""
         for line in paragraph.splitlines():
             match = _FIELD.match(line)
             key, value = match.groups() if match else (key, line)
@@ -82,9 +83,11 @@ def read_rights(text: str) -> dict[str, dict[str, str]]:
 def read_names(cutouts: str | Path | None) -> tuple[list[str], dict[str, tuple[str, ...]] | None]:
     """Names of things that no photograph shows; and of a folder of cut-outs, training name -> training styles."""
     source = IconSource() if cutouts is None else CutoutSource(cutouts)
-    train = None if cutouts is None else make_pools(source.kinds, source.colors)["train"]
     things = [name for name, kind in source.kinds.items() if kind.category in _ELSEWHERE]
-    return things, train and {name: train.styles[name] for name in train.names}
+    if cutouts is None:
+        return things, None
+    train = make_pools(source.kinds, source.colors)["train"]
+    return things, {name: train.styles[name] for name in train.names}
 
 
 def ask(entries: Sequence[Entry], things: Sequence[str], trained: Mapping | None, seed: int) -> Iterator[Entry]:
@@ -136,10 +139,12 @@ def fetch_photographs(
         if foreground:
             find = load_foreground(fetch_npm(PACKAGE, archives))
             for entry in Bar(entries, desc="foreground"):
-                entry["mask"] = f"masks/{Path(entry['file']).with_suffix('.png')}"
-                save_image(find(open_image(made / entry["file"], entry["file"])), made / entry["mask"])
-            masks = {entry["file"]: entry["mask"] for entry in entries}
-            questions = [row | {"mask": masks[row["image"]]} if row["answer"] == "yes" else row for row in questions]
+                mask = find(open_image(made / entry["file"], entry["file"]))
+                if mask.getbbox():  # something stands out
+                    entry["mask"] = f"masks/{Path(entry['file']).with_suffix('.png')}"
+                    save_image(mask, made / entry["mask"])
+            masks = {entry["file"]: {"mask": entry["mask"]} for entry in entries if "mask" in entry}
+            questions = [row | masks.get(row["image"], {}) if row["answer"] == "yes" else row for row in questions]
         write_json(made / "photographs.json", entries)
         write_lines(made / "questions.jsonl", questions)
         draw_entries([_shown(made, entry) for entry in entries], made / "contact_sheet.png")
