@@ -78,7 +78,7 @@ def photographs(argv: list[str] | None = None) -> None:
         help="measure looking too, on the foreground of each photograph, whatever it shows (downloads ISNet, AGPL-3; "
         "needs onnxruntime)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is asked for in vain (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the absent names (default: %(default)s)")
     options = parser.parse_args(argv)
 
     from .scenes.fetch_photographs import fetch_photographs

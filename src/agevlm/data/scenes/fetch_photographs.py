@@ -94,7 +94,7 @@ def ask(entries: Sequence[Entry], things: Sequence[str], trained: Mapping | None
     """The questions, as many answered yes as no.
 
     Raises:
-        ValueError: nothing that is seen in training as what a photograph shows is absent from it.
+        ValueError: no name is absent from a photograph and, like its own, seen in training or unseen.
     """
 
     def seen(name: str) -> str:

