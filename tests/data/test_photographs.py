@@ -72,7 +72,7 @@ def write_weights(path, added: bytes = b"") -> None:
     """The npm archive with the model in two parts."""
     content = model()
     chunks = {"one": content[:90], "two": content[90:] + added}
-    table = {"/models/small": {"size": len(content), "chunks": [{"hash": name} for name in chunks]}}
+    table = {"/models/medium": {"size": len(content), "chunks": [{"hash": name} for name in chunks]}}
     with tarfile.open(path, "w:gz") as tar:
         for name, data in (chunks | {"resources.json": json.dumps(table).encode()}).items():
             info = tarfile.TarInfo(f"package/dist/{name}")

@@ -17,7 +17,7 @@ from .packages import member
 
 
 PACKAGE = "@imgly/background-removal-data@1.4.5"
-_MODEL, _SIDE = "/models/small", 1024
+_MODEL, _SIDE = "/models/medium", 1024  # "small" has 8-bit weights, and specks in its masks
 
 
 def check_runtime() -> None:
