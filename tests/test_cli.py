@@ -30,6 +30,7 @@ BEFORE = {
     "data scenes": (1, "backgrounds captions colours cutouts instructions max-objects names num-proc seed size test "
                        "turns word-rate"),
     "data cutouts": (1, "downloads"),
+    "data photographs": (0, "cutouts downloads foreground output scenes seed"),
     "data cambrian": (2, "images limit rows-per-shard strict workers"),
     "data import": (1, "images masks output part strict"),
     "data check": (1, "against checkpoint images limit max-length out strict workers"),
@@ -76,7 +77,7 @@ NEW_OUTPUT = (
     "convert", "export",
 )  # fmt: skip
 ADDED = {
-    "quickstart": {"jobs"},
+    "quickstart": {"jobs", "questions", "text"}, "reproduce": {"questions", "text"},
     "init": {"cross-attention-position"}, "eval": {"images", "language", "rows"}, "ground": {"by-phrase"},
     "analyze attention": {"phrases"}, "serve": {"open-addresses"},
     "ground import": {"rows", "query", "by-phrase"}, "data scenes": {"min-objects", "presence-first", "splits"},

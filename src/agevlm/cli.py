@@ -27,6 +27,7 @@ VERBS = {
     "parts": "training.cli:parts",
     "data scenes": "data.cli:scenes",
     "data cutouts": "data.cli:cutouts",
+    "data photographs": "data.cli:photographs",
     "data import": "grounding.cli:import_data",
     "data cambrian": "data.cli:cambrian",
     "data check": "data.cli:check",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -60,6 +61,39 @@ def cutouts(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{sum(entry['style'] == style for entry in listing)} {style}" for style in styles)
     print(f"{len({entry['name'] for entry in listing})} names ({counts})")
     written(options.output, "agevlm data scenes --cutouts {} --output scenes")
+
+
+def photographs(argv: list[str] | None = None) -> None:
+    """Fetch photographs of animals with questions: an unseen domain for models of cut-outs.
+
+    agevlm data photographs --cutouts cutouts --foreground --output photographs
+    """
+    parser = VerbParser("data photographs", photographs.__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="new folder to write")
+    parser.add_argument("--downloads", type=Path, help="folder that keeps the downloaded archives")
+    parser.add_argument("--cutouts", type=Path, help="folder of `agevlm data cutouts`: tells its training names apart")
+    parser.add_argument("--scenes", type=Path, help="scenes of these cut-outs: training names are theirs alone")
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="measure looking too, on the foreground of each photograph, whatever it shows (downloads ISNet, AGPL-3; "
+        "needs onnxruntime)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the absent names (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.scenes is not None and options.cutouts is None:
+        parser.error("--scenes are made of cut-outs; give --cutouts too")
+
+    from .scenes.fetch_photographs import fetch_photographs
+
+    entries, questions = fetch_photographs(**vars(options))
+    masks = f", {sum('mask' in entry for entry in entries)} with a foreground" if options.foreground else ""
+    print(f"{len(entries)} photographs of {len({entry['name'] for entry in entries})} names{masks}")
+    for field, rows in (("category", questions), ("license", entries)):
+        counts = sorted(Counter(row[field] for row in rows).items())
+        print(f"{field}: " + "; ".join(f"{count} {value}" for value, count in counts))
+    print(f"look at {options.output / 'contact_sheet.png'}")
+    written(options.output, "agevlm eval CHECKPOINT --data {}/questions.jsonl --output evaluation")
 
 
 def cambrian(argv: list[str] | None = None) -> None:

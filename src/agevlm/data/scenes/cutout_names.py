@@ -56,3 +56,9 @@ def synonym_group(name: str) -> str:
         if name in group or name.split()[-1] in group:
             return group[0]
     return name.split()[-1]
+
+
+def photograph_name(place: str) -> str | None:
+    """What a photograph shows, by its archive and file ("erase/red_panda"); None where it is not one plain object."""
+    name, _reason = _TABLE["photographs"].get(place, (place.rpartition("/")[2].replace("_", " "), ""))
+    return name and clean_name(name)

@@ -7,12 +7,11 @@ under singular names and writes PNG files and cutouts.json: [{file, name, catego
 """
 
 import json
-import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -22,10 +21,11 @@ from agevlm.images import open_image
 from agevlm.store import new_folder
 
 from .cutout_names import clean_name, emoji_category, synonym_group, tux_category, tux_name
+from .packages import fetch_apt, fetch_npm, member, unpack_deb
 
 
 APT_PACKAGE = "tuxpaint-stamps-default"
-NPM_PACKAGES = {"fluent": "@lobehub/fluent-emoji-3d@1.1.0", "openmoji": "openmoji@17.0.0"}
+PICTURES, NAMES = "@lobehub/fluent-emoji-3d@1.1.0", "openmoji@17.0.0"
 _STAMPS = "usr/share/tuxpaint/stamps"
 _LEAST_PIXELS, _LEAST_OPAQUE, _LEAST_CLEAR = 60, 0.08, 0.02
 
@@ -36,32 +36,6 @@ class Cutout:
     category: str
     style: str
     picture: Image.Image
-
-
-def _run(command: list[str], folder: Path) -> None:
-    if shutil.which(command[0]) is None:
-        raise ValueError(f"`{command[0]}` is not installed; it is needed to fetch the cut-outs")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"`{' '.join(command)}` failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
-
-
-def _archive(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise ValueError(f"expected one archive {pattern} in {folder}, found {len(found)}; remove the others")
-    return found[0]
-
-
-def download(folder: Path) -> None:
-    """Downloads the files that `folder` lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not list(folder.glob(f"{APT_PACKAGE}_*.deb")):
-        _run(["apt-get", "download", APT_PACKAGE], folder)
-    for package in NPM_PACKAGES.values():
-        archive = package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz"
-        if not (folder / archive).is_file():
-            _run(["npm", "pack", "--silent", package], folder)
 
 
 def usable(picture: Image.Image) -> bool:
@@ -93,30 +67,20 @@ def read_stamps(stamps: Path) -> Iterator[Cutout]:
 def read_emoji(pictures: Path, names: Path) -> Iterator[Cutout]:
     """Cut-outs of the Fluent archive (assets/<code points>.webp), named by OpenMoji's table (data/openmoji.json)."""
     with tarfile.open(names) as archive:
-        table = json.load(_member(archive, names, "package/data/openmoji.json"))
+        table = json.load(member(archive, names, "package/data/openmoji.json"))
     known = {_code(row["hexcode"]): row for row in table}
     with tarfile.open(pictures) as archive:
-        for member in sorted(archive.getmembers(), key=lambda m: m.name):
-            row = known.get(_code(Path(member.name).stem))
-            if not member.isfile() or not member.name.endswith(".webp") or row is None:
+        for entry in sorted(archive.getmembers(), key=lambda entry: entry.name):
+            row = known.get(_code(Path(entry.name).stem))
+            if not entry.isfile() or not entry.name.endswith(".webp") or row is None:
                 continue
             name, category = clean_name(row["annotation"].lower()), emoji_category(row["subgroups"])
             if name is None or category is None:
                 continue
-            data = _member(archive, pictures, member.name).read()
-            picture = open_image(data, where=f"emoji {member.name}", mode="RGBA")
+            data = member(archive, pictures, entry.name).read()
+            picture = open_image(data, where=f"emoji {entry.name}", mode="RGBA")
             if usable(picture):
                 yield Cutout(name, category, "drawing", picture)
-
-
-def _member(archive: tarfile.TarFile, path: Path, name: str):
-    try:
-        found = archive.extractfile(name)
-    except KeyError:
-        found = None
-    if found is None:
-        raise ValueError(f"{path.name} has no file {name}; fetch the package version named in this script")
-    return found
 
 
 def _code(text: str) -> str:
@@ -151,17 +115,9 @@ def fetch_cutouts(out: str | Path, downloads: str | Path | None = None) -> list[
     if out.exists():
         raise ValueError(f"{out} exists already; choose a new folder")
     with new_folder(out) as made, tempfile.TemporaryDirectory() as name:
-        temporary = Path(name)
-        archives = Path(downloads) if downloads else temporary / "archives"
-        download(archives)
-        unpacked = temporary / "unpacked"
-        unpacked.mkdir()
-        _run(["dpkg-deb", "-x", str(_archive(archives, f"{APT_PACKAGE}_*.deb").resolve()), str(unpacked)], temporary)
-
-        def every() -> Iterator[Cutout]:
-            yield from read_emoji(
-                _archive(archives, "lobehub-fluent-emoji-3d-*.tgz"), _archive(archives, "openmoji-*.tgz")
-            )
-            yield from read_stamps(unpacked / _STAMPS)
-
-        return write_cutouts(every(), made)
+        archives = Path(downloads) if downloads else Path(name) / "archives"
+        unpacked = Path(name) / "unpacked"
+        stamps = fetch_apt(APT_PACKAGE, archives)
+        pictures, names = fetch_npm(PICTURES, archives), fetch_npm(NAMES, archives)
+        unpack_deb(stamps, unpacked)
+        return write_cutouts(chain(read_emoji(pictures, names), read_stamps(unpacked / _STAMPS)), made)
