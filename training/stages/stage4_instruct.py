@@ -33,6 +33,7 @@ def recipe(size: str = "paper", variant: str = "agevlm", freeze_self_attention: 
         smaller={
             "tiny": {"learning_rate": 1e-3, "train_sampling_strategy": "sequential"},
             "small": {
+                "learning_rate": 3e-4,
                 "language_model_learning_rate": 1e-4,
                 "global_batch_size": 8,  # lookup is found after a number of steps rather than of questions
                 "per_device_train_batch_size": 8,

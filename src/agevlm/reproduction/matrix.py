@@ -86,7 +86,7 @@ SIZES = {
     "clutter-able": _CLUTTER,
     "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
     "small": Size(
-        captions=4_800,
+        captions=3_200,
         instructions=3_200,
         turns=4,
         questions=300,
