@@ -28,6 +28,11 @@ class AnswerHeadTrainer(SFTTrainer):
         backbone: nn.Module = unwrap_peft_model(self.model).base_model
         self._answer_hook = backbone.register_forward_hook(self._keep_answered)
 
+    def release_model(self) -> None:
+        """Take the fused head and the hook off the model, so that it can be used or trained again like a new one."""
+        self._answer_hook.remove()
+        unwrap_peft_model(self.accelerator.unwrap_model(self.model)).__dict__.pop("forward", None)
+
     def _keep_answered(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         if self._answered_BT is not None:
             output.last_hidden_state = output.last_hidden_state[:, :-1][self._answered_BT][None]

@@ -210,6 +210,7 @@ def train_language_model(
         trainer = AnswerHeadTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         use_step_bar(trainer, "language model")
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+        trainer.release_model()
         return model
 
     return _once(work, LlamaForCausalLM, train)

@@ -45,11 +45,6 @@ class StageTrainer(WatchedTrainer):
         self._staging: Path | None = None
         super().__init__(model=model, args=args, **kwargs)
 
-    def release_model(self) -> None:
-        """Take TRL's fused head off the model, so that it can be used or trained again like a new one."""
-        self._answer_hook.remove()
-        unwrap_peft_model(self.accelerator.unwrap_model(self.model)).__dict__.pop("forward", None)
-
     def write_card(self, folder: Path) -> None:
         """Write the model card of a saved folder. A model of transformers gets TRL's, with its checkpoints."""
 
