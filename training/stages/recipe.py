@@ -48,6 +48,7 @@ _SMALLER = {
     "activation_checkpointing": False,
     "dataloader_num_workers": 0,
     "save_steps": 100,
+    "save_total_limit": 1,
     "loss_spike": None,
 }
 SMALLER: dict[str, dict[str, Any]] = {
