@@ -1,10 +1,13 @@
 """The committed tiny parts know what their card says, and the command that made them goes on where it was killed."""
 
+import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from transformers import ConvNextModel, LlamaForCausalLM
 
 from agevlm import TINY_PARTS
@@ -12,9 +15,10 @@ from agevlm.data.scenes.build import text_corpus
 from agevlm.data.scenes.builder import SceneArguments
 from agevlm.processing import AgeVlmProcessor
 from agevlm.training import parts
-from agevlm.training.parts import COLORS, NAMES, make_tiny, train_tokenizer
+from agevlm.training.parts import COLORS, NAMES, make_small, make_tiny, train_tokenizer
 from agevlm.training.parts_card import measure_parts
 from agevlm.training.tower import CellReader, Cells
+from builders import tiny_model, tiny_tokenizer
 
 
 SCENES = SceneArguments(size=224, max_objects=3, names=NAMES, colors=COLORS, seed=1000)
@@ -107,3 +111,27 @@ def test_a_killed_command_goes_on(tmp_path, monkeypatch, killed):
     assert calls.count(killed) == 2 and len(calls) == 3
     assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"README.md", "language_model", "vision_tower"}
     assert "| presence | 50.0% |" in (tmp_path / "parts" / "README.md").read_text()
+
+
+@pytest.mark.timeout(120)
+def test_parts_of_size_small(tmp_path, monkeypatch):
+    """A pretrained language model goes on, in bfloat16 and in a process of its own; the card says what both can do."""
+    things = [
+        {"name": name, "style": "photo", "category": "c", "file": f"{name}.png"}
+        for name in ("cat", "dog", "hen", "car", "bus", "key", "jug", "saw")
+    ]
+    for thing in things:
+        Image.new("RGBA", (80, 80), "red").save(tmp_path / thing["file"])
+    (tmp_path / "cutouts.json").write_text(json.dumps(things), encoding="utf-8")
+    model = LlamaForCausalLM(tiny_model().config.text_config)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    monkeypatch.setattr(parts, "smollm2", lambda: (model, tiny_tokenizer()))
+    monkeypatch.setattr(parts, "SMALL_CONVERSATIONS", 16)
+    monkeypatch.setattr(parts, "SMALL_VISION", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]})
+    measured = partial(measure_parts, pictures=8, questions=2)
+    monkeypatch.setattr(parts, "measure_parts", lambda folder, scenes, **_: measured(folder, scenes))
+    make_small(tmp_path / "parts", tmp_path / "work", tmp_path, scenes=32, seed=0)
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "parts/language_model").model.layers[0].mlp.up_proj.weight
+    assert after.dtype == torch.float32 and not torch.equal(after, before)
+    card = (tmp_path / "parts/README.md").read_text(encoding="utf-8")
+    assert "size small" in card and re.search(r"\| presence \| [\d.]+% \|", card) and "| name | " in card
