@@ -90,6 +90,7 @@ SIZES = {
         instructions=3_200,
         turns=4,
         questions=300,
+        min_objects=3,  # a row asks for as many things as it has names, once for yes at least
         max_objects=4,
         recipes="small",
         presence_first=1.0,
