@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from tokenizers import processors
-from training_worker import make_arguments, make_rows
+from training_worker import IN_FLOAT32, make_arguments, make_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
@@ -259,7 +259,7 @@ def test_saved_it_is_a_checkpoint_of_transformers(twin, tmp_path):
 )
 def test_trls_own_trainer_trains_it_by_our_recipes(ours, stage, moves, tmp_path):
     other, processor = concatenating_twin(*ours)
-    recipe = stage.recipe(size="small", variant="ca-baseline")
+    recipe = stage.recipe(variant="ca-baseline").override(**IN_FLOAT32)
     set_trainable(other, recipe.trains, recipe.frozen)
     quiet = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
              "save_strategy": "no", "disable_tqdm": True, "max_steps": 6, "logging_steps": 1, "warmup_steps": 0,

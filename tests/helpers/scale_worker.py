@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from training_worker import make_rows, sharp_model
+from training_worker import IN_FLOAT32, make_rows, sharp_model
 
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.run_stage import StageResult, run_stage
@@ -37,7 +37,10 @@ SHARDING = {
 
 def run_scaled_stage(output_dir, start, kinds=KINDS, batch=4, sharding=None, callbacks=(), **changes) -> StageResult:
     """Stage 3, guided, of 4 rows a step in batches of `batch` rows, from the folder `start`."""
-    recipe = stage3_ground.recipe(size="small").override(
+    recipe = stage3_ground.recipe().override(
+        **IN_FLOAT32,
+        mask_fraction=1.0,
+        loss_spike=None,
         global_batch_size=4,
         per_device_train_batch_size=batch,
         logging_steps=1,

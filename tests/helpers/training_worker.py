@@ -158,6 +158,10 @@ class StopAt(TrainerCallback):
             raise Stop
 
 
+# The paper's recipes, which train parts of the tower, as small models can be compared
+IN_FLOAT32 = {"bf16": False, "activation_checkpointing": False, "dataloader_num_workers": 0}
+
+
 def quick(recipe: StageRecipe, rows: int = 2, **changes) -> StageRecipe:
     """The recipe with `rows` in a step, all at once, and no progress bar."""
     settings = {"per_device_train_batch_size": rows, "disable_tqdm": True, **changes}
