@@ -124,6 +124,8 @@ def test_language_ability_is_shown_where_it_was_measured(scenes, tmp_path):
     before = {0: Trained(write_measured(tmp_path / "old", scenes, 0.2), [], 0)}
     lines = [{"id": row["id"], "parsed": told.gold(row), "verdict": "correct"} for row in rows]
     write_lines(tmp_path / "new" / LANGUAGE / "told" / "predictions.jsonl", lines)
+    write_json(tmp_path / "new" / LANGUAGE / "metrics.json", {})
+    write_lines(tmp_path / "old" / LANGUAGE / "told" / "predictions.jsonl", lines[:1])  # another call is at it
     for stage, (_, folder) in enumerate(stages, start=1):
         found = {"before": {"perplexity": 2.5}, "after": {"perplexity": 2.5 if stage < 4 else 3.0}}
         write_json(folder / "agevlm_stage.json", {"language": found})

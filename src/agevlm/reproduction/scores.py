@@ -198,13 +198,14 @@ def read_scores(found: Found, scenes: Path, questions: Path | None = None) -> Sc
     scores = Scores({row: {} for row in found})
     folders = {(row, seed): run.measured for row, runs in found.items() for seed, run in runs.items()}
     for name, _, benchmarks, data in question_sets(scenes, questions):
+        # A step may have failed, or another call may be at it
+        finished = {model: at / name for model, at in folders.items() if (at / name / RESULT).is_file()}
         units: dict[str, tuple[str, Any]] = {}  # id -> its benchmark, and what is drawn together with it
         asked: list[tuple[str, Any]] = []
         unread: dict[Model, list[np.ndarray]] = {model: [] for model in folders}
         for benchmark in benchmarks:
             rows = list(without_pictures(data[benchmark.name]))
-            files = {model: at / name / benchmark.name / PREDICTIONS for model, at in folders.items()}
-            lines = {model: read_lines(file) for model, file in files.items() if file.is_file()}  # a step may fail
+            lines = {model: read_lines(at / benchmark.name / PREDICTIONS) for model, at in finished.items()}
             if lines:
                 usable, answers = _read_answers(scores, name, benchmark, rows, lines)
                 units |= {row["id"]: (benchmark.name, benchmark.unit(row)) for row in rows}
@@ -213,7 +214,7 @@ def read_scores(found: Found, scenes: Path, questions: Path | None = None) -> Sc
                     unread[model].append(np.array([answer is None for answer in parsed], dtype=float))
         if name == EVALUATION:
             _add(scores, UNREAD, {model: share(np.concatenate(parts)) for model, parts in unread.items()}, asked)
-        _read_looks(scores, name, {model: at / name for model, at in folders.items()}, units)
+        _read_looks(scores, name, finished, units)
     return scores
 
 
