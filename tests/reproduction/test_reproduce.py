@@ -233,7 +233,7 @@ def test_size_small_shows_what_is_there_drawn_and_photographed(tmp_path):
     for thing in things:
         Image.new("RGBA", (80, 80), "red").save(tmp_path / thing["file"])
     (tmp_path / "cutouts.json").write_text(json.dumps(things), encoding="utf-8")
-    size = dataclasses.replace(SIZES["small"], captions=4, instructions=4, questions=4)
+    size = dataclasses.replace(SIZES["small"], captions=4, instructions=4, questions=4, min_objects=1)
     scenes = draw_scenes(tmp_path / "scenes", size, tmp_path)
     assert json.loads((scenes / "scenes.json").read_text(encoding="utf-8"))["names"] == names[:8]
     found = {name: data for name, _, _, data in question_sets(scenes)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from training_worker import Stop, StopAt, make_arguments, make_rows, quick, run_frozen_stage, write_shards
+from training_worker import IN_FLOAT32, Stop, StopAt, make_arguments, make_rows, quick, run_frozen_stage, write_shards
 from workers import fork, fork_ranks, same_weights
 
 from agevlm.data.rows import undecoded
@@ -262,11 +262,11 @@ def test_the_model_is_like_a_new_one_afterwards(tmp_path, calls):
 
 
 def test_what_cannot_read_features_is_refused_before_anything_is_written(tmp_path):
-    assert [why_not(recipe(size="small"), make_arguments(tmp_path)) is None for recipe in STAGES.values()] == [
+    assert [why_not(recipe(), make_arguments(tmp_path)) is None for recipe in STAGES.values()] == [
         True, False, False, False,
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"stage2_adapt_vision trains the vision tower \(vision_last_stage\)"):
-        run(tmp_path / "run", stage2_adapt_vision.recipe(size="small"), tmp_path / "store")
+        run(tmp_path / "run", stage2_adapt_vision.recipe().override(**IN_FLOAT32), tmp_path / "store")
     with pytest.raises(ValueError, match="twin"):
         run(tmp_path / "run", stage1_align.recipe(size="tiny", variant="twin"), tmp_path / "store")
     with pytest.raises(ValueError, match="torch_compile"):

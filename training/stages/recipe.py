@@ -48,13 +48,13 @@ _SMALLER = {
     "activation_checkpointing": False,
     "dataloader_num_workers": 0,
     "save_steps": 100,
-    "save_total_limit": 1,
     "loss_spike": None,
 }
 SMALLER: dict[str, dict[str, Any]] = {
     "small": {
         **_SMALLER,
         "learning_rate": 1e-3,
+        "save_total_limit": 1,  # each is 2 GB
         "global_batch_size": 16,
         "per_device_train_batch_size": 16,
         "train_sampling_strategy": "group_by_length",  # of 32 captions in any order, a third is padding
