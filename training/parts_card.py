@@ -81,16 +81,17 @@ def measure_parts(folder: Path, scenes: SceneArguments, questions: int = 500, pi
 
     Args:
         scenes: names and colors that the parts were trained on.
-        questions: of each kind, to the language model (`told_accuracy`); 0: none.
+        questions: of each kind, to the language model (`told_accuracy`).
         pictures: for the tower (`cell_accuracy`).
     """
     processor = AgeVlmProcessor.from_pretrained(folder)
+    language_model = load_weights(LlamaForCausalLM, folder / "language_model", exact=True)
     tower = load_weights(ConvNextModel, folder / "vision_tower", exact=True)
-    figures = {"cells": cell_accuracy(tower, processor, scenes, pictures)}
-    if questions:
-        language_model = load_weights(LlamaForCausalLM, folder / "language_model", exact=True)
-        figures = {"told": told_accuracy(language_model, processor, scenes, questions), **figures}
-    return figures
+    cells = cell_accuracy(tower, processor, scenes, pictures)
+    return {
+        "told": told_accuracy(language_model, processor, scenes, questions),
+        "cells": {f"{key} of the thing": share for key, share in cells.items()},
+    }
 
 
 def write_card(folder: Path, size: str, description: str, figures: Figures, made: Mapping[str, Any]) -> None:

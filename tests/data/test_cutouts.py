@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from stand_ins import called, put_in_path
 
 from agevlm.data.cli import cutouts as main
 from agevlm.data.scenes.build import build_scenes, load_benchmark, load_rows
@@ -102,12 +103,7 @@ def clients(tmp_path, monkeypatch):
         "npm": f'case "$3" in @*) cp {store}/lobehub* . ;; *) cp {store}/openmoji* . ;; esac',
         "dpkg-deb": f'cp -r {tmp_path}/package/. "$3"',
     }
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, body in scripts.items():
-        (tools / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/log\n{body}\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    put_in_path(tmp_path, monkeypatch, scripts)
     return tmp_path
 
 
@@ -121,10 +117,9 @@ def test_fetching(clients, capsys):
     said = capsys.readouterr().out
     assert "3 names (2 drawing, 2 photo)" in said
     assert said.endswith(f"; next: agevlm data scenes --cutouts {clients / 'cutouts'} --output scenes\n")
-    asked = (clients / "log").read_text().split()
-    assert sorted(asked) == ["apt-get", "dpkg-deb", "npm", "npm"]
+    assert sorted(called(clients)) == ["apt-get", "dpkg-deb", "npm", "npm"]
     fetch_cutouts(clients / "second", clients / "downloads")
-    assert (clients / "log").read_text().split()[4:] == ["dpkg-deb"]  # nothing is downloaded twice
+    assert called(clients)[4:] == ["dpkg-deb"]  # nothing is downloaded twice
     with pytest.raises(ValueError, match="exists already"):
         fetch_cutouts(clients / "cutouts")
 

