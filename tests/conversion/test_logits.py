@@ -8,6 +8,7 @@ import pytest
 import torch
 from remote_code_worker import load_without_the_repository
 from tiny_baselines import QUESTION, conversation, encode
+from transformers import AutoProcessor
 
 from builders import picture
 
@@ -37,11 +38,13 @@ def test_the_picture_decides_the_logits(loaded):
     assert (first - second).abs().max() > 1e-3
 
 
-def test_pixels_are_those_of_the_published_code(loaded):
+def test_pixels_are_those_of_the_published_code(loaded, pair):
     original, _, processor = loaded
+    with_pillow = AutoProcessor.from_pretrained(pair[1], backend="pil", trust_remote_code=True)
     for image in (picture(300, 200), picture(31, 64)):
-        made = encode(processor, [conversation(image, [QUESTION])])["pixel_values"]
-        assert torch.allclose(made, published.pixels(image, original.size), atol=1e-5)
+        for each, *pillow in ((processor,), (with_pillow, True)):
+            made = encode(each, [conversation(image, [QUESTION])])["pixel_values"]
+            assert torch.allclose(made, published.pixels(image, original.size, *pillow), atol=1e-5)
 
 
 def batch_of(processor, rows):

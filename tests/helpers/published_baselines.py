@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils import is_torchvision_available
 
 
 SYSTEM = (
@@ -162,10 +163,18 @@ def square(picture: Image.Image) -> Image.Image:
     return canvas
 
 
-def pixels(picture: Image.Image, size: int) -> torch.Tensor:
-    """(1, 3, size, size)."""
-    resized = np.asarray(square(picture).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    return torch.from_numpy(((resized - MEAN) / STD).transpose(2, 0, 1)[None])
+def pixels(picture: Image.Image, size: int, pillow: bool = not is_torchvision_available()) -> torch.Tensor:
+    """(1, 3, size, size). The authors' are Pillow's; transformers resizes with torchvision where it is installed,
+    which rounds some pixels another way."""
+    canvas = square(picture)
+    if pillow:
+        resized = torch.from_numpy(np.array(canvas.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    else:
+        from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+        resized = resize(torch.from_numpy(np.array(canvas)).permute(2, 0, 1), [size, size], InterpolationMode.BICUBIC)
+    scaled = resized.numpy().astype(np.float32) / 255
+    return torch.from_numpy((scaled - MEAN[:, None, None]) / STD[:, None, None])[None]
 
 
 def prompt(turns: list[str], picture: bool = True) -> str:

@@ -16,13 +16,20 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from agevlm.analysis.subjects import Subject
 from builders import tiny_model, tiny_processor, tiny_tokenizer
+
+
+# Those that transformers loads from a folder: they round pixels differently.
+if is_torchvision_available():
+    from transformers import Idefics3ImageProcessor, LlavaImageProcessor
+else:
+    from transformers import Idefics3ImageProcessorPil as Idefics3ImageProcessor
+    from transformers import LlavaImageProcessorPil as LlavaImageProcessor
 
 
 TEMPLATE = (
@@ -76,7 +83,7 @@ def llava(do_pad: bool = False) -> Subject:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=9,
     )  # fmt: skip
-    images = LlavaImageProcessorPil(
+    images = LlavaImageProcessor(
         do_pad=do_pad, size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_center_crop=True
     )
     processor = LlavaProcessor(
@@ -97,7 +104,7 @@ def fast_vlm() -> Subject:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=9,
     )
-    images = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96})
+    images = LlavaImageProcessor(do_pad=True, size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96})
     processor = LlavaProcessor(
         images, tokenizer, patch_size=32, vision_feature_select_strategy="full", num_additional_image_tokens=0,
         chat_template=TEMPLATE.replace("IMAGE", "<image>\n"), image_token="<image>",
@@ -120,7 +127,7 @@ def smolvlm() -> Subject:
         scale_factor=2,
         pad_token_id=2,
     )  # fmt: skip
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    images = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     template = TEMPLATE.replace("IMAGE", "<image>")
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
     torch.manual_seed(0)

@@ -20,6 +20,10 @@ from builders import same
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FORK = multiprocessing.get_context("fork")
 
+# torch makes its thread pool anew in a fork, at its first use. If two threads use it first at the same time (weights
+# are loaded by several), one gets none and raises "Invalid thread pool!". So it is used once before they start.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 
 def run_worker(
     module: ModuleType, *arguments: object, launcher=(sys.executable,), seconds=280, **environment: str
