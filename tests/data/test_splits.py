@@ -29,7 +29,7 @@ def training_texts(icons, count: int):
     for index in range(count):
         for make in (icons.caption_row, icons.instruction_row):
             row, mask, phrases = make(index)
-            queries = [mask["query"], *(phrase["query"] for phrase in phrases)]
+            queries = [guided["query"] for guided in (mask, *phrases) if guided]
             yield " | ".join([*(m["content"] for m in row["messages"]), *queries])
 
 

@@ -85,7 +85,7 @@ def _pope(builder: SceneBuilder, rng: random.Random, pool: Pool, index: int) -> 
     picture = builder.picture(rng, pool, word_rate=0.0)
     with_color = True if any(pool.rare_colors.values()) else None  # the words must name the held-out pair
     yes = questions.present(rng, picture.scene, pool, with_color)
-    no = questions.absent(rng, picture.scene, pool, category)
+    no = questions.absent(rng, picture.scene, pool, category, with_color=yes.about[0][0] is not None)
     if no is None:
         return None
     encoded = encode_image(picture.image)

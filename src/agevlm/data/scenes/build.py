@@ -34,7 +34,9 @@ from .lessons import LESSONS, Lesson, text_conversations
 from .splits import held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
-FORMAT = 2  # raise when the same arguments would give other pictures or questions (2: choices of counts shuffled)
+# Raise when the same arguments would give other pictures or questions (3: things are named with a color as often with
+# "No" as with "Yes", and a row without "Yes" is not given one).
+FORMAT = 3
 PARTS = ("captions", "instructions")
 _CHUNK = 256
 
@@ -202,7 +204,7 @@ def _draw_training(builder: SceneBuilder, job: tuple[str, int, int]) -> tuple[pa
     make = builder.caption_row if part == "captions" else builder.instruction_row
     rows, masks, phrases = zip(*(make(index) for index in range(start, stop)), strict=True)
     by_phrase = _table(chain.from_iterable(phrases), PHRASE_FEATURES)
-    return _table(rows, ROW_FEATURES), _table(masks, MASK_FEATURES), by_phrase
+    return _table(rows, ROW_FEATURES), _table(filter(None, masks), MASK_FEATURES), by_phrase
 
 
 def _draw_benchmark(builder: SceneBuilder, job: tuple[str, str, int, int]) -> tuple[pa.Table]:

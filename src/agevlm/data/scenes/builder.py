@@ -76,18 +76,22 @@ class SceneBuilder:
         ]
         return _row(name, picture, caption_messages(caption)), guidance, phrases
 
-    def instruction_row(self, index: int) -> tuple[dict, dict, list[dict]]:
-        """(row, mask row, mask row of each question) of instruction number `index`; by row, one question is guided."""
+    def instruction_row(self, index: int) -> tuple[dict, dict | None, list[dict]]:
+        """(row, mask row, mask row of each question) of instruction number `index`; by row, one question is guided,
+        and none where all are about absent things."""
         rng = self.stream("instructions", index)
         pool = self.pools["train"]
         picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
         alone = index < self.arguments.presence_first * self.arguments.instructions
         questions = sample_questions(rng, picture.scene, pool, self.arguments.turns, alone)
         turns = [(number, question) for number, question in enumerate(questions) if question.look_at or question.sign]
-        chosen = rng.randrange(len(turns))
         name = f"instructions-{index:07d}"
         masks = [_mask_row(name, asked.query, 2 * turn, picture, asked.look_at, asked.sign) for turn, asked in turns]
-        return _row(name, picture, question_messages(rng, questions)), masks[chosen], masks[:MAX_PHRASES]
+        return (
+            _row(name, picture, question_messages(rng, questions)),
+            rng.choice(masks) if masks else None,
+            masks[:MAX_PHRASES],
+        )
 
 
 def _row(name: str, picture: Picture, messages: list[Message]) -> dict:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from .splits import Pool
@@ -10,6 +10,7 @@ from .words import cell
 
 
 SEPARATION = 0.15  # least distance of two centers, as a share of the picture, for left/right and above/below
+RARE_RATE = 0.7  # of the things that can have a held-out color, in the split that tests them
 _OVERLAP_RATE = 0.3
 _LARGEST = (0.62, 0.5, 0.44, 0.4)  # extent of one to four objects; the smallest is _FEW_SMALLEST
 _FEW_SMALLEST = 0.24
@@ -88,9 +89,17 @@ def sample_names(rng: random.Random, pool: Pool, count: int) -> list[str]:
     return names
 
 
+def sample_color(rng: random.Random, pool: Pool, name: str, taken: Collection[str | None] = ()) -> str | None:
+    """A color of a `name` that is not `taken`, mostly a held-out one where the split has some. None: there is none, or
+    the things of this source have no color of their own."""
+    rare = [color for color in pool.rare_colors[name] if color not in taken]
+    common = [color for color in pool.colors[name] if color not in taken]
+    choices = rare if rare and (rng.random() < RARE_RATE or not common) else common
+    return rng.choice(choices) if choices else None
+
+
 def sample_object(rng: random.Random, pool: Pool, name: str, x: float, y: float, extent: float) -> SceneObject:
-    rare = pool.rare_colors[name]
-    color = rng.choice(rare if rare and rng.random() < 0.7 else pool.colors[name])
+    color = sample_color(rng, pool, name)
     kind = pool.kinds[name]
     angle, shade = rng.randint(-15, 15), rng.uniform(-1, 1)
     return SceneObject(

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .layout import Scene, order
+from .layout import RARE_RATE, Scene, order, sample_color
 from .splits import Pool
 from .words import NUMBERS, plural, with_article
 
@@ -76,29 +76,30 @@ def absent_names(scene: Scene, pool: Pool, names: Sequence[str]) -> list[str]:
     return [name for name in names if pool.kinds[name].group not in groups]
 
 
-def absent(rng: random.Random, scene: Scene, pool: Pool, strategy: str | None = None) -> Question | None:
+def absent(
+    rng: random.Random, scene: Scene, pool: Pool, strategy: str | None = None, with_color: bool | None = None
+) -> Question | None:
     """About something not in the picture, chosen at random, among the most frequent names, or to mislead
-    ("adversarial": the category of something present, its name in another color, or another name in its color)."""
+    ("adversarial": the category of something present; with a color, its name in another color or another name in its
+    color). Colors, held-out pairs too, are named as often as by `present`: the words alone do not tell the answer."""
     strategy = strategy or rng.choice(("random", "popular", "adversarial"))
+    thing = rng.choice(scene.objects)
+    colored = rng.random() < 0.5 if with_color is None else with_color
     color: str | None = None
-    if strategy == "adversarial":
-        thing = rng.choice(scene.objects)
-        way = rng.choice(("color", "name", "category")) if thing.color else "category"
-        if way == "color":
-            taken = {o.color for o in scene.objects if o.name == thing.name}
-            others = [c for c in colors_of(pool, thing.name) if c not in taken]
-            return _absent(rng.choice(others), thing.name) if others else None
-        names = _some(rng, pool.names)
-        if way == "category":
-            names = _some(rng, pool.by_category[thing.category]) + names
-        color = thing.color if way == "name" else None
-    else:
+    if strategy != "adversarial":
         names = _some(rng, pool.popular if strategy == "popular" else pool.names)
-    for name in names:
-        if absent_names(scene, pool, [name]) and (color is None or pool.allowed(color, name)):
-            if strategy != "adversarial" and rng.random() < 0.5:
-                color = rng.choice(pool.colors[name])
-            return _absent(color, name)
+    elif thing.color is None or not colored:
+        names = _some(rng, pool.by_category[thing.category]) + _some(rng, pool.names)
+    elif rng.random() < 0.5:
+        color = sample_color(rng, pool, thing.name, taken={o.color for o in scene.objects if o.name == thing.name})
+        return _absent(color, thing.name) if color else None
+    else:
+        color = thing.color
+        names = [name for name in _some(rng, pool.names) if pool.allowed(thing.color, name)]
+        if rng.random() < RARE_RATE:
+            names.sort(key=lambda name: color not in pool.rare_colors[name])
+    for name in absent_names(scene, pool, names):
+        return _absent(color or (sample_color(rng, pool, name) if colored else None), name)
     return None
 
 
@@ -311,7 +312,7 @@ def prompt_of(rng: random.Random, question: Question) -> str:
 def sample_questions(
     rng: random.Random, scene: Scene, pool: Pool, number: int, presence_alone: bool = False
 ) -> list[Question]:
-    """`number` different questions (fewer if the scene has no more), at least one with something to look at.
+    """`number` different questions (fewer if the scene has no more).
 
     Two thirds of them are on presence, but no more than the scene has different answers "yes" for: each answer is then
     an independent coin, and neither the number of turns nor the earlier answers say which comes next.
@@ -330,7 +331,4 @@ def sample_questions(
             if question.query not in found:
                 found[question.query] = question
                 break
-    questions = list(found.values())
-    if not any(question.look_at or question.sign for question in questions):
-        questions[rng.randrange(len(questions))] = present(rng, scene, pool)
-    return questions
+    return list(found.values())
