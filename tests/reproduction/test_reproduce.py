@@ -51,7 +51,14 @@ def test_the_matrix_holds_what_the_paper_and_its_reviewers_ask_for():
         (("guidance_loss", "bce"),), (("guidance_loss", "kl"),),
     }  # fmt: skip
     assert {row.start.position for row in every} == {"after_layer", "after_self_attention"}
-    assert {row.query for row in every} == {"text", "things", "phrases", "phrase-words", "phrase-masks"}
+    assert {row.query for row in every} == {
+        "text",
+        "things",
+        "phrases",
+        "phrase-words",
+        "phrase-masks",
+        "phrase-noise",
+    }
     assert {row.start.layers for row in every} == {"default", "first", "last", "every"}
     assert {row.start.twin for row in ROWS.values()} == {"no", "equal", "small"}
 
@@ -375,3 +382,31 @@ def test_guided_words_are_narrowed_for_the_rows_that_vary_them_alone(tmp_path):
     assert shorter > 6
     few = ground("masks-10")["guidance"]
     assert sum(entry is not None for entry in few) < sum(entry is not None for entry in plain["guidance"])
+
+
+def test_phrases_differ_from_those_of_the_folder_in_what_the_row_says_alone(tmp_path):
+    size = dataclasses.replace(SIZES["tiny"], captions=24, instructions=6, questions=6)
+    draw_scenes(tmp_path, size, None)
+
+    def ground(name):
+        guided = rows_of(tmp_path, chain(ROWS[name], "tiny", 0)[2])["guidance"]  # of stage 3
+        return [entry if isinstance(entry, list) else [entry] for entry in guided]
+
+    def words(entry):
+        return entry["query"], entry["message_index"], entry["occurrence"]
+
+    whole, plain = ground("agevlm"), ground("phrases")
+    entries = [(text, entry) for (text,), row in zip(whole, plain, strict=True) for entry in row]
+    assert len(entries) > 30
+    for name in ("phrase-words", "phrase-masks", "phrases-lm-noise"):
+        changed = [entry for row in ground(name) for entry in row]
+        same_masks = [new["mask"] == old["mask"] for new, (_, old) in zip(changed, entries, strict=True)]
+        if name == "phrase-masks":
+            assert all(same_masks)
+            assert [words(new) for new in changed] == [(t["query"], t["message_index"], None) for t, _ in entries]
+            continue
+        assert [words(new) for new in changed] == [words(old) for _, old in entries]
+        if name == "phrase-words":
+            assert all(new["mask"] == text["mask"] for new, (text, _) in zip(changed, entries, strict=True))
+        else:
+            assert [number for number, same in enumerate(same_masks) if not same] == list(range(0, len(entries), 5))

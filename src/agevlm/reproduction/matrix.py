@@ -23,7 +23,7 @@ from agevlm.training.stages.recipe import StageRecipe
 
 STAGES = dict(enumerate(stages.STAGES.values(), start=1))
 Layers = Literal["default", "first", "last", "every"]
-Query = Literal["text", "things", "phrases", "phrase-words", "phrase-masks"]
+Query = Literal["text", "things", "phrases", "phrase-words", "phrase-masks", "phrase-noise"]
 Twin = Literal["no", "equal", "small"]
 Position = Literal["after_layer", "after_self_attention"]
 
@@ -136,7 +136,8 @@ class Row:
         settings: of the guided stages' recipes (`StageRecipe.override`) where they are not the size's.
         query: whose attention is guided (t_q of Eq. 3): all words of the text, or those from the first to the last
             thing or color that it names; phrase by phrase, the words of each drawn to its own mask; or of that the
-            words of each alone, drawn to the mask of the text, or its mask alone, to which all words are drawn.
+            words of each alone, drawn to the mask of the text, or its mask alone, to which all words are drawn, or
+            every fifth phrase to a phrase's mask of another picture (`phrase-noise`).
         start: what stage 1 starts from.
     """
 
@@ -165,6 +166,13 @@ BASELINE, GUIDED, GUIDED_TWICE, TWIN = "ca-baseline", "agevlm", "agevlm-lm", "tw
 PHRASES, PHRASES_TWICE = "phrases", "phrases-lm"
 QUICKSTART = (BASELINE, GUIDED, PHRASES_TWICE)
 MAIN = "Main"
+
+
+def _phrases_twice(name: str, title: str, **changes: Any) -> Row:
+    """A change of AGE-VLM-LM phrase by phrase."""
+    return Row(name, title, "Phrase by phrase", guided=(3, 4), **{"query": "phrases", **changes})
+
+
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
 ROWS = {
     row.name: row
@@ -198,6 +206,11 @@ ROWS = {
         Row(PHRASES_TWICE, "AGE-VLM-LM phrase by phrase", MAIN, guided=(3, 4), query="phrases"),
         Row("phrase-words", "phrases' words, one mask", "Phrase by phrase", query="phrase-words"),
         Row("phrase-masks", "phrases' masks, all words", "Phrase by phrase", query="phrase-masks"),
+        Row("phrases-4", "guided in stage 4 alone", "Phrase by phrase", (4,), query="phrases"),
+        _phrases_twice("phrases-lm-masks-10", "masks on 10 % of the rows", settings={"mask_fraction": 0.1}),
+        _phrases_twice("phrases-lm-noise", "every fifth mask from another picture", query="phrase-noise"),
+        _phrases_twice("phrases-lm-bce", "binary cross-entropy in place of dice", settings={"guidance_loss": "bce"}),
+        _phrases_twice("phrases-lm-kl", "divergence in place of dice", settings={"guidance_loss": "kl"}),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.
@@ -299,9 +312,10 @@ def cross_layers(layers: Layers, default: Sequence[int], depth: int) -> tuple[in
 
 def _variant(stage: int, guided: Sequence[int], query: Query) -> str:
     """The stage recipes' variant with guidance in this stage or not."""
+    by_phrase = query in ("phrases", "phrase-noise")
     if stage == 4 and 4 in guided:
-        return "agevlm-phrases-lm" if query == "phrases" else "agevlm-lm"
-    if query == "phrases":
+        return "agevlm-phrases-lm" if by_phrase else "agevlm-lm"
+    if by_phrase:
         return "agevlm-phrases"
     return "agevlm" if stage < 3 or 3 in guided else "ca-baseline"
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -32,7 +33,7 @@ from agevlm.store import new_folder, replacing
 from agevlm.training.init import build, plan_parts
 from agevlm.training.parts import make_small
 
-from .matrix import Run, Size, Start, cross_layers
+from .matrix import Query, Run, Size, Start, cross_layers
 
 
 SPLIT = "composition"
@@ -162,19 +163,33 @@ def rows_of(scenes: Path, run: Run) -> Dataset:
     if run.query in ("text", "phrases"):
         return load_rows(scenes, part, mask_fraction=fraction, by_phrase=run.query == "phrases")
     rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
-    features = masks.features
     if run.query != "things":
-        phrases: Any = masks_of(scenes, part, by_phrase=True)
-        own, text = (found.with_format("arrow")[:] for found in (phrases, masks))
-        text = text.take(pc.index_in(own["id"], value_set=text["id"]))
-        text = text.append_column("occurrence", pa.nulls(len(text), pa.int32()))
-        taken = ("mask",) if run.query == "phrase-words" else ("query", "message_index", "occurrence")
-        table = pa.table({name: (text if name in taken else own)[name] for name in own.column_names})
-        return load_rows(scenes, part, fraction, masks=Dataset(table.cast(phrases.features.arrow_schema)))
-    words = vocabulary(scenes)
+        return load_rows(
+            scenes, part, fraction, masks=_changed(masks_of(scenes, part, by_phrase=True), masks, run.query)
+        )
+    features, words = masks.features, vocabulary(scenes)
     queries = [things_named(query, words) for query in masks["query"]]
     masks = masks.remove_columns("query").add_column("query", queries).select_columns(list(features)).cast(features)
     return join_masks(rows, masks, fraction)
+
+
+def _changed(phrases: Any, masks: Dataset, query: Query) -> Dataset:
+    """Masks by phrase in which one thing is another, as `query` says (`matrix.Row`).
+
+    Args:
+        masks: of the whole texts.
+    """
+    own = phrases.with_format("arrow")[:]
+    if query == "phrase-noise":
+        other = np.arange(len(own))
+        other[::5] = np.roll(other[::5], 1)
+        return Dataset(own.set_column(own.column_names.index("mask"), "mask", own["mask"].take(pa.array(other))))
+    text = masks.with_format("arrow")[:]
+    text = text.take(pc.index_in(own["id"], value_set=text["id"]))
+    text = text.append_column("occurrence", pa.nulls(len(text), pa.int32()))
+    taken = ("mask",) if query == "phrase-words" else ("query", "message_index", "occurrence")
+    table = pa.table({name: (text if name in taken else own)[name] for name in own.column_names})
+    return Dataset(table.cast(phrases.features.arrow_schema))
 
 
 def vocabulary(scenes: Path) -> list[str]:
