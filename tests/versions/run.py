@@ -48,13 +48,11 @@ AT_ONCE = 2
 PAGE = """\
 # Versions of transformers
 
-The shipped checkpoint is loaded with `trust_remote_code=True` in a fresh process that has torch, transformers and
-Pillow, and nothing of this repository. `tests/versions/probe.py` uses it in {probes} ways: processor and Auto classes,
-saving, forward passes and guidance, generation with several kinds of cache, backward passes.
-
-A version passes if every probe does. Tokens and masks must equal those of {reference}, the installed version; numbers
-must be within {tolerance}. A version before {minimum} must refuse the checkpoint: model and processor each raise one
-ImportError that names the version they need.
+`tests/versions/probe.py` loads the shipped checkpoint with torch, transformers and Pillow, without this repository,
+and uses it in {probes} ways: processor and Auto classes, saving, forward passes and guidance, generation with several
+kinds of cache, backward passes. A version passes if every probe gives the tokens and masks of {reference}, the
+installed version, and its numbers within {tolerance}. Versions before {minimum} must refuse the checkpoint and name
+the version needed.
 
 Measured on {date} at commit {commit} on a CPU, with Python {python} and torch {torch}:
 
