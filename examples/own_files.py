@@ -8,8 +8,8 @@ mine/coco.json          a mask of each thing, as COCO and many labeling tools wr
 mine/questions.jsonl    questions about other pictures; mine/masks/*.png is what those answered yes are about
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,4 +84,9 @@ def write_files(folder: Path, train: int = 200, test: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    write_files(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="new folder to write")
+    place = parser.parse_args().folder
+    if place.exists():
+        parser.error(f"{place} is there already; choose another path")
+    write_files(place)

@@ -146,6 +146,16 @@ def test_what_an_import_says_is_next_is_accepted(clone, capsys):
     dispatch([*shlex.split(then.replace("CHECKPOINT", "checkpoints/agevlm-tiny")), "--dry-run"])
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["."], 2)])
+def test_files_of_your_own_go_into_a_new_folder_alone(words, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["own_files.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples" / "own_files.py"), run_name="__main__")
+    assert ended.value.code == code
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_page_moves_the_attention(clone, tmp_path_factory):
