@@ -374,6 +374,13 @@ def test_charts_average_what_they_cannot_draw(values):
         assert mean.mean() == pytest.approx(np.mean(values), abs=1e-9)
 
 
+def test_seeds_measured_at_other_steps_have_one_mean():
+    """The second seed stops early; between its own steps it counts by a straight line."""
+    steps, mean, low, high = over_seeds([[(0, 0.0), (4, 4.0), (8, 8.0)], [(0, 2.0), (2, 4.0), (4, 8.0)], []])
+    assert steps.tolist() == [0, 2, 4, 8] and mean.tolist() == [1, 3, 6, 8]
+    assert low.tolist() == [0, 2, 4, 8] and high.tolist() == [2, 4, 8, 8]
+
+
 def test_a_chart_takes_its_colors_from_the_page():
     points = [(1, 2.0), (10, 1.0)]
     lines = {"none": [[]], "one": [points], "two": [points, [(1, 3.0), (10, 0.0)]]}

@@ -41,12 +41,15 @@ Curves = dict[str, dict[int, Points]]  # row -> seed -> points
 
 
 def over_seeds(seeds: Sequence[Points]) -> np.ndarray:
-    """`(4, n)`: step, mean, lowest and highest over seeds, neighbouring steps averaged where there are too many."""
-    by_step: dict[float, list[float]] = {}
-    for points in seeds:
-        for step, value in points:
-            by_step.setdefault(step, []).append(value)
-    table = np.array([(step, np.mean(v), min(v), max(v)) for step, v in sorted(by_step.items())])
+    """`(4, n)`: step, mean, lowest and highest over seeds, neighboring steps averaged where there are too many.
+
+    A seed counts between its own steps too, by a straight line: else the mean jumps where seeds were measured at
+    different steps.
+    """
+    steps = np.unique([step for points in seeds for step, _ in points])
+    known = [np.array(points).T for points in seeds if points]
+    lines = [np.interp(steps, own, values, left=np.nan, right=np.nan) for own, values in known]
+    table = np.stack([steps, *(over(lines, axis=0) for over in (np.nanmean, np.nanmin, np.nanmax))], axis=1)
     return np.array([part.mean(0) for part in np.array_split(table, min(MOST_POINTS, len(table)))]).T
 
 
