@@ -473,14 +473,15 @@ def test_phrases_differ_from_those_of_the_folder_in_what_the_row_says_alone(tmp_
 
 
 @pytest.mark.parametrize("phrases", [1, 2, 5, MAX_PHRASES])
-def test_noise_comes_from_another_picture(phrases):
+def test_noise_comes_from_another_picture(tmp_path, phrases):
     """However many phrases each has."""
     entries = [
         {"id": str(number // phrases), "query": "q", "message_index": 1, "source": "s", "score": 1.0, "occurrence": 0,
          "mask": {"bytes": f"{number // phrases}".encode(), "path": None}}
         for number in range(20 * phrases)
     ]  # fmt: skip
-    own = Dataset.from_list(entries, features=PHRASE_FEATURES)
-    table = _changed(own, own, "phrase-noise").with_format("arrow")[:].to_pylist()
+    (tmp_path / "phrases").mkdir()
+    Dataset.from_list(entries, features=PHRASE_FEATURES).to_parquet(tmp_path / "phrases" / "captions.parquet")
+    table = _changed(tmp_path, "captions", "phrase-noise").with_format("arrow")[:].to_pylist()
     other = [number for number, entry in enumerate(table) if entry["mask"]["bytes"].decode() != entry["id"]]
     assert other == list(range(0, len(entries), 5))

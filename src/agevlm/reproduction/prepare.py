@@ -19,13 +19,12 @@ from transformers import LlamaConfig
 from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
-from agevlm.data.masks import join_masks, masks_of
+from agevlm.data.masks import masks_of
 from agevlm.data.rows import MAX_PHRASES, content_digest
 from agevlm.data.scenes.benchmarks import FEATURES, GROUP, benchmark_rows
 from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder, make_source
 from agevlm.data.scenes.words import plural
-from agevlm.data.tables import read_files
 from agevlm.evaluation import own, pope, told
 from agevlm.evaluation.benchmark import Benchmark
 from agevlm.evaluation.inputs import PICTURES
@@ -191,26 +190,20 @@ def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -
 
 def rows_of(scenes: Path, run: Run) -> Dataset:
     """The training rows of a run, with the query its recipe asks for."""
-    part, fraction = run.recipe.data, run.recipe.mask_fraction
-    if run.query in ("text", "phrases"):
-        return load_rows(scenes, part, mask_fraction=fraction, by_phrase=run.query == "phrases")
-    rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
-    if run.query != "things":
-        return load_rows(
-            scenes, part, fraction, masks=_changed(masks_of(scenes, part, by_phrase=True), masks, run.query)
-        )
-    features, words = masks.features, vocabulary(scenes)
-    queries = [things_named(query, words) for query in masks["query"]]
-    masks = masks.remove_columns("query").add_column("query", queries).select_columns(list(features)).cast(features)
-    return join_masks(rows, masks, fraction)
+    part, query = run.recipe.data, run.query
+    masks = None if query in ("text", "phrases") else _changed(scenes, part, query)
+    return load_rows(scenes, part, run.recipe.mask_fraction, masks, by_phrase=query == "phrases")
 
 
-def _changed(phrases: Any, masks: Dataset, query: Query) -> Dataset:
-    """Masks by phrase in which one thing is another, as `query` says (`matrix.Row`).
-
-    Args:
-        masks: of the whole texts.
-    """
+def _changed(scenes: Path, part: str, query: Query) -> Dataset:
+    """The masks of a part in which one thing is another, as `query` says (`matrix.Row`)."""
+    masks: Any = masks_of(scenes, part)
+    if query == "things":
+        words, features = vocabulary(scenes), masks.features
+        named = [things_named(text, words) for text in masks["query"]]
+        masks = masks.remove_columns("query").add_column("query", named)
+        return masks.select_columns(list(features)).cast(features)
+    phrases: Any = masks_of(scenes, part, by_phrase=True)
     own = phrases.with_format("arrow")[:]
     if query == "phrase-noise":
         other = np.arange(len(own))

@@ -33,7 +33,7 @@ from agevlm.evaluation.run import RESULT, evaluate, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.progress import Bar, start_lines, written
-from agevlm.store import locked, write_json
+from agevlm.store import digest, locked, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.features import why_not
 from agevlm.training.lineage import read_lineage
@@ -331,7 +331,8 @@ def run_verb(args: argparse.Namespace) -> None:
         parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
         claim_inputs(args.output, {"parts": state_parts(parts)})
         place = Place(args.output, args.size, parts, args.questions, args.text)
-        draw_scenes(place.scenes, size, args.cutouts)
+        drawn = draw_scenes(place.scenes, size, args.cutouts) / "scenes.json"
+        claim_inputs(args.output, {"pictures": {"digest": digest(drawn.read_bytes())}})
         draw_questions(place.curve, size, args.cutouts)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
     describe(place, rows, args.seeds, console)
