@@ -345,15 +345,15 @@ def use_stored_features(trainer: Any, root: str | Path, say: Callable[[str], Non
     for rows in (trainer.train_dataset, *(held.values() if isinstance(held, dict) else [held])):
         if rows is None or (done := store.folder / data_fingerprint(rows)["fingerprint"]).exists():
             continue
-        need = max(len(rows) - len(store), 0) * store.picture_bytes
+        most, least = (max(n, 0) * store.picture_bytes for n in (len(rows), len(rows) - len(store)))
         free = shutil.disk_usage(store.folder).free
         say(
             f"The vision tower's output for {len(rows):,} rows is stored in {store.folder}: "
-            f"{store.picture_bytes:,} bytes a picture, up to {need / 1e9:.2f} GB; {free / 1e9:.0f} GB are free."
+            f"{store.picture_bytes:,} bytes a picture, up to {most / 1e9:.2f} GB; {free / 1e9:.0f} GB are free."
         )
-        if need > free:
+        if least > free:
             raise ValueError(
-                f"{root} has {free / 1e9:.1f} GB free and stored features take up to {need / 1e9:.1f} GB "
+                f"{root} has {free / 1e9:.1f} GB free and stored features take {least / 1e9:.1f} GB or more "
                 f"({store.picture_bytes:,} bytes a picture). Choose a larger disk, or leave `--stored-features` out."
             )
         share = (args.process_index, args.world_size)

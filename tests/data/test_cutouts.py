@@ -139,6 +139,29 @@ def test_another_package_layout_is_reported(clients):
         fetch_cutouts(clients / "cutouts", clients / "downloads")
 
 
+@pytest.mark.parametrize(
+    ("name", "client"), [("openmoji-17.0.0.tgz", "npm"), ("lobehub-fluent-emoji-3d-1.1.0.tgz", "npm"),
+                         ("tuxpaint-stamps-default_1_all.deb", "apt-get")],
+)  # fmt: skip
+def test_an_archive_is_kept_whole_or_not_at_all(clients, name, client):
+    """A client that dies half way leaves none that the next call would take; a damaged one is named with the fix."""
+    downloads, script = clients / "downloads", clients / f"bin/{client}"
+    works = script.read_text()
+    script.write_text(f"{works}\nif [ -e {name} ]; then echo x > {name}; exit 9; fi\n")
+    with pytest.raises(ValueError, match="failed with status 9"):
+        fetch_cutouts(clients / "cutouts", downloads)
+    assert name not in [path.name for path in downloads.iterdir()]
+    assert not [path for path in downloads.iterdir() if path.is_dir()]
+    script.write_text(works)
+    fetch_cutouts(clients / "cutouts", downloads)
+    if client == "npm":
+        whole = (downloads / name).read_bytes()
+        for content in (b"", b"no archive", whole[: len(whole) // 2]):
+            (downloads / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{name} is no whole npm archive .*; delete it"):
+                fetch_cutouts(clients / "again", downloads)
+
+
 NAMES = ("cat", "dog", "hen", "car", "bus", "key", "jug", "saw", "pear", "plum")
 
 

@@ -194,6 +194,15 @@ def test_scenes_that_show_some_of_the_cutouts_narrow_the_names_of_training(cutou
         main(["--output", str(tmp_path / "out"), "--scenes", str(tmp_path / "scenes")])
 
 
+@pytest.mark.parametrize("content", [None, "{}", '{"names": []}', "[]", "{"])
+def test_scenes_that_are_none_are_refused(cutouts, tmp_path, content):
+    (tmp_path / "scenes").mkdir()
+    if content is not None:
+        (tmp_path / "scenes/scenes.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scenes\.json"):
+        read_names(cutouts, tmp_path / "scenes")
+
+
 ENTRIES = [{"file": f"erase/{name}.webp", "name": name} for name in NAMES]
 
 

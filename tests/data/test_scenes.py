@@ -110,7 +110,7 @@ def test_identical_folder_is_reused_and_any_other_is_refused(folder, tmp_path):
         build_scenes(tmp_path, **SMALL)
 
 
-@pytest.mark.parametrize("name", ["captions/train", "masks/instructions", "benchmarks/name/pope"])
+@pytest.mark.parametrize("name", ["captions/train", "masks/instructions", "phrases/captions", "benchmarks/name/pope"])
 def test_a_file_that_is_missing_is_named(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "out")
     (tmp_path / f"out/{name}.parquet").unlink()

@@ -16,6 +16,7 @@ from agevlm.data.scenes.build import build_scenes
 from agevlm.evaluation import told
 from agevlm.evaluation.registry import BENCHMARKS
 from agevlm.evaluation.run import load_scenes
+from agevlm.evaluation.tables import page_environment
 from agevlm.reproduction import charts, report
 from agevlm.reproduction.charts import (
     MOST_POINTS,
@@ -39,7 +40,7 @@ from agevlm.reproduction.claims import (
     reading,
     summary,
 )
-from agevlm.reproduction.matrix import ROWS, SIZES, STAGES, chain
+from agevlm.reproduction.matrix import MAIN, ROWS, SIZES, STAGES, chain
 from agevlm.reproduction.prepare import SPLIT
 from agevlm.reproduction.scores import (
     ACCURACY,
@@ -389,6 +390,14 @@ def test_a_chart_takes_its_colors_from_the_page():
     assert "var(--v0)" not in svg and "var(--v1)" in svg and "var(--v2)" in svg
     assert not re.search(r"(fill|stroke): #", svg)
     assert svg == line_chart("losses & <more>", lines, {"align": 0.0}, percent=True)
+
+
+def test_a_chart_has_a_color_for_each_main_row():
+    main = [row.title for row in ROWS.values() if row.group == MAIN]
+    svg = line_chart("Loss", {title: [[(1, 2.0), (2, 1.0)]] for title in main}, {})
+    style = page_environment().get_template("page.html.jinja").render(title="")
+    for index in range(len(main)):
+        assert f"var(--v{index})" in svg and f".v{index} " in style and style.count(f"--v{index}: #") == 2
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
 from agevlm import progress
+from agevlm.data.rows import MAX_PHRASES, PHRASE_FEATURES
 from agevlm.data.scenes.build import load_rows
 from agevlm.modeling_agevlm import AgeVlmConfig
 from agevlm.processing import AgeVlmProcessor
@@ -27,7 +29,19 @@ from agevlm.reproduction.matrix import (
     cross_layers,
     unique,
 )
-from agevlm.reproduction.prepare import draw_scenes, question_sets, rows_of, save_start, things_named, vocabulary
+from agevlm.reproduction.prepare import (
+    _changed,
+    claim_inputs,
+    draw_scenes,
+    question_sets,
+    rows_of,
+    save_start,
+    state_parts,
+    state_questions,
+    state_text,
+    things_named,
+    vocabulary,
+)
 from agevlm.reproduction.reproduce import Place, Step, execute, train_step
 from agevlm.reproduction.scores import TABLE_2, TASKS
 from agevlm.training.freezing import part_of
@@ -43,6 +57,7 @@ PARTS = ROOT / "checkpoints" / "tiny-parts"
 
 def test_the_matrix_holds_what_the_paper_and_its_reviewers_ask_for():
     assert all(name == row.name for name, row in ROWS.items())
+    assert len({row.title for row in ROWS.values()}) == len(ROWS)  # pages and pictures tell rows apart by it
     every = [row for row in ROWS.values() if row.start.twin == "no"]
     assert {row.guided for row in every} >= {(), (3,), (4,), (3, 4)}
     assert {stage for row in every for stage in STAGES if stage not in row.stages} == set(STAGES)
@@ -218,7 +233,7 @@ def test_both_verbs_are_one_reproduction(monkeypatch, tmp_path, capsys):
     cli.reproduce([])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for wrong in (["--quickstart", "a", "--output", "b"], ["--jobs", "0"]):
+    for wrong in (["--quickstart", "a", "--output", "b"], ["--jobs", "0"], ["--seeds", "0", "-1"]):
         with pytest.raises(SystemExit):
             cli.reproduce(wrong)
 
@@ -228,6 +243,53 @@ def test_missing_parts_say_what_to_do(tmp_path):
         save_start(tmp_path, tmp_path / "start", 0, SIZES["tiny"], Start())
     with pytest.raises(ValueError, match="agevlm data cutouts"):
         cli.quickstart(["--size", "small", "--output", str(tmp_path)])
+
+
+def own_questions(folder: Path, name: str, *rows: dict) -> Path:
+    """A file of own questions about one red picture."""
+    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
+    (folder / name).write_text("\n".join(json.dumps({"image": "red.png", **row}) for row in rows), encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("size", "flag", "content", "message"),
+    [
+        ("tiny", "--questions", b"", "own.jsonl"),
+        ("tiny", "--questions", b'{"image": "gone.png", "question": "Is it?", "answer": "yes"}', "gone.png"),
+        ("tiny", "--questions", b"PAR1", "own.jsonl"),
+        ("tiny", "--text", "text".encode("utf-16"), "own.jsonl is UTF-16"),
+        ("tiny", "--text", b" \n", "holds no text"),
+        ("tiny-scratch", "--text", b"A text.", "from scratch .* knows none"),
+    ],
+)
+def test_own_files_that_cannot_be_used_are_refused_before_anything_is_made(tmp_path, size, flag, content, message):
+    (tmp_path / "own.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        cli.reproduce(["--size", size, flag, str(tmp_path / "own.jsonl"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_has_one_set_of_inputs(tmp_path):
+    """Else rows that different calls trained or asked would be compared."""
+    red = {"question": "Is it red?", "answer": "yes"}
+    first, second = (
+        own_questions(tmp_path, "a.jsonl", red),
+        own_questions(tmp_path, "b.jsonl", {**red, "answer": "no"}),
+    )
+    (tmp_path / "a.txt").write_text("A text."), (tmp_path / "b.txt").write_text("Another.")
+    other = {"language_model": "0", "vision_tower": "1"}
+    inputs = {
+        "questions": (state_questions(first), state_questions(second)),
+        "text": (state_text(None), state_text(tmp_path / "a.txt")),
+        "parts": (state_parts(PARTS), other),
+    }
+    assert state_text(tmp_path / "a.txt") != state_text(tmp_path / "b.txt")
+    for name, (usual, changed) in inputs.items():
+        for _ in range(2):
+            claim_inputs(tmp_path / "out", {name: usual})
+        with pytest.raises(ValueError, match=f"another reproduction with other {name}"):
+            claim_inputs(tmp_path / "out", {name: changed})
 
 
 def test_size_small_shows_what_is_there_drawn_and_photographed(tmp_path):
@@ -269,11 +331,9 @@ def weights_of(output: Path) -> dict[Path, int]:
 @pytest.mark.timeout(600)
 def test_a_quickstart_goes_on_as_a_reproduction(minute, tmp_path, monkeypatch, capsys):
     """Interrupted, resumed, once more, and another row by the other verb in the same folder; with own questions."""
-    output, questions = tmp_path / "run", tmp_path / "own.jsonl"
-    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
     asked = {"red": "yes", "blue": "no"}
-    rows = [{"image": "red.png", "question": f"Is it {color}?", "answer": said} for color, said in asked.items()]
-    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rows = [{"question": f"Is it {color}?", "answer": said} for color, said in asked.items()]
+    output, questions = tmp_path / "run", own_questions(tmp_path, "own.jsonl", *rows)
     arguments = ["--output", str(output), "--parts", str(PARTS), "--jobs", "1", "--questions", str(questions)]
     cli.reproduce([*arguments, "--only", "quickstart", "--dry-run"])
     said = " ".join(capsys.readouterr().out.split())
@@ -410,3 +470,18 @@ def test_phrases_differ_from_those_of_the_folder_in_what_the_row_says_alone(tmp_
             assert all(new["mask"] == text["mask"] for new, (text, _) in zip(changed, entries, strict=True))
         else:
             assert [number for number, same in enumerate(same_masks) if not same] == list(range(0, len(entries), 5))
+
+
+@pytest.mark.parametrize("phrases", [1, 2, 5, MAX_PHRASES])
+def test_noise_comes_from_another_picture(tmp_path, phrases):
+    """However many phrases each has."""
+    entries = [
+        {"id": str(number // phrases), "query": "q", "message_index": 1, "source": "s", "score": 1.0, "occurrence": 0,
+         "mask": {"bytes": f"{number // phrases}".encode(), "path": None}}
+        for number in range(20 * phrases)
+    ]  # fmt: skip
+    (tmp_path / "phrases").mkdir()
+    Dataset.from_list(entries, features=PHRASE_FEATURES).to_parquet(tmp_path / "phrases" / "captions.parquet")
+    table = _changed(tmp_path, "captions", "phrase-noise").with_format("arrow")[:].to_pylist()
+    other = [number for number, entry in enumerate(table) if entry["mask"]["bytes"].decode() != entry["id"]]
+    assert other == list(range(0, len(entries), 5))

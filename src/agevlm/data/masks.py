@@ -109,7 +109,7 @@ def mask_places(masks: Dataset) -> tuple[list[str], np.ndarray]:
     return ids, starts
 
 
-def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+def mask_numbers(row_ids: Iterable[pa.Array], mask_ids: Sequence[str], fraction: float, seed: int = 0) -> np.ndarray:
     """Number of each row's mask, -1 where it has none or does not belong to the subset: int32 (rows,).
 
     Args:

@@ -30,7 +30,7 @@ from .scores import Found, Trained, spread
 
 MOST_POINTS = 120
 # What Matplotlib draws with -> the page's variable: of text, of rules, of the lines in their order.
-_LINES = ("#0000f0", "#0000f1", "#0000f2", "#0000f3")
+_LINES = tuple(f"#0000f{index}" for index in range(6))
 _COLORS = {"#0000fa": "soft", "#0000fb": "rule", **{color: f"v{index}" for index, color in enumerate(_LINES)}}
 
 Points = Sequence[tuple[float, float]]  # (step, value), or (questions, presence)
@@ -59,7 +59,7 @@ def line_chart(
     """A chart of the lines' means with bands from the lowest to the highest seed.
 
     Args:
-        lines: title -> the points of each seed; at most four, one of them with points. The page has their legend.
+        lines: title -> the points of each seed; at most `_LINES`, one of them with points. The page has their legend.
         stages: name -> step at which the stage starts; drawn as dotted separators.
         percent: the values are shares, written as percentages.
     """

@@ -59,7 +59,7 @@ def _add_run(parser: VerbParser, output: Path) -> None:
     parser.add_argument("--size", choices=SIZES, default=SIZES[0], help=SIZE_HELP)
     parser.add_argument("--output", type=Path, action=_Once, default=output, help="folder (default: %(default)s)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one training of everything per seed (default: 0)"
+        "--seeds", type=at_least(0), nargs="+", default=[0], help="one training of everything per seed (default: 0)"
     )
     parser.add_argument(
         "--parts", type=Path, help="pretrained tower and language model (default: ours, but for small)"

@@ -129,7 +129,7 @@ class Row:
     """One model of the matrix.
 
     Args:
-        name, title: for machines and for people.
+        name, title: for machines and for people; no other row has the same.
         group: what is varied.
         guided: stages with guidance.
         stages: stages that run.
@@ -168,9 +168,10 @@ QUICKSTART = (BASELINE, GUIDED, PHRASES_TWICE)
 MAIN = "Main"
 
 
-def _phrases_twice(name: str, title: str, **changes: Any) -> Row:
+def _phrases_twice(name: str, title: str, query: Query = "phrases", **settings: Any) -> Row:
     """A change of AGE-VLM-LM phrase by phrase."""
-    return Row(name, title, "Phrase by phrase", guided=(3, 4), **{"query": "phrases", **changes})
+    title = f"AGE-VLM-LM phrase by phrase, {title}"
+    return Row(name, title, "Phrase by phrase", guided=(3, 4), query=query, settings=settings)
 
 
 # The paper's variants, the concatenating twins, and the ablation in order of interest. New rows go to the end.
@@ -206,11 +207,11 @@ ROWS = {
         Row(PHRASES_TWICE, "AGE-VLM-LM phrase by phrase", MAIN, guided=(3, 4), query="phrases"),
         Row("phrase-words", "phrases' words, one mask", "Phrase by phrase", query="phrase-words"),
         Row("phrase-masks", "phrases' masks, all words", "Phrase by phrase", query="phrase-masks"),
-        Row("phrases-4", "guided in stage 4 alone", "Phrase by phrase", (4,), query="phrases"),
-        _phrases_twice("phrases-lm-masks-10", "masks on 10 % of the rows", settings={"mask_fraction": 0.1}),
-        _phrases_twice("phrases-lm-noise", "every fifth mask from another picture", query="phrase-noise"),
-        _phrases_twice("phrases-lm-bce", "binary cross-entropy in place of dice", settings={"guidance_loss": "bce"}),
-        _phrases_twice("phrases-lm-kl", "divergence in place of dice", settings={"guidance_loss": "kl"}),
+        Row("phrases-4", "phrase by phrase in stage 4 alone", "Phrase by phrase", (4,), query="phrases"),
+        _phrases_twice("phrases-lm-masks-10", "masks on 10 % of the rows", mask_fraction=0.1),
+        _phrases_twice("phrases-lm-noise", "every fifth mask from another picture", "phrase-noise"),
+        _phrases_twice("phrases-lm-bce", "binary cross-entropy in place of dice", guidance_loss="bce"),
+        _phrases_twice("phrases-lm-kl", "divergence in place of dice", guidance_loss="kl"),
     )
 }
 # Folders of runs that many rows share; any other is called after the first row that needs it.

@@ -1,10 +1,11 @@
 """The inputs of a reproduction: scenes, guided words, pretrained parts, and the model that stage 1 starts from."""
 
 import json
+import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from transformers import LlamaConfig
 from agevlm import TINY_PARTS
 from agevlm.conversion.assemble import spread_cross_attention_layers
 from agevlm.conversion.twin import concatenating_twin
-from agevlm.data.masks import join_masks, masks_of
+from agevlm.data.masks import masks_of
+from agevlm.data.rows import MAX_PHRASES, content_digest
 from agevlm.data.scenes.benchmarks import FEATURES, GROUP, benchmark_rows
 from agevlm.data.scenes.build import build_scenes, load_rows
 from agevlm.data.scenes.builder import SceneArguments, SceneBuilder, make_source
 from agevlm.data.scenes.words import plural
-from agevlm.data.tables import read_files
 from agevlm.evaluation import own, pope, told
 from agevlm.evaluation.benchmark import Benchmark
+from agevlm.evaluation.inputs import PICTURES
 from agevlm.evaluation.own_rows import load_own
 from agevlm.evaluation.registry import BENCHMARKS
-from agevlm.evaluation.run import load_scenes
-from agevlm.store import new_folder, replacing
+from agevlm.evaluation.run import load_scenes, rows_digest
+from agevlm.hub_cards.facts import weights_fingerprint
+from agevlm.language import read_held_text
+from agevlm.models import load_processor
+from agevlm.store import claim, new_folder, replacing
 from agevlm.training.init import build, plan_parts
 from agevlm.training.parts import make_small
 
@@ -89,6 +94,32 @@ def draw_questions(path: Path, size: Size, cutouts: Path | None) -> None:
     rows = Dataset.from_list([row for pair in pairs for row in pair], features=FEATURES[name])
     with replacing(path) as temporary:
         rows.to_parquet(temporary)
+
+
+def claim_inputs(output: Path, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every row of a folder has the same inputs: the first call records each, a later one finds the same.
+
+    Raises:
+        ValueError: another input.
+    """
+    for name, stated in inputs.items():
+        claim(output / f"{name}.json", stated, f"reproduction with other {name}")
+
+
+def state_questions(place: Path) -> dict[str, Any]:
+    """What own questions are, JSON-ready. Raises ValueError for a file that cannot be asked."""
+    rows = load_own(place)
+    return {"rows": rows_digest(rows), "pictures": content_digest(rows, PICTURES)}
+
+
+def state_text(place: Path | None) -> dict[str, Any]:
+    """The text whose perplexity is measured (None: scenes in words), JSON-ready. Raises ValueError without a text."""
+    return {"text": "scenes"} if place is None else read_held_text(place, load_processor(TINY_PARTS, ours=True)).stated
+
+
+def state_parts(parts: Path) -> dict[str, Any]:
+    """The weights of pretrained parts, JSON-ready."""
+    return {name: weights_fingerprint(parts / name) for name in ("language_model", "vision_tower")}
 
 
 def question_sets(
@@ -159,30 +190,24 @@ def save_start(parts: Path, folder: Path, seed: int, size: Size, start: Start) -
 
 def rows_of(scenes: Path, run: Run) -> Dataset:
     """The training rows of a run, with the query its recipe asks for."""
-    part, fraction = run.recipe.data, run.recipe.mask_fraction
-    if run.query in ("text", "phrases"):
-        return load_rows(scenes, part, mask_fraction=fraction, by_phrase=run.query == "phrases")
-    rows, masks = (read_files([scenes / name]) for name in (f"{part}/train.parquet", f"masks/{part}.parquet"))
-    if run.query != "things":
-        return load_rows(
-            scenes, part, fraction, masks=_changed(masks_of(scenes, part, by_phrase=True), masks, run.query)
-        )
-    features, words = masks.features, vocabulary(scenes)
-    queries = [things_named(query, words) for query in masks["query"]]
-    masks = masks.remove_columns("query").add_column("query", queries).select_columns(list(features)).cast(features)
-    return join_masks(rows, masks, fraction)
+    part, query = run.recipe.data, run.query
+    masks = None if query in ("text", "phrases") else _changed(scenes, part, query)
+    return load_rows(scenes, part, run.recipe.mask_fraction, masks, by_phrase=query == "phrases")
 
 
-def _changed(phrases: Any, masks: Dataset, query: Query) -> Dataset:
-    """Masks by phrase in which one thing is another, as `query` says (`matrix.Row`).
-
-    Args:
-        masks: of the whole texts.
-    """
+def _changed(scenes: Path, part: str, query: Query) -> Dataset:
+    """The masks of a part in which one thing is another, as `query` says (`matrix.Row`)."""
+    masks: Any = masks_of(scenes, part)
+    if query == "things":
+        words, features = vocabulary(scenes), masks.features
+        named = [things_named(text, words) for text in masks["query"]]
+        masks = masks.remove_columns("query").add_column("query", named)
+        return masks.select_columns(list(features)).cast(features)
+    phrases: Any = masks_of(scenes, part, by_phrase=True)
     own = phrases.with_format("arrow")[:]
     if query == "phrase-noise":
         other = np.arange(len(own))
-        other[::5] = np.roll(other[::5], 1)
+        other[::5] = np.roll(other[::5], math.ceil(MAX_PHRASES / 5))  # further on than a row has phrases
         return Dataset(own.set_column(own.column_names.index("mask"), "mask", own["mask"].take(pa.array(other))))
     text = masks.with_format("arrow")[:]
     text = text.take(pc.index_in(own["id"], value_set=text["id"]))

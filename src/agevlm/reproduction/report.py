@@ -350,9 +350,10 @@ SECTIONS = (
     ),
     Section(
         "Matrix and ablation",
-        "Every row differs from AGE-VLM in what its name says. The difference is paired over the questions and the "
-        "seeds that both rows have (each seed's in parentheses). Rows of one seed show what to look at next, not what "
-        "is so. Attention is measured over all words of a question, which favors rows that guide all of them.",
+        "Every row differs from AGE-VLM, or the model that its name begins with, in what its name says. The "
+        "difference is paired over the questions and the seeds that both rows have (each seed's in parentheses). Rows "
+        "of one seed show what to look at next, not what is so. Attention is measured over all words of a question, "
+        "which favors rows that guide all of them.",
         ablation_lines,
         ("looking.png", draw_looks),
     ),

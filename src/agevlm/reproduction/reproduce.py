@@ -33,7 +33,7 @@ from agevlm.evaluation.run import RESULT, evaluate, stored_fingerprint
 from agevlm.images import open_image
 from agevlm.models import load
 from agevlm.progress import Bar, start_lines, written
-from agevlm.store import locked, write_json
+from agevlm.store import digest, locked, write_json
 from agevlm.training.config import AgeVlmSFTConfig
 from agevlm.training.features import why_not
 from agevlm.training.lineage import read_lineage
@@ -44,12 +44,16 @@ from .prepare import (
     OWN,
     QUESTIONS,
     SPLIT,
+    claim_inputs,
     draw_questions,
     draw_scenes,
     prepare_parts,
     question_sets,
     rows_of,
     save_start,
+    state_parts,
+    state_questions,
+    state_text,
 )
 from .report import write_report
 from .scores import PADDING, SIMILARITY, Trained
@@ -315,11 +319,21 @@ def run_verb(args: argparse.Namespace) -> None:
             "The size `small` is made of real cut-out pictures: agevlm data cutouts --output cutouts, then "
             "--cutouts cutouts."
         )
+    size = SIZES[args.size]
+    if size.scratch and args.text is not None:
+        raise ValueError(f"--text: a language model from scratch (size {args.size}) knows none; leave it out")
     quiet()
-    parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
-    place = Place(args.output, args.size, parts, args.questions, args.text)
-    draw_scenes(place.scenes, SIZES[args.size], args.cutouts)
-    draw_questions(place.curve, SIZES[args.size], args.cutouts)
+    # What is wrong with own files is said before anything is trained
+    inputs = {} if args.questions is None else {"questions": state_questions(args.questions)}
+    inputs |= {} if size.scratch else {"text": state_text(args.text)}
+    with locked(args.output):  # other calls wait until all is prepared
+        claim_inputs(args.output, inputs)
+        parts = prepare_parts(args.size, args.parts, args.output, args.cutouts)
+        claim_inputs(args.output, {"parts": state_parts(parts)})
+        place = Place(args.output, args.size, parts, args.questions, args.text)
+        drawn = draw_scenes(place.scenes, size, args.cutouts) / "scenes.json"
+        claim_inputs(args.output, {"pictures": {"digest": digest(drawn.read_bytes())}})
+        draw_questions(place.curve, size, args.cutouts)
     console.print(f"Pretrained language model and vision tower: {place.parts}")
     describe(place, rows, args.seeds, console)
     prepared = time.monotonic()

@@ -184,7 +184,7 @@ def _is_finished(out: Path, manifest: dict) -> bool:
     )
     check_same(out, found, asked, "set of scenes")
     for part, count in manifest["counts"].items():
-        for name in (f"{part}/train", f"masks/{part}") if part in PARTS else (part,):
+        for name in (f"{part}/train", f"{MASKS}/{part}", f"{PHRASES}/{part}") if part in PARTS else (part,):
             if count and not (out / f"{name}.parquet").is_file():
                 raise ValueError(f"{out / name}.parquet is missing; delete {out} to build it again")
     return True

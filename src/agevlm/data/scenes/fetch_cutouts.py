@@ -7,7 +7,6 @@ under singular names and writes PNG files and cutouts.json: [{file, name, catego
 """
 
 import json
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from agevlm.images import open_image
 from agevlm.store import new_folder
 
 from .cutout_names import clean_name, emoji_category, synonym_group, tux_category, tux_name
-from .packages import fetch_apt, fetch_npm, member, unpack_deb
+from .packages import fetch_apt, fetch_npm, member, open_archive, unpack_deb
 
 
 APT_PACKAGE = "tuxpaint-stamps-default"
@@ -66,10 +65,10 @@ def read_stamps(stamps: Path) -> Iterator[Cutout]:
 
 def read_emoji(pictures: Path, names: Path) -> Iterator[Cutout]:
     """Cut-outs of the Fluent archive (assets/<code points>.webp), named by OpenMoji's table (data/openmoji.json)."""
-    with tarfile.open(names) as archive:
+    with open_archive(names) as archive:
         table = json.load(member(archive, names, "package/data/openmoji.json"))
     known = {_code(row["hexcode"]): row for row in table}
-    with tarfile.open(pictures) as archive:
+    with open_archive(pictures) as archive:
         for entry in sorted(archive.getmembers(), key=lambda entry: entry.name):
             row = known.get(_code(Path(entry.name).stem))
             if not entry.isfile() or not entry.name.endswith(".webp") or row is None:

@@ -23,7 +23,7 @@ from PIL import Image
 from agevlm.data.rows import resolve_inside
 from agevlm.images import open_image, save_image
 from agevlm.progress import Bar
-from agevlm.store import check_free, new_folder, read_json, write_bytes, write_json, write_lines
+from agevlm.store import check_free, new_folder, read_table, write_bytes, write_json, write_lines
 
 from .contact_sheet import draw_entries
 from .cutout_names import photograph_name, synonym_group
@@ -84,8 +84,10 @@ def read_names(
     cutouts: str | Path | None, scenes: str | Path | None = None
 ) -> tuple[list[str], dict[str, tuple[str, ...]] | None]:
     """Names of things that no photograph shows; and of a folder of cut-outs, training name -> training styles: of all
-    cut-outs, or of those that are in `scenes`."""
-    names = None if scenes is None else read_json(Path(scenes) / "scenes.json")["names"]
+    cut-outs, or of those that are in `scenes`. Raises ValueError where no scenes or cut-outs are."""
+    names = None if scenes is None else read_table(Path(scenes) / "scenes.json").get("names")
+    if scenes is not None and not names:
+        raise ValueError(f"{scenes} holds no scenes (scenes.json, field names); make them with `agevlm data scenes`")
     source = IconSource() if cutouts is None else CutoutSource(cutouts, names)
     things = [name for name, kind in source.kinds.items() if kind.category in _ELSEWHERE]
     if cutouts is None:

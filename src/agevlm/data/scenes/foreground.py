@@ -6,14 +6,13 @@ The package is fetched as a tool and is no part of the project.
 
 import importlib.util
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .packages import member
+from .packages import member, open_archive
 
 
 PACKAGE = "@imgly/background-removal-data@1.4.5"
@@ -30,11 +29,11 @@ def load_foreground(archive: Path) -> Callable[[Image.Image], Image.Image]:
     """A function from a picture (RGB) to its foreground (mode `1`, same size), by the weights in an npm archive.
 
     Raises:
-        ValueError: a part of the weights is missing or cut off.
+        ValueError: the archive is damaged, or a part of the weights is missing or cut off.
     """
     import onnxruntime
 
-    with tarfile.open(archive) as parts:
+    with open_archive(archive) as parts:
         model = json.load(member(parts, archive, "package/dist/resources.json"))[_MODEL]
         names = [f"package/dist/{chunk['hash']}" for chunk in model["chunks"]]
         weights = b"".join(member(parts, archive, name).read() for name in names)

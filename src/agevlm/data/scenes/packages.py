@@ -6,8 +6,14 @@ A folder of downloads keeps the archives; one that is there is not fetched again
 import shutil
 import subprocess
 import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from agevlm.store import publish
 
 
 def fetch_apt(package: str, folder: Path) -> Path:
@@ -15,7 +21,7 @@ def fetch_apt(package: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pattern = f"{package}_*.deb"
     if not list(folder.glob(pattern)):
-        _run(["apt-get", "download", package], folder)
+        _fetch(["apt-get", "download", package], folder)
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise ValueError(f"expected one archive {pattern} in {folder}, found {len(found)}; remove the others")
@@ -32,7 +38,7 @@ def fetch_npm(package: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not archive.is_file():
-        _run(["npm", "pack", "--silent", package], folder)
+        _fetch(["npm", "pack", "--silent", package], folder)
     if not archive.is_file():
         raise ValueError(f"`npm pack {package}` made no {archive.name} in {folder}; fetch it by hand")
     return archive
@@ -47,6 +53,24 @@ def member(archive: tarfile.TarFile, path: Path, name: str) -> IO[bytes]:
     if found is None:
         raise ValueError(f"{path.name} has no file {name}; fetch the package version named in this script")
     return found
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """An npm archive. Raises ValueError, also while it is read, if it is damaged."""
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            yield archive
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is no whole npm archive ({error}); delete it to fetch it again") from error
+
+
+def _fetch(command: list[str], folder: Path) -> None:
+    """Lets a client write its archive, which then appears in `folder` whole."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as fresh:
+        _run(command, Path(fresh))
+        for path in Path(fresh).iterdir():
+            publish(path, folder / path.name)
 
 
 def _run(command: list[str], folder: Path) -> None:
