@@ -281,7 +281,7 @@ def _addressed(row: Row, size: Size) -> list[tuple[str, StageRecipe, Query]]:
         guided = stage in row.guided
         query: Query = row.query if guided else "text"
         recipe = _recipe(stage, size, variant=_variant(stage, row.guided, query))
-        inherited = [_recipe(s, size) for s in STAGES if s not in row.stages and _heir(s, row.stages) == stage]
+        inherited = [_recipe(s, size) for s in STAGES if s not in row.stages and _successor(s, row.stages) == stage]
         steps = sum(map(size.steps, [recipe, *inherited])) / size.steps(recipe)
         recipe = recipe.override(num_train_epochs=recipe.training["num_train_epochs"] * steps)
         if guided:
@@ -321,6 +321,6 @@ def _variant(stage: int, guided: Sequence[int], query: Query) -> str:
     return "agevlm" if stage < 3 or 3 in guided else "ca-baseline"
 
 
-def _heir(missing: int, stages: Sequence[int]) -> int:
+def _successor(missing: int, stages: Sequence[int]) -> int:
     """The stage that takes over the steps of one that is left out."""
     return max((stage for stage in stages if stage < missing), default=min(stages))

@@ -98,9 +98,12 @@ def absent(
         names = [name for name in _some(rng, pool.names) if pool.allowed(thing.color, name)]
         if rng.random() < RARE_RATE:
             names.sort(key=lambda name: color not in pool.rare_colors[name])
-    for name in absent_names(scene, pool, names):
-        return _absent(color or (sample_color(rng, pool, name) if colored else None), name)
-    return None
+    names = absent_names(scene, pool, names)
+    if not names:
+        return None
+    if colored and color is None:
+        color = sample_color(rng, pool, names[0])
+    return _absent(color, names[0])
 
 
 def _some(rng: random.Random, names: Sequence[str]) -> list[str]:
