@@ -140,6 +140,7 @@ class WatchedTrainer(AnswerHeadTrainer):
         self._started = time.perf_counter()
         self._waited = 0.0
         self._counted = torch.zeros(3, dtype=torch.float64)  # tokens, images, FLOPs
+        self._flops_of_batches: deque[float] = deque()  # of the step, of this process
         self.turns = 0  # assistant turns of the step, of this process
         self._step: list[tuple[torch.Tensor, list[str]]] = []  # loss and rows of the step's batches
         self._row_ids: deque[list[str]] = deque()
@@ -165,9 +166,15 @@ class WatchedTrainer(AnswerHeadTrainer):
             self.skipped.add(batch.pop(SKIPPED_ROWS, []), len(batch["input_ids"]))
             self._count_unguided(batch)
         self.turns = sum(answer_turns(batch["labels"]) for batch in batch_samples)
-        for batch in batch_samples:
-            self._counted += torch.tensor(self._flops.of(batch), dtype=torch.float64)
+        counted = [self._flops.of(batch) for batch in batch_samples]
+        self._flops_of_batches = deque(flops for *_, flops in counted)
+        self._counted += torch.tensor(counted, dtype=torch.float64).sum(0)
         return batch_samples, num_items_in_batch
+
+    def floating_point_ops(self, inputs) -> float:
+        """Of a batch, as `mfu` counts them, for `total_flos`. Trainer's estimate counts the tower for each token of
+        the text, and walks all modules for it in every step."""
+        return self._flops_of_batches.popleft()
 
     @cached_property
     def _flops(self) -> "Flops":

@@ -131,6 +131,12 @@ def test_from_scratch_means_another_language_model_that_trains_throughout(tmp_pa
             assert scratch[key].shape[-1] * 2 == able[key].shape[-1]
 
 
+def test_few_questions_are_asked_again_in_as_many_steps():
+    for few, endless in zip(chain(ROWS["agevlm"], "clutter-few", 0), chain(ROWS["agevlm"], "clutter", 0), strict=True):
+        assert SIZES["clutter-few"].steps(few.recipe) == SIZES["clutter"].steps(endless.recipe)
+    assert few.recipe.training["num_train_epochs"] == 16 * endless.recipe.training["num_train_epochs"]
+
+
 def test_shared_beginnings_are_shared_and_nothing_else():
     paths = {row.name: chain(row, "tiny", 0) for row in ROWS.values()}
     runs = unique(paths.values())

@@ -348,6 +348,13 @@ def test_peak_is_a_rate_that_a_product_reaches():
     assert torch.equal(torch.get_rng_state(), drawn), "the run's dropout would depend on when it is measured"
 
 
+def test_the_total_is_that_of_the_batches(tmp_path):
+    trainer = make_trainer(tmp_path, "gigt", num_train_epochs=2, gradient_accumulation_steps=2)
+    trainer.train()
+    of_an_epoch = sum(Flops(trainer.model).of(batch)[2] for batch in trainer.get_train_dataloader())
+    assert trainer.state.total_flos == pytest.approx(2 * of_an_epoch)
+
+
 def test_row_ids_reach_no_model(tmp_path):
     trainer = make_trainer(tmp_path, "gi")
     batch = next(iter(trainer.get_eval_dataloader()))

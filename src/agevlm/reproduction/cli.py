@@ -7,11 +7,12 @@ from pathlib import Path
 from agevlm.arguments import VerbParser, at_least
 
 
-SIZES = ("tiny-scratch", "tiny", "clutter", "clutter-able", "crowd", "small")
+SIZES = ("tiny-scratch", "tiny", "clutter", "clutter-few", "clutter-able", "crowd", "small")
 SIZE_HELP = (
     "tiny-scratch (default): one to three drawn icons, a language model from scratch, 7 minutes on two cores; tiny: "
-    "a pretrained language model of 0.8M; clutter, clutter-able: the same with four to six small icons; crowd, from "
-    "scratch: six to ten; small: SmolLM2-135M and cut-out pictures, half an hour a row"
+    "a pretrained language model of 0.8M; clutter, clutter-able: the same with four to six small icons; clutter-few: "
+    "clutter with 5,500 questions, each asked 16 times; crowd, from scratch: six to ten icons; small: SmolLM2-135M "
+    "and cut-out pictures, half an hour a row"
 )
 
 

@@ -31,10 +31,10 @@ Position = Literal["after_layer", "after_self_attention"]
 @dataclass(frozen=True)
 class Size:
     """Training rows of each part, questions of an instruction row (`turns`) and of each benchmark, the size of the
-    stages' recipes, the share of rows that ask for presence alone and come first, the content of the pictures (None:
-    everything there is; `in_two_styles`: of the cut-outs those that are drawn and photographed), their side in
-    pixels, where the cross blocks sit (None: every fourth layer), the splits that questions are drawn of, and the
-    pairs of the similarity and pictures of the padding (`oblong`).
+    stages' recipes, how often stage 4 sees each row, the share of rows that ask for presence alone and come first, the
+    content of the pictures (None: everything there is; `in_two_styles`: of the cut-outs those that are drawn and
+    photographed), their side in pixels, where the cross blocks sit (None: every fourth layer), the splits that
+    questions are drawn of, and the pairs of the similarity and pictures of the padding (`oblong`).
 
     From `scratch`, the language model is drawn at random, with half of the pretrained one's width, and trains in all
     stages, so it learns to look things up here."""
@@ -45,6 +45,7 @@ class Size:
     questions: int
     max_objects: int
     recipes: str
+    repeats: int = 1
     presence_first: float = 0.0
     scratch: bool = False
     min_objects: int = 1
@@ -76,13 +77,14 @@ _TINY = Size(
     cross_attention_layers=(1, 4),
 )
 # From scratch, because a language model that looks things up answers without guidance too. Clutter: four to six small
-# things, so that looking at things is not yet looking at the right one. A crowd: six to ten.
+# things, so that looking at things is not yet looking at the right one. A crowd: six to ten. Few: 5,500 questions.
 _CLUTTER = replace(_TINY, min_objects=4, max_objects=6, image_size=320)
 _CLUTTER_SCRATCH = replace(_CLUTTER, scratch=True, captions=6_400, presence_first=1.0)
 SIZES = {
     "tiny-scratch": replace(_TINY, scratch=True, presence_first=1.0),
     "tiny": _TINY,
     "clutter": _CLUTTER_SCRATCH,
+    "clutter-few": replace(_CLUTTER_SCRATCH, instructions=800, repeats=16),
     "clutter-able": _CLUTTER,
     "crowd": replace(_CLUTTER_SCRATCH, min_objects=6, max_objects=10),
     "small": Size(
@@ -264,6 +266,8 @@ def _recipe(stage: int, size: Size, **variant: str) -> StageRecipe:
     """The recipe of a stage. From scratch, the language model trains too, at a rate that would make a pretrained one
     forget. Lookup is found after a number of steps rather than of questions, so the questions come in smaller ones."""
     recipe = STAGES[stage](size=size.recipes, **variant)
+    if recipe.data == "instructions" and size.repeats > 1:
+        recipe = recipe.override(num_train_epochs=size.repeats)
     if not size.scratch:
         return recipe
     trains = tuple(dict.fromkeys([*recipe.trains, "language_model"]))
