@@ -58,20 +58,21 @@ check: install
 
 # checkpoints/agevlm-tiny: four stages from checkpoints/tiny-parts, each of which goes on where it was killed
 CHECKPOINT = build/checkpoint
-THINGS = --max-objects 3 --colors red orange yellow green blue purple \
+THINGS = --max-objects 6 --size 320 --colors red orange yellow green blue purple \
 	--names apple bicycle bird car cat clock fish flower house key star tree
 FLAGS = --size tiny --variant agevlm-phrases-lm --data $(CHECKPOINT)/scenes --language $(CHECKPOINT)/fresh \
 	--stored-features $(CHECKPOINT)/features
 checkpoint: install
-	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/fresh --captions 0 --instructions 0 --test 300 $(THINGS)
-	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/scenes --seed 7 --captions 6400 --instructions 25600 --turns 8 --presence-first 0.5 \
+	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/fresh --captions 0 --instructions 0 --test 300 --splits composition $(THINGS)
+	$(BIN)/agevlm data scenes --output $(CHECKPOINT)/scenes --seed 7 --captions 6400 --instructions 32000 --turns 8 --presence-first 0.5 \
 		--test 0 $(THINGS)
 	test -d $(CHECKPOINT)/start || $(BIN)/agevlm init --output $(CHECKPOINT)/start --parts checkpoints/tiny-parts \
-		--cross-attention-layers 1 4
+		--image-size 320 --cross-attention-layers 1 4
 	$(BIN)/agevlm train stage1_align $(FLAGS) --init-from $(CHECKPOINT)/start --output-dir $(CHECKPOINT)/stage1
 	$(BIN)/agevlm train stage2_adapt_vision $(FLAGS) --init-from $(CHECKPOINT)/stage1 --output-dir $(CHECKPOINT)/stage2
 	$(BIN)/agevlm train stage3_ground $(FLAGS) --init-from $(CHECKPOINT)/stage2 --output-dir $(CHECKPOINT)/stage3
-	$(BIN)/agevlm train stage4_instruct $(FLAGS) --init-from $(CHECKPOINT)/stage3 --output-dir $(CHECKPOINT)/agevlm-tiny
+	$(BIN)/agevlm train stage4_instruct $(FLAGS) --per-device-train-batch-size 16 --gradient-accumulation-steps 1 \
+		--init-from $(CHECKPOINT)/stage3 --output-dir $(CHECKPOINT)/agevlm-tiny
 	$(BIN)/agevlm eval $(CHECKPOINT)/agevlm-tiny --scenes $(CHECKPOINT)/fresh --output $(CHECKPOINT)/results
 	$(BIN)/agevlm card $(CHECKPOINT)/agevlm-tiny --evaluation $(CHECKPOINT)/results/agevlm-tiny/metrics.json
 
