@@ -73,20 +73,29 @@ def test_training_rows_are_valid_and_guided(folder):
         for row in rows:
             validate_row(row)
             assert row["guidance"]["source"] == "scenes" and row["images"][0].size == (96, 96)
-            role = row["messages"][row["guidance"]["message_index"]]["role"]
-            assert role == ("assistant" if part == "captions" else "user")
+        roles = [row["messages"][row["guidance"]["message_index"]]["role"] for row in rows]
+        assert set(roles) == ({"assistant"} if part == "captions" else {"user", "assistant"})
         phrased = load_rows(folder, part, by_phrase=True)
         assert phrased["messages"] == rows["messages"] and sum(map(len, phrased["guidance"])) > 30
         for row, whole in zip(map(open_row, phrased), map(open_row, rows), strict=True):
             assert 1 <= len(row["guidance"]) <= MAX_PHRASES
             masks = [np.array(phrase["mask"]) for phrase in row["guidance"]]
             (union,) = (np.array(phrase["mask"]) for phrase in whole["guidance"])
-            if part == "captions":
+            if row["guidance"][0]["message_index"] % 2:  # a caption
                 assert np.array_equal(np.logical_or.reduce(masks), union)
             else:
                 assert any(np.array_equal(mask, union) for mask in masks)
     some = load_rows(folder, "captions", mask_fraction=0.5)
     assert 0 < sum(g is not None for g in some["guidance"]) < 30
+
+
+def test_rows_on_presence_alone_ask_for_nothing_else():
+    """Behind them a fifth asks for a caption, which stage 4 would unlearn otherwise."""
+    builder = SceneBuilder(SceneArguments(size=96, instructions=120, presence_first=0.5))
+    rows = [builder.instruction_row(index)[0]["messages"] for index in range(120)]
+    assert all(turn["content"] in ("Yes", "No") for row in rows[:60] for turn in row[1::2])
+    captions = [row for row in rows[60:] if row[1]["content"].endswith(".")]
+    assert 5 <= len(captions) <= 20 and all(len(row) == 2 for row in captions)
 
 
 def test_manifest_describes_the_folder(folder):

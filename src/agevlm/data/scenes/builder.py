@@ -23,6 +23,9 @@ from .questions import sample_questions
 from .splits import Pool, make_pools
 
 
+CAPTION_RATE = 0.2  # of the instruction rows on more than presence; without them stage 4 unlearns captions
+
+
 def make_source(
     cutouts: str | Path | None, names: Collection[str] | None, colors: Collection[str] | None
 ) -> IconSource | CutoutSource:
@@ -67,31 +70,37 @@ class SceneBuilder:
         """(row, mask row, mask row of each phrase) of caption number `index`."""
         rng = self.stream("captions", index)
         picture = self.picture(rng, self.pools["train"], word_rate=self.arguments.word_rate / 2)
-        caption = sample_caption(rng, picture.scene)
-        name = f"captions-{index:07d}"
-        guidance = _mask_row(name, caption.text, 1, picture, caption.objects)
-        phrases = [
-            _mask_row(name, words, 1, picture, objects) | {"occurrence": occurrence}
-            for words, occurrence, objects in caption.phrases[:MAX_PHRASES]
-        ]
-        return _row(name, picture, caption_messages(caption)), guidance, phrases
+        return _captioned(f"captions-{index:07d}", rng, picture)
 
     def instruction_row(self, index: int) -> tuple[dict, dict | None, list[dict]]:
         """(row, mask row, mask row of each question) of instruction number `index`; by row, one question is guided,
-        and none where all are about absent things."""
+        and none where all are about absent things. Behind the rows on presence alone, some ask for a caption."""
         rng = self.stream("instructions", index)
         pool = self.pools["train"]
         picture = self.picture(rng, pool, word_rate=self.arguments.word_rate)
         alone = index < self.arguments.presence_first * self.arguments.instructions
+        name = f"instructions-{index:07d}"
+        if not alone and rng.random() < CAPTION_RATE:
+            return _captioned(name, rng, picture)
         questions = sample_questions(rng, picture.scene, pool, self.arguments.turns, alone)
         turns = [(number, question) for number, question in enumerate(questions) if question.look_at or question.sign]
-        name = f"instructions-{index:07d}"
         masks = [_mask_row(name, asked.query, 2 * turn, picture, asked.look_at, asked.sign) for turn, asked in turns]
         return (
             _row(name, picture, question_messages(rng, questions)),
             rng.choice(masks) if masks else None,
             masks[:MAX_PHRASES],
         )
+
+
+def _captioned(name: str, rng: random.Random, picture: Picture) -> tuple[dict, dict, list[dict]]:
+    """A row that asks for a caption, its mask row, and a mask row for each phrase."""
+    caption = sample_caption(rng, picture.scene)
+    guidance = _mask_row(name, caption.text, 1, picture, caption.objects)
+    phrases = [
+        _mask_row(name, words, 1, picture, objects) | {"occurrence": occurrence}
+        for words, occurrence, objects in caption.phrases[:MAX_PHRASES]
+    ]
+    return _row(name, picture, caption_messages(caption)), guidance, phrases
 
 
 def _row(name: str, picture: Picture, messages: list[Message]) -> dict:
