@@ -34,8 +34,8 @@ from .lessons import LESSONS, Lesson, text_conversations
 from .splits import held_out_names, held_out_style, is_held_out_pair, make_pools
 
 
-# Raise when the same arguments would give other pictures or questions (4: some instruction rows ask for a caption,
-# unless all are on presence; the rest is as in 3).
+# Raise when the same arguments would give other pictures or questions (4: some instruction rows on more than
+# presence ask for a caption, the others of them draw other questions; all else is as in 3).
 FORMAT = 4
 PARTS = ("captions", "instructions")
 _CHUNK = 256
